@@ -1,0 +1,71 @@
+"""Conversations as plain Python: what every data source produces and every template renders.
+
+A conversation tree keeps each message once. Its messages stand in depth-first order, so a subtree
+is a contiguous run and a parent comes before its replies:
+
+    0 user        What is tea?                   parent None
+    1   assistant   A hot drink.                 parent 0
+    2     user        And cold?                  parent 1
+    3       assistant   Iced tea.                parent 2
+    4   assistant   Leaves in hot water.         parent 0
+
+A plain conversation is a tree with one path.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Role = Literal["system", "user", "assistant"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `rank` orders the sibling replies of one parent: 0 is the best, None is unranked."""
+
+    role: Role
+    text: str
+    parent: int | None = None
+    rank: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MessageTree:
+    """Messages in depth-first order under one root; `id` is unique within a data source.
+
+    Raises:
+        ValueError: if the messages are not one tree in depth-first order.
+    """
+
+    id: str
+    source: str
+    messages: tuple[Message, ...]
+
+    def __post_init__(self) -> None:
+        if not self.messages or self.messages[0].parent is not None:
+            raise ValueError(f"tree {self.id}: the first message must be the root, without a parent")
+        path: list[int] = [0]  # the messages from the root to the one last read
+        for index, message in enumerate(self.messages[1:], start=1):
+            while path and path[-1] != message.parent:
+                path.pop()
+            if not path:
+                raise ValueError(f"tree {self.id}: message {index} does not follow its parent depth first")
+            path.append(index)
+
+    @classmethod
+    def from_turns(cls, id: str, source: str, turns: Iterable[tuple[Role, str]]) -> "MessageTree":
+        """A tree with one path."""
+        messages = tuple(
+            Message(role, text, parent=index - 1 if index else None) for index, (role, text) in enumerate(turns)
+        )
+        return cls(id, source, messages)
+
+    def path_to(self, index: int) -> list[Message]:
+        """The turns from the root to message `index`, both included."""
+        path = []
+        at: int | None = index
+        while at is not None:
+            path.append(self.messages[at])
+            at = self.messages[at].parent
+        return path[::-1]

@@ -1,0 +1,90 @@
+"""Files and folders that are complete or absent, never half-written."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a temporary file beside `file`, flushes it to the disk and renames it."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(file: Path, value: Any) -> None:
+    write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_safetensors(file: Path, tensors: Mapping[str, Any]) -> None:
+    """Like `write_text`, for tensors of any device.
+
+    Raises:
+        OSError: also where the library reports a full disk in an error of its own.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(contiguous, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{file} could not be written: {error}") from error
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def complete_folder(folder: Path) -> Iterator[Path]:
+    """Yields a temporary folder that becomes `folder` if the block ends well, and vanishes if not.
+
+    An older `folder` is replaced. The rename is atomic, so a reader (or a kill) never meets half a folder.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        sync_folder(temporary)
+        if folder.exists():
+            discarded = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+            os.rename(folder, discarded)
+            os.rename(temporary, folder)
+            shutil.rmtree(discarded)
+        else:
+            os.rename(temporary, folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flushes the entries of a folder (names, not contents) to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_digest(file: Path) -> str:
+    """sha256 of a file's content."""
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,411 @@
+"""Settings: defaults <- YAML recipe <- command line, checked before anything heavy is imported.
+
+    accelerate launch launch/sft.py [RECIPE] [--section.key value ...]
+
+RECIPE is the name of a file in launch/recipes or a path to one. All problems of one source are reported
+together, an unknown key with the nearest known one. Nothing here imports torch.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+RECIPES = Path(__file__).resolve().parent.parent / "launch" / "recipes"
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong between settings, each in one sentence."""
+        return iter(())
+
+
+class ModelSettings(Section):
+    path: str = "gpt2"
+    """A published model (distilgpt2, gpt2, gpt2-medium, gpt2-large, gpt2-xl), a folder in Hugging Face layout, or a run."""
+    random_init: bool = False
+    """Take shape and tokenizer from `path` but weights from the seed."""
+    attention: Literal["auto", "flex", "segments", "dense"] = "auto"
+    """How attention is computed; auto is flex on CUDA and segments on CPU."""
+    dropout: Fraction = 0.0
+    """Dropout after the embeddings and on both residual branches."""
+    attention_dropout: Fraction = 0.0
+    """Dropout on the attention weights (not with flex)."""
+
+
+class DataSettings(Section):
+    train: tuple[str, ...] = ()
+    """What to train on: hub names (oasst1, oasst2), `quickstart`, or files (.jsonl, .jsonl.gz, .parquet)."""
+    eval: tuple[str, ...] = ()
+    """Held-out data, named like `train`. Conversations found in both are dropped from `train`."""
+    eval_fraction: Fraction = 0.0
+    """Without `eval`: the share of whole trees to hold out of `train`."""
+    max_length: Positive = 1024
+    """Tokens of context. Older turns of longer paths give way, whole turns at a time."""
+    languages: tuple[str, ...] = ()
+    """Keep messages in these languages only; empty keeps all."""
+    max_rank: NotNegative | None = None
+    """Keep replies ranked this well or better among their siblings (0 is the best); unranked replies stay."""
+    reviewed_only: bool = True
+    """Drop messages whose review said no."""
+    message_weight: Literal["once", "leaves"] = "once"
+    """How often a message counts: once, or once for every path through it."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What a malformed line does: end the run, or be skipped and counted."""
+    cache: str | None = None
+    """Folder of the tokenised data; default $GPT2FT_CACHE or ~/.cache/gpt2ft."""
+
+
+class TrainingSettings(Section):
+    steps: Positive | None = None
+    """Optimizer steps; overrides `epochs`."""
+    epochs: Positive = 1
+    """Passes over the data."""
+    tokens_per_micro_batch: Positive = 8192
+    """Tokens in one stream, the unit of one forward and backward pass."""
+    micro_batches_per_step: Positive = 8
+    """Streams in one optimizer step over all processes. Accumulation is this divided by the processes."""
+    seed: NotNegative = 0
+    """Of initial weights, packing, order and dropout."""
+    log_every: Positive = 10
+    """Steps between lines of metrics."""
+    eval_every: Positive | None = None
+    """Steps between evaluations; default: at the end of every epoch. The last step always evaluates."""
+    save_every: Positive | None = None
+    """Steps between checkpoints; default: whenever evaluation runs. The last step always saves."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """How many of the newest checkpoints to keep, besides the best."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: the launcher's unless that is "no", then bf16 on CUDA and fp32 on CPU."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this norm."""
+    max_skipped_steps: Positive = 10
+    """Steps in a row with a gradient that is not finite, after which the run stops."""
+    deterministic: bool = False
+    """On CUDA: only kernels that give the same bits every time (slower)."""
+    sample_prompts: NotNegative = 3
+    """Held-out prompts answered at each evaluation."""
+    sample_tokens: Positive = 128
+    """Longest sample reply."""
+
+
+class OptimizerSettings(Section):
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    """Peak learning rate of AdamW."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """What the learning rate does after warm-up."""
+    warmup_fraction: Fraction = 0.03
+    """Share of the steps in which the learning rate rises from zero."""
+    final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of the peak learning rate left at the last step."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """On matrices only, not on biases and norms."""
+    beta1: Fraction = 0.9
+    """Decay of the mean of the gradients."""
+    beta2: Fraction = 0.95
+    """Decay of the mean of their squares."""
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the denominator of Adam's step."""
+
+
+def stream_problems(tokens_per_micro_batch: int, max_length: int, prefix: str) -> Iterator[str]:
+    if tokens_per_micro_batch < max_length:
+        yield (
+            f"`{prefix}tokens_per_micro_batch` must be at least the longest path of {max_length} tokens, "
+            f"but is {tokens_per_micro_batch}"
+        )
+    if tokens_per_micro_batch % 128:
+        yield (
+            f"`{prefix}tokens_per_micro_batch` must be a multiple of 128, the block of the attention mask, "
+            f"but is {tokens_per_micro_batch}"
+        )
+
+
+class SFTSettings(Section):
+    """Fine-tunes GPT-2 on conversation trees."""
+
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    training: TrainingSettings = TrainingSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    output: str | None = None
+    """Folder of the run; default runs/<recipe>."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto continues an interrupted run in `output`; never moves it aside and starts anew."""
+    dry_run: bool = False
+    """Print the plan and train nothing."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong between settings, each in one sentence."""
+        data, training = self.data, self.training
+        if not data.train:
+            yield "`data.train` must name at least one data source, but is empty"
+        if data.eval and data.eval_fraction:
+            yield "`data.eval` and `data.eval_fraction` must not both be set: held-out data comes from one of them"
+        yield from stream_problems(training.tokens_per_micro_batch, data.max_length, "training.")
+        if self.model.attention == "flex" and self.model.attention_dropout:
+            yield "`model.attention` must not be flex where `model.attention_dropout` is set: FlexAttention has none"
+        if training.eval_every and not (data.eval or data.eval_fraction):
+            yield "`training.eval_every` needs held-out data: set `data.eval` or `data.eval_fraction`"
+
+
+class EvaluateSettings(Section):
+    """Scores a model on held-out conversations: nats per token, perplexity, bits per byte."""
+
+    model: str | None = None
+    """A run, a model folder, a checkpoint or a published name; default the newest finished run in runs/."""
+    data: tuple[str, ...]
+    """Held-out data: hub names such as oasst1:validation, `quickstart:held_out`, or files."""
+    max_length: Positive | None = None
+    """Tokens of context; default the model's."""
+    languages: tuple[str, ...] = ()
+    """Keep messages in these languages only; empty keeps all."""
+    max_rank: NotNegative | None = None
+    """Keep replies ranked this well or better; unranked replies stay."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What a malformed line does."""
+    tokens_per_micro_batch: Positive = 8192
+    """Tokens in one forward pass. The result does not depend on it."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """As in training."""
+    cache: str | None = None
+    """Folder of the tokenised data; default $GPT2FT_CACHE or ~/.cache/gpt2ft."""
+    report: str | None = None
+    """Where to write the figures; default report.json in the run or model folder."""
+
+    def problems(self) -> Iterator[str]:
+        if not self.data:
+            yield "`data` must name at least one data source, but is empty"
+        yield from stream_problems(self.tokens_per_micro_batch, self.max_length or 0, "")
+
+
+class BenchmarkSettings(Section):
+    """Measures training speed on made-up conversations: tokens/s, peak memory, time per phase."""
+
+    what: Literal["sft"] = "sft"
+    """Which kind of training."""
+    model: Literal["distilgpt2", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"
+    """Which shape. Weights are random, nothing is downloaded."""
+    tokens_per_micro_batch: Positive = 8192
+    """Tokens in one stream."""
+    micro_batches: Positive = 4
+    """Streams per optimizer step on this process."""
+    steps: Positive = 5
+    """Measured optimizer steps, after one that is not counted."""
+    max_length: Positive = 1024
+    """Longest conversation path."""
+    attention: Literal["auto", "flex", "segments", "dense"] = "auto"
+    """As in training."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """As in training."""
+    seed: NotNegative = 0
+    """Of the weights and the conversations."""
+
+    def problems(self) -> Iterator[str]:
+        yield from stream_problems(self.tokens_per_micro_batch, self.max_length, "")
+
+
+Settings = TypeVar("Settings", bound=Section)
+
+
+class SettingsError(Exception):
+    """Settings that cannot be used; one line per problem."""
+
+
+def parse_recipe(kind: type[Settings], default_recipe: str, arguments: Sequence[str]) -> Settings:
+    """Settings of a training run from the arguments of its script; exits with 2 and all problems if there are any."""
+    try:
+        arguments = list(arguments)
+        recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else default_recipe
+        file = _recipe_file(recipe)
+        settings = parse_flags(kind, arguments, defaults=read_yaml(kind, file), recipe=file.stem)
+        if getattr(settings, "output", "") is None:
+            settings = settings.model_copy(update={"output": f"runs/{file.stem}"})
+        problems = list(settings.problems())
+        if problems:
+            raise SettingsError("\n".join(problems))
+        return settings
+    except SettingsError as error:
+        fail(str(error))
+
+
+def parse_script(kind: type[Settings], first: str, arguments: Sequence[str]) -> Settings:
+    """Settings of a script without recipes, whose first bare argument stands for the setting `first`."""
+    try:
+        arguments = list(arguments)
+        if arguments and not arguments[0].startswith("-"):
+            arguments.insert(0, f"--{first}")
+        settings = parse_flags(kind, arguments)
+        problems = list(settings.problems())
+        if problems:
+            raise SettingsError("\n".join(problems))
+        return settings
+    except SettingsError as error:
+        fail(str(error))
+
+
+def parse_flags(
+    kind: type[Settings], arguments: Sequence[str], defaults: dict[str, Any] | None = None, recipe: str = ""
+) -> Settings:
+    """The command line over `defaults`.
+
+    Raises:
+        SettingsError: naming every setting that does not exist and every value that does not fit.
+    """
+    import tyro
+
+    arguments = _normal_booleans(kind, arguments)
+    if not {"-h", "--help"} & set(arguments) and (problems := list(_flag_problems(kind, arguments, defaults or {}))):
+        raise SettingsError("\n".join(problems))
+    base = kind(**defaults) if defaults is not None else None
+    program, description = Path(sys.argv[0]).name, (kind.__doc__ or "").strip()
+    if recipe:
+        program, description = f"{program} [RECIPE]", f"{description}\n\nDefaults are those of the recipe {recipe}."
+    return tyro.cli(
+        kind,
+        args=arguments,
+        prog=program,
+        description=description,
+        default=tyro.MISSING_NONPROP if base is None else base,
+        config=(tyro.conf.FlagConversionOff,),
+        use_underscores=True,
+        console_outputs=is_main_process(),
+    )
+
+
+def read_yaml(kind: type[Section], file: Path) -> dict[str, Any]:
+    """The values in a recipe, checked.
+
+    Raises:
+        SettingsError: naming the file and every key that does not fit.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise SettingsError(f"{file} must hold settings by section, but holds {type(values).__name__}")
+    try:
+        return kind.model_validate(values).model_dump()
+    except ValidationError as error:
+        raise SettingsError("\n".join(_explain(kind, str(file), error))) from error
+
+
+def to_yaml(settings: Section) -> str:
+    """The settings as a recipe that gives them again."""
+    import yaml
+
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that prints, as far as the launcher has said."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Ends the program with a message on stderr, by the main process, and an exit code."""
+    if is_main_process():
+        print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr)
+    sys.exit(code)
+
+
+def _recipe_file(recipe: str) -> Path:
+    if recipe.endswith((".yaml", ".yml")) or "/" in recipe:
+        if Path(recipe).is_file():
+            return Path(recipe)
+        raise SettingsError(f"the recipe {recipe} does not exist")
+    file = RECIPES / f"{recipe}.yaml"
+    if file.is_file():
+        return file
+    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    raise SettingsError(f"there is no recipe {recipe!r}{_did_you_mean(recipe, names)}; there are: {', '.join(names)}")
+
+
+def _explain(kind: type[Section], source: str, error: ValidationError) -> Iterator[str]:
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = [*kind.model_fields, *(name for name, _ in _fields(kind))]
+            yield f"{source}: there is no setting `{key}`{_did_you_mean(key, known)}"
+        elif problem["type"] == "missing":
+            yield f"{source}: `{key}` must be given"
+        else:
+            message = problem["msg"][0].lower() + problem["msg"][1:]
+            yield f"{source}: `{key}`: {message}, but is {problem['input']!r}"
+
+
+def _did_you_mean(name: str, known: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean `{nearest[0]}`?)" if nearest else ""
+
+
+def _fields(kind: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting by its dotted name, with its type."""
+    for name, field in kind.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _fields(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field.annotation
+
+
+def _flag_problems(kind: type[Section], arguments: Sequence[str], defaults: dict[str, Any]) -> Iterator[str]:
+    """Unknown names and values that do not fit, all of them: tyro ends at the first. The shape is left to tyro."""
+    words: dict[str, list[str]] = {}
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            words[name] = [value] if equals else []
+        elif words:
+            words[name].append(argument)
+    known = dict(_fields(kind))
+    values = {name: dict(value) if isinstance(value, dict) else value for name, value in defaults.items()}
+    for name, given in words.items():
+        *sections, key = name.split(".")
+        is_list = name in known and get_origin(known[name]) is tuple
+        if name not in known:
+            yield f"command line: there is no setting `{name}`{_did_you_mean(name, list(known))}"
+        elif is_list or len(given) == 1:
+            section = values.setdefault(sections[0], {}) if sections else values
+            section[key] = given if is_list else None if given == ["None"] else given[0]
+    try:
+        kind.model_validate(values)
+    except ValidationError as error:
+        yield from _explain(kind, "command line", error)
+
+
+def _normal_booleans(kind: type[Section], arguments: Sequence[str]) -> list[str]:
+    """A bare `--flag` becomes `--flag True`; `true` and `false` become Python's."""
+    flags = {f"--{name}" for name, annotation in _fields(kind) if annotation is bool}
+    normal: list[str] = []
+    for position, argument in enumerate(arguments):
+        following = arguments[position + 1] if position + 1 < len(arguments) else "--"
+        name, equals, value = argument.partition("=")
+        if argument.startswith("--"):  # --dry-run is --dry_run
+            name = "--" + name[2:].replace("-", "_")
+            argument = name + equals + value
+        if name in flags and equals:
+            normal += [name, value.capitalize()]
+        elif normal and normal[-1] in flags:
+            normal.append(argument.capitalize())
+        else:
+            normal.append(argument)
+            if argument in flags and following.startswith("--"):
+                normal.append("True")
+    return normal

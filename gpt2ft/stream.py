@@ -1,0 +1,107 @@
+"""TokenStream: packed token trees in one flat sequence, and the one rule that says who sees whom.
+
+    visible(q, k)  =  k <= q < horizons[k]
+
+`horizons[k]` is the exclusive end of the subtree under the node that holds token k. A prompt P with the
+replies A and B, then an unrelated conversation C, then one token of tail:
+
+    index      0 1 2 3 4 5 6 7
+    node       P P A A B C C .        q sees k
+    position   0 1 2 3 2 0 1 0        A sees P and A, B sees P and B,
+    horizon    5 5 4 4 5 7 7 8        C sees C, the tail sees itself
+
+That rule alone gives causal masking, isolation of packed conversations, a prompt shared by its replies
+and whole conversation trees.
+
+Shape letters: N tokens in the stream, S supervised targets.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """One micro-batch, without a batch dimension and without padding between trees.
+
+    Only the first `num_tokens` of N and the first `num_supervised` of S mean anything. The rest keeps
+    the shapes fixed: tokens that see only themselves and targets of weight 0.
+    """
+
+    tokens: Tensor  # [N] input ids
+    positions: Tensor  # [N] depth of the token on its own root-to-leaf path: what wpe sees
+    horizons: Tensor  # [N] exclusive end of the subtree under the token's node
+    supervised: Tensor  # [S] where the model is scored: indices into the stream
+    targets: Tensor  # [S] the next token of the same node
+    weights: Tensor  # [S] float32, how much each target counts
+    groups: Tensor  # [S] which source, conversation or reply a target belongs to
+    num_tokens: int
+    num_supervised: int
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "TokenStream":
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "TokenStream":
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function) -> "TokenStream":
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TokenStream(**{k: function(v) if isinstance(v, Tensor) else v for k, v in values.items()})
+
+
+def visible(horizons: Tensor) -> Tensor:
+    """The rule written out: bool [N, N], rows are queries. For small streams and for tests."""
+    index = torch.arange(len(horizons), device=horizons.device)
+    query, key = index[:, None], index[None, :]
+    return (key <= query) & (query < horizons[None, :])
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens that share a horizon: nodes that follow each other without a branch.
+
+    Within a segment attention is plainly causal; before it, a segment sees all of `ancestors`.
+    """
+
+    start: int
+    end: int
+    ancestors: tuple[tuple[int, int], ...]  # (start, end) of the segments above, root first
+
+
+def segments(horizons: list[int], num_tokens: int) -> list[Segment]:
+    """Cuts the first `num_tokens` tokens into segments, in stream order."""
+    found: list[Segment] = []
+    above: list[tuple[int, int, int]] = []  # (start, end, horizon) of the open segments
+    start = 0
+    while start < num_tokens:
+        horizon = horizons[start]
+        end = start
+        while end < num_tokens and horizons[end] == horizon:
+            end += 1
+        while above and above[-1][2] <= start:
+            above.pop()
+        found.append(Segment(start, end, tuple((first, last) for first, last, _ in above)))
+        above.append((start, end, horizon))
+        start = end
+    return found
+
+
+def block_kinds(horizons: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Which blocks of the attention matrix hold anything, straight from the horizons.
+
+    A key block may be seen by a query block if its largest horizon reaches beyond the query block's start;
+    it is wholly seen if its smallest horizon reaches the query block's end and it lies strictly before.
+
+    Returns:
+        (some, full): bool [N / block, N / block], rows are query blocks. `full` implies `some`.
+    """
+    if len(horizons) % block:
+        raise ValueError(f"the stream length must be a multiple of {block}, but is {len(horizons)}")
+    by_block = horizons.view(-1, block)
+    index = torch.arange(len(by_block), device=horizons.device)
+    query, key = index[:, None], index[None, :]
+    some = (key <= query) & (by_block.amax(1)[None, :] > query * block)
+    full = (key < query) & (by_block.amin(1)[None, :] >= (query + 1) * block)
+    return some, full
