@@ -1,0 +1,125 @@
+"""The rule `visible(q, k) = k <= q < horizons[k]`, computed by whatever is fastest on the device.
+
+An attention is made once per stream and called once per layer:
+
+    attend = attention_for(stream.horizons, stream.num_tokens, backend)
+    out = attend(q, k, v, layer)
+
+Three backends give the same numbers (tests/model/test_attention.py):
+- `flex`      CUDA: FlexAttention with a block mask built straight from the horizons.
+- `segments`  CPU: one SDPA call per unbranched run of the tree over its root path.
+- `dense`     any device: SDPA with the N x N mask. The reference for the other two.
+
+Shape letters: N tokens, H heads, D head width.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from gpt2ft.stream import block_kinds, segments, visible
+
+Backend = Literal["flex", "segments", "dense"]
+Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # q, k, v [N, H, D] and the layer -> [N, H, D]
+
+FLEX_BLOCK = 128
+
+
+def default_backend(device: torch.device, attention_dropout: float) -> Backend:
+    return "flex" if device.type == "cuda" and not attention_dropout else "segments"
+
+
+def attention_for(horizons: Tensor, num_tokens: int, backend: Backend, dropout: float = 0.0) -> Attention:
+    """An attention over one stream.
+
+    Args:
+        horizons: [N], on the device of the model.
+        num_tokens: how many of N are real; the tail sees only itself.
+        dropout: on the attention weights; FlexAttention has none.
+    """
+    if backend == "flex":
+        if dropout:
+            raise ValueError("`model.attention_dropout` needs the attention backend segments or dense, but it is flex")
+        return flex_attention(horizons)
+    if backend == "segments":
+        return segment_attention(horizons, num_tokens, dropout)
+    if backend == "dense":
+        return dense_attention(horizons, dropout)
+    raise ValueError(f"`backend` must be flex, segments or dense, but is {backend!r}")
+
+
+def dense_attention(horizons: Tensor, dropout: float = 0.0) -> Attention:
+    mask = visible(horizons)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, N, D]
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)[0].transpose(0, 1)
+
+    return attend
+
+
+def segment_attention(horizons: Tensor, num_tokens: int, dropout: float = 0.0) -> Attention:
+    """Each segment attends to its ancestors and, causally, to itself. Nothing masked out is computed."""
+    plan = []
+    for segment in segments(horizons.tolist(), num_tokens):
+        length = segment.end - segment.start
+        if segment.ancestors:
+            above = torch.cat([torch.arange(start, end) for start, end in segment.ancestors])
+            path = torch.cat([above, torch.arange(segment.start, segment.end)]).to(horizons.device)
+            mask = torch.ones(length, len(path), dtype=torch.bool, device=horizons.device).tril(len(above))
+        else:
+            path, mask = None, None
+        plan.append((segment.start, segment.end, path, mask))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        outputs = []
+        for start, end, path, mask in plan:
+            keys, values = (k[start:end], v[start:end]) if path is None else (k[path], v[path])
+            heads_first = (x.transpose(0, 1)[None] for x in (q[start:end], keys, values))  # [1, H, n, D]
+            out = scaled_dot_product_attention(
+                *heads_first, attn_mask=mask, is_causal=mask is None, dropout_p=dropout
+            )
+            outputs.append(out[0].transpose(0, 1))
+        outputs.append(v[num_tokens:])  # a token that sees only itself attends to its own value
+        return torch.cat(outputs)
+
+    return attend
+
+
+def flex_attention(horizons: Tensor) -> Attention:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    def rule(batch, head, query, key):
+        return (key <= query) & (query < horizons[key])
+
+    some, full = block_kinds(horizons, FLEX_BLOCK)
+    partial_counts, partial_blocks = _listed(some & ~full)
+    full_counts, full_blocks = _listed(full)
+    block_mask = BlockMask.from_kv_blocks(
+        partial_counts, partial_blocks, full_counts, full_blocks, BLOCK_SIZE=FLEX_BLOCK, mask_mod=rule
+    )
+    kernel = _flex_kernel(horizons.device.type)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, N, D]
+        return kernel(q, k, v, block_mask=block_mask)[0].transpose(0, 1)
+
+    return attend
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """A bool matrix as FlexAttention wants it: how many per row, and the columns with the chosen ones first."""
+    counts = blocks.sum(-1, dtype=torch.int32)
+    columns = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    return counts[None, None].contiguous(), columns[None, None].contiguous()
+
+
+@cache
+def _flex_kernel(device_type: str):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False) if device_type == "cuda" else flex_attention

@@ -1,0 +1,128 @@
+"""GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners") from scratch.
+
+Pre-norm blocks, learned absolute positions, tanh GELU, head tied to the token embedding. Parameters have
+the names and the layout of the Hugging Face checkpoints (matrices are stored [in, out]), so nothing is
+renamed or transposed on the way in or out. The model knows nothing of chat, losses, adapters or ranks.
+
+Shape letters: N tokens, E embedding width, H heads, D = E / H, V rows of the vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gpt2ft.model.attention import Attention
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The shape. `vocab_size` counts rows of the table, padding included.
+
+    Dropout stands where GPT-2 has it: `dropout` after the embeddings and on both residual branches,
+    `attention_dropout` on the attention weights.
+    """
+
+    vocab_size: int
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    layer_norm_epsilon: float = 1e-5
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.n_embd % self.n_head:
+            raise ValueError(f"`n_embd` must be a multiple of `n_head` = {self.n_head}, but is {self.n_embd}")
+
+
+class Projection(nn.Module):
+    """x W + b with W stored [in, out], as GPT-2's checkpoints have it."""
+
+    def __init__(self, size_in: int, size_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size_in, size_out))
+        self.bias = nn.Parameter(torch.empty(size_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.t(), self.bias)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_head = config.n_head
+        self.c_attn = Projection(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Projection(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, attend: Attention) -> Tensor:
+        qkv = self.c_attn(x).view(len(x), 3, self.n_head, -1)  # [N, 3, H, D]
+        q, k, v = qkv.unbind(1)
+        mixed = attend(q, k, v, self.layer).reshape(x.shape)
+        return self.resid_dropout(self.c_proj(mixed))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.c_fc = Projection(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Projection(4 * config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(nn.functional.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = SelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, attend: Attention) -> Tensor:
+        x = x + self.attn(self.ln_1(x), attend)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT2(nn.Module):
+    """Tokens in, final hidden states out. The head is `wte` itself: see `logits` and model/logprobs.py."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+
+    def forward(self, tokens: Tensor, positions: Tensor, attend: Attention) -> Tensor:
+        """tokens, positions [N] -> hidden states [N, E]; `attend` says who sees whom."""
+        x = self.drop(self.wte(tokens) + self.wpe(positions))
+        for block in self.h:
+            x = block(x, attend)
+        return self.ln_f(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [N, E] -> [N, V]. For sampling and tests; training never builds this."""
+        return hidden @ self.wte.weight.t()
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator) -> "GPT2":
+        """GPT-2's initialisation: N(0, 0.02), positions N(0, 0.01), biases 0; residual projections scaled by
+        1 / sqrt(2 layers)."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                scale = (2 * self.config.n_layer) ** -0.5 if name.endswith("c_proj.weight") else 1.0
+                spread = 0.01 if name == "wpe.weight" else 0.02 * scale
+                parameter.normal_(0.0, spread, generator=generator)
+        return self

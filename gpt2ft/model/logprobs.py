@@ -1,0 +1,91 @@
+"""The only thing training ever asks of the model: the log-probability of each supervised target.
+
+The vocabulary head runs on supervised positions alone, in chunks, and its logits live only as long as one
+chunk: [N, V] is never built. The backward pass computes a chunk's logits again.
+
+Shape letters: N tokens, S supervised targets, C one chunk of S, E embedding width, V rows of the vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from gpt2ft.model.attention import Backend, attention_for
+from gpt2ft.model.gpt2 import GPT2
+from gpt2ft.stream import TokenStream
+
+CHUNK = 1024
+
+
+class TargetLogProbs(nn.Module):
+    """TokenStream -> log p(target | everything the target's token sees), float32 [S].
+
+    Args:
+        vocabulary: ids in use. Rows of the table beyond it are padding; their log-probability is minus
+            infinity (they are left out of the normalisation, and no target may name them).
+    """
+
+    def __init__(self, gpt2: GPT2, vocabulary: int, backend: Backend) -> None:
+        super().__init__()
+        self.gpt2 = gpt2
+        self.vocabulary = vocabulary
+        self.backend = backend
+
+    def forward(self, stream: TokenStream) -> Tensor:
+        dropout = self.gpt2.config.attention_dropout if self.training else 0.0
+        attend = attention_for(stream.horizons, stream.num_tokens, self.backend, dropout)
+        hidden = self.gpt2(stream.tokens, stream.positions, attend)[stream.supervised]  # [S, E]
+        weight = self.gpt2.wte.weight
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        parts = []
+        for start in range(0, stream.num_supervised, CHUNK):
+            chunk = slice(start, start + CHUNK)
+            parts.append(_LogProbs.apply(hidden[chunk], weight, stream.targets[chunk], self.vocabulary))
+        scored = sum(len(part) for part in parts)
+        # The rest are entries of weight 0. They stay connected to every parameter, so that a stream
+        # without supervision takes part in the gradient all-reduce like any other.
+        parts.append((hidden[scored:].float().sum(-1) + weight[0].float().sum()) * 0.0)
+        return torch.cat(parts)
+
+
+class _LogProbs(torch.autograd.Function):
+    """log softmax(h W^T)[target] for one chunk: logits and sums in float32, products in the dtype of h.
+
+    d log p(t) / d logits = onehot(t) - softmax(logits)
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
+        logits = _logits(hidden, weight, vocabulary)
+        normalizer = logits.logsumexp(-1)  # [C]
+        ctx.save_for_backward(hidden, weight, targets, normalizer)
+        ctx.vocabulary = vocabulary
+        return logits.gather(-1, targets[:, None])[:, 0] - normalizer
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        hidden, weight, targets, normalizer = ctx.saved_tensors
+        d_logits = _logits(hidden, weight, ctx.vocabulary).sub_(normalizer[:, None]).exp_()  # softmax [C, V]
+        d_logits.mul_(-gradient[:, None])
+        d_logits.scatter_add_(-1, targets[:, None], gradient[:, None])
+        d_logits = d_logits.to(hidden.dtype)
+        d_hidden = d_logits @ weight if ctx.needs_input_grad[0] else None
+        d_weight = d_logits.t() @ hidden if ctx.needs_input_grad[1] else None
+        return d_hidden, d_weight, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, vocabulary: int) -> Tensor:
+    """[C, V] in float32, minus infinity in the padding columns.
+
+    GPT-2's logits lie around -100, where bfloat16 resolves steps of 0.5: their sum must not be rounded to it.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):  # which would round the sum after all
+        if hidden.dtype == torch.float32:
+            logits = hidden @ weight.t()
+        elif hidden.is_cuda:
+            logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+        else:
+            logits = hidden.float() @ weight.float().t()
+    logits[:, vocabulary:] = -torch.inf
+    return logits

@@ -1,0 +1,253 @@
+"""GPT-2's weights in and out: hub names and Hugging Face folders, safetensors only.
+
+Nothing here executes anything it reads: safetensors and JSON, checked against the configuration before
+they are used. Shape letters: V rows of the vocabulary table, E embedding width.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gpt2ft.files import write_json, write_safetensors
+from gpt2ft.model.gpt2 import GPT2, GPT2Config
+
+PREFIX = "transformer."
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A published GPT-2: where it lies, at which commit, and its shape (all have 1,024 positions)."""
+
+    repository: str
+    revision: str
+    n_layer: int
+    n_head: int
+    n_embd: int
+
+    def config(self) -> GPT2Config:
+        return GPT2Config(vocab_size=50257, n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd)
+
+
+HUB_MODELS = {
+    "distilgpt2": HubModel("distilbert/distilgpt2", "2290a62682d06624634c1f46a6ad5be0f47f38aa", 6, 12, 768),
+    "gpt2": HubModel("openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e", 12, 12, 768),
+    "gpt2-medium": HubModel("openai-community/gpt2-medium", "6dcaa7a952f72f9298047fd5137cd6e4f05f41da", 24, 16, 1024),
+    "gpt2-large": HubModel("openai-community/gpt2-large", "32b71b12589c2f8d625668d2335a01cac3249519", 36, 20, 1280),
+    "gpt2-xl": HubModel("openai-community/gpt2-xl", "15ea56dee5df4983c59b2538573817e1667135e2", 48, 25, 1600),
+}
+
+
+class ModelError(ValueError):
+    """A model folder that cannot be used; the message says why and what to do."""
+
+
+def find_folder(path: str) -> Path:
+    """The folder with `config.json` that `path` names: itself, or the `model/` of a run."""
+    folder = Path(path)
+    for candidate in (folder, folder / "model"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    if not folder.exists():
+        names = ", ".join(HUB_MODELS)
+        raise ModelError(f"`model.path` must be a folder or one of {names}, but {path!r} is neither")
+    if (folder / "checkpoints").is_dir():
+        raise ModelError(f"{folder} is a run that has not finished: run the same command again to finish it")
+    raise ModelError(f"{folder} holds no config.json, so it is not a model folder")
+
+
+def download(name: str) -> Path:
+    """The local snapshot of a published model, downloaded at its pinned revision unless it is cached.
+
+    Raises:
+        ModelError: without a network and a cached copy.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    hub = HUB_MODELS[name]
+    files = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
+    try:
+        folder = Path(snapshot_download(hub.repository, revision=hub.revision, allow_patterns=files))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"{name} could not be downloaded ({type(error).__name__}) and is not in the cache: put "
+            f"{', '.join(files)} of huggingface.co/{hub.repository} into a folder and pass it as `model.path`, "
+            "or train from random weights with `--model.random_init true`"
+        ) from error
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        raise ModelError(f"the cached copy of {name} in {folder} lacks {', '.join(missing)}: download it again")
+    return folder
+
+
+def read_config(folder: Path) -> GPT2Config:
+    """The shape in a Hugging Face `config.json`.
+
+    Raises:
+        ModelError: if it is not a GPT-2 as this package computes it.
+    """
+    file = folder / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} must be a JSON file, but: {error}") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{file} must hold a JSON object, but holds a {type(values).__name__}")
+    expected = {
+        "model_type": ("gpt2",),
+        "activation_function": ("gelu_new", None),
+        "scale_attn_weights": (True, None),
+        "scale_attn_by_inverse_layer_idx": (False, None),
+        "add_cross_attention": (False, None),
+        "tie_word_embeddings": (True, None),
+    }
+    for key, allowed in expected.items():
+        if values.get(key) not in allowed:
+            raise ModelError(f"{file}: `{key}` must be {allowed[0]!r}, but is {values.get(key)!r}")
+    names = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"]
+    for name in names:
+        if type(values.get(name)) is not int or values[name] < 1:
+            raise ModelError(f"{file}: `{name}` must be a positive whole number, but is {values.get(name)!r}")
+    inner = 4 * values["n_embd"]
+    if values.get("n_inner") not in (None, inner):
+        raise ModelError(f"{file}: `n_inner` must be null or 4 `n_embd` = {inner}, but is {values['n_inner']!r}")
+    epsilon = values.get("layer_norm_epsilon", 1e-5)
+    if type(epsilon) not in (int, float) or not epsilon > 0:
+        raise ModelError(f"{file}: `layer_norm_epsilon` must be a positive number, but is {epsilon!r}")
+    try:
+        return GPT2Config(**{name: values[name] for name in names}, layer_norm_epsilon=epsilon)
+    except ValueError as error:
+        raise ModelError(f"{file}: {error}") from error
+
+
+def read_weights(folder: Path, config: GPT2Config) -> dict[str, Tensor]:
+    """The parameters of a Hugging Face folder in float32, by this package's names.
+
+    Accepts one file or shards, names with or without the `transformer.` prefix, and the constant
+    attention buffers of old checkpoints.
+
+    Raises:
+        ModelError: on a missing, unknown, misshapen or non-finite tensor, or a head that is not the embedding.
+    """
+    with torch.device("meta"):
+        shapes = {name: tuple(parameter.shape) for name, parameter in GPT2(config).named_parameters()}
+    weights: dict[str, Tensor] = {}
+    head = None
+    for file in _weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
+                    short = name.removeprefix(PREFIX)
+                    if short.endswith((".attn.bias", ".attn.masked_bias")):
+                        continue
+                    if short == "lm_head.weight":
+                        head = tensors.get_tensor(name)
+                        continue
+                    if short not in shapes:
+                        raise ModelError(f"{file}: `{name}` is not a parameter of this GPT-2")
+                    shape = tuple(tensors.get_slice(name).get_shape())
+                    if shape != shapes[short]:
+                        raise ModelError(f"{file}: `{name}` must have shape {shapes[short]}, but has {shape}")
+                    weights[short] = tensors.get_tensor(name).float()
+        except SafetensorError as error:
+            raise ModelError(f"{file} is not a readable safetensors file ({error})") from error
+    missing = sorted(shapes.keys() - weights.keys())
+    if missing:
+        raise ModelError(f"{folder} lacks {len(missing)} parameters, the first is `{missing[0]}`")
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise ModelError(f"{folder}: `{name}` holds values that are not finite")
+    if head is not None and not torch.equal(head.float(), weights["wte.weight"]):
+        raise ModelError(f"{folder}: `lm_head.weight` must equal `wte.weight` (GPT-2's head is tied), but differs")
+    return weights
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        try:
+            names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index} must be JSON with a `weight_map`, but is not ({error!r})") from error
+        for name in names:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise ModelError(f"{index} names {name!r}, which is not a file of this folder")
+        return [folder / name for name in names]
+    hint = ""
+    if (folder / "pytorch_model.bin").is_file():
+        hint = ": pytorch_model.bin is a pickle and is never opened here, save it again with safe_serialization=True"
+    raise ModelError(f"{folder} holds no model.safetensors{hint}")
+
+
+def extend_vocabulary(
+    table: Tensor, vocabulary: int, rows: int, copies: Mapping[int, int], generator: torch.Generator
+) -> Tensor:
+    """The embedding table [V, E] -> [rows, E]: new ids up to `vocabulary`, then padding rows of zero.
+
+    A new row starts at the mean of the old ones: its logit is then about the average logit, so that the
+    distribution over the old tokens hardly moves (Hewitt 2021, "Initializing New Word Embeddings for
+    Pretrained Language Models"). A little noise, a tenth of the old rows' spread, tells the new rows apart.
+    `copies` maps a new id to an old one whose row it starts from instead.
+    """
+    old = min(len(table), vocabulary)
+    extended = torch.zeros(rows, table.shape[1])
+    extended[:old] = table[:old]
+    if vocabulary > old:
+        known = table[:old]
+        noise = torch.randn(vocabulary - old, table.shape[1], generator=generator)
+        extended[old:vocabulary] = known.mean(0) + 0.1 * known.std(0) * noise
+        for new, source in copies.items():
+            if new >= old:
+                extended[new] = table[source]
+    return extended
+
+
+def write_model(
+    folder: Path, weights: Mapping[str, Tensor], config: GPT2Config, vocabulary: int, token_ids: Mapping[str, int]
+) -> None:
+    """Writes `model.safetensors` and `config.json` as transformers, vLLM and llama.cpp read them.
+
+    The table is cropped to the ids in use and the tied head is not written again. `token_ids` holds
+    `bos_token_id`, `eos_token_id` and `pad_token_id`.
+    """
+    tensors = {PREFIX + name: tensor for name, tensor in weights.items()}
+    tensors[PREFIX + "wte.weight"] = weights["wte.weight"][:vocabulary]
+    write_safetensors(folder / "model.safetensors", tensors)
+    hugging_face = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "attn_pdrop": config.attention_dropout,
+        "dtype": "float32",
+        "embd_pdrop": config.dropout,
+        "layer_norm_epsilon": config.layer_norm_epsilon,
+        "n_ctx": config.n_positions,  # llama.cpp reads this one
+        "n_embd": config.n_embd,
+        "n_head": config.n_head,
+        "n_inner": None,
+        "n_layer": config.n_layer,
+        "n_positions": config.n_positions,
+        "resid_pdrop": config.dropout,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "vocab_size": vocabulary,
+    }
+    write_json(folder / "config.json", hugging_face | dict(token_ids))
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes and float32 values, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().float().cpu().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.numpy())
+    return digest.hexdigest()
