@@ -1,0 +1,86 @@
+"""Packing: which trees share a stream, and the stream that they become.
+
+Shape letters as in stream.py: N tokens, S supervised targets.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gpt2ft.data.token_tree import TokenTree
+from gpt2ft.stream import TokenStream
+
+
+def pack(sizes: NDArray[np.int64], capacity: int, random: np.random.Generator) -> list[list[int]]:
+    """Best-fit decreasing: each item goes to the fullest bin that still holds it, large items first.
+
+    Sizes are shaken by up to 2 % for the order alone, so that other seeds give other neighbours.
+
+    Returns:
+        Bins of indices into `sizes`. Each holds at most `capacity`.
+    """
+    if len(sizes) and sizes.max() > capacity:
+        raise ValueError(f"an item of {sizes.max()} does not fit a bin of {capacity}")
+    order = np.argsort(-sizes * random.uniform(0.98, 1.0, len(sizes)), kind="stable")
+    bins: list[list[int]] = []
+    by_gap: dict[int, list[int]] = {}  # free tokens -> bins with exactly that much room
+    gaps = 0  # the same gaps as bits, so that the smallest sufficient one is a shift away
+    for item in order.tolist():
+        size = int(sizes[item])
+        sufficient = gaps >> size
+        if sufficient:
+            gap = size + (sufficient & -sufficient).bit_length() - 1
+            bin = by_gap[gap].pop()
+            if not by_gap[gap]:
+                gaps &= ~(1 << gap)
+        else:
+            bin, gap = len(bins), capacity
+            bins.append([])
+        bins[bin].append(item)
+        by_gap.setdefault(gap - size, []).append(bin)
+        gaps |= 1 << (gap - size)
+    return bins
+
+
+def build_stream(trees: Sequence[TokenTree], capacity: int, target_capacity: int) -> TokenStream:
+    """Lays trees out one after the other.
+
+    Args:
+        capacity: N. The tail is filled with tokens that see only themselves.
+        target_capacity: S, at least 1. The tail is filled with targets of weight 0.
+
+    Raises:
+        ValueError: if the trees do not fit.
+    """
+    num_tokens = sum(len(tree.tokens) for tree in trees)
+    num_supervised = sum(tree.num_supervised for tree in trees)
+    if num_tokens > capacity or num_supervised > target_capacity or target_capacity < 1:
+        raise ValueError(f"{num_tokens} tokens, {num_supervised} targets do not fit {capacity}, {target_capacity}")
+    tokens = np.zeros(capacity, np.int64)
+    positions = np.zeros(capacity, np.int64)
+    horizons = np.arange(1, capacity + 1)
+    supervised = np.zeros(target_capacity, np.int64)
+    targets = np.zeros(target_capacity, np.int64)
+    weights = np.zeros(target_capacity, np.float32)
+    groups = np.zeros(target_capacity, np.int64)
+    at, scored = 0, 0
+    for tree in trees:
+        end = at + len(tree.tokens)
+        within = np.arange(len(tree.tokens)) - np.repeat(tree.starts, tree.lengths)
+        tokens[at:end] = tree.tokens
+        positions[at:end] = within + np.repeat(tree.depths, tree.lengths)
+        horizons[at:end] = at + np.repeat(tree.ends, tree.lengths)
+        # A token is scored if the next one belongs to the same, supervised node.
+        last = within == np.repeat(tree.lengths, tree.lengths) - 1
+        token_weights = np.repeat(tree.weights, tree.lengths)
+        index = np.flatnonzero((token_weights > 0) & ~last)
+        chosen = slice(scored, scored + len(index))
+        supervised[chosen] = at + index
+        targets[chosen] = tree.tokens[index + 1]
+        weights[chosen] = token_weights[index]
+        groups[chosen] = np.repeat(tree.groups, tree.lengths)[index]
+        at, scored = end, scored + len(index)
+    arrays = (tokens, positions, horizons, supervised, targets, weights, groups)
+    return TokenStream(*map(torch.from_numpy, arrays), num_tokens=num_tokens, num_supervised=num_supervised)
