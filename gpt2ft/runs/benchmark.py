@@ -1,0 +1,154 @@
+"""How fast a shape trains on this machine: tokens/s, peak memory, and where the time goes.
+
+Conversations are made up (random tokens, trees in the proportions of OASST), so nothing is downloaded, and
+neither `datasets` nor a tokenizer is needed.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from gpt2ft.data.packing import build_stream, pack
+from gpt2ft.data.token_tree import TokenTree, fit_context, split, weigh
+from gpt2ft.model.attention import default_backend
+from gpt2ft.model.gpt2 import GPT2
+from gpt2ft.model.logprobs import TargetLogProbs
+from gpt2ft.model.pretrained import HUB_MODELS
+from gpt2ft.objectives.sft import SFT
+from gpt2ft.random import generator, seed_for
+from gpt2ft.settings import BenchmarkSettings, OptimizerSettings
+from gpt2ft.stream import TokenStream
+from gpt2ft.training import distributed
+from gpt2ft.training.optimizer import adamw
+
+VOCABULARY = 50261  # GPT-2's tokens and the chat tokens
+ROWS = 50304
+PHASES = ("stream", "forward", "backward", "optimizer")
+
+
+def run(settings: BenchmarkSettings) -> None:
+    accelerator = distributed.start(settings.precision, settings.micro_batches * _processes())
+    device = accelerator.device
+    random = torch.Generator().manual_seed(seed_for(settings.seed, "weights"))
+    gpt2 = GPT2(replace(HUB_MODELS[settings.model].config(), vocab_size=ROWS)).initialize(random).to(device)
+    backend = default_backend(device, 0.0) if settings.attention == "auto" else settings.attention
+    model = TargetLogProbs(gpt2, VOCABULARY, backend)
+    model, optimizer = accelerator.prepare(model, adamw(gpt2, OptimizerSettings(), fused=device.type == "cuda"))
+    streams = Streams(settings, accelerator.process_index)
+    objective = SFT()
+    seconds = dict.fromkeys(PHASES, 0.0)
+    tokens = 0
+    for step in range(settings.steps + 1):
+        if step == 1:  # the first compiles and allocates
+            seconds, tokens = dict.fromkeys(PHASES, 0.0), 0
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+        for _ in range(settings.micro_batches):
+            with accelerator.accumulate(model):
+                stream = timed(seconds, "stream", device, lambda: streams.next().to(device))
+                count = objective.count(stream) * settings.micro_batches
+                loss = timed(seconds, "forward", device, lambda s=stream: objective.loss(model(s), s))
+                scale = distributed.loss_scale(accelerator, count)
+                timed(seconds, "backward", device, lambda x=loss * scale: accelerator.backward(x))
+                tokens += stream.num_tokens
+        timed(seconds, "optimizer", device, lambda: update(accelerator, model, optimizer))
+    (tokens,) = distributed.global_sum(accelerator, tokens)
+    if accelerator.is_main_process:
+        report(settings, accelerator, gpt2, backend, tokens, seconds)
+
+
+def update(accelerator: Any, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def timed(seconds: dict[str, float], phase: str, device: torch.device, work: Callable[[], Any]) -> Any:
+    started = time.perf_counter()
+    result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds[phase] += time.perf_counter() - started
+    return result
+
+
+def report(
+    settings: BenchmarkSettings, accelerator: Any, gpt2: GPT2, backend: str, tokens: float, seconds: dict[str, float]
+) -> None:
+    total = sum(seconds.values())
+    parameters = sum(parameter.numel() for parameter in gpt2.parameters())
+    print(
+        f"{settings.model}, {parameters / 1e6:.0f}M parameters, {accelerator.num_processes} x {accelerator.device.type}, "
+        f"{accelerator.mixed_precision if accelerator.mixed_precision != 'no' else 'fp32'}, {backend} attention, "
+        f"{settings.micro_batches} x {settings.tokens_per_micro_batch:,} tokens a step"
+    )
+    print(f"tokens/s       {tokens / total:,.0f}  ({6 * parameters * tokens / total / 1e12:.2f} TFLOP/s at 6 x parameters)")
+    print(f"peak memory    {peak_memory(accelerator.device) / 2**30:.2f} GiB")
+    for phase, spent in seconds.items():
+        print(f"{phase:<14} {1000 * spent / settings.steps:,.0f} ms a step, {spent / total:.0%}")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes on the device; of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Streams:
+    """An endless supply of full streams."""
+
+    def __init__(self, settings: BenchmarkSettings, rank: int) -> None:
+        self.capacity = settings.tokens_per_micro_batch
+        random = generator(settings.seed, "conversations", rank)
+        needed = settings.micro_batches * self.capacity * 3
+        trees: list[TokenTree] = []
+        while sum(len(tree.tokens) for tree in trees) < needed:
+            whole = weigh(made_up_tree(random), "once")
+            fitting, _ = fit_context(whole, settings.max_length)
+            trees += [part for tree in fitting for part in split(tree, self.capacity)]
+        sizes = np.array([len(tree.tokens) for tree in trees])
+        bins = sorted(pack(sizes, self.capacity, random), key=lambda bin: -sizes[bin].sum())[:-1]
+        self.bins = [[trees[i] for i in bin] for bin in bins]
+        self.targets = max(sum(tree.num_supervised for tree in bin) for bin in self.bins)
+        self.at = 0
+
+    def next(self) -> TokenStream:
+        stream = build_stream(self.bins[self.at % len(self.bins)], self.capacity, self.targets)
+        self.at += 1
+        return stream
+
+
+def made_up_tree(random: np.random.Generator) -> TokenTree:
+    """One prompt of about 30 tokens, two or three replies of about 180, most followed up once more."""
+    lengths, parents, roles = [int(random.integers(10, 60))], [-1], [1]
+    for _ in range(int(random.integers(2, 4))):
+        parents.append(0)
+        roles.append(2)
+        lengths.append(int(random.integers(40, 320)))
+        if random.random() < 0.7:
+            parents += [len(lengths) - 1, len(lengths)]
+            roles += [1, 2]
+            lengths += [int(random.integers(10, 60)), int(random.integers(40, 320))]
+    size = len(lengths)
+    return TokenTree(
+        tokens=random.integers(0, VOCABULARY, sum(lengths)),
+        lengths=np.array(lengths, np.int32),
+        parents=np.array(parents, np.int32),
+        roles=np.array(roles, np.int8),
+        weights=np.zeros(size, np.float32),
+        groups=np.zeros(size, np.int32),
+        messages=np.arange(size, dtype=np.int32),
+    )
+
+
+def _processes() -> int:
+    import os
+
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,70 @@
+"""The plan of a run in a few lines for people."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+from gpt2ft.data.plan import Plan
+from gpt2ft.model.gpt2 import GPT2Config
+from gpt2ft.model.logprobs import CHUNK
+from gpt2ft.runs.assemble import Corpus, Policy
+
+GIB = 2**30
+
+
+def describe(
+    policy: Policy, corpus: Corpus, held_out: Corpus | None, plan: Plan, eval_plan: Plan | None, steps: int, bf16: bool
+) -> str:
+    """Model, data, what was dropped and why, and the steps to come."""
+    config = policy.gpt2.config
+    parameters = sum(parameter.numel() for parameter in policy.gpt2.parameters())
+    lines = [
+        f"model     {policy.source}: {parameters / 1e6:.1f}M parameters, {config.n_layer} layers x {config.n_embd}, "
+        f"{len(policy.tokenizer):,} tokens, context {config.n_positions:,}",
+        *_data_lines("train", corpus, plan),
+    ]
+    if held_out is not None and eval_plan is not None:
+        lines += _data_lines("held out", held_out, eval_plan)
+    epochs = steps / plan.steps_per_epoch
+    lines.append(
+        f"streams   {len(plan.streams):,} of {plan.capacity:,} tokens, {plan.fill:.1%} full; "
+        f"{plan.supervised / plan.tokens:.0%} of the tokens are supervised"
+    )
+    lines.append(
+        f"training  {steps:,} steps of {plan.micro_batches_per_step} x {plan.capacity:,} tokens, "
+        f"{plan.steps_per_epoch:,} to an epoch, {epochs:.3g} epochs"
+    )
+    lines.append(f"memory    about {memory_estimate(config, parameters, plan.capacity, bf16) / GIB:.1f} GiB per device")
+    return "\n".join(lines)
+
+
+def memory_estimate(config: GPT2Config, parameters: int, capacity: int, bf16: bool) -> float:
+    """Bytes for full fine-tuning on one device: a guide, the real peak is for the device to say.
+
+    Weights, gradients and two Adam moments in float32; per layer about 18 activations as wide as the
+    embedding; two copies of one chunk of logits.
+    """
+    width = 2 if bf16 else 4
+    state = parameters * (16 + (2 if bf16 else 0))
+    activations = capacity * config.n_embd * width * (18 * config.n_layer + 4)
+    return state + activations + 2 * CHUNK * config.vocab_size * 4
+
+
+def dropped(corpus: Corpus, plan: Plan) -> Counter[str]:
+    """Everything left out by reason: messages by the sources and the context, conversations by the corpus."""
+    reasons: Counter[str] = Counter()
+    for store in corpus.stores:
+        reasons.update(store.ledger.dropped)
+    reasons["too long"] += plan.pieces.too_long
+    return +(reasons + corpus.dropped)
+
+
+def _data_lines(label: str, corpus: Corpus, plan: Plan) -> Iterator[str]:
+    names = " + ".join(store.source for store in corpus.stores)
+    read = sum(store.ledger.read for store in corpus.stores)
+    yield (
+        f"{label:<9} {names}: {len(corpus.rows):,} conversations, {plan.tokens:,} tokens, "
+        f"{plan.supervised:,} supervised; {read:,} messages read"
+    )
+    reasons = dropped(corpus, plan)
+    if reasons:
+        yield f"{'':<9} dropped: " + ", ".join(f"{number:,} {reason}" for reason, number in reasons.most_common())

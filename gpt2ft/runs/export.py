@@ -1,0 +1,29 @@
+"""Model folders in Hugging Face layout: weights, tokenizer, chat template and generation settings.
+
+They load in transformers, and in what reads its folders, with nothing of this package installed.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from gpt2ft.files import complete_folder, write_json
+from gpt2ft.model.gpt2 import GPT2Config
+from gpt2ft.model.pretrained import write_model
+from gpt2ft.text.tokenizer import ChatTokenizer
+
+
+def write_folder(folder: Path, weights: Mapping[str, Tensor], config: GPT2Config, tokenizer: ChatTokenizer) -> None:
+    """Writes a complete model folder, or none.
+
+    Raises:
+        OSError: if it could not be written.
+    """
+    eos, pad = tokenizer.end_id, tokenizer.end_of_text_id
+    token_ids = {"bos_token_id": pad, "eos_token_id": eos, "pad_token_id": pad}
+    with complete_folder(folder) as temporary:
+        tokenizer.save(temporary, model_max_length=config.n_positions)
+        generation = token_ids | {"eos_token_id": [eos, pad], "do_sample": False}
+        write_json(temporary / "generation_config.json", generation)
+        write_model(temporary, weights, config, len(tokenizer), token_ids)

@@ -1,0 +1,32 @@
+"""How every script ends: with what it did, or with one clear sentence and a code that is not 0."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from gpt2ft.settings import SettingsError, fail
+
+
+def run(work: Callable[[Any], None], settings: Any) -> None:
+    """Runs `work`, and turns the failures a person can do something about into a sentence.
+
+    Exit codes: 2 for settings, data and model folders; 1 for what happens while running; 130 for Ctrl-C.
+    """
+    from gpt2ft.data.oasst import DataError
+    from gpt2ft.model.pretrained import ModelError
+    from gpt2ft.training.checkpoint import CheckpointError
+    from gpt2ft.training.distributed import LaunchError
+    from gpt2ft.training.fit import TrainingDiverged
+    from gpt2ft.training.preflight import PreflightError
+
+    try:
+        work(settings)
+    except (SettingsError, DataError, ModelError, ConnectionError, LaunchError, CheckpointError, PreflightError) as error:
+        fail(str(error))
+    except TrainingDiverged as error:
+        fail(str(error), code=1)
+    except OSError as error:
+        fail(f"{error}; what was complete before is intact, and the same command continues from it", code=1)
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command continues from the newest checkpoint", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,236 @@
+"""A training run: what SFT and DPO share, in the order in which things can go wrong."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gpt2ft.data.plan import Plan, cut_to_fit
+from gpt2ft.model.attention import Backend, default_backend
+from gpt2ft.model.logprobs import TargetLogProbs
+from gpt2ft.objectives.objective import Objective
+from gpt2ft.runs.assemble import Corpus, Policy, command, load_corpora, load_policy, versions
+from gpt2ft.runs.describe import describe, dropped
+from gpt2ft.runs.export import write_folder
+from gpt2ft.runs.output import Output
+from gpt2ft.runs.samples import Sample, answer, held_out_prompts
+from gpt2ft.settings import SettingsError, SFTSettings, TrainingSettings
+from gpt2ft.training import checkpoint, distributed, preflight
+from gpt2ft.training.checkpoint import TrainState
+from gpt2ft.training.evaluate import evaluate, total
+from gpt2ft.training.fit import Job, fit
+from gpt2ft.training.optimizer import adamw
+from gpt2ft.training.tracking import Tracker
+
+
+def train(settings: SFTSettings, objective: Objective) -> None:
+    """Trains from the start or from the newest checkpoint, or only shows the plan."""
+    training = settings.training
+    accelerator = distributed.start(training.precision, training.micro_batches_per_step, training.deterministic)
+    main, precision = accelerator.is_main_process, accelerator.mixed_precision
+    output = Output(settings.output)
+    if main and not settings.dry_run:
+        output.claim(settings)
+    accelerator.wait_for_everyone()
+
+    policy = load_policy(settings.model, training.seed)
+    check_length(settings, policy)
+    corpus, held_out = load_corpora(settings.data, policy.tokenizer)
+    plan = plan_for(corpus, settings, shuffle=True)
+    eval_plan = plan_for(held_out, settings, shuffle=False) if held_out else None
+    steps = training.steps or training.epochs * plan.steps_per_epoch
+    if main:
+        print(describe(policy, corpus, held_out, plan, eval_plan, steps, precision == "bf16"), flush=True)
+    if settings.dry_run:
+        return
+
+    model = TargetLogProbs(policy.gpt2, len(policy.tokenizer), backend_for(settings, accelerator.device))
+    model.to(accelerator.device)
+    check(model, plan, policy, verbose=main)
+    identity = what_must_not_change(settings, policy, corpus, steps, precision)
+    state, found = resume(output, identity, verbose=main)
+    if found:
+        policy.gpt2.load_state_dict(checkpoint.read_weights(found))
+    optimizer = adamw(policy.gpt2, settings.optimizer, fused=accelerator.device.type == "cuda")
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    preflight.check_same_parameters(model, prepared)
+    if found:
+        checkpoint.load_moments(found, policy.gpt2, optimizer, state.updates)
+
+    manifest = {
+        "command": command(),
+        "versions": versions(),
+        "processes": accelerator.num_processes,
+        "precision": precision,
+        "attention": model.backend,
+        "identity": identity,
+        "dropped": dropped(corpus, plan),
+        "plan": {"streams": len(plan.streams), "steps": steps, "tokens": plan.tokens, "supervised": plan.supervised},
+    }
+    if main:
+        output.write_manifest(manifest)
+    tracker = Tracker(output.folder, state.step, steps, settings.model_dump(mode="json"), active=main)
+    evaluation = Evaluation(accelerator, prepared, policy, held_out, eval_plan, tracker, training)
+
+    def save(state: TrainState) -> None:
+        if main:
+            checkpoint.save(output.checkpoints, policy.gpt2, optimizer, state, identity)
+            checkpoint.prune(output.checkpoints, training.keep_checkpoints, state.best_step)
+        accelerator.wait_for_everyone()
+
+    job = Job(
+        accelerator=accelerator,
+        model=prepared,
+        optimizer=optimizer,
+        objective=objective,
+        plan=plan,
+        steps=steps,
+        training=training,
+        optimization=settings.optimizer,
+        tracker=tracker,
+        evaluate=evaluation,
+        save=save,
+    )
+    try:
+        if not found:
+            evaluation(0)
+        state = fit(job, state)
+    finally:
+        tracker.close()
+    if main:
+        finish(output, policy, state, manifest)
+        print(evaluation.transcript())
+        print(f"finished: {output.model}\nnext: {next_command(settings, output)}")
+    accelerator.end_training()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out loss and sample replies at a step. All processes call it together."""
+
+    accelerator: Any
+    model: nn.Module  # prepared
+    policy: Policy
+    held_out: Corpus | None
+    plan: Plan | None
+    tracker: Tracker
+    training: TrainingSettings
+
+    def __call__(self, step: int) -> float | None:
+        """The held-out loss, logged and said; None without held-out data."""
+        if self.held_out is None or self.plan is None:
+            return None
+        scores = evaluate(self.model, self.plan, self.policy.tokenizer.byte_lengths(), self.accelerator)
+        score = total(scores)
+        metrics = {f"eval/{name}": value for name, value in score.figures().items()}
+        if len(scores) > 1:
+            for store, part in zip(self.held_out.stores, scores, strict=True):
+                metrics[f"eval/loss/{store.source}"] = part.nats_per_token
+        self.tracker.log(step, metrics)
+        self.tracker.say(
+            f"step {step}: held-out loss {score.nats_per_token:.4f} nats/token, "
+            f"perplexity {score.perplexity:,.2f}, {score.bits_per_byte:.4f} bits/byte"
+        )
+        for number, sample in enumerate(self.samples()):
+            self.tracker.text(step, f"samples/{number}", str(sample))
+        return score.nats_per_token
+
+    def samples(self) -> list[Sample]:
+        if self.held_out is None or not self.accelerator.is_main_process:
+            return []
+        longest = self.training.sample_tokens
+        prompts = held_out_prompts(self.held_out, self.policy, self.training.sample_prompts, longest)
+        return answer(self.policy, prompts, longest)
+
+    def transcript(self) -> str:
+        samples = self.samples()
+        title = ["\nReplies to prompts it has never seen:"] if samples else []
+        return "\n\n".join([*title, *map(str, samples), ""])
+
+
+def check_length(settings: SFTSettings, policy: Policy) -> None:
+    context = policy.gpt2.config.n_positions
+    if settings.data.max_length > context:
+        raise SettingsError(
+            f"`data.max_length` must be at most the model's context of {context}, but is {settings.data.max_length}"
+        )
+
+
+def backend_for(settings: SFTSettings, device: torch.device) -> Backend:
+    chosen = settings.model.attention
+    return default_backend(device, settings.model.attention_dropout) if chosen == "auto" else chosen
+
+
+def plan_for(corpus: Corpus, settings: SFTSettings, shuffle: bool) -> Plan:
+    data, training = settings.data, settings.training
+    weight = data.message_weight if shuffle else "once"  # evaluation counts every message once
+    pieces = cut_to_fit(corpus.stores, corpus.rows, weight, data.max_length, training.tokens_per_micro_batch)
+    return Plan(pieces, training.tokens_per_micro_batch, training.micro_batches_per_step, training.seed, shuffle)
+
+
+def check(model: TargetLogProbs, plan: Plan, policy: Policy, verbose: bool) -> None:
+    """Everything that can be known to be wrong before step 1.
+
+    Raises:
+        PreflightError: and nothing is trained.
+    """
+    first = [plan.stream(pieces) for pieces in plan.micro_batches(0) if pieces]
+    turns = sum(preflight.check_supervision(stream, policy.tokenizer) for stream in first)
+    preflight.check_tied(model)
+    worst = preflight.check_isolation(model, first[0])
+    if verbose:
+        print(f"checked   {turns} supervised turns all stop; packed = alone within {worst:.1g} ({model.backend} attention)")
+
+
+def what_must_not_change(settings: SFTSettings, policy: Policy, corpus: Corpus, steps: int, precision: str) -> dict:
+    """What a run must share with its checkpoint to continue from it."""
+    training = {"tokens_per_micro_batch", "micro_batches_per_step", "seed", "max_grad_norm", "deterministic"}
+    return {
+        "model": settings.model.model_dump(mode="json"),
+        "data": settings.data.model_dump(mode="json", exclude={"cache"}),
+        "training": settings.training.model_dump(mode="json", include=training),
+        "optimizer": settings.optimizer.model_dump(mode="json"),
+        "steps": steps,
+        "precision": precision,
+        "tokenised_data": corpus.identity(),
+        "conversations": len(corpus.rows),
+        "initial_weights": policy.digest,
+    }
+
+
+def resume(output: Output, identity: dict, verbose: bool) -> tuple[TrainState, Path | None]:
+    """Where to go on from: the newest whole checkpoint and its folder, or the start and None.
+
+    Raises:
+        SettingsError: if the checkpoint belongs to a run that trains on other things or in another way.
+        CheckpointError: if there are checkpoints, but all are damaged.
+    """
+    found = checkpoint.find_newest(output.checkpoints, verbose)
+    if found is None:
+        return TrainState(), None
+    state, saved = checkpoint.read_state(found)
+    changed = checkpoint.difference(saved, identity)
+    if changed:
+        raise SettingsError(
+            f"the run in {output.folder} cannot be continued: {changed}; restore it, or pass `--resume never` to train anew"
+        )
+    if verbose:
+        print(f"resuming  {found}", flush=True)
+    return state, found
+
+
+def finish(output: Output, policy: Policy, state: TrainState, manifest: dict) -> None:
+    """Writes `best/` where evaluation ran, and `model/` last: it is what makes the run finished."""
+    config, tokenizer = policy.gpt2.config, policy.tokenizer
+    if state.best_step is not None:
+        best = checkpoint.read_weights(checkpoint.step_folder(output.checkpoints, state.best_step))
+        write_folder(output.best, best, config, tokenizer)
+    output.write_manifest(manifest | {"finished": asdict(state)})
+    write_folder(output.model, policy.weights(), config, tokenizer)
+
+
+def next_command(settings: SFTSettings, output: Output) -> str:
+    data = " ".join(settings.data.eval) or "FILE"
+    return f"python launch/evaluate.py {output.folder} --data {data}"

@@ -1,0 +1,151 @@
+"""The loop. It knows streams, log-probs and an objective, and nothing of what is being trained for."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gpt2ft.data.plan import Plan
+from gpt2ft.objectives.objective import Objective
+from gpt2ft.random import seed_for
+from gpt2ft.settings import OptimizerSettings, TrainingSettings
+from gpt2ft.stream import TokenStream
+from gpt2ft.training.checkpoint import TrainState
+from gpt2ft.training.distributed import global_sum, loss_scale
+from gpt2ft.training.optimizer import learning_rate, set_learning_rate
+from gpt2ft.training.tracking import Tracker
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many steps in a row without a finite gradient."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the loop is handed. Model and optimizer are prepared by the accelerator."""
+
+    accelerator: Any
+    model: nn.Module  # TargetLogProbs
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    plan: Plan
+    steps: int
+    training: TrainingSettings
+    optimization: OptimizerSettings
+    tracker: Tracker
+    evaluate: Callable[[int], float | None]  # steps done -> held-out loss, None without held-out data
+    save: Callable[[TrainState], None]
+
+
+def fit(job: Job, state: TrainState) -> TrainState:
+    """Trains from `state` to the last step."""
+    job.model.train()
+    recent = Recent(job)
+    for step, streams in step_streams(job, state.step):
+        rate = learning_rate(step, job.steps, job.optimization)
+        set_learning_rate(job.optimizer, rate)
+        counted = sum(job.objective.count(stream) for _, stream in streams)
+        tokens = sum(stream.num_tokens for _, stream in streams)
+        counted, tokens = global_sum(job.accelerator, counted, tokens)
+        scale = loss_scale(job.accelerator, counted)
+        for number, stream in streams:
+            with job.accelerator.accumulate(job.model):
+                torch.manual_seed(seed_for(job.training.seed, "dropout", step, number))
+                loss = job.objective.loss(job.model(stream), stream)
+                job.accelerator.backward(loss * scale)
+                recent.loss += loss.detach()
+        norm = float(job.accelerator.clip_grad_norm_(job.model.parameters(), job.training.max_grad_norm))
+        if math.isfinite(norm):
+            job.optimizer.step()
+        job.optimizer.zero_grad()
+        state = state.after_step(updated=math.isfinite(norm))
+        recent.add(counted, tokens, norm)
+        job.tracker.advance()
+        if state.skipped_in_a_row >= job.training.max_skipped_steps:
+            raise TrainingDiverged(
+                f"the gradient was not finite in {state.skipped_in_a_row} steps in a row, the last was step {step}: "
+                "lower `optimizer.learning_rate` or look at the data of these steps"
+            )
+        if is_due(state.step, job.training.log_every, job.steps):
+            recent.log(state, rate)
+        if is_due(state.step, job.training.eval_every or job.plan.steps_per_epoch, job.steps):
+            with recent.paused():
+                loss = job.evaluate(state.step)
+            state = state.after_evaluation(loss) if loss is not None else state
+        save_every = job.training.save_every or job.training.eval_every or job.plan.steps_per_epoch
+        if is_due(state.step, save_every, job.steps) or state.best_step == state.step:
+            with recent.paused():
+                job.save(state)
+    return state
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """Whether something done `every` steps is due after `step` steps; the last step is never left out."""
+    return step % every == 0 or step == last
+
+
+def step_streams(job: Job, start: int) -> Iterator[tuple[int, list[tuple[int, TokenStream]]]]:
+    """(step, [(micro-batch number in the step, stream on the device), ...]) for this process, built one step ahead."""
+    rank, processes, device = job.accelerator.process_index, job.accelerator.num_processes, job.accelerator.device
+    pin = device.type == "cuda"
+
+    def build(step: int) -> list[tuple[int, TokenStream]]:
+        numbered = list(enumerate(job.plan.micro_batches(step)))[rank::processes]
+        streams = [(number, job.plan.stream(pieces)) for number, pieces in numbered]
+        return [(number, stream.pin_memory() if pin else stream) for number, stream in streams]
+
+    with ThreadPoolExecutor(1, thread_name_prefix="streams") as builder:
+        following = builder.submit(build, start) if start < job.steps else None
+        for step in range(start, job.steps):
+            built = following.result()
+            following = builder.submit(build, step + 1) if step + 1 < job.steps else None
+            yield step, [(number, stream.to(device, non_blocking=True)) for number, stream in built]
+
+
+class Recent:
+    """Sums since the last line of metrics."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._clear()
+
+    def _clear(self) -> None:
+        self.loss = torch.zeros((), device=self.job.accelerator.device)  # of this process
+        self.steps, self.counted, self.tokens, self.norms = 0, 0.0, 0.0, 0.0
+        self.seconds, self.since = 0.0, time.perf_counter()
+
+    def add(self, counted: float, tokens: float, norm: float) -> None:
+        """One step: what it counted and its tokens over all processes, its gradient norm before clipping."""
+        self.steps += 1
+        self.counted += counted
+        self.tokens += tokens
+        self.norms += norm
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves what is not training out of the speed."""
+        self.seconds += time.perf_counter() - self.since
+        try:
+            yield
+        finally:
+            self.since = time.perf_counter()
+
+    def log(self, state: TrainState, rate: float) -> None:
+        (loss,) = global_sum(self.job.accelerator, float(self.loss))
+        seconds = self.seconds + time.perf_counter() - self.since
+        metrics = {
+            "train/loss": loss / self.counted if self.counted else math.nan,
+            "train/grad_norm": self.norms / self.steps,
+            "train/learning_rate": rate,
+            "train/tokens_per_second": self.tokens / seconds,
+            "train/skipped_steps": state.step - state.updates,
+        }
+        self.job.tracker.log(state.step, metrics)
+        self.job.tracker.show(state.step, metrics, seconds / self.steps * (self.job.steps - state.step))
+        self._clear()

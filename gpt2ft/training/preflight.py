@@ -1,0 +1,159 @@
+"""Checks before step 1 that refuse to go on: each is a way in which runs have trained on the wrong thing.
+
+They look at finished streams and at the model itself, and use nothing of the code that built them.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from gpt2ft.model.logprobs import TargetLogProbs
+from gpt2ft.stream import TokenStream
+from gpt2ft.text.tokenizer import ChatTokenizer
+
+
+class PreflightError(RuntimeError):
+    """What would be trained is not what should be."""
+
+
+def check_supervision(stream: TokenStream, tokenizer: ChatTokenizer) -> int:
+    """Every supervised target is assistant text, and every supervised turn teaches its `<|end|>`.
+
+    Returns:
+        The number of supervised turns.
+
+    Raises:
+        PreflightError: naming the first token that breaks the rule.
+    """
+    tokens = stream.tokens[: stream.num_tokens].tolist()
+    roles = {id: role for role, id in tokenizer.role_ids.items()}
+    turn_of, turns = [], ["stray"]  # the turn of each token; the role of each turn, after what stands before any
+    for id in tokens:
+        if id in roles:
+            turns.append(roles[id])
+        turn_of.append(len(turns) - 1)
+    counted = stream.weights[: stream.num_supervised] != 0
+    supervised, targets = (x[: stream.num_supervised][counted].tolist() for x in (stream.supervised, stream.targets))
+    taught = set()  # (turn, whether it is its end)
+    for index, target in zip(supervised, targets, strict=True):
+        following = index + 1
+        if following >= len(tokens) or tokens[following] != target or turn_of[following] != turn_of[index]:
+            raise PreflightError(f"the target of token {index} of a stream is not the next token of the same turn")
+        role = turns[turn_of[index]]
+        if role != "assistant":
+            raise PreflightError(f"the {role} token at {index} of a stream is supervised; only assistant turns may be")
+        taught.add((turn_of[index], target == tokenizer.end_id))
+    supervised_turns = {turn for turn, _ in taught}
+    for turn in sorted(supervised_turns):
+        if (turn, True) not in taught:
+            raise PreflightError(f"assistant turn {turn} of a stream teaches no <|end|>: the model would not stop")
+    return len(supervised_turns)
+
+
+@torch.no_grad()
+def check_isolation(model: TargetLogProbs, stream: TokenStream, paths: int = 4) -> float:
+    """Log-probs in the packed stream equal those of a conversation path alone, on this backend and data.
+
+    The model is run in float32 without dropout, before it is wrapped for training.
+
+    Returns:
+        The largest difference found.
+
+    Raises:
+        PreflightError: if it is beyond rounding.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, enabled=False):
+        packed = model(stream.to(device)).cpu()
+        differences = [0.0]
+        chosen = [int(stream.supervised[target]) for target in _spread(stream.num_supervised, paths)]
+        size = max((path_alone(stream, index)[0].num_tokens for index in chosen), default=0)
+        for index in chosen:
+            alone, indices = path_alone(stream, index, size)  # of one size, so that a compiled backend compiles once
+            expected = model(alone.to(device)).cpu()[: alone.num_supervised]
+            differences.append(float((packed[indices] - expected).abs().max()))
+    model.train(was_training)
+    worst = float(torch.tensor(differences).max())  # NaN if one of them is
+    tolerance = 1e-3 if device.type == "cuda" else 1e-4
+    if not worst <= tolerance:
+        raise PreflightError(
+            f"log-probs in a packed stream differ from those of a conversation alone by {worst:.2g} "
+            f"(more than {tolerance}): the attention backend {model.backend} does not isolate conversations here; "
+            "try `--model.attention dense`"
+        )
+    return worst
+
+
+def path_alone(stream: TokenStream, index: int, size: int = 0) -> tuple[TokenStream, Tensor]:
+    """The root-to-leaf path that token `index` lies on, as a stream of its own.
+
+    Found from positions alone, not from the horizons that are to be checked: in depth-first order the token one
+    position up is the nearest one before it, as whatever stands between (a sibling's subtree) lies deeper.
+
+    Args:
+        size: least number of tokens, tail included; rounded up to a multiple of 128.
+
+    Returns:
+        The stream, and the entries of [S] in the old stream that its targets correspond to.
+    """
+    tokens, positions = stream.tokens.tolist(), stream.positions.tolist()
+    last = index
+    while last + 1 < stream.num_tokens and positions[last + 1] == positions[last] + 1:
+        last += 1
+    path, wanted = [], positions[last]
+    for candidate in range(last, -1, -1):
+        if positions[candidate] == wanted:
+            path.append(candidate)
+            wanted -= 1
+        if wanted < 0:
+            break
+    path.reverse()
+    place = {old: new for new, old in enumerate(path)}
+    real = stream.supervised[: stream.num_supervised].tolist()
+    entries = [entry for entry, old in enumerate(real) if old in place]
+    size = -(-max(size, len(path)) // 128) * 128
+    horizons = torch.arange(1, size + 1)
+    horizons[: len(path)] = len(path)
+    padded = torch.zeros(size, dtype=torch.long)
+    padded[: len(path)] = torch.tensor([tokens[old] for old in path])
+    places = torch.zeros(size, dtype=torch.long)
+    places[: len(path)] = torch.arange(len(path))
+    alone = TokenStream(
+        tokens=padded,
+        positions=places,
+        horizons=horizons,
+        supervised=torch.tensor([place[real[entry]] for entry in entries]),
+        targets=stream.targets[entries],
+        weights=stream.weights[entries],
+        groups=stream.groups[entries],
+        num_tokens=len(path),
+        num_supervised=len(entries),
+    )
+    return alone, torch.tensor(entries)
+
+
+def check_tied(model: TargetLogProbs) -> None:
+    """The head is the embedding: one parameter holds the table, and moving it moves the logits.
+
+    Raises:
+        PreflightError: if there is a second table.
+    """
+    shape = model.gpt2.wte.weight.shape
+    same_shape = [name for name, parameter in model.named_parameters() if parameter.shape == shape]
+    tables = [name for name in same_shape if not name.startswith(("gpt2.wpe.", "gpt2.h."))]  # these by chance
+    if tables != ["gpt2.wte.weight"]:
+        raise PreflightError(f"embedding and head must be one parameter, but these have its shape: {', '.join(tables)}")
+
+
+def check_same_parameters(model: TargetLogProbs, prepared: nn.Module) -> None:
+    """Wrapping for training kept every parameter, so that the optimizer, the head and the export see the same ones."""
+    before = {id(parameter) for parameter in model.parameters()}
+    after = {id(parameter) for parameter in prepared.parameters()}
+    if before != after:
+        raise PreflightError("wrapping the model for training replaced some of its parameters")
+
+
+def _spread(total: int, number: int) -> list[int]:
+    """Up to `number` indices spread over `range(total)`."""
+    return sorted({round(i * (total - 1) / max(1, number - 1)) for i in range(number)}) if total else []

@@ -1,0 +1,91 @@
+"""What a run says about itself: a progress bar or lines, metrics.jsonl and TensorBoard. Main process only."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+class Tracker:
+    """Writes metrics and texts under the run's folder.
+
+    Args:
+        start: steps already done. Lines of later steps, left by a run that was killed, are removed.
+        active: False makes every call do nothing, so that callers need not ask for their rank.
+    """
+
+    def __init__(self, folder: Path, start: int, steps: int, settings: dict[str, Any], active: bool) -> None:
+        self.active = active
+        if not active:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
+        metrics = folder / "metrics.jsonl"
+        _keep_until(metrics, start)
+        self._metrics = open(metrics, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        self._board = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
+        self._board.add_text("settings", "```\n" + json.dumps(settings, indent=2) + "\n```", start)
+        self._is_terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=steps, initial=start, unit="step", desc="training", disable=not self._is_terminal, dynamic_ncols=True
+        )
+        self._steps = steps
+
+    def advance(self) -> None:
+        """One step is done."""
+        if self.active:
+            self._bar.update()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """One object in metrics.jsonl, one scalar each in TensorBoard."""
+        if not self.active:
+            return
+        self._metrics.write(json.dumps({"step": step} | metrics) + "\n")
+        self._metrics.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+
+    def show(self, step: int, metrics: dict[str, float], seconds_left: float) -> None:
+        """The newest training metrics, beside the bar in a terminal and as a line elsewhere."""
+        if not self.active:
+            return
+        loss, speed = f"{metrics['train/loss']:.4f}", f"{metrics['train/tokens_per_second']:,.0f}"
+        if self._is_terminal:
+            self._bar.set_postfix_str(f"loss {loss}, {speed} tokens/s")
+        else:
+            left = f"{int(seconds_left // 60)}:{int(seconds_left % 60):02d} left"
+            print(f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {loss}  {speed} tokens/s  {left}", flush=True)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        if self.active:
+            self._board.add_text(name, text, step)
+
+    def say(self, line: str = "") -> None:
+        """A line for people, above the bar."""
+        if self.active:
+            self._bar.clear()
+            print(line, flush=True)
+            self._bar.refresh()
+
+    def close(self) -> None:
+        if self.active:
+            self._bar.close()
+            self._metrics.close()
+            self._board.close()
+
+
+def _keep_until(metrics: Path, step: int) -> None:
+    """Drops the lines of steps after `step`, and a last line cut off by a kill."""
+    from gpt2ft.files import write_text
+
+    if not metrics.exists():
+        return
+    kept = []
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    write_text(metrics, "".join(kept))

@@ -1,0 +1,11 @@
+"""Supervised fine-tuning: accelerate launch launch/sft.py [RECIPE] [--section.key value ...]"""
+
+import sys
+
+from gpt2ft.settings import SFTSettings, parse_recipe
+
+if __name__ == "__main__":
+    settings = parse_recipe(SFTSettings, "quickstart", sys.argv[1:])
+    from gpt2ft.runs import main, sft
+
+    main.run(sft.run, settings)
