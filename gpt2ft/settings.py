@@ -34,7 +34,7 @@ class Section(BaseModel):
 
 class ModelSettings(Section):
     path: str = "gpt2"
-    """A published model (distilgpt2, gpt2, gpt2-medium, gpt2-large, gpt2-xl), a folder in Hugging Face layout, or a run."""
+    """A published model (distilgpt2, gpt2, gpt2-medium, gpt2-large, gpt2-xl), a Hugging Face folder, or a run."""
     random_init: bool = False
     """Take shape and tokenizer from `path` but weights from the seed."""
     attention: Literal["auto", "flex", "segments", "dense"] = "auto"
@@ -62,6 +62,12 @@ class DataSettings(Section):
     """Drop messages whose review said no."""
     message_weight: Literal["once", "leaves"] = "once"
     """How often a message counts: once, or once for every path through it."""
+    position_jitter: NotNegative = 0
+    """Training starts each conversation at a random position up to this one, as far as there is room. For random
+    weights and little data, where a model ties what it says to where it stands."""
+    prompt_noise: Fraction = 0.0
+    """Share of the tokens of user turns that training replaces by other ones, drawn anew at each step. For random
+    weights and little data, where a model ties its reply to the exact words of the prompt."""
     on_error: Literal["fail", "skip"] = "fail"
     """What a malformed line does: end the run, or be skipped and counted."""
     cache: str | None = None
@@ -281,7 +287,7 @@ def parse_flags(
         default=tyro.MISSING_NONPROP if base is None else base,
         config=(tyro.conf.FlagConversionOff,),
         use_underscores=True,
-        console_outputs=is_main_process(),
+        console_outputs=speaks_for_its_machine(),
     )
 
 
@@ -314,14 +320,14 @@ def to_yaml(settings: Section) -> str:
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def is_main_process() -> bool:
-    """Whether this process is the one that prints, as far as the launcher has said."""
-    return os.environ.get("RANK", "0") == "0"
+def speaks_for_its_machine() -> bool:
+    """Whether this process is the one that reports errors: the first on each machine, as the launcher numbers them."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    """Ends the program with a message on stderr, by the main process, and an exit code."""
-    if is_main_process():
+    """Ends the program with a message on stderr, once on each machine, and an exit code."""
+    if speaks_for_its_machine():
         print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr)
     sys.exit(code)
 

@@ -62,28 +62,27 @@ def visible(horizons: Tensor) -> Tensor:
 class Segment:
     """A run of tokens that share a horizon: nodes that follow each other without a branch.
 
-    Within a segment attention is plainly causal; before it, a segment sees all of `ancestors`.
+    Within a segment attention is plainly causal; before it, a segment sees all of its ancestors.
     """
 
-    start: int
-    end: int
-    ancestors: tuple[tuple[int, int], ...]  # (start, end) of the segments above, root first
+    length: int
+    ancestors: tuple[int, ...]  # numbers of the segments above, root first
 
 
 def segments(horizons: list[int], num_tokens: int) -> list[Segment]:
     """Cuts the first `num_tokens` tokens into segments, in stream order."""
     found: list[Segment] = []
-    above: list[tuple[int, int, int]] = []  # (start, end, horizon) of the open segments
+    above: list[tuple[int, int]] = []  # (number, horizon) of the open segments
     start = 0
     while start < num_tokens:
         horizon = horizons[start]
         end = start
         while end < num_tokens and horizons[end] == horizon:
             end += 1
-        while above and above[-1][2] <= start:
+        while above and above[-1][1] <= start:
             above.pop()
-        found.append(Segment(start, end, tuple((first, last) for first, last, _ in above)))
-        above.append((start, end, horizon))
+        above.append((len(found), horizon))
+        found.append(Segment(end - start, tuple(number for number, _ in above[:-1])))
         start = end
     return found
 

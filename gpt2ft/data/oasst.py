@@ -24,7 +24,7 @@ ROLE_NAMES: dict[str, Role] = {
     "assistant": "assistant", "gpt": "assistant", "bot": "assistant",
     "system": "system",
 }  # fmt: skip
-FLAT_KEYS = "message_id parent_id message_tree_id text role lang rank deleted review_result".split()
+FLAT_KEYS = ["message_id", "parent_id", "message_tree_id", "text", "role", "lang", "rank", "deleted", "review_result"]
 REASONS = (
     "malformed line", "duplicate message id", "duplicate tree id", "cycle in parent_id",
     "deleted", "wrong language",

@@ -44,10 +44,13 @@ def pack(sizes: NDArray[np.int64], capacity: int, random: np.random.Generator) -
     return bins
 
 
-def build_stream(trees: Sequence[TokenTree], capacity: int, target_capacity: int) -> TokenStream:
+def build_stream(
+    trees: Sequence[TokenTree], capacity: int, target_capacity: int, first_positions: Sequence[int] | None = None
+) -> TokenStream:
     """Lays trees out one after the other.
 
     Args:
+        first_positions: the position of each tree's first token; 0 unless given.
         capacity: N. The tail is filled with tokens that see only themselves.
         target_capacity: S, at least 1. The tail is filled with targets of weight 0.
 
@@ -66,11 +69,11 @@ def build_stream(trees: Sequence[TokenTree], capacity: int, target_capacity: int
     weights = np.zeros(target_capacity, np.float32)
     groups = np.zeros(target_capacity, np.int64)
     at, scored = 0, 0
-    for tree in trees:
+    for tree, first_position in zip(trees, first_positions or [0] * len(trees), strict=True):
         end = at + len(tree.tokens)
         within = np.arange(len(tree.tokens)) - np.repeat(tree.starts, tree.lengths)
         tokens[at:end] = tree.tokens
-        positions[at:end] = within + np.repeat(tree.depths, tree.lengths)
+        positions[at:end] = first_position + within + np.repeat(tree.depths, tree.lengths)
         horizons[at:end] = at + np.repeat(tree.ends, tree.lengths)
         # A token is scored if the next one belongs to the same, supervised node.
         last = within == np.repeat(tree.lengths, tree.lengths) - 1

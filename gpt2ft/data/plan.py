@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gpt2ft.data.augmentation import Augmentation, augment
 from gpt2ft.data.oasst import DataError
 from gpt2ft.data.packing import build_stream, pack
 from gpt2ft.data.store import TokenStore
@@ -89,17 +90,27 @@ def _unique_tokens(parts: Sequence[TokenTree]) -> int:
 class Plan:
     """Streams by step and micro-batch. All streams of a plan have the same shapes."""
 
-    def __init__(self, pieces: Pieces, capacity: int, micro_batches_per_step: int, seed: int, shuffle: bool = True):
+    def __init__(
+        self,
+        pieces: Pieces,
+        capacity: int,
+        micro_batches_per_step: int,
+        seed: int,
+        shuffle: bool = True,
+        augmentation: Augmentation | None = None,
+    ) -> None:
         """
         Args:
             capacity: tokens in a stream (N).
             shuffle: whether epochs visit the streams in an order of their own (evaluation does not care).
+            augmentation: what training does to the trees; nothing unless given.
         """
         self.pieces = pieces
         self.capacity = capacity
         self.micro_batches_per_step = micro_batches_per_step
         self.seed = seed
         self.shuffle = shuffle
+        self.augmentation = augmentation or Augmentation()
         sizes = np.array(pieces.sizes, np.int64)
         bins = pack(sizes, capacity, generator(seed, "packing"))
         self.streams = sorted(bins, key=lambda bin: -sizes[bin].sum())  # fullest first
@@ -117,8 +128,19 @@ class Plan:
         return [self.streams[index] for index in chosen] + [[]] * missing
 
     def stream(self, micro_batch: Sequence[int]) -> TokenStream:
+        """The trees of a micro-batch, each starting at position 0."""
         trees = [self.pieces.tree(piece) for piece in micro_batch]
         return build_stream(trees, self.capacity, self.target_capacity)
+
+    def training_stream(self, step: int, number: int) -> TokenStream:
+        """Micro-batch `number` of a step, augmented by what is drawn anew for each step."""
+        micro_batch = self.micro_batches(step)[number]
+        if not micro_batch or self.augmentation == Augmentation():
+            return self.stream(micro_batch)
+        trees = [self.pieces.tree(piece) for piece in micro_batch]
+        random = generator(self.seed, "augmentation", step, number)
+        trees, first_positions = augment(trees, self.augmentation, random)
+        return build_stream(trees, self.capacity, self.target_capacity, first_positions)
 
     def _order(self, epoch: int) -> list[int]:
         if not self.shuffle:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from gpt2ft.stream import block_kinds, segments, visible
+from gpt2ft.stream import Segment, block_kinds, segments, visible
 
 Backend = Literal["flex", "segments", "dense"]
 Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # q, k, v [N, H, D] and the layer -> [N, H, D]
@@ -64,28 +64,36 @@ def dense_attention(horizons: Tensor, dropout: float = 0.0) -> Attention:
 
 def segment_attention(horizons: Tensor, num_tokens: int, dropout: float = 0.0) -> Attention:
     """Each segment attends to its ancestors and, causally, to itself. Nothing masked out is computed."""
-    plan = []
-    for segment in segments(horizons.tolist(), num_tokens):
-        length = segment.end - segment.start
-        if segment.ancestors:
-            above = torch.cat([torch.arange(start, end) for start, end in segment.ancestors])
-            path = torch.cat([above, torch.arange(segment.start, segment.end)]).to(horizons.device)
-            mask = torch.ones(length, len(path), dtype=torch.bool, device=horizons.device).tril(len(above))
-        else:
-            path, mask = None, None
-        plan.append((segment.start, segment.end, path, mask))
+    plan = segments(horizons.tolist(), num_tokens)
+    lengths = [segment.length for segment in plan]
+    tail = len(horizons) - num_tokens
+
+    def mask_for(segment: Segment) -> Tensor | None:
+        if not segment.ancestors:
+            return None  # plainly causal
+        above = sum(lengths[number] for number in segment.ancestors)
+        return horizons.new_ones(segment.length, above + segment.length, dtype=torch.bool).tril(above)
+
+    masks = [mask_for(segment) for segment in plan]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        queries, keys, values = (x.transpose(0, 1).split([*lengths, tail], dim=1) for x in (q, k, v))  # [H, n, D] each
         outputs = []
-        for start, end, path, mask in plan:
-            keys, values = (k[start:end], v[start:end]) if path is None else (k[path], v[path])
-            heads_first = (x.transpose(0, 1)[None] for x in (q[start:end], keys, values))  # [1, H, n, D]
-            out = scaled_dot_product_attention(
-                *heads_first, attn_mask=mask, is_causal=mask is None, dropout_p=dropout
+        for number, (segment, mask) in enumerate(zip(plan, masks, strict=True)):
+            path = [*segment.ancestors, number]
+            path_keys, path_values = (torch.cat([x[i] for i in path], dim=1) for x in (keys, values))
+            outputs.append(
+                scaled_dot_product_attention(
+                    queries[number][None],
+                    path_keys[None],
+                    path_values[None],
+                    attn_mask=mask,
+                    is_causal=mask is None,
+                    dropout_p=dropout,
+                )[0]
             )
-            outputs.append(out[0].transpose(0, 1))
-        outputs.append(v[num_tokens:])  # a token that sees only itself attends to its own value
-        return torch.cat(outputs)
+        outputs.append(values[-1])  # a token that sees only itself attends to its own value
+        return torch.cat(outputs, dim=1).transpose(0, 1)
 
     return attend
 

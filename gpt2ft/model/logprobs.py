@@ -34,23 +34,22 @@ class TargetLogProbs(nn.Module):
         dropout = self.gpt2.config.attention_dropout if self.training else 0.0
         attend = attention_for(stream.horizons, stream.num_tokens, self.backend, dropout)
         hidden = self.gpt2(stream.tokens, stream.positions, attend)[stream.supervised]  # [S, E]
-        weight = self.gpt2.wte.weight
         if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        weight = self.gpt2.wte.weight
         parts = []
         for start in range(0, stream.num_supervised, CHUNK):
             chunk = slice(start, start + CHUNK)
             parts.append(_LogProbs.apply(hidden[chunk], weight, stream.targets[chunk], self.vocabulary))
         scored = sum(len(part) for part in parts)
-        # The rest are entries of weight 0. They stay connected to every parameter, so that a stream
-        # without supervision takes part in the gradient all-reduce like any other.
-        parts.append((hidden[scored:].float().sum(-1) + weight[0].float().sum()) * 0.0)
+        # The rest are entries of weight 0. They stay connected, so that a stream without supervision takes part
+        # in the gradient all-reduce like any other.
+        parts.append(hidden[scored:].float().sum(-1) * 0.0)
         return torch.cat(parts)
 
 
 class _LogProbs(torch.autograd.Function):
-    """log softmax(h W^T)[target] for one chunk: logits and sums in float32, products in the dtype of h.
+    """log softmax(h W^T)[target] for one chunk: products in the dtype of h, everything else in float32.
 
     d log p(t) / d logits = onehot(t) - softmax(logits)
     """
@@ -70,8 +69,8 @@ class _LogProbs(torch.autograd.Function):
         d_logits.mul_(-gradient[:, None])
         d_logits.scatter_add_(-1, targets[:, None], gradient[:, None])
         d_logits = d_logits.to(hidden.dtype)
-        d_hidden = d_logits @ weight if ctx.needs_input_grad[0] else None
-        d_weight = d_logits.t() @ hidden if ctx.needs_input_grad[1] else None
+        d_hidden = _product(d_logits, weight.to(hidden.dtype)).to(hidden.dtype) if ctx.needs_input_grad[0] else None
+        d_weight = _product(d_logits.t(), hidden).to(weight.dtype) if ctx.needs_input_grad[1] else None
         return d_hidden, d_weight, None, None
 
 
@@ -80,12 +79,14 @@ def _logits(hidden: Tensor, weight: Tensor, vocabulary: int) -> Tensor:
 
     GPT-2's logits lie around -100, where bfloat16 resolves steps of 0.5: their sum must not be rounded to it.
     """
-    with torch.autocast(hidden.device.type, enabled=False):  # which would round the sum after all
-        if hidden.dtype == torch.float32:
-            logits = hidden @ weight.t()
-        elif hidden.is_cuda:
-            logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-        else:
-            logits = hidden.float() @ weight.float().t()
+    logits = _product(hidden, weight.to(hidden.dtype).t())
     logits[:, vocabulary:] = -torch.inf
     return logits
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b, summed up and returned in float32 (in float64 for float64)."""
+    with torch.autocast(a.device.type, enabled=False):  # which would round the sum after all
+        if a.dtype in (torch.float32, torch.float64):
+            return a @ b
+        return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()

@@ -81,7 +81,7 @@ def _shape_and_tokenizer(settings: ModelSettings) -> tuple[GPT2Config, ChatToken
     config = pretrained.read_config(folder)
     if len(tokenizer) - (0 if tokenizer.has_chat_tokens else 4) > config.vocab_size:
         raise pretrained.ModelError(
-            f"{folder}: the tokenizer has {len(tokenizer)} ids, but the table of the model only {config.vocab_size} rows"
+            f"{folder}: the tokenizer has {len(tokenizer)} ids, but the model's table only {config.vocab_size} rows"
         )
     return config, tokenizer, None if settings.random_init else folder
 

@@ -80,13 +80,15 @@ def report(
     settings: BenchmarkSettings, accelerator: Any, gpt2: GPT2, backend: str, tokens: float, seconds: dict[str, float]
 ) -> None:
     total = sum(seconds.values())
+    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     parameters = sum(parameter.numel() for parameter in gpt2.parameters())
     print(
-        f"{settings.model}, {parameters / 1e6:.0f}M parameters, {accelerator.num_processes} x {accelerator.device.type}, "
-        f"{accelerator.mixed_precision if accelerator.mixed_precision != 'no' else 'fp32'}, {backend} attention, "
+        f"{settings.model}, {parameters / 1e6:.0f}M parameters, "
+        f"{accelerator.num_processes} x {accelerator.device.type}, {precision}, {backend} attention, "
         f"{settings.micro_batches} x {settings.tokens_per_micro_batch:,} tokens a step"
     )
-    print(f"tokens/s       {tokens / total:,.0f}  ({6 * parameters * tokens / total / 1e12:.2f} TFLOP/s at 6 x parameters)")
+    flops = 6 * parameters * tokens / total
+    print(f"tokens/s       {tokens / total:,.0f}  ({flops / 1e12:.2f} TFLOP/s at 6 x parameters)")
     print(f"peak memory    {peak_memory(accelerator.device) / 2**30:.2f} GiB")
     for phase, spent in seconds.items():
         print(f"{phase:<14} {1000 * spent / settings.steps:,.0f} ms a step, {spent / total:.0%}")

@@ -12,6 +12,8 @@ def run(work: Callable[[Any], None], settings: Any) -> None:
 
     Exit codes: 2 for settings, data and model folders; 1 for what happens while running; 130 for Ctrl-C.
     """
+    import torch
+
     from gpt2ft.data.oasst import DataError
     from gpt2ft.model.pretrained import ModelError
     from gpt2ft.training.checkpoint import CheckpointError
@@ -21,10 +23,24 @@ def run(work: Callable[[Any], None], settings: Any) -> None:
 
     try:
         work(settings)
-    except (SettingsError, DataError, ModelError, ConnectionError, LaunchError, CheckpointError, PreflightError) as error:
+    except (
+        SettingsError,
+        DataError,
+        ModelError,
+        ConnectionError,
+        LaunchError,
+        CheckpointError,
+        PreflightError,
+    ) as error:
         fail(str(error))
     except TrainingDiverged as error:
         fail(str(error), code=1)
+    except torch.OutOfMemoryError as error:
+        first = str(error).splitlines()[0]
+        fail(
+            f"{first} Halve the tokens per micro-batch and double the micro-batches per step: a step keeps its size",
+            code=1,
+        )
     except OSError as error:
         fail(f"{error}; what was complete before is intact, and the same command continues from it", code=1)
     except KeyboardInterrupt:

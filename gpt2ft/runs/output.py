@@ -1,7 +1,4 @@
-"""The folder of a run: whose it is, whether it is finished, and what lies in it.
-
-    recipe.yaml  manifest.json  metrics.jsonl  tensorboard/  checkpoints/  model/  best/
-"""
+"""The folder of a run: whose it is, whether it is finished, and what lies in it."""
 
 import shutil
 from pathlib import Path
@@ -12,7 +9,10 @@ from gpt2ft.settings import SettingsError, SFTSettings, to_yaml
 
 
 class Output:
-    """`model/` is the last thing a run writes, so a folder with it is a finished run."""
+    """recipe.yaml, manifest.json, metrics.jsonl, tensorboard/, checkpoints/, best/ and model/.
+
+    `model/` is the last thing a run writes, so a folder with it is a finished run.
+    """
 
     def __init__(self, path: str) -> None:
         self.folder = Path(path)

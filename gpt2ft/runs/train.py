@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gpt2ft.data.augmentation import Augmentation
 from gpt2ft.data.plan import Plan, cut_to_fit
 from gpt2ft.model.attention import Backend, default_backend
 from gpt2ft.model.logprobs import TargetLogProbs
@@ -167,7 +168,9 @@ def plan_for(corpus: Corpus, settings: SFTSettings, shuffle: bool) -> Plan:
     data, training = settings.data, settings.training
     weight = data.message_weight if shuffle else "once"  # evaluation counts every message once
     pieces = cut_to_fit(corpus.stores, corpus.rows, weight, data.max_length, training.tokens_per_micro_batch)
-    return Plan(pieces, training.tokens_per_micro_batch, training.micro_batches_per_step, training.seed, shuffle)
+    augmentation = Augmentation(data.position_jitter, data.prompt_noise, data.max_length) if shuffle else None
+    micro_batches = training.micro_batches_per_step
+    return Plan(pieces, training.tokens_per_micro_batch, micro_batches, training.seed, shuffle, augmentation)
 
 
 def check(model: TargetLogProbs, plan: Plan, policy: Policy, verbose: bool) -> None:
@@ -181,7 +184,8 @@ def check(model: TargetLogProbs, plan: Plan, policy: Policy, verbose: bool) -> N
     preflight.check_tied(model)
     worst = preflight.check_isolation(model, first[0])
     if verbose:
-        print(f"checked   {turns} supervised turns all stop; packed = alone within {worst:.1g} ({model.backend} attention)")
+        isolation = f"packed = alone within {worst:.1g} ({model.backend} attention)"
+        print(f"checked   {turns} supervised turns all stop; {isolation}", flush=True)
 
 
 def what_must_not_change(settings: SFTSettings, policy: Policy, corpus: Corpus, steps: int, precision: str) -> dict:
@@ -214,7 +218,8 @@ def resume(output: Output, identity: dict, verbose: bool) -> tuple[TrainState, P
     changed = checkpoint.difference(saved, identity)
     if changed:
         raise SettingsError(
-            f"the run in {output.folder} cannot be continued: {changed}; restore it, or pass `--resume never` to train anew"
+            f"the run in {output.folder} cannot be continued: {changed}; "
+            "restore it, or pass `--resume never` to train anew"
         )
     if verbose:
         print(f"resuming  {found}", flush=True)

@@ -96,8 +96,8 @@ def step_streams(job: Job, start: int) -> Iterator[tuple[int, list[tuple[int, To
     pin = device.type == "cuda"
 
     def build(step: int) -> list[tuple[int, TokenStream]]:
-        numbered = list(enumerate(job.plan.micro_batches(step)))[rank::processes]
-        streams = [(number, job.plan.stream(pieces)) for number, pieces in numbered]
+        numbers = range(rank, job.plan.micro_batches_per_step, processes)
+        streams = [(number, job.plan.training_stream(step, number)) for number in numbers]
         return [(number, stream.pin_memory() if pin else stream) for number, stream in streams]
 
     with ThreadPoolExecutor(1, thread_name_prefix="streams") as builder:

@@ -55,7 +55,9 @@ class Tracker:
             self._bar.set_postfix_str(f"loss {loss}, {speed} tokens/s")
         else:
             left = f"{int(seconds_left // 60)}:{int(seconds_left % 60):02d} left"
-            print(f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {loss}  {speed} tokens/s  {left}", flush=True)
+            print(
+                f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {loss}  {speed} tokens/s  {left}", flush=True
+            )
 
     def text(self, step: int, name: str, text: str) -> None:
         if self.active:

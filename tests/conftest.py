@@ -1,0 +1,105 @@
+"""What many tests share: the real data where it is there, the small tokenizer, tiny models, hand-made token trees."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+TEST_DATA = Path(os.environ.get("GPT2FT_TEST_DATA", Path(__file__).parents[1] / "../shared/data"))
+LENGTH_OF_A_MESSAGE = 1000  # in hand-made trees token m * 1000 + i is token i of message m
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Tokenised data goes to a folder of this test run, never to the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("GPT2FT_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def test_data():
+    """test_data("oasst/en_100_tree.jsonl") is the path of a real file; the test is skipped where it is missing."""
+
+    def find(name):
+        file = TEST_DATA / name
+        if not file.exists():
+            pytest.skip(f"needs the real data {file}: set GPT2FT_TEST_DATA")
+        return file
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The small tokenizer that comes with the quickstart."""
+    from gpt2ft import quickstart
+    from gpt2ft.text.tokenizer import ChatTokenizer
+
+    return ChatTokenizer.from_folder(quickstart.MODEL)
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer(test_data):
+    """GPT-2's own."""
+    from gpt2ft.text.tokenizer import ChatTokenizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(test_data("tiktoken_cache")))
+        return ChatTokenizer.gpt2()
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2():
+    """tiny_gpt2(vocab_size, n_positions): a GPT-2 of two small layers with seeded random weights."""
+    import torch
+
+    from gpt2ft.model.gpt2 import GPT2, GPT2Config
+
+    def make(vocab_size, n_positions, n_embd=64, seed=0):
+        config = GPT2Config(vocab_size, n_positions, n_embd=n_embd, n_layer=2, n_head=2)
+        return GPT2(config).initialize(torch.Generator().manual_seed(seed))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_tree():
+    """make_tree(("user", 3, -1), ("assistant", 4, 0)): nodes of (role, tokens, parent), unsupervised."""
+    from gpt2ft.conversation import ROLES
+    from gpt2ft.data.token_tree import TokenTree
+
+    def make(*nodes, group=0):
+        roles, lengths, parents = zip(*nodes, strict=True)
+        tokens = [message * LENGTH_OF_A_MESSAGE + i for message, length in enumerate(lengths) for i in range(length)]
+        return TokenTree(
+            tokens=np.array(tokens),
+            lengths=np.array(lengths, np.int32),
+            parents=np.array(parents, np.int32),
+            roles=np.array([ROLES.index(role) for role in roles], np.int8),
+            weights=np.zeros(len(nodes), np.float32),
+            groups=np.full(len(nodes), group, np.int32),
+            messages=np.arange(len(nodes), dtype=np.int32),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_tree(make_tree):
+    """random_tree(random): up to 24 nodes of up to 30 tokens, users and assistants in turn, often a system root."""
+
+    def make(random):
+        nodes = [("system" if random.random() < 0.3 else "user", int(random.integers(2, 12)), -1)]
+        path = [0]
+        for node in range(1, int(random.integers(2, 25))):
+            path = path[: len(path) - min(int(random.geometric(0.6)) - 1, len(path) - 1)]
+            above = nodes[path[-1]][0]
+            role = "assistant" if above == "user" else "user"
+            nodes.append((role, int(random.integers(2, 31)), path[-1]))
+            path.append(node)
+        return make_tree(*nodes)
+
+    return make

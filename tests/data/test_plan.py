@@ -1,0 +1,209 @@
+"""The plan is a pure function of data, settings, seed and epoch: of nothing else, so of no number of processes."""
+
+import numpy as np
+import pytest
+import torch
+
+from gpt2ft.data.augmentation import Augmentation
+from gpt2ft.data.oasst import DataError
+from gpt2ft.data.plan import Pieces, Plan, cut_to_fit
+from gpt2ft.data.sources import Filters
+from gpt2ft.data.store import open_store
+from gpt2ft.data.token_tree import ASSISTANT, weigh
+
+CAPACITY = 256
+
+
+@pytest.fixture(scope="module")
+def pieces(random_tree):
+    """Some 150 trees that need no store: all of them are held as if they had been cut."""
+    pieces = Pieces(stores=[], weight="once")
+    for seed in range(200):
+        tree = weigh(random_tree(np.random.default_rng(seed)), "once")
+        if tree.num_supervised and len(tree.tokens) <= CAPACITY:
+            pieces.cut[len(pieces.rows)] = tree
+            pieces.rows.append((0, seed))
+            pieces.sizes.append(len(tree.tokens))
+            pieces.scored.append(tree.num_supervised)
+    assert len(pieces.rows) > 100
+    return pieces
+
+
+@pytest.fixture(scope="module")
+def store(tokenizer, cache):
+    return open_store("quickstart", Filters(), tokenizer, cache)
+
+
+def epoch_of(plan, epoch=0):
+    """All micro-batches of an epoch, step by step."""
+    first = epoch * plan.steps_per_epoch
+    return [plan.micro_batches(step) for step in range(first, first + plan.steps_per_epoch)]
+
+
+def streams_of(steps):
+    return [bin for step in steps for bin in step]
+
+
+def same(one, other):
+    return all(
+        (getattr(one, name) == getattr(other, name)).all()
+        for name in ["tokens", "positions", "horizons", "supervised", "targets", "weights", "groups"]
+    )
+
+
+@pytest.mark.parametrize("per_step", [1, 3, 8, 1000])
+def test_an_epoch_holds_every_piece_once_for_any_number_of_processes(pieces, per_step):
+    plan = Plan(pieces, CAPACITY, per_step, seed=0)
+    for epoch in range(3):
+        steps = epoch_of(plan, epoch)
+        assert all(len(step) == per_step for step in steps)
+        for processes in {1, 2, per_step}:
+            shares = [[bin for step in steps for bin in step[rank::processes]] for rank in range(processes)]
+            seen = sorted(piece for share in shares for bin in share for piece in bin)
+            assert seen == list(range(len(pieces.rows)))
+
+
+def test_two_plans_are_the_same_plan(pieces):
+    one, other = (Plan(pieces, CAPACITY, 4, seed=7) for _ in range(2))
+    assert [epoch_of(one, epoch) for epoch in (0, 1, 5)] == [epoch_of(other, epoch) for epoch in (0, 1, 5)]
+    backwards = [other.micro_batches(step) for step in reversed(range(20))]
+    assert [one.micro_batches(step) for step in range(20)] == backwards[::-1]
+    assert same(one.stream(one.micro_batches(3)[0]), other.stream(other.micro_batches(3)[0]))
+
+
+def test_epochs_differ_in_order_and_seeds_in_packing(pieces):
+    plan = Plan(pieces, CAPACITY, 4, seed=0)
+    assert plan.steps_per_epoch > 5
+    first, second = epoch_of(plan, 0), epoch_of(plan, 1)
+    assert first != second
+    assert sorted(streams_of(first)) == sorted(streams_of(second))  # the same streams
+    other = Plan(pieces, CAPACITY, 4, seed=1)
+    assert sorted(map(sorted, plan.streams)) != sorted(map(sorted, other.streams))
+
+
+def test_evaluation_goes_through_the_streams_in_one_order(pieces):
+    plan = Plan(pieces, CAPACITY, 4, seed=0, shuffle=False)
+    assert epoch_of(plan, 0) == epoch_of(plan, 3)
+    assert streams_of(epoch_of(plan))[: len(plan.streams)] == plan.streams
+
+
+def test_the_short_last_step_holds_the_emptiest_streams(pieces):
+    per_step = next(n for n in range(3, 20) if len(Plan(pieces, CAPACITY, 1, 0).streams) % n > 1)
+    plan = Plan(pieces, CAPACITY, per_step, seed=0)
+    short = len(plan.streams) % per_step
+    filled = sorted(sum(pieces.sizes[piece] for piece in bin) for bin in plan.streams)
+    for epoch in range(3):
+        *_, last = epoch_of(plan, epoch)
+        assert [bool(bin) for bin in last] == [True] * short + [False] * (per_step - short)
+        assert sorted(sum(pieces.sizes[piece] for piece in bin) for bin in last if bin) == filled[:short]
+
+
+def test_a_far_step_is_a_seek(pieces, monkeypatch):
+    """One epoch is put in order and nothing else is touched, wherever the step lies."""
+    plan = Plan(pieces, CAPACITY, 4, seed=0)
+    ordered = []
+    order = plan._order
+    monkeypatch.setattr(plan, "_order", lambda epoch: ordered.append(epoch) or order(epoch))
+    monkeypatch.setattr(Pieces, "tree", lambda *_: pytest.fail("a seek must not read trees"))
+    assert len(plan.micro_batches(10**6)) == 4
+    assert ordered == [10**6 // plan.steps_per_epoch]
+
+
+def test_all_streams_have_the_same_shapes_and_empty_ones_are_valid(pieces):
+    plan = Plan(pieces, CAPACITY, 7, seed=0)
+    streams = [plan.stream(bin) for bin in streams_of(epoch_of(plan))]
+    empty = [stream for stream in streams if not stream.num_tokens]
+    assert empty
+    assert {(len(stream.tokens), len(stream.targets)) for stream in streams} == {(CAPACITY, plan.target_capacity)}
+    assert plan.target_capacity % 64 == 0
+    assert sum(stream.num_supervised for stream in streams) == plan.supervised == sum(pieces.scored)
+    assert sum(stream.num_tokens for stream in streams) == plan.tokens == sum(pieces.sizes)
+    for stream in empty:
+        assert stream.num_supervised == 0
+        assert not stream.weights.any()
+        assert stream.horizons.tolist() == list(range(1, CAPACITY + 1))
+
+
+def test_fill_leaves_the_last_stream_out(make_tree):
+    def plan_of(sizes, repeated=0):
+        trees = [weigh(make_tree(("user", 2, -1), ("assistant", size - 2, 0)), "once") for size in sizes]
+        cut = dict(enumerate(trees))
+        scored = [tree.num_supervised for tree in trees]
+        pieces = Pieces([], "once", [(0, 0)] * len(sizes), cut, list(sizes), scored, repeated=repeated)
+        return Plan(pieces, capacity=100, micro_batches_per_step=2, seed=0)
+
+    assert plan_of([100, 90, 10]).fill == 1.0  # two streams: the full one counts
+    assert plan_of([100, 90, 20]).fill == pytest.approx(190 / 200)
+    assert plan_of([100, 90, 20], repeated=38).fill == pytest.approx(152 / 200)
+    assert plan_of([30]).fill == pytest.approx(0.3)  # the only stream counts
+
+
+class TestCutToFit:
+    def rows(self, store):
+        return [(0, row) for row in range(len(store))]
+
+    def test_what_fits_stays_in_the_store(self, store):
+        pieces = cut_to_fit([store], self.rows(store), "once", max_length=512, capacity=1024)
+        assert pieces.rows == self.rows(store)
+        assert not pieces.cut
+        assert not pieces.too_long
+        assert not pieces.repeated
+        for piece, (size, scored) in enumerate(zip(pieces.sizes, pieces.scored, strict=True)):
+            tree = pieces.tree(piece)
+            assert (len(tree.tokens), tree.num_supervised) == (size, scored)
+        assert sum(pieces.sizes) == store.sizes()[0].sum()
+
+    @pytest.mark.parametrize(("max_length", "capacity"), [(64, 64), (64, 128), (128, 128), (48, 512)])
+    def test_every_reply_is_supervised_once_or_counted(self, store, max_length, capacity):
+        pieces = cut_to_fit([store], self.rows(store), "once", max_length, capacity)
+        assert pieces.cut
+        assert pieces.repeated or capacity == 512
+        replies = 0
+        unique, total = set(), 0
+        for piece, (size, scored) in enumerate(zip(pieces.sizes, pieces.scored, strict=True)):
+            tree = pieces.tree(piece)
+            assert len(tree.tokens) == size <= capacity
+            assert tree.num_supervised == scored > 0
+            assert ((tree.depths + tree.lengths)[tree.weights > 0] <= max_length).all()
+            replies += int((tree.weights > 0).sum())
+            unique |= {(pieces.rows[piece], message) for message in tree.messages.tolist()}
+            total += len(tree.tokens)
+        in_store = [store.tree(row, 0) for row in range(len(store))]
+        assert replies + pieces.too_long == sum(int((tree.roles == ASSISTANT).sum()) for tree in in_store)
+        kept = sum(int(in_store[row].lengths[message]) for (_, row), message in unique)
+        assert total - pieces.repeated == kept
+
+    def test_the_group_is_the_number_of_the_source(self, store):
+        pieces = cut_to_fit([store, store], [(1, 0), (0, 0)], "once", 128, 128)
+        groups = {row: set(pieces.tree(piece).groups.tolist()) for piece, row in enumerate(pieces.rows)}
+        assert groups == {(1, 0): {1}, (0, 0): {0}}
+
+    def test_nothing_that_fits_is_refused(self, store):
+        with pytest.raises(DataError, match=r"no message fits `data.max_length` = 3 tokens .*: all \d+ are too long"):
+            cut_to_fit([store], self.rows(store), "once", 3, 128)
+
+
+def test_position_jitter_moves_whole_trees_within_the_context(pieces):
+    """Positions alone change, by one number for each tree; the longest path still ends within max_length."""
+    longest = max(int((pieces.tree(i).depths + pieces.tree(i).lengths).max()) for i in range(len(pieces.rows)))
+    still = Plan(pieces, CAPACITY, 4, seed=0)
+    moved = Plan(pieces, CAPACITY, 4, seed=0, augmentation=Augmentation(position_jitter=40, max_length=longest + 20))
+    shifts = []
+    for step in range(3):
+        for number, micro_batch in enumerate(still.micro_batches(step)):
+            expected, found = still.training_stream(step, number), moved.training_stream(step, number)
+            assert torch.equal(expected.tokens, found.tokens)
+            assert torch.equal(expected.horizons, found.horizons)
+            assert torch.equal(expected.positions, still.stream(micro_batch).positions)
+            assert torch.equal(found.positions, moved.training_stream(step, number).positions)
+            assert int(found.positions.max()) < longest + 20
+            start = 0
+            for piece in micro_batch:
+                end = start + len(pieces.tree(piece).tokens)
+                shift = (found.positions - expected.positions)[start:end]
+                assert shift.min() == shift.max()
+                shifts.append(int(shift[0]))
+                start = end
+    assert min(shifts) < 10
+    assert 30 < max(shifts) <= 40
+    assert len(set(shifts)) > 10

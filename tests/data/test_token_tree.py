@@ -1,0 +1,252 @@
+"""What is done to a token tree: exact nodes on trees drawn by hand, and the rules themselves on random ones."""
+
+import numpy as np
+import pytest
+
+from gpt2ft.conversation import ROLES
+from gpt2ft.data.token_tree import ASSISTANT, fit_context, leaves_below, prune, split, weigh
+from gpt2ft.text.context import kept_turns
+
+# 0 user 3
+# |-- 1 assistant 4
+# |   |-- 2 user 2
+# |   |   |-- 3 assistant 5
+# |   |   `-- 4 assistant 2
+# |   `-- 5 user 3
+# |       `-- 6 assistant 6
+# `-- 7 assistant 2
+BRANCHES = [
+    ("user", 3, -1),
+    ("assistant", 4, 0),
+    ("user", 2, 1),
+    ("assistant", 5, 2),
+    ("assistant", 2, 2),
+    ("user", 3, 1),
+    ("assistant", 6, 5),
+    ("assistant", 2, 0),
+]
+
+
+def nodes(tree):
+    """(message, message of the parent, weight) of every node, after checking that its tokens came along whole."""
+    shown = []
+    for node, message in enumerate(tree.messages.tolist()):
+        start, length = tree.starts[node], tree.lengths[node]
+        assert tree.tokens[start : start + length].tolist() == list(range(message * 1000, message * 1000 + length))
+        parent = int(tree.messages[tree.parents[node]]) if tree.parents[node] >= 0 else None
+        shown.append((message, parent, float(tree.weights[node])))
+    assert len(tree.tokens) == tree.lengths.sum()
+    return shown
+
+
+def path_messages(tree, node):
+    return tree.messages[tree.path_to(node)].tolist()
+
+
+class TestGeometry:
+    def test_of_the_drawing(self, make_tree):
+        tree = make_tree(*BRANCHES)
+        assert tree.starts.tolist() == [0, 3, 7, 9, 14, 16, 19, 25]
+        assert tree.depths.tolist() == [0, 3, 7, 9, 9, 7, 10, 3]
+        assert tree.ends.tolist() == [27, 25, 16, 14, 16, 25, 25, 27]
+        assert tree.path_to(6) == [0, 1, 5, 6]
+        assert tree.num_supervised == 0
+
+    def test_selection_skips_to_the_nearest_ancestor(self, make_tree):
+        tree = make_tree(*BRANCHES)
+        chosen = tree.select([0, 2, 3, 6], np.arange(8, dtype=np.float32))
+        assert nodes(chosen) == [(0, None, 0), (2, 0, 2), (3, 2, 3), (6, 0, 6)]
+        assert chosen.groups.tolist() == [0] * 4
+        assert [ROLES[role] for role in chosen.roles] == ["user", "user", "assistant", "assistant"]
+
+
+class TestPrune:
+    def test_drops_what_leads_to_no_reply(self, make_tree):
+        tree = make_tree(
+            ("user", 2, -1),
+            ("assistant", 2, 0),
+            ("user", 2, 1),  # unanswered
+            ("user", 2, 0),
+            ("user", 2, 3),  # unanswered, and so is the one above
+            ("assistant", 2, 0),
+            ("user", 2, 5),
+            ("assistant", 2, 6),
+        )
+        assert nodes(prune(tree)) == [(0, None, 0), (1, 0, 0), (5, 0, 0), (6, 5, 0), (7, 6, 0)]
+
+    def test_leaves_a_useful_tree_alone(self, make_tree):
+        tree = make_tree(*BRANCHES)
+        assert prune(tree) is tree
+
+    @pytest.mark.parametrize("unanswered", [[("user", 2, -1)], [("system", 2, -1), ("user", 2, 0), ("user", 2, 0)]])
+    def test_nothing_is_left_without_a_reply(self, make_tree, unanswered):
+        assert prune(make_tree(*unanswered)) is None
+
+    def test_every_leaf_is_a_reply_and_every_reply_stays(self, random_tree):
+        pruned_some = emptied = 0
+        for seed in range(200):
+            tree = random_tree(np.random.default_rng(seed))
+            pruned = prune(tree)
+            replies = tree.messages[tree.roles == ASSISTANT].tolist()
+            if pruned is None:
+                assert not replies
+                emptied += 1
+                continue
+            nodes(pruned)
+            assert pruned.messages[pruned.roles == ASSISTANT].tolist() == replies
+            assert all(pruned.roles[leaf] == ASSISTANT for leaf in leaf_nodes(pruned))
+            for node, message in enumerate(pruned.messages.tolist()):
+                assert path_messages(pruned, node) == tree.path_to(message)
+            pruned_some += len(pruned.parents) < len(tree.parents)
+        assert pruned_some > 50
+        assert emptied > 5
+
+
+def leaf_nodes(tree):
+    return sorted(set(range(len(tree.parents))) - set(tree.parents.tolist()))
+
+
+class TestWeigh:
+    def test_of_the_drawing(self, make_tree):
+        tree = make_tree(*BRANCHES)
+        assert weigh(tree, "once").weights.tolist() == [0, 1, 0, 1, 1, 0, 1, 1]
+        assert weigh(tree, "leaves").weights.tolist() == [0, 3, 0, 1, 1, 0, 1, 1]
+        assert weigh(tree, "once").num_supervised == 3 + 4 + 1 + 5 + 1  # all but the role token of each reply
+        assert tree.weights.tolist() == [0] * 8
+        assert leaves_below(tree).tolist() == [4, 3, 2, 1, 1, 1, 1, 1]
+
+    def test_leaves_are_the_enumerated_paths_through_a_node(self, random_tree):
+        branched = 0
+        for seed in range(100):
+            tree = random_tree(np.random.default_rng(seed))
+            paths = [tree.path_to(leaf) for leaf in leaf_nodes(tree)]
+            expected = [sum(node in path for path in paths) for node in range(len(tree.parents))]
+            assert leaves_below(tree).tolist() == expected
+            is_reply = tree.roles == ASSISTANT
+            assert weigh(tree, "leaves").weights.tolist() == (expected * is_reply).tolist()
+            branched += max(expected) > 2
+        assert branched > 50
+
+
+class TestFitContext:
+    def test_what_fits_is_left_alone(self, make_tree):
+        tree = weigh(make_tree(*BRANCHES), "once")
+        assert fit_context(tree, 16) == ([tree], 0)
+
+    def test_a_deep_reply_is_rerooted_under_its_recent_turns(self, make_tree):
+        tree = weigh(make_tree(*BRANCHES), "once")
+        (shallow, rerooted), dropped = fit_context(tree, 15)
+        assert dropped == 0
+        assert nodes(shallow) == [(0, None, 0), (1, 0, 1), (2, 1, 0), (3, 2, 1), (4, 2, 1), (7, 0, 1)]
+        assert nodes(rerooted) == [(5, None, 0), (6, 5, 1)]
+
+    def test_replies_that_keep_the_same_turns_share_a_tree(self, make_tree):
+        tree = weigh(make_tree(*BRANCHES), "leaves")
+        (shallow, left, right), dropped = fit_context(tree, 10)
+        assert dropped == 0
+        assert nodes(shallow) == [(0, None, 0), (1, 0, 3), (7, 0, 1)]
+        assert nodes(left) == [(2, None, 0), (3, 2, 1), (4, 2, 1)]
+        assert nodes(right) == [(5, None, 0), (6, 5, 1)]
+
+    def test_the_system_turn_is_repeated(self, make_tree):
+        turns = [("system", 2, -1), ("user", 5, 0), ("assistant", 5, 1), ("user", 3, 2), ("assistant", 4, 3)]
+        tree = weigh(make_tree(*turns), "once")
+        (shallow, rerooted), dropped = fit_context(tree, 12)
+        assert dropped == 0
+        assert nodes(shallow) == [(0, None, 0), (1, 0, 0), (2, 1, 1)]
+        assert nodes(rerooted) == [(0, None, 0), (3, 0, 0), (4, 3, 1)]
+
+    def test_an_exchange_that_is_too_long_is_dropped(self, make_tree):
+        tree = weigh(make_tree(*BRANCHES), "once")
+        (shallow, left), dropped = fit_context(tree, 8)
+        assert dropped == 1  # 5 and 6 take 9 tokens
+        assert nodes(shallow) == [(0, None, 0), (1, 0, 1), (7, 0, 1)]
+        assert nodes(left) == [(2, None, 0), (3, 2, 1), (4, 2, 1)]
+        assert fit_context(tree, 3) == ([], 5)
+
+    def test_a_reply_below_one_that_is_too_long_may_still_fit(self, make_tree):
+        turns = [("user", 2, -1), ("assistant", 50, 0), ("user", 2, 1), ("assistant", 3, 2)]
+        (only,), dropped = fit_context(weigh(make_tree(*turns), "once"), 10)
+        assert dropped == 1
+        assert nodes(only) == [(2, None, 0), (3, 2, 1)]
+
+
+class TestSplit:
+    def test_what_fits_is_left_alone(self, make_tree):
+        tree = weigh(make_tree(*BRANCHES), "once")
+        assert split(tree, 27) == [tree]
+
+    def test_cuts_at_branches_and_repeats_the_shared_path(self, make_tree):
+        tree = weigh(make_tree(*BRANCHES), "leaves")
+        first, second = split(tree, 18)
+        assert nodes(first) == [(0, None, 0), (1, 0, 3), (2, 1, 0), (3, 2, 1), (4, 2, 1)]
+        assert nodes(second) == [(0, None, 0), (1, 0, 0), (5, 1, 0), (6, 5, 1), (7, 0, 1)]
+
+    def test_one_path_a_part(self, make_tree):
+        tree = weigh(make_tree(*BRANCHES), "once")
+        parts = split(tree, 16)
+        assert [part.messages.tolist() for part in parts] == [[0, 1, 2, 3, 4], [0, 1, 5, 6], [0, 7]]
+        assert [part.num_supervised for part in parts] == [3 + 4 + 1, 5, 1]
+
+    def test_a_path_larger_than_a_stream_is_refused(self, make_tree):
+        with pytest.raises(ValueError, match="a path of 16 tokens does not fit a stream of 15"):
+            split(weigh(make_tree(*BRANCHES), "once"), 15)
+
+
+@pytest.mark.parametrize("rule", ["once", "leaves"])
+def test_every_reply_is_supervised_once_in_the_context_that_is_kept(random_tree, rule):
+    """Random trees, cut to random contexts and streams: nothing is lost, doubled or shown another context."""
+    met = {"too long": 0, "re-rooted": 0, "split": 0, "whole": 0}
+    for seed in range(400):
+        random = np.random.default_rng(seed)
+        tree = prune(random_tree(random))
+        if tree is None:
+            continue
+        tree = weigh(tree, rule)
+        limit = int(random.integers(20, 140))
+        capacity = limit + int(random.integers(0, 60))
+        expected, too_long = expected_contexts(tree, limit)
+        trees, dropped = fit_context(tree, limit)
+        parts = [part for one in trees for part in split(one, capacity)]
+        assert dropped == too_long
+        found = {}
+        for part in parts:
+            nodes(part)
+            assert len(part.tokens) <= capacity
+            assert part.weights[part.roles != ASSISTANT].sum() == 0
+            for node in np.flatnonzero(part.weights).tolist():
+                message = int(part.messages[node])
+                assert message not in found
+                found[message] = (path_messages(part, node), float(part.weights[node]))
+                assert part.depths[node] + part.lengths[node] <= limit
+        assert found == expected
+        assert sum(part.num_supervised for part in parts) == sum(
+            int(tree.lengths[node]) - 1 for node, message in enumerate(tree.messages.tolist()) if message in expected
+        )
+        met["too long"] += dropped > 0
+        met["re-rooted"] += len(trees) > 1
+        met["split"] += len(parts) > len(trees)
+        met["whole"] += len(parts) == 1 and parts[0] is tree
+    assert min(met.values()) > 40, met
+
+
+def expected_contexts(tree, limit):
+    """{message: (messages of its context and itself, weight)} of every reply, by the rule alone; and the too long."""
+    expected, too_long = {}, 0
+    for node in np.flatnonzero(tree.roles == ASSISTANT).tolist():
+        path = tree.path_to(node)
+        kept = kept_turns([ROLES[tree.roles[i]] for i in path], [int(tree.lengths[i]) for i in path], limit)
+        if kept is None:
+            too_long += 1
+        else:
+            context = [int(tree.messages[path[i]]) for i in kept]
+            expected[context[-1]] = (context, float(tree.weights[node]))
+    return expected, too_long
+
+
+def test_depths_count_up_along_every_path(random_tree):
+    for seed in range(50):
+        tree = random_tree(np.random.default_rng(seed))
+        for leaf in leaf_nodes(tree):
+            positions = [int(tree.depths[i]) + offset for i in tree.path_to(leaf) for offset in range(tree.lengths[i])]
+            assert positions == list(range(len(positions)))

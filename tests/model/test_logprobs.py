@@ -1,0 +1,271 @@
+"""Target log-probs and their gradients are those of the whole softmax in float64, whatever the chunks are."""
+
+from copy import deepcopy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from gpt2ft.model import logprobs
+from gpt2ft.model.attention import attention_for
+from gpt2ft.model.logprobs import TargetLogProbs
+
+VOCABULARY, ROWS = 90, 128
+
+
+@pytest.fixture(scope="module")
+def gpt2(tiny_gpt2):
+    """Weights large enough for a distribution that is far from even, padding rows that would win if they counted."""
+    model = tiny_gpt2(ROWS, 384)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter *= 5
+            elif name.endswith("bias"):
+                parameter.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(1))
+        model.wte.weight[VOCABULARY:] *= 20
+    return model
+
+
+@pytest.fixture(scope="module")
+def streams(random_stream):
+    """Random trees, their first and last id among the targets; the second without a tail of targets."""
+    random = np.random.default_rng(3)
+    streams = [random_stream(random, VOCABULARY) for _ in range(2)]
+    for number, stream in enumerate(streams):
+        stream.targets[:2] = torch.tensor([0, VOCABULARY - 1])
+        if number % 2:
+            scored = {name: getattr(stream, name)[: stream.num_supervised] for name in per_target()}
+            streams[number] = replace(stream, **scored)
+    assert all(stream.num_tokens < len(stream.tokens) for stream in streams)
+    assert [stream.num_supervised < len(stream.targets) for stream in streams] == [True, False]
+    assert all(80 < stream.num_supervised < 300 for stream in streams)
+    return streams
+
+
+def per_target():
+    return ("supervised", "targets", "weights", "groups")
+
+
+def upstream_for(stream, seed=0):
+    """What a loss could send back: any number for what is supervised, nothing for the tail."""
+    upstream = torch.randn(len(stream.targets), generator=torch.Generator().manual_seed(seed))
+    upstream[stream.num_supervised :] = 0
+    return upstream
+
+
+def ours(model, stream, upstream):
+    """Log-probs [S], the gradient of the hidden states [N, E], and of every parameter."""
+    kept = []
+    hook = model.register_forward_hook(lambda module, inputs, hidden: kept.append(hidden))
+    found = TargetLogProbs(model, VOCABULARY, "segments")(stream)
+    hook.remove()
+    hidden, *parameters = torch.autograd.grad(found, [kept[0], *model.parameters()], upstream)
+    return found.detach(), hidden, parameters
+
+
+def in_float64(model, stream, upstream):
+    """The same, by the whole softmax over the ids in use and the mask written out."""
+    model = deepcopy(model).double()
+    hidden = model(stream.tokens, stream.positions, attention_for(stream.horizons, stream.num_tokens, "dense"))
+    logits = model.logits(hidden)[:, :VOCABULARY]
+    expected = logits.log_softmax(-1)[stream.supervised, stream.targets]
+    gradients = torch.autograd.grad(expected, [hidden, *model.parameters()], upstream.double())
+    return expected.detach(), gradients[0], gradients[1:]
+
+
+@pytest.mark.parametrize("chunk", [1, 64, 1024])
+def test_values_and_gradients_are_those_of_the_whole_softmax(chunk, gpt2, streams, monkeypatch):
+    monkeypatch.setattr(logprobs, "CHUNK", chunk)
+    for seed, stream in enumerate(streams):
+        upstream = upstream_for(stream, seed)
+        found, hidden, parameters = ours(gpt2, stream, upstream)
+        expected, expected_hidden, expected_parameters = in_float64(gpt2, stream, upstream)
+        scored = slice(0, stream.num_supervised)
+        assert found.dtype == torch.float32
+        assert found.shape == stream.targets.shape
+        assert_close(found[scored].double(), expected[scored], rtol=1e-5, atol=1e-5)
+        assert expected[scored].std() > 0.5
+        assert_close(hidden.double(), expected_hidden, rtol=1e-4, atol=1e-5)
+        assert (hidden[stream.num_tokens :] == 0).all()
+        for (name, _), one, other in zip(gpt2.named_parameters(), parameters, expected_parameters, strict=True):
+            assert other.abs().max() > 1e-3, name
+            assert (one - other).norm() <= 1e-5 * other.norm(), name
+
+
+def test_chunks_make_no_difference(gpt2, streams, monkeypatch):
+    stream, upstream = streams[0], upstream_for(streams[0])
+    found = {}
+    for chunk in (3, 100, stream.num_supervised, 4096):
+        monkeypatch.setattr(logprobs, "CHUNK", chunk)
+        found[chunk] = ours(gpt2, stream, upstream)
+    for values, hidden, parameters in found.values():
+        scored = slice(0, stream.num_supervised)
+        assert_close(values[scored], found[3][0][scored])
+        assert_close(hidden, found[3][1])
+        assert_close(parameters, found[3][2], rtol=1e-4, atol=1e-4)
+
+
+class TestHead:
+    """The head alone, against gradients by finite differences."""
+
+    @pytest.mark.parametrize("seed", [0, 1, 2])
+    @pytest.mark.filterwarnings("ignore:Input #")  # gradcheck would rather have float64
+    def test_gradients_are_slopes(self, seed):
+        """The head's numbers are float32 by contract, so the step is large and the tolerance that of float32."""
+        generator = torch.Generator().manual_seed(seed)
+        hidden = torch.randn(5, 4, generator=generator, requires_grad=True)
+        weight = torch.randn(11, 4, generator=generator, requires_grad=True)
+        targets = torch.randint(9, (5,), generator=generator)
+        head = logprobs._LogProbs.apply
+        assert torch.autograd.gradcheck(
+            lambda h, w: head(h, w, targets, 9), (hidden, weight), eps=1e-2, atol=2e-3, rtol=1e-2, nondet_tol=0.0
+        )
+
+    def test_what_needs_no_gradient_gets_none(self):
+        hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(11, 4)
+        logprobs._LogProbs.apply(hidden, weight, torch.zeros(5, dtype=torch.long), 9).sum().backward()
+        assert hidden.grad is not None
+        assert weight.grad is None
+
+
+class TestPadding:
+    def test_columns_have_probability_zero(self, gpt2, streams):
+        """Every id in use as the target of one and the same token: their probabilities make 1."""
+        stream = streams[0]
+        everywhere = replace(
+            stream,
+            supervised=torch.full((VOCABULARY,), 7),
+            targets=torch.arange(VOCABULARY),
+            weights=torch.ones(VOCABULARY),
+            groups=torch.zeros(VOCABULARY, dtype=torch.long),
+            num_supervised=VOCABULARY,
+        )
+        with torch.no_grad():
+            found = TargetLogProbs(gpt2, VOCABULARY, "segments")(everywhere)
+            unmasked = TargetLogProbs(gpt2, ROWS, "segments")(everywhere)
+        assert found.exp().sum().item() == pytest.approx(1, abs=1e-5)
+        assert unmasked.exp().sum() < 0.5  # or else the padding had nothing to win
+
+    def test_rows_get_a_gradient_of_zero(self, gpt2, streams):
+        for stream in streams:
+            _, _, parameters = ours(gpt2, stream, upstream_for(stream))
+            table = parameters[0]
+            assert table.shape == (ROWS, 64)
+            assert (table[VOCABULARY:] == 0).all()
+            assert (table[:VOCABULARY] != 0).any(-1).all()
+
+
+class TestTail:
+    def test_of_targets_counts_nothing_and_is_finite(self, gpt2, streams):
+        stream = streams[0]
+        with torch.no_grad():
+            found = TargetLogProbs(gpt2, VOCABULARY, "segments")(stream)
+        assert found.isfinite().all()
+        assert (stream.weights[stream.num_supervised :] == 0).all()
+        cut = replace(stream, **{name: getattr(stream, name)[: stream.num_supervised] for name in per_target()})
+        upstream = upstream_for(stream)
+        long, short = ours(gpt2, stream, upstream), ours(gpt2, cut, upstream[: stream.num_supervised])
+        assert_close(long[2], short[2])
+
+    def test_of_tokens_changes_nothing(self, gpt2, streams):
+        stream = streams[1]
+        other = replace(stream, tokens=stream.tokens.clone())
+        other.tokens[stream.num_tokens :] = 5
+        with torch.no_grad():
+            model = TargetLogProbs(gpt2, VOCABULARY, "segments")
+            assert torch.equal(model(stream), model(other))
+
+    @pytest.mark.parametrize("num_tokens", [0, 200])
+    def test_alone_still_gives_every_parameter_a_gradient(self, num_tokens, gpt2, streams):
+        """As the gradient all-reduce of several processes wants it: there, and zero."""
+        empty = replace(streams[0], num_supervised=0, num_tokens=num_tokens)
+        empty.weights.zero_()
+        if num_tokens == 0:
+            empty = replace(empty, horizons=torch.arange(1, 385))
+        model = deepcopy(gpt2)
+        found = TargetLogProbs(model, VOCABULARY, "segments")(empty)
+        assert found.shape == (300,)
+        (found * empty.weights).sum().backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, name
+            assert (parameter.grad == 0).all(), name
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_every_backend_gives_the_same(gpt2, streams):
+    with torch.no_grad():
+        expected = TargetLogProbs(gpt2, VOCABULARY, "segments")(streams[0])
+        for backend in ("dense", "flex"):
+            found = TargetLogProbs(gpt2, VOCABULARY, backend)(streams[0])
+            assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+class TestBfloat16:
+    """Autocast rounds what is multiplied and never the logits, which in GPT-2 lie around -100."""
+
+    @pytest.fixture(scope="class")
+    def far_off(self, gpt2):
+        """The model with all logits near -100, where bfloat16 knows only every second of them."""
+        model = deepcopy(gpt2)
+        with torch.no_grad():
+            model.wte.weight[:, 0] = 4.0
+            model.ln_f.bias[0] = -30.0
+        return model
+
+    def under_autocast(self, model, stream):
+        kept = []
+        hook = model.register_forward_hook(lambda module, inputs, hidden: kept.append(hidden))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = TargetLogProbs(model, VOCABULARY, "segments")(stream)
+        hook.remove()
+        return found, kept[0][stream.supervised]
+
+    def test_only_what_is_multiplied_is_rounded(self, far_off, streams):
+        stream = streams[1]
+        with torch.no_grad():
+            found, hidden = self.under_autocast(far_off, stream)
+            logits = hidden.bfloat16().double() @ far_off.wte.weight[:VOCABULARY].bfloat16().double().t()
+        expected = logits.log_softmax(-1).gather(-1, stream.targets[:, None])[:, 0]
+        rounded = logits.bfloat16().float().log_softmax(-1).gather(-1, stream.targets[:, None])[:, 0]
+        assert logits.mean().item() == pytest.approx(-100, abs=15)
+        assert found.dtype == torch.float32
+        assert (rounded - expected).abs().max() > 0.1  # or else there was nothing to lose
+        assert (found - expected).abs().max() < 1e-3
+
+    def test_values_and_gradients_are_close_to_float32(self, gpt2, streams):
+        for stream in streams:
+            upstream = upstream_for(stream)
+            expected, _, expected_parameters = ours(gpt2, stream, upstream)
+            found, _ = self.under_autocast(gpt2, stream)
+            parameters = torch.autograd.grad(found, list(gpt2.parameters()), upstream)
+            assert (found - expected).abs().mean() < 0.02
+            for (name, _), one, other in zip(gpt2.named_parameters(), parameters, expected_parameters, strict=True):
+                assert one.dtype == torch.float32
+                assert (one - other).norm() < 0.05 * other.norm(), name
+
+
+class TestDropout:
+    @pytest.fixture
+    def model(self, gpt2):
+        model = deepcopy(gpt2)
+        model.config = replace(gpt2.config, attention_dropout=0.3)
+        return model
+
+    def test_of_attention_acts_in_training_alone(self, model, gpt2, streams):
+        with torch.no_grad():
+            expected = TargetLogProbs(gpt2, VOCABULARY, "segments")(streams[0])
+            scored = TargetLogProbs(model, VOCABULARY, "segments")
+            one, other = scored.train()(streams[0]), scored(streams[0])
+            assert not torch.allclose(one, other)
+            assert torch.equal(scored.eval()(streams[0]), expected)
+
+    @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+    def test_of_attention_is_refused_by_flex_in_training_alone(self, model, streams):
+        scored = TargetLogProbs(model, VOCABULARY, "flex")
+        with pytest.raises(ValueError, match=r"`model.attention_dropout` needs .* segments or dense, but it is flex"):
+            scored.train()(streams[0])
+        with torch.no_grad():
+            assert scored.eval()(streams[0]).isfinite().all()

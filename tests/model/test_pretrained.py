@@ -1,0 +1,448 @@
+"""Weights in and out: folders of transformers in every layout, refusals by name, exports that transformers reads."""
+
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gpt2ft.model.attention import attention_for
+from gpt2ft.model.gpt2 import GPT2, GPT2Config
+from gpt2ft.model.pretrained import (
+    ModelError,
+    extend_vocabulary,
+    find_folder,
+    read_config,
+    read_weights,
+    weights_digest,
+    write_model,
+)
+
+SHAPE = (60, 24, 16, 2, 2)  # vocab_size, n_positions, n_embd, n_layer, n_head
+LENGTH = 24
+TOKENS = torch.arange(LENGTH) * 7 % 60
+TOKEN_IDS = {"bos_token_id": 56, "eos_token_id": 57, "pad_token_id": 56}
+
+
+@torch.no_grad()
+def logits(model):
+    attend = attention_for(torch.full((LENGTH,), LENGTH), LENGTH, "dense")
+    return model.logits(model(TOKENS, torch.arange(LENGTH), attend))
+
+
+@pytest.fixture(scope="module")
+def theirs(transformers_gpt2):
+    return transformers_gpt2(SHAPE)
+
+
+@pytest.fixture(scope="module")
+def expected(theirs):
+    with torch.no_grad():
+        return theirs(TOKENS[None]).logits[0]
+
+
+@pytest.fixture
+def folder(theirs, tmp_path):
+    """As `save_pretrained` leaves it."""
+    theirs.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def rewrite(folder, change):
+    """Replaces the tensors of a folder by what `change` makes of them."""
+    file = folder / "model.safetensors"
+    tensors = {name: tensor.contiguous() for name, tensor in change(load_file(file)).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def reconfigure(folder, **values):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+class TestLayouts:
+    """However a folder of transformers holds a GPT-2, its logits are theirs."""
+
+    def test_one_file_with_prefix(self, folder, expected, read_gpt2):
+        assert all(name.startswith("transformer.") for name in load_file(folder / "model.safetensors"))
+        assert (logits(read_gpt2(folder)) - expected).abs().max() <= 1e-4
+
+    def test_the_model_without_a_head_has_no_prefix(self, theirs, tmp_path, expected, read_gpt2):
+        theirs.transformer.save_pretrained(tmp_path)
+        assert "wte.weight" in load_file(tmp_path / "model.safetensors")
+        assert (logits(read_gpt2(tmp_path)) - expected).abs().max() <= 1e-4
+
+    def test_shards(self, theirs, tmp_path, expected, read_gpt2):
+        theirs.save_pretrained(tmp_path, max_shard_size="10KB")
+        assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+        assert not (tmp_path / "model.safetensors").exists()
+        assert (logits(read_gpt2(tmp_path)) - expected).abs().max() <= 1e-4
+
+    @pytest.mark.parametrize("prefix", ["transformer.", ""])
+    def test_the_constants_of_old_checkpoints_are_passed_over(self, prefix, folder, expected, read_gpt2):
+        def with_constants(tensors):
+            tensors = {name.replace("transformer.", prefix): tensor for name, tensor in tensors.items()}
+            for layer in range(2):
+                tensors[f"{prefix}h.{layer}.attn.bias"] = torch.ones(1, 1, 24, 24).tril()
+                tensors[f"{prefix}h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+            return tensors
+
+        rewrite(folder, with_constants)
+        assert (logits(read_gpt2(folder)) - expected).abs().max() <= 1e-4
+
+    def test_a_head_that_is_the_embedding(self, folder, expected, read_gpt2):
+        rewrite(folder, lambda tensors: tensors | {"lm_head.weight": tensors["transformer.wte.weight"].clone()})
+        assert (logits(read_gpt2(folder)) - expected).abs().max() <= 1e-4
+
+    def test_half_precision_is_read_as_float32(self, folder):
+        exact = load_file(folder / "model.safetensors")
+        rewrite(folder, lambda tensors: {name: tensor.bfloat16() for name, tensor in tensors.items()})
+        weights = read_weights(folder, read_config(folder))
+        assert len(weights) == 2 + 2 * 12 + 2
+        for name, tensor in weights.items():
+            assert tensor.dtype == torch.float32
+            assert torch.equal(tensor, exact[f"transformer.{name}"].bfloat16().float())
+
+    def test_the_epsilon_of_the_norms_is_the_folders(self, transformers_gpt2, tmp_path, read_gpt2):
+        theirs = transformers_gpt2(SHAPE, layer_norm_epsilon=0.5)
+        theirs.save_pretrained(tmp_path)
+        with torch.no_grad():
+            expected = theirs(TOKENS[None]).logits[0]
+        assert (logits(read_gpt2(tmp_path)) - expected).abs().max() <= 1e-4
+
+    def test_keys_that_old_configurations_lack_have_gpt2s_values(self, folder):
+        shape = dict(zip(("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"), SHAPE, strict=True))
+        (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"} | shape))
+        assert read_config(folder) == GPT2Config(**shape)
+
+
+class TestFindFolder:
+    def test_a_model_folder_or_the_run_around_it(self, folder):
+        assert find_folder(str(folder)) == folder
+        folder.rename(folder.with_name("model"))
+        assert find_folder(str(folder.parent)) == folder.with_name("model")
+
+    def test_neither_a_folder_nor_a_published_name(self):
+        names = "distilgpt2, gpt2, gpt2-medium, gpt2-large, gpt2-xl"
+        with pytest.raises(ModelError, match=f"must be a folder or one of {names}, but 'gpt3' is neither"):
+            find_folder("gpt3")
+
+    def test_a_run_that_has_not_finished(self, tmp_path):
+        (tmp_path / "checkpoints").mkdir()
+        with pytest.raises(ModelError, match="is a run that has not finished: run the same command again"):
+            find_folder(str(tmp_path))
+
+    def test_a_folder_of_something_else(self, tmp_path):
+        with pytest.raises(ModelError, match=r"holds no config.json, so it is not a model folder"):
+            find_folder(str(tmp_path))
+
+
+CONFIGURATIONS = {
+    "exact gelu": ({"activation_function": "gelu"}, "`activation_function` must be 'gelu_new', but is 'gelu'"),
+    "another model": ({"model_type": "llama"}, "`model_type` must be 'gpt2', but is 'llama'"),
+    "unscaled attention": ({"scale_attn_weights": False}, "`scale_attn_weights` must be True, but is False"),
+    "scaled by layer": (
+        {"scale_attn_by_inverse_layer_idx": True},
+        "`scale_attn_by_inverse_layer_idx` must be False, but is True",
+    ),
+    "cross attention": ({"add_cross_attention": True}, "`add_cross_attention` must be False, but is True"),
+    "untied": ({"tie_word_embeddings": False}, "`tie_word_embeddings` must be True, but is False"),
+    "narrow inside": ({"n_inner": 32}, "`n_inner` must be null or 4 `n_embd` = 64, but is 32"),
+    "no width": ({"n_embd": None}, "`n_embd` must be a positive whole number, but is None"),
+    "no layers": ({"n_layer": 0}, "`n_layer` must be a positive whole number, but is 0"),
+    "half a head": ({"n_head": 0.5}, "`n_head` must be a positive whole number, but is 0.5"),
+    "a textual size": ({"vocab_size": "60"}, "`vocab_size` must be a positive whole number, but is '60'"),
+    "a true size": ({"n_positions": True}, "`n_positions` must be a positive whole number, but is True"),
+    "heads that do not divide": ({"n_head": 3}, "`n_embd` must be a multiple of `n_head` = 3, but is 16"),
+    "no epsilon": ({"layer_norm_epsilon": None}, "`layer_norm_epsilon` must be a positive number, but is None"),
+}
+
+
+class TestConfigurationsRefused:
+    @pytest.mark.parametrize("case", CONFIGURATIONS)
+    def test_by_value(self, case, folder):
+        values, sentence = CONFIGURATIONS[case]
+        reconfigure(folder, **values)
+        with pytest.raises(ModelError, match="^" + re.escape(f"{folder / 'config.json'}: {sentence}") + "$"):
+            read_config(folder)
+
+    @pytest.mark.parametrize(("text", "sentence"), [("{", "must be a JSON file, but"), ("[]", "JSON object.* a list$")])
+    def test_no_json_object(self, text, sentence, folder):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ModelError, match=sentence):
+            read_config(folder)
+
+
+def without(tensors, name):
+    return {other: tensor for other, tensor in tensors.items() if other != name}
+
+
+def with_one_value(tensors, name, value):
+    tensors[name].view(-1)[3] = value
+    return tensors
+
+
+BIAS = "transformer.h.1.mlp.c_fc.bias"
+TENSORS = {
+    "missing": (lambda t: without(t, BIAS), "lacks 1 parameters, the first is `h.1.mlp.c_fc.bias`"),
+    "unknown": (
+        lambda t: t | {"transformer.h.2.ln_1.weight": torch.ones(16)},
+        "`transformer.h.2.ln_1.weight` is not a parameter of this GPT-2",
+    ),
+    "an adapter's": (
+        lambda t: t | {"h.0.attn.c_attn.lora_A": torch.ones(2, 16)},
+        "`h.0.attn.c_attn.lora_A` is not a parameter of this GPT-2",
+    ),
+    "misshapen": (lambda t: t | {BIAS: torch.ones(63)}, f"`{BIAS}` must have shape (64,), but has (63,)"),
+    "transposed": (
+        lambda t: t | {"transformer.h.0.mlp.c_fc.weight": torch.ones(64, 16)},
+        "`transformer.h.0.mlp.c_fc.weight` must have shape (16, 64), but has (64, 16)",
+    ),
+    "not a number": (
+        lambda t: with_one_value(t, BIAS, torch.nan),
+        "`h.1.mlp.c_fc.bias` holds values that are not finite",
+    ),
+    "infinite": (
+        lambda t: with_one_value(t, "transformer.wte.weight", -torch.inf),
+        "`wte.weight` holds values that are not finite",
+    ),
+    "a head of its own": (
+        lambda t: t | {"lm_head.weight": t["transformer.wte.weight"] * 1.001},
+        "`lm_head.weight` must equal `wte.weight` (GPT-2's head is tied), but differs",
+    ),
+    "a larger head": (
+        lambda t: t | {"lm_head.weight": torch.ones(64, 16)},
+        "`lm_head.weight` must equal `wte.weight` (GPT-2's head is tied), but differs",
+    ),
+}
+
+
+def refusal(folder):
+    """The sentence with which the weights of a folder are refused; it names the folder."""
+    with pytest.raises(ModelError) as found:
+        read_weights(folder, GPT2Config(*SHAPE))
+    assert str(folder) in str(found.value)
+    assert "\n" not in str(found.value)
+    return str(found.value)
+
+
+class TestWeightsRefused:
+    @pytest.mark.parametrize("case", TENSORS)
+    def test_by_tensor(self, case, folder):
+        change, sentence = TENSORS[case]
+        rewrite(folder, change)
+        assert refusal(folder).endswith(sentence)
+
+    @pytest.mark.parametrize("keep", [0, 5, 500, -1])
+    def test_cut_short(self, keep, folder):
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:keep])
+        assert f"{file} is not a readable safetensors file" in refusal(folder)
+
+    def test_a_pickle_is_named_and_never_opened(self, folder):
+        class Trap:
+            def __reduce__(self):
+                return Path.touch, (folder / "sprung",)
+
+        (folder / "model.safetensors").unlink()
+        assert refusal(folder).endswith("holds no model.safetensors")
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
+        assert refusal(folder).endswith(
+            "holds no model.safetensors: pytorch_model.bin is a pickle and is never opened here, "
+            "save it again with safe_serialization=True"
+        )
+        assert not (folder / "sprung").exists()
+
+    @pytest.mark.parametrize("name", ["../outside.safetensors", "sub/inside.safetensors", "missing.safetensors", 7])
+    def test_an_index_that_names_no_file_of_the_folder(self, name, folder):
+        (folder / "sub").mkdir()
+        (folder / "sub" / "inside.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+        (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+        index = folder / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": {"transformer.wte.weight": name}}))
+        assert refusal(folder) == f"{index} names '{name}', which is not a file of this folder"
+
+    @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}'])
+    def test_a_damaged_index(self, text, folder):
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(text)
+        assert "model.safetensors.index.json must be JSON with a `weight_map`" in refusal(folder)
+
+    def test_a_missing_shard_is_told_by_what_it_held(self, theirs, tmp_path):
+        theirs.save_pretrained(tmp_path, max_shard_size="10KB")
+        index = tmp_path / "model.safetensors.index.json"
+        names = json.loads(index.read_text())["weight_map"]
+        left_out = names["transformer.wpe.weight"]
+        kept = {name: file for name, file in names.items() if file != left_out}
+        assert kept
+        index.write_text(json.dumps({"weight_map": kept}))
+        assert "parameters, the first is `" in refusal(tmp_path)
+
+
+OFFLINE = """
+import sys
+from pathlib import Path
+from gpt2ft.model.pretrained import HUB_MODELS, ModelError, download
+
+def attempt(name):
+    try:
+        print(download(name).name)
+    except ModelError as error:
+        print(error)
+
+def cached(name, files):
+    hub = HUB_MODELS[name]
+    folder = Path(sys.argv[1], "hub", "models--" + hub.repository.replace("/", "--"), "snapshots", hub.revision)
+    folder.mkdir(parents=True)
+    for file in files:
+        (folder / file).touch()
+
+attempt("gpt2")
+cached("distilgpt2", ["config.json", "vocab.json"])
+attempt("distilgpt2")
+cached("gpt2-medium", ["config.json", "model.safetensors", "vocab.json", "merges.txt"])
+attempt("gpt2-medium")
+"""
+
+
+def test_a_published_name_without_a_network(tmp_path):
+    """In a process of its own, because huggingface_hub reads its environment when it is imported."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_"))}
+    environment |= {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-W", "ignore", "-c", OFFLINE, str(tmp_path)]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True).stdout
+    absent, incomplete, complete = output.splitlines()
+    assert re.match(r"gpt2 could not be downloaded \(\w+\) and is not in the cache: put config.json, ", absent)
+    assert "huggingface.co/openai-community/gpt2 into a folder" in absent
+    assert absent.endswith("train from random weights with `--model.random_init true`")
+    assert re.match("the cached copy of distilgpt2 in .* lacks model.safetensors, merges.txt: download it", incomplete)
+    assert complete == "6dcaa7a952f72f9298047fd5137cd6e4f05f41da"
+
+
+class TestWriteModel:
+    """What is written is read by transformers, with our logits."""
+
+    @pytest.fixture
+    def ours(self):
+        config = GPT2Config(64, 24, n_embd=16, n_layer=2, n_head=4, dropout=0.25, attention_dropout=0.5)
+        model = GPT2(config).initialize(torch.Generator().manual_seed(0)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+        return model
+
+    @pytest.fixture
+    def written(self, ours, tmp_path):
+        write_model(tmp_path, dict(ours.named_parameters()), ours.config, vocabulary=60, token_ids=TOKEN_IDS)
+        return tmp_path
+
+    def test_is_read_by_transformers(self, ours, written):
+        transformers = pytest.importorskip("transformers")
+        theirs, report = transformers.GPT2LMHeadModel.from_pretrained(written, output_loading_info=True)
+        assert not any(report[kind] for kind in ("unexpected_keys", "mismatched_keys", "error_msgs"))
+        assert set(report["missing_keys"]) <= {"lm_head.weight"}
+        assert theirs.lm_head.weight is theirs.transformer.wte.weight
+        assert theirs.dtype == torch.float32
+        with torch.no_grad():
+            found = theirs.eval()(TOKENS[None]).logits[0]
+        assert found.shape == (LENGTH, 60)
+        assert found.std() > 0.3
+        assert (found - logits(ours)[:, :60]).abs().max() <= 1e-4
+        config = theirs.config
+        assert {name: getattr(config, name) for name in TOKEN_IDS} == TOKEN_IDS
+        assert (config.embd_pdrop, config.resid_pdrop, config.attn_pdrop) == (0.25, 0.25, 0.5)
+
+    def test_holds_the_ids_in_use_and_no_second_table(self, ours, written):
+        tensors = load_file(written / "model.safetensors")
+        assert len(tensors) == len(dict(ours.named_parameters()))
+        assert "lm_head.weight" not in tensors
+        assert torch.equal(tensors["transformer.wte.weight"], ours.wte.weight[:60])
+        config = json.loads((written / "config.json").read_text())
+        assert (config["vocab_size"], config["n_ctx"], config["n_positions"]) == (60, 24, 24)
+        assert config["architectures"] == ["GPT2LMHeadModel"]
+
+    def test_reads_back_bit_for_bit(self, ours, written):
+        config = read_config(written)
+        assert config == GPT2Config(60, 24, n_embd=16, n_layer=2, n_head=4)
+        weights = read_weights(written, config)
+        expected = dict(ours.named_parameters()) | {"wte.weight": ours.wte.weight[:60]}
+        assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+        assert weights_digest(weights) == weights_digest(expected)
+
+
+def test_the_digest_knows_names_shapes_and_every_value():
+    weights = {"a": torch.zeros(4), "b": torch.ones(2, 3)}
+    others = [
+        {"a": torch.zeros(4), "c": torch.ones(2, 3)},
+        {"a": torch.zeros(4), "b": torch.ones(3, 2)},
+        {"a": torch.tensor([0, 0, 0, 1e-9]), "b": torch.ones(2, 3)},
+        {"a": torch.zeros(4)},
+    ]
+    digests = {weights_digest(each) for each in [weights, *others]}
+    assert len(digests) == 5
+    assert weights_digest(dict(reversed(weights.items()))) == weights_digest(weights)
+    assert weights_digest({"a": torch.zeros(4), "b": torch.ones(3, 2).t()}) == weights_digest(weights)
+
+
+class TestExtendVocabulary:
+    OLD, NEW, ROWS = 500, 505, 512
+
+    @pytest.fixture(scope="class")
+    def table(self):
+        """Rows spread around a mean of their own, as GPT-2's are."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(1, 64, generator=generator) + 0.5 * torch.randn(self.OLD, 64, generator=generator)
+
+    def extend(self, table, copies=None, seed=1):
+        generator = torch.Generator().manual_seed(seed)
+        return extend_vocabulary(table, self.NEW, self.ROWS, copies or {}, generator)
+
+    def test_old_rows_stay_and_padding_is_zero(self, table):
+        before = table.clone()
+        extended = self.extend(table)
+        assert extended.shape == (self.ROWS, 64)
+        assert torch.equal(extended[: self.OLD], before)
+        assert torch.equal(table, before)
+        assert (extended[self.NEW :] == 0).all()
+        assert (extended[self.OLD : self.NEW] != 0).any(-1).all()
+
+    def test_new_logits_lie_near_the_mean(self, table):
+        """So the new tokens together take about their share, whatever the hidden state; rows of zero would not."""
+        extended = self.extend(table)
+        hidden = 2 * torch.randn(1000, 64, generator=torch.Generator().manual_seed(2))
+        logits = hidden @ extended[: self.NEW].t()
+        old, new = logits[:, : self.OLD], logits[:, self.OLD :]
+        off_the_mean = (new - old.mean(1, keepdim=True)).abs()
+        assert off_the_mean.mean() < 0.15 * old.std(1).mean()
+        assert off_the_mean.max() < 0.6 * old.std(1).mean()
+        taken = logits.softmax(-1)[:, self.OLD :].sum(1)
+        assert taken.max() < 5 / self.OLD
+        at_zero = torch.cat([old, torch.zeros(1000, 5)], 1).softmax(-1)[:, self.OLD :].sum(1)
+        assert at_zero.max() > 0.5
+
+    def test_new_rows_differ(self, table):
+        rows = self.extend(table)[self.OLD : self.NEW]
+        assert torch.cdist(rows, rows)[~torch.eye(5, dtype=torch.bool)].min() > 0.1
+
+    def test_copies_start_from_an_old_row(self, table):
+        extended, plain = self.extend(table, copies={503: 17}), self.extend(table)
+        assert torch.equal(extended[503], table[17])
+        assert torch.equal(extended[[500, 501, 502, 504]], plain[[500, 501, 502, 504]])
+
+    def test_a_copy_never_overwrites_an_old_row(self, table):
+        assert torch.equal(self.extend(table, copies={3: 17}), self.extend(table))
+
+    def test_the_generator_alone_decides(self, table):
+        assert torch.equal(self.extend(table, seed=1), self.extend(table, seed=1))
+        assert not torch.equal(self.extend(table, seed=1), self.extend(table, seed=2))
+
+    def test_a_table_that_knows_every_id_is_padded_alone(self, table):
+        extended = extend_vocabulary(table, 480, self.ROWS, {479: 17}, torch.Generator())
+        assert torch.equal(extended[:480], table[:480])
+        assert (extended[480:] == 0).all()

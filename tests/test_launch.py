@@ -1,0 +1,293 @@
+"""A launch trains with all the processes it was told to start, together, or it is refused with the command to use.
+
+Launchers start fewer processes than asked, or processes that do not know of each other, without a word.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = "launch/sft.py"
+ROOT = Path(__file__).parents[1]
+PROGRAMS = Path(sys.executable).parent
+FORGOTTEN = ("ACCELERATE_", "OMPI_", "PMI_", "MV2_", "SLURM_", "TORCHELASTIC_")
+RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+RECIPE = """
+model: {path: quickstart, random_init: true}
+data: {train: [quickstart], max_rank: 1, max_length: 256}
+training: {steps: 1, tokens_per_micro_batch: 256, micro_batches_per_step: 2, sample_prompts: 0}
+"""
+TWO_ON_CPU = """
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_GPU
+num_processes: 2
+num_machines: 1
+machine_rank: 0
+main_process_port: 0
+use_cpu: true
+mixed_precision: 'no'
+"""
+USE_THIS = f"use `ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 {SCRIPT}`"
+
+
+@pytest.fixture(scope="module")
+def bare_environment(tmp_path_factory):
+    """No GPU, no launcher around this one, no accelerate config of the user's."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(FORGOTTEN) and k not in RANKS}
+    return kept | {"CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(tmp_path_factory.mktemp("hf"))}
+
+
+@pytest.fixture
+def launch(tmp_path, bare_environment):
+    """launch(words before the script, **environment): exit code, what was printed, and the folder of the run."""
+
+    def launch(*words, **environment):
+        (tmp_path / "one_step.yaml").write_text(RECIPE)
+        run = tmp_path / "run"
+        command = [str(PROGRAMS / words[0]), *words[1:], SCRIPT, str(tmp_path / "one_step.yaml"), "--output", str(run)]
+        started = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=bare_environment | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            printed, _ = started.communicate(timeout=150)
+        except subprocess.TimeoutExpired:
+            os.killpg(started.pid, signal.SIGKILL)
+            raise
+        return started.returncode, printed, run
+
+    return launch
+
+
+def errors(printed):
+    return [line for line in printed.splitlines() if line.startswith("error: ")]
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(text):
+        (tmp_path / "accelerate.yaml").write_text(text)
+        return str(tmp_path / "accelerate.yaml")
+
+    return write
+
+
+# --- what would look like training ----------------------------------------------------------------------------------
+
+
+def test_accelerate_that_starts_one_process_of_two_is_refused(launch):
+    code, printed, run = launch("accelerate", "launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
+    assert code != 0
+    assert errors(printed) == [f"error: accelerate launch was told to start 2 processes, but started 1: {USE_THIS}"]
+    assert not run.exists()
+
+
+def test_two_processes_that_are_both_the_first_are_refused(launch, config):
+    code, printed, run = launch("accelerate", "launch", "--config_file", config(TWO_ON_CPU))
+    assert code != 0
+    assert errors(printed)[0] == f"error: 2 processes were started, but each would train alone as 1 of 1: {USE_THIS}"
+    assert len(errors(printed)) == 1
+    assert not run.exists()
+
+
+def test_torchrun_without_a_gpu_and_without_a_word_about_it_is_refused(launch):
+    code, printed, run = launch("torchrun", "--standalone", "--nproc_per_node", "2")
+    assert code != 0
+    assert errors(printed) == [f"error: 2 processes were started, but each would train alone as 1 of 1: {USE_THIS}"]
+    assert not run.exists()
+
+
+# --- what must work -------------------------------------------------------------------------------------------------
+
+
+def outcome(run):
+    """How many processes trained, and the loss of the one step."""
+    assert (run / "model" / "config.json").is_file()
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    return json.loads((run / "manifest.json").read_text())["processes"], first["train/loss"]
+
+
+@pytest.fixture(scope="module")
+def losses():
+    """The loss of each launch that worked: they train on the same thing."""
+    return []
+
+
+@pytest.mark.parametrize(
+    ("words", "processes"),
+    [
+        (["python"], 1),
+        (["accelerate", "launch"], 1),
+        (["torchrun", "--standalone", "--nproc_per_node", "2"], 2),
+    ],
+    ids=["python", "accelerate launch", "torchrun"],
+)
+def test_these_launches_train_the_same(launch, losses, words, processes):
+    environment = {"ACCELERATE_USE_CPU": "true"} if processes > 1 else {}
+    code, printed, run = launch(*words, **environment)
+    assert (code, errors(printed)) == (0, []), printed
+    trained, loss = outcome(run)
+    assert trained == processes
+    losses.append(loss)
+    assert losses == [pytest.approx(losses[0], rel=1e-5)] * len(losses)
+    assert printed.count("finished: ") == 1
+
+
+@pytest.mark.long
+def test_accelerate_with_two_processes_on_a_cpu(launch, config):
+    code, printed, run = launch("accelerate", "launch", "--config_file", config(TWO_ON_CPU), ACCELERATE_USE_CPU="true")
+    assert (code, errors(printed)) == (0, []), printed
+    assert outcome(run)[0] == 2
+
+
+# --- the same checks without starting anything ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """start(micro-batches a step, **environment): the accelerator that this process would train with."""
+    for name in [*RANKS, *(name for name in os.environ if name.startswith(FORGOTTEN))]:
+        monkeypatch.delenv(name, raising=False)
+
+    def start(micro_batches_per_step, **environment):
+        import torch
+        from accelerate.state import AcceleratorState, GradientState
+
+        from gpt2ft.training import distributed
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        threads = torch.get_num_threads()
+        try:
+            return distributed.start("fp32", micro_batches_per_step)
+        finally:
+            torch.set_num_threads(threads)
+
+    return start
+
+
+@pytest.fixture
+def refusal(start):
+    """refusal(micro-batches a step, **environment): why such a launch is refused."""
+    from gpt2ft.training.distributed import LaunchError
+
+    def refusal(micro_batches_per_step, **environment):
+        with pytest.raises(LaunchError) as error:
+            start(micro_batches_per_step, **environment)
+        return str(error.value)
+
+    return refusal
+
+
+def test_accumulation_follows_from_the_micro_batches(start):
+    assert start(6).gradient_accumulation_steps == 6
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "processes", "instead"), [(6, 4, "4 or 8"), (3, 8, "8"), (1, 2, "2"), (7, 3, "6 or 9")]
+)
+def test_micro_batches_that_the_processes_cannot_share_equally(refusal, micro_batches, processes, instead):
+    assert refusal(micro_batches, WORLD_SIZE=str(processes)) == (
+        f"`training.micro_batches_per_step` must be a multiple of the {processes} processes, "
+        f"but is {micro_batches}: use {instead}"
+    )
+
+
+def test_the_launcher_has_no_say_in_accumulation(refusal, start):
+    said = refusal(6, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")
+    assert said.startswith("the launcher's gradient_accumulation_steps must be left out, but is 4: 6 follow from ")
+    assert start(4, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4").gradient_accumulation_steps == 4
+
+
+def test_accelerate_itself_refuses_it_in_its_config(config):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    with pytest.raises(ValueError, match=r"unknown keys .*gradient_accumulation_steps"):
+        load_config_from_file(config(TWO_ON_CPU + "gradient_accumulation_steps: 4\n"))
+
+
+@pytest.mark.parametrize("strategy", ["FSDP", "DEEPSPEED"])
+def test_what_would_be_ddp_under_another_name_is_refused(refusal, strategy):
+    """Without a GPU, accelerate turns FSDP into DDP in silence."""
+    said = refusal(2, **{f"ACCELERATE_USE_{strategy}": "true", "ACCELERATE_USE_CPU": "true"})
+    assert said == f"the launcher must not ask for {strategy}, which is not supported: use MULTI_GPU"
+
+
+def test_a_precision_that_is_not_ours_is_refused(monkeypatch, start):
+    from gpt2ft.training import distributed
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(distributed.LaunchError, match="mixed_precision must be no or bf16, but is fp16"):
+        distributed.start("auto", 1)
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_processes_of_mpirun_or_srun_are_refused(refusal, name):
+    assert "4 processes were started by mpirun or srun, but each would train alone" in refusal(4, **{name: "4"})
+
+
+@pytest.fixture
+def asked_for(monkeypatch, bare_environment):
+    """asked_for("accelerate launch ..."): how many processes such a parent of this process was told to start."""
+    import psutil
+    from accelerate.commands.config import config_args
+
+    from gpt2ft.training import distributed
+
+    monkeypatch.setattr(config_args, "default_config_file", f"{bare_environment['HF_HOME']}/none.yaml")
+
+    class Parent:
+        def parent(self):
+            return self
+
+        def cmdline(self):
+            return self.words
+
+    def asked_for(line, default_config=None):
+        Parent.words = line.split()
+        monkeypatch.setattr(psutil, "Process", Parent)
+        if default_config:
+            monkeypatch.setattr(config_args, "default_config_file", default_config)
+        return distributed._processes_asked_for()
+
+    return asked_for
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        "/usr/bin/python3 /usr/bin/accelerate launch",
+        "/usr/bin/python3 /usr/bin/accelerate-launch",
+        "python -m accelerate.commands.launch",
+        "python -m accelerate.commands.accelerate_cli launch",
+    ],
+)
+def test_a_parent_that_was_told_how_many_is_understood(launcher, asked_for, config):
+    assert asked_for(f"{launcher} --cpu --num_processes 2 {SCRIPT} --training.steps 3") == 2
+    assert asked_for(f"{launcher} --num-processes=4 {SCRIPT}") == 4
+    assert asked_for(f"{launcher} --config_file {config(TWO_ON_CPU)} {SCRIPT}") == 2
+    assert asked_for(f"{launcher} --config_file {config(TWO_ON_CPU)} --num_processes 1 {SCRIPT}") == 1
+    assert asked_for(f"{launcher} {SCRIPT} --num_processes 2") is None
+
+
+def test_the_users_own_accelerate_config_counts_too(asked_for, config):
+    default = config(TWO_ON_CPU.replace("MULTI_GPU", "MULTI_CPU"))
+    assert asked_for(f"python /usr/bin/accelerate launch {SCRIPT}", default) == 2
+    assert asked_for(f"python /usr/bin/accelerate launch --cpu {SCRIPT}", default) is None
+
+
+@pytest.mark.parametrize("parent", ["", "bash", "pytest tests/accelerate", f"python launch {SCRIPT} --num_processes 2"])
+def test_any_other_parent_was_told_nothing(parent, asked_for):
+    assert asked_for(parent) is None

@@ -1,0 +1,106 @@
+"""The template: ids and Jinja say the same, contents are untouched, and what is no conversation is refused."""
+
+import itertools
+import random
+
+import jinja2
+import jinja2.sandbox
+import pytest
+
+from gpt2ft.text import template
+from gpt2ft.text.template import CHAT_TEMPLATE, render_prompt, render_turn, template_digest
+
+
+class Speller:
+    """A tokenizer whose ids are characters and names, so that a rendering can be read."""
+
+    role_ids = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
+    end_id = "<|end|>"
+
+    def encode(self, text):
+        return list(text)
+
+
+class Refusal(Exception):
+    pass
+
+
+def refuse(message):
+    raise Refusal(message)
+
+
+ENVIRONMENTS = [
+    kind(trim_blocks=trim, lstrip_blocks=lstrip)
+    for kind in (jinja2.Environment, jinja2.sandbox.ImmutableSandboxedEnvironment)
+    for trim, lstrip in itertools.product((False, True), repeat=2)
+]
+
+
+@pytest.fixture(params=ENVIRONMENTS, ids=lambda kind: f"{type(kind).__name__}-{kind.trim_blocks}-{kind.lstrip_blocks}")
+def jinja(request):
+    compiled = request.param.from_string(CHAT_TEMPLATE)
+
+    def render(turns, **settings):
+        messages = [{"role": role, "content": text} for role, text in turns]
+        return compiled.render(messages=messages, raise_exception=refuse, **settings)
+
+    return render
+
+
+def conversations(count):
+    generator = random.Random(0)
+    pieces = [" ", "\n", "\r\n", "\t", "tea", "{{ x }}", "{% if %}", "{#", "<|end|>", "'", '"', "\\n", "é", "\0", ""]
+    for _ in range(count):
+        yield [
+            (generator.choice(["system", "user", "assistant"]), "".join(generator.choices(pieces, k=6)))
+            for _ in range(generator.randrange(5))
+        ]
+
+
+def test_a_turn_is_its_role_its_content_and_the_end():
+    assert render_turn(Speller(), "user", " a\n") == ["<|user|>", " ", "a", "\n", "<|end|>"]
+    assert render_turn(Speller(), "assistant", "") == ["<|assistant|>", "<|end|>"]
+
+
+def test_a_prompt_is_its_turns_and_the_role_to_continue():
+    turns = [("system", "s"), ("user", "u")]
+    expected = ["<|system|>", "s", "<|end|>", "<|user|>", "u", "<|end|>", "<|assistant|>"]
+    assert render_prompt(Speller(), turns) == expected
+    assert render_prompt(Speller(), []) == ["<|assistant|>"]
+
+
+def test_jinja_renders_the_same(jinja):
+    padded = 0
+    for turns in conversations(300):
+        prompt = "".join(render_prompt(Speller(), turns))
+        assert jinja(turns, add_generation_prompt=True) == prompt
+        assert jinja(turns, add_generation_prompt=False) == jinja(turns) == prompt.removesuffix("<|assistant|>")
+        padded += any(text != text.strip() for _, text in turns)
+    assert padded > 50
+
+
+@pytest.mark.parametrize("role", ["tool", "User", "", "end"])
+def test_an_unknown_role_is_refused(jinja, role):
+    with pytest.raises(ValueError, match="`role` must be system, user or assistant, but is"):
+        render_turn(Speller(), role, "text")
+    with pytest.raises(Refusal, match="`role` must be system, user or assistant, but is"):
+        jinja([("user", "text"), (role, "text")])
+
+
+@pytest.mark.parametrize("content", [None, 3, [{"type": "text", "text": "tea"}]])
+def test_jinja_refuses_content_that_is_not_text(jinja, content):
+    with pytest.raises(Refusal, match="`content` must be text"):
+        jinja([("user", content)])
+
+
+def test_the_digest_changes_with_either_rendering(monkeypatch):
+    digest = template_digest()
+    assert digest == template_digest()
+    assert len(digest) == 64
+    with monkeypatch.context() as patch:
+        patch.setattr(template, "CHAT_TEMPLATE", CHAT_TEMPLATE + "\n")
+        assert template_digest() != digest
+    with monkeypatch.context() as patch:
+        patch.setattr(template, "render_turn", lambda *turn: [*render_turn(*turn), "\n"])
+        assert template_digest() != digest
+    assert template_digest() == digest
