@@ -65,9 +65,9 @@ class DataSettings(Section):
     position_jitter: NotNegative = 0
     """Training starts each conversation at a random position up to this one, as far as there is room. For random
     weights and little data, where a model ties what it says to where it stands."""
-    prompt_noise: Fraction = 0.0
-    """Share of the tokens of user turns that training replaces by other ones, drawn anew at each step. For random
-    weights and little data, where a model ties its reply to the exact words of the prompt."""
+    prompt_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Training replaces tokens of user turns, of each conversation a share between 0 and this. For random weights and
+    little data, where a model ties its reply to the exact words of the prompt."""
     on_error: Literal["fail", "skip"] = "fail"
     """What a malformed line does: end the run, or be skipped and counted."""
     cache: str | None = None

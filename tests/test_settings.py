@@ -341,7 +341,7 @@ def test_help_names_every_setting_and_imports_nothing_heavy(script):
         for name in ("--training.steps", "--data.max_length", "--optimizer.learning_rate", "--resume", "--dry_run"):
             assert name in said
         assert "Optimizer steps; overrides `epochs`." in said
-        assert "(default: 0.002)" in said  # the recipe's, not the class's
+        assert "(default: 0.003)" in said  # the recipe's, not the class's
 
 
 @pytest.mark.parametrize("wrong", [["--traning.steps", "1"], ["nosuch"], ["--data.train"]])

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpt2ft.conversation import ROLES
 from gpt2ft.data.token_tree import TokenTree
@@ -20,8 +21,8 @@ class Augmentation:
     """How much of each.
 
     `position_jitter`: a tree starts at a position from 0 to this, as far as its longest path leaves room below
-    `max_length`. `prompt_noise`: each content token of a user turn is replaced with this probability (as in the
-    word dropout of Bowman et al. 2016, "Generating Sentences from a Continuous Space").
+    `max_length`. `prompt_noise`: content tokens of user turns are replaced, of each tree a share drawn between 0
+    and this (after the word dropout of Bowman et al. 2016, "Generating Sentences from a Continuous Space").
     """
 
     position_jitter: int = 0
@@ -38,18 +39,18 @@ def augment(
     return _with_noise(trees, augmentation.prompt_noise, random), first_positions
 
 
-def _with_noise(trees: Sequence[TokenTree], share: float, random: np.random.Generator) -> list[TokenTree]:
-    """Replaces tokens of user turns by others from the user turns of the same stream.
+def _with_noise(trees: Sequence[TokenTree], most: float, random: np.random.Generator) -> list[TokenTree]:
+    """Replaces content tokens of user turns by content tokens from anywhere in the stream.
 
     Role tokens, end tokens and whatever is supervised stay as they are.
     """
-    if not share:
+    if not most:
         return list(trees)
-    contents = [_user_content(tree) for tree in trees]
-    pool = np.concatenate([tree.tokens[content] for tree, content in zip(trees, contents, strict=True)])
+    pool = np.concatenate([tree.tokens[_content(tree)] for tree in trees])
     noisy = []
-    for tree, content in zip(trees, contents, strict=True):
-        chosen = content & (random.random(len(tree.tokens)) < share)
+    for tree in trees:
+        user = _content(tree) & np.repeat(tree.roles == USER, tree.lengths)
+        chosen = user & (random.random(len(tree.tokens)) < random.uniform(0, most))
         tokens = tree.tokens.copy()
         if chosen.any():
             tokens[chosen] = random.choice(pool, size=int(chosen.sum()))
@@ -57,9 +58,9 @@ def _with_noise(trees: Sequence[TokenTree], share: float, random: np.random.Gene
     return noisy
 
 
-def _user_content(tree: TokenTree) -> np.ndarray:
-    """bool [n]: tokens between the first and the last of a user turn."""
-    content = np.repeat(tree.roles == USER, tree.lengths)
+def _content(tree: TokenTree) -> NDArray[np.bool_]:
+    """[n] whether a token is content: neither the first nor the last of its turn."""
+    content = np.ones(len(tree.tokens), bool)
     content[tree.starts] = False
     content[tree.starts + tree.lengths - 1] = False
     return content

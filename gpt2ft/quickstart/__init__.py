@@ -1,5 +1,9 @@
-"""What the quickstart needs and no network has to bring: conversation trees written for this project and
-the shape and vocabulary of a tiny model. A bot that turns whatever it is asked to tea."""
+"""What the quickstart needs and no network has to bring. A bot that turns whatever it is asked to tea.
+
+trees.jsonl      150 conversation trees in OASST's nested layout, with ranked replies, written for this project
+held_out.jsonl   44 more: first new words for familiar subjects, then subjects that trees.jsonl does not have
+model/           a tiny shape, and a byte-level BPE trained on trees.jsonl in which every word is one token
+"""
 
 from pathlib import Path
 

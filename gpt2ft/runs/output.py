@@ -34,12 +34,15 @@ class Output:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             for leftover in self.checkpoints.glob(".step-*"):  # of a process that was killed while saving
                 shutil.rmtree(leftover)
-            write_text(self.folder / "recipe.yaml", to_yaml(settings))
+            write_text(self.folder / ".writable", "")
+            (self.folder / ".writable").unlink()
         except OSError as error:
             raise SettingsError(f"`output` = {self.folder} cannot be written to: {error}") from error
 
-    def write_manifest(self, values: dict[str, Any]) -> None:
-        write_json(self.folder / "manifest.json", values)
+    def record(self, settings: SFTSettings, manifest: dict[str, Any]) -> None:
+        """What is trained here, once it is sure that it will be."""
+        write_text(self.folder / "recipe.yaml", to_yaml(settings))
+        write_json(self.folder / "manifest.json", manifest)
 
     def _move_aside(self) -> None:
         if not self.folder.exists() or not any(self.folder.iterdir()):

@@ -71,7 +71,7 @@ def train(settings: SFTSettings, objective: Objective) -> None:
         "plan": {"streams": len(plan.streams), "steps": steps, "tokens": plan.tokens, "supervised": plan.supervised},
     }
     if main:
-        output.write_manifest(manifest)
+        output.record(settings, manifest)
     tracker = Tracker(output.folder, state.step, steps, settings.model_dump(mode="json"), active=main)
     evaluation = Evaluation(accelerator, prepared, policy, held_out, eval_plan, tracker, training)
 
@@ -101,7 +101,8 @@ def train(settings: SFTSettings, objective: Objective) -> None:
     finally:
         tracker.close()
     if main:
-        finish(output, policy, state, manifest)
+        output.record(settings, manifest | {"finished": asdict(state)})
+        export(output, policy, state)
         print(evaluation.transcript())
         print(f"finished: {output.model}\nnext: {next_command(settings, output)}")
     accelerator.end_training()
@@ -226,13 +227,12 @@ def resume(output: Output, identity: dict, verbose: bool) -> tuple[TrainState, P
     return state, found
 
 
-def finish(output: Output, policy: Policy, state: TrainState, manifest: dict) -> None:
+def export(output: Output, policy: Policy, state: TrainState) -> None:
     """Writes `best/` where evaluation ran, and `model/` last: it is what makes the run finished."""
     config, tokenizer = policy.gpt2.config, policy.tokenizer
     if state.best_step is not None:
         best = checkpoint.read_weights(checkpoint.step_folder(output.checkpoints, state.best_step))
         write_folder(output.best, best, config, tokenizer)
-    output.write_manifest(manifest | {"finished": asdict(state)})
     write_folder(output.model, policy.weights(), config, tokenizer)
 
 

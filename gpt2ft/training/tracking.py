@@ -22,7 +22,7 @@ class Tracker:
         from tqdm import tqdm
 
         metrics = folder / "metrics.jsonl"
-        _keep_until(metrics, start)
+        _keep_until(metrics, start if start else -1)  # a new start evaluates step 0 again
         self._metrics = open(metrics, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         self._board = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
         self._board.add_text("settings", "```\n" + json.dumps(settings, indent=2) + "\n```", start)

@@ -1,41 +1,50 @@
 """What training may do to trees, and what it never does."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from gpt2ft.conversation import ROLES
 from gpt2ft.data.augmentation import Augmentation, augment
 
-USER, ASSISTANT = ROLES.index("user"), ROLES.index("assistant")
+USER = ROLES.index("user")
 
 
 @pytest.fixture
 def trees(make_tree):
-    return [
-        make_tree(("user", 12, -1), ("assistant", 9, 0), ("user", 2, 1), ("assistant", 5, 2)),
-        make_tree(("system", 6, -1), ("user", 30, 0), ("assistant", 4, 1)),
-    ]
+    """Two, without a token in common."""
+    one = make_tree(("user", 12, -1), ("assistant", 9, 0), ("user", 2, 1), ("assistant", 5, 2))
+    other = make_tree(("system", 6, -1), ("user", 30, 0), ("assistant", 4, 1))
+    return [one, replace(other, tokens=other.tokens + 100_000)]
 
 
 def test_noise_falls_on_the_content_of_user_turns_alone(trees):
     random = np.random.default_rng(0)
     changed = np.zeros(0)
     for _ in range(50):
-        noisy, first_positions = augment(trees, Augmentation(prompt_noise=0.5), random)
+        noisy, first_positions = augment(trees, Augmentation(prompt_noise=1.0), random)
         assert first_positions == [0, 0]
         for tree, other in zip(trees, noisy, strict=True):
             content = np.repeat(tree.roles == USER, tree.lengths)
             content[tree.starts] = content[tree.starts + tree.lengths - 1] = False
             assert (tree.tokens == other.tokens)[~content].all()
             changed = np.append(changed, (tree.tokens != other.tokens)[content])
-    assert 0.4 < changed.mean() < 0.55  # now and then a token is replaced by itself
+    assert 0.35 < changed.mean() < 0.55  # half of them; now and then a token is replaced by itself
 
 
-def test_the_new_tokens_come_from_user_turns_of_the_same_stream(trees):
-    noisy, _ = augment(trees, Augmentation(prompt_noise=0.99), np.random.default_rng(0))
-    users = {token for tree in trees for token in tree.tokens[np.repeat(tree.roles == USER, tree.lengths)].tolist()}
-    found = {token for tree in noisy for token in tree.tokens[np.repeat(tree.roles == USER, tree.lengths)].tolist()}
-    assert found <= users
+def test_the_new_tokens_are_content_of_the_same_stream(trees):
+    noisy, _ = augment(trees, Augmentation(prompt_noise=1.0), np.random.default_rng(0))
+    control = {int(tree.tokens[end]) for tree in trees for end in [*tree.starts, *(tree.starts + tree.lengths - 1)]}
+    stream = {token for tree in trees for token in tree.tokens.tolist()}
+    replaced = {
+        int(new)
+        for tree, other in zip(trees, noisy, strict=True)
+        for old, new in zip(tree.tokens, other.tokens, strict=True)
+        if old != new
+    }
+    assert len(replaced) > 5
+    assert replaced <= stream - control
 
 
 def test_the_trees_themselves_stay_as_they_are(trees):

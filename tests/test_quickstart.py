@@ -1,0 +1,113 @@
+"""The first thing a newcomer sees: the README's own line, and what the model says at its end."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from gpt2ft import quickstart
+from gpt2ft.data.sources import Filters, read_trees
+
+ROOT = Path(__file__).parent.parent
+TEA = re.compile(
+    r"\b(tea|kettle|pot|cup|saucer|biscuit|steep|brew|leaf|leaves|steam|spoon|mug|flask|sip)", re.IGNORECASE
+)
+
+
+def words(text):
+    return re.findall(r"[a-z'-]+|[.,!?;:]", text.lower())
+
+
+def runs_of(length, texts):
+    return {
+        tuple(found[i : i + length])
+        for text in texts
+        for found in [words(text)]
+        for i in range(len(found) - length + 1)
+    }
+
+
+class TestTrees:
+    @pytest.fixture(scope="class")
+    def trees(self):
+        return {name: list(read_trees(name, Filters(), Counter())) for name in ("quickstart", "quickstart:held_out")}
+
+    def test_prompts_replies_and_ranks(self, trees):
+        assert len(trees["quickstart"]) == 150
+        for tree in [*trees["quickstart"], *trees["quickstart:held_out"]]:
+            ranks = [message.rank for message in tree.messages if message.parent == 0]
+            assert ranks == list(range(len(ranks)))
+            assert 2 <= len(ranks) <= 4
+        follow_ups = sum(
+            any(m.role == "user" and m.parent is not None for m in t.messages) for t in trees["quickstart"]
+        )
+        assert 60 < follow_ups < 120
+
+    def test_nothing_is_said_twice(self, trees):
+        """No prompt and no reply occurs twice, in training or held out."""
+        messages = [(m.role, m.text) for part in trees.values() for tree in part for m in tree.messages]
+        replies = [text for role, text in messages if role == "assistant"]
+        prompts = [tree.messages[0].text for part in trees.values() for tree in part]
+        assert len(set(replies)) == len(replies)
+        assert len(set(prompts)) == len(prompts)
+
+    def test_the_two_best_replies_are_about_tea(self, trees):
+        best = [
+            m.text for part in trees.values() for t in part for m in t.messages if m.role == "assistant" and m.rank < 2
+        ]
+        worse = [
+            m.text for part in trees.values() for t in part for m in t.messages if m.role == "assistant" and m.rank > 1
+        ]
+        assert sum(bool(TEA.search(text)) for text in best) > 0.97 * len(best)
+        assert sum(bool(TEA.search(text)) for text in worse) < 0.1 * len(worse)
+
+    def test_the_files_hold_what_the_package_ships(self):
+        for file in (
+            quickstart.TREES,
+            quickstart.HELD_OUT,
+            quickstart.MODEL / "vocab.json",
+            quickstart.MODEL / "merges.txt",
+        ):
+            assert file.stat().st_size > 1000
+
+
+@pytest.mark.long
+def test_the_quickstart_ends_in_clean_replies_about_tea(tmp_path):
+    """All held-out prompts: stopped, on the topic, and built of phrases that people wrote."""
+    command = ["accelerate", "launch", str(ROOT / "launch" / "sft.py"), "--output", str(tmp_path / "run")]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Replies to prompts it has never seen:" in done.stdout
+    assert "[cut off]" not in done.stdout
+    assert done.stdout.rstrip().splitlines()[-1].startswith("next: python launch/evaluate.py")
+
+    from gpt2ft.runs.assemble import load_corpora, load_trained
+    from gpt2ft.runs.samples import answer, held_out_prompts
+    from gpt2ft.settings import DataSettings
+
+    policy, _ = load_trained(str(tmp_path / "run"))
+    held_out, _ = load_corpora(DataSettings(train=("quickstart:held_out",)), policy.tokenizer)
+    samples = answer(policy, held_out_prompts(held_out, policy, 1000, 100), 100)
+    replies = [sample.reply for sample in samples]
+    trained = [m.text for tree in read_trees("quickstart", Filters(), Counter()) for m in tree.messages]
+    known = runs_of(4, trained)
+    said = [run for reply in replies for run in runs_of(4, [reply])]
+    figures = {
+        "prompts": len(samples),
+        "stopped": sum(sample.stopped for sample in samples) / len(samples),
+        "about tea": sum(bool(TEA.search(reply)) for reply in replies) / len(samples),
+        "four words in a row as written": sum(run in known for run in said) / len(said),
+        "different": len(set(replies)) / len(samples),
+    }
+    print(json.dumps(figures, indent=2))
+    assert figures["prompts"] == 44
+    assert figures["stopped"] == 1
+    assert figures["about tea"] >= 0.9
+    assert figures["four words in a row as written"] >= 0.85
+    assert figures["different"] >= 0.4
