@@ -54,7 +54,8 @@ def write_safetensors(file: Path, tensors: Mapping[str, Any]) -> None:
 def complete_folder(folder: Path) -> Iterator[Path]:
     """Yields a temporary folder that becomes `folder` if the block ends well, and vanishes if not.
 
-    An older `folder` is replaced. The rename is atomic, so a reader (or a kill) never meets half a folder.
+    An older `folder` is replaced; a kill between the two renames leaves it under a hidden name. A reader never
+    meets half a folder.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -73,6 +74,15 @@ def complete_folder(folder: Path) -> Iterator[Path]:
         sync_folder(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what processes that were killed while writing into `folder` have left behind."""
+    for leftover in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
 
 
 def sync_folder(folder: Path) -> None:

@@ -38,7 +38,7 @@ class ModelSettings(Section):
     random_init: bool = False
     """Take shape and tokenizer from `path` but weights from the seed."""
     attention: Literal["auto", "flex", "segments", "dense"] = "auto"
-    """How attention is computed; auto is flex on CUDA and segments on CPU."""
+    """How attention is computed; auto is flex on CUDA without `attention_dropout`, else segments."""
     dropout: Fraction = 0.0
     """Dropout after the embeddings and on both residual branches."""
     attention_dropout: Fraction = 0.0
@@ -139,6 +139,11 @@ def stream_problems(tokens_per_micro_batch: int, max_length: int, prefix: str) -
         )
 
 
+def repeated(sources: Sequence[str], key: str) -> Iterator[str]:
+    for source in sorted({source for source in sources if sources.count(source) > 1}):
+        yield f"`{key}` must name each data source once, but names {source} {sources.count(source)} times"
+
+
 class SFTSettings(Section):
     """Fine-tunes GPT-2 on conversation trees."""
 
@@ -156,6 +161,8 @@ class SFTSettings(Section):
     def problems(self) -> Iterator[str]:
         """What is wrong between settings, each in one sentence."""
         data, training = self.data, self.training
+        yield from repeated(data.train, "data.train")
+        yield from repeated(data.eval, "data.eval")
         if not data.train:
             yield "`data.train` must name at least one data source, but is empty"
         if data.eval and data.eval_fraction:
@@ -180,6 +187,8 @@ class EvaluateSettings(Section):
     """Keep messages in these languages only; empty keeps all."""
     max_rank: NotNegative | None = None
     """Keep replies ranked this well or better; unranked replies stay."""
+    reviewed_only: bool = True
+    """Drop messages whose review said no."""
     on_error: Literal["fail", "skip"] = "fail"
     """What a malformed line does."""
     tokens_per_micro_batch: Positive = 8192
@@ -189,9 +198,10 @@ class EvaluateSettings(Section):
     cache: str | None = None
     """Folder of the tokenised data; default $GPT2FT_CACHE or ~/.cache/gpt2ft."""
     report: str | None = None
-    """Where to write the figures; default report.json in the run or model folder."""
+    """Where to write the figures; default report.json in the run or model folder, or here for a published name."""
 
     def problems(self) -> Iterator[str]:
+        yield from repeated(self.data, "data")
         if not self.data:
             yield "`data` must name at least one data source, but is empty"
         yield from stream_problems(self.tokens_per_micro_batch, self.max_length or 0, "")
@@ -210,8 +220,6 @@ class BenchmarkSettings(Section):
     """Streams per optimizer step on this process."""
     steps: Positive = 5
     """Measured optimizer steps, after one that is not counted."""
-    max_length: Positive = 1024
-    """Longest conversation path."""
     attention: Literal["auto", "flex", "segments", "dense"] = "auto"
     """As in training."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -220,7 +228,7 @@ class BenchmarkSettings(Section):
     """Of the weights and the conversations."""
 
     def problems(self) -> Iterator[str]:
-        yield from stream_problems(self.tokens_per_micro_batch, self.max_length, "")
+        yield from stream_problems(self.tokens_per_micro_batch, 1024, "")
 
 
 Settings = TypeVar("Settings", bound=Section)
@@ -325,10 +333,16 @@ def speaks_for_its_machine() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def fail(message: str, code: int = 2) -> NoReturn:
-    """Ends the program with a message on stderr, once on each machine, and an exit code."""
-    if speaks_for_its_machine():
-        print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr)
+def fail(message: str, code: int = 2, everywhere: bool = False) -> NoReturn:
+    """Ends the program with a message on stderr and an exit code.
+
+    Args:
+        everywhere: from every process, where the cause may lie in one alone; otherwise once on each machine.
+    """
+    rank = os.environ.get("RANK", "0")
+    label = f"error on rank {rank}" if everywhere and rank != "0" else "error"
+    if everywhere or speaks_for_its_machine():
+        print("\n".join(f"{label}: {line}" for line in message.splitlines()), file=sys.stderr)
     sys.exit(code)
 
 

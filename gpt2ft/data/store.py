@@ -52,9 +52,12 @@ class TokenStore:
 
         self.source = source
         self.digest = folder.name
-        self.ledger = Ledger(**json.loads((folder / "ledger.json").read_text(encoding="utf-8")))
-        reader = pa.ipc.open_file(pa.memory_map(str(folder / "trees.arrow")))
-        self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        try:
+            self.ledger = Ledger(**json.loads((folder / "ledger.json").read_text(encoding="utf-8")))
+            reader = pa.ipc.open_file(pa.memory_map(str(folder / "trees.arrow")))
+            self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+            raise DataError(f"the tokenised data in {folder} is damaged ({error}): remove that folder") from error
         self._firsts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])  # first row of each batch
 
     def __len__(self) -> int:
@@ -134,6 +137,11 @@ def open_store(source: str, filters: Filters, tokenizer: ChatTokenizer, cache: P
     return TokenStore(folder, source)
 
 
+def _flushed(file: Path) -> None:
+    with open(file, "rb") as handle:
+        os.fsync(handle.fileno())
+
+
 def _build(source: str, filters: Filters, tokenizer: ChatTokenizer, folder: Path) -> None:
     import pyarrow as pa
 
@@ -156,6 +164,7 @@ def _build(source: str, filters: Filters, tokenizer: ChatTokenizer, folder: Path
                     if pruned is not None:
                         rows.append(_row(tree, pruned))
                 writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+        _flushed(temporary / "trees.arrow")
         if not kept:
             reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.most_common() if number)
             raise DataError(f"{source} holds nothing to train on" + (f"; dropped: {reasons}" if reasons else ""))

@@ -49,7 +49,7 @@ class TargetLogProbs(nn.Module):
 
 
 class _LogProbs(torch.autograd.Function):
-    """log softmax(h W^T)[target] for one chunk: products in the dtype of h, everything else in float32.
+    """log softmax(h W^T)[target] for one chunk: products in the dtype of h, the sum of the logits in float32.
 
     d log p(t) / d logits = onehot(t) - softmax(logits)
     """
@@ -69,8 +69,8 @@ class _LogProbs(torch.autograd.Function):
         d_logits.mul_(-gradient[:, None])
         d_logits.scatter_add_(-1, targets[:, None], gradient[:, None])
         d_logits = d_logits.to(hidden.dtype)
-        d_hidden = _product(d_logits, weight.to(hidden.dtype)).to(hidden.dtype) if ctx.needs_input_grad[0] else None
-        d_weight = _product(d_logits.t(), hidden).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        d_hidden = d_logits @ weight.to(hidden.dtype) if ctx.needs_input_grad[0] else None
+        d_weight = (d_logits.t() @ hidden).to(weight.dtype) if ctx.needs_input_grad[1] else None
         return d_hidden, d_weight, None, None
 
 
@@ -79,14 +79,13 @@ def _logits(hidden: Tensor, weight: Tensor, vocabulary: int) -> Tensor:
 
     GPT-2's logits lie around -100, where bfloat16 resolves steps of 0.5: their sum must not be rounded to it.
     """
-    logits = _product(hidden, weight.to(hidden.dtype).t())
+    rows = weight.to(hidden.dtype).t()
+    with torch.autocast(hidden.device.type, enabled=False):  # which would round the sum after all
+        if hidden.dtype in (torch.float32, torch.float64):
+            logits = hidden @ rows
+        elif hidden.is_cuda:
+            logits = torch.mm(hidden, rows, out_dtype=torch.float32)
+        else:
+            logits = hidden.float() @ rows.float()
     logits[:, vocabulary:] = -torch.inf
     return logits
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b, summed up and returned in float32 (in float64 for float64)."""
-    with torch.autocast(a.device.type, enabled=False):  # which would round the sum after all
-        if a.dtype in (torch.float32, torch.float64):
-            return a @ b
-        return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()

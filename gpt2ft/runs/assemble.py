@@ -56,9 +56,9 @@ def load_policy(settings: ModelSettings, seed: int) -> Policy:
     else:
         weights = pretrained.read_weights(folder, config)
         copies = {tokenizer.end_id: tokenizer.end_of_text_id}
-        table, known = weights["wte.weight"], len(tokenizer) if tokenizer.has_chat_tokens else len(tokenizer) - 4
+        known = weights["wte.weight"][: tokenizer.num_known]
         weights["wte.weight"] = pretrained.extend_vocabulary(
-            table[:known], len(tokenizer), tokenizer.padded_size, copies, random
+            known, len(tokenizer), tokenizer.padded_size, copies, random
         )
         gpt2.load_state_dict(weights)
         source = str(settings.path)
@@ -79,9 +79,9 @@ def _shape_and_tokenizer(settings: ModelSettings) -> tuple[GPT2Config, ChatToken
     except ValueError as error:
         raise pretrained.ModelError(str(error)) from error
     config = pretrained.read_config(folder)
-    if len(tokenizer) - (0 if tokenizer.has_chat_tokens else 4) > config.vocab_size:
+    if tokenizer.num_known > config.vocab_size:
         raise pretrained.ModelError(
-            f"{folder}: the tokenizer has {len(tokenizer)} ids, but the model's table only {config.vocab_size} rows"
+            f"{folder}: the tokenizer has {tokenizer.num_known} ids, but the model's table {config.vocab_size} rows"
         )
     return config, tokenizer, None if settings.random_init else folder
 
@@ -122,8 +122,9 @@ class Corpus:
     rows: list[Row]
     dropped: Counter[str]  # trees left out here, by reason
 
-    def identity(self) -> dict[str, str]:
-        return {store.source: store.digest for store in self.stores}
+    def identity(self) -> dict[str, str | int]:
+        """What tells this corpus from another."""
+        return {store.source: store.digest for store in self.stores} | {"conversations": len(self.rows)}
 
 
 def load_corpora(settings: DataSettings, tokenizer: ChatTokenizer) -> tuple[Corpus, Corpus | None]:
@@ -134,10 +135,10 @@ def load_corpora(settings: DataSettings, tokenizer: ChatTokenizer) -> tuple[Corp
     held_out = None
     if settings.eval:
         stores = open_stores(settings.eval, settings, tokenizer)
-        held_out = Corpus(stores, *_unique(stores, seen=set(), reason="duplicate conversation"))
+        held_out = Corpus(stores, *_unique(stores, seen=set(), reason="conversations met before"))
     seen = {held_out.stores[store].key(row) for store, row in held_out.rows} if held_out else set()
     stores = open_stores(settings.train, settings, tokenizer)
-    reason = "duplicate conversation" + (", or one that is held out" if held_out else "")
+    reason = "conversations met before" + (" or held out" if held_out else "")
     rows, dropped = _unique(stores, seen, reason)
     if settings.eval_fraction:
         chosen = {row: _is_held_out(stores[row[0]].key(row[1])[0], settings.eval_fraction) for row in rows}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from gpt2ft.data.packing import build_stream, pack
-from gpt2ft.data.token_tree import TokenTree, fit_context, split, weigh
+from gpt2ft.data.token_tree import TokenTree, split, weigh
 from gpt2ft.model.attention import default_backend
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.logprobs import TargetLogProbs
@@ -113,8 +113,7 @@ class Streams:
         trees: list[TokenTree] = []
         while sum(len(tree.tokens) for tree in trees) < needed:
             whole = weigh(made_up_tree(random), "once")
-            fitting, _ = fit_context(whole, settings.max_length)
-            trees += [part for tree in fitting for part in split(tree, self.capacity)]
+            trees += split(whole, self.capacity)
         sizes = np.array([len(tree.tokens) for tree in trees])
         bins = sorted(pack(sizes, self.capacity, random), key=lambda bin: -sizes[bin].sum())[:-1]
         self.bins = [[trees[i] for i in bin] for bin in bins]

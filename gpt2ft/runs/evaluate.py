@@ -7,7 +7,7 @@ from gpt2ft.files import write_json
 from gpt2ft.model.attention import default_backend
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.runs.assemble import load_corpora, load_trained
-from gpt2ft.settings import DataSettings, EvaluateSettings, SettingsError
+from gpt2ft.settings import DataSettings, EvaluateSettings, SettingsError, stream_problems
 from gpt2ft.training import distributed
 from gpt2ft.training.evaluate import Score, evaluate, total
 
@@ -19,11 +19,15 @@ def run(settings: EvaluateSettings) -> None:
     max_length = settings.max_length or context
     if max_length > context:
         raise SettingsError(f"`max_length` must be at most the model's context of {context}, but is {max_length}")
+    problems = list(stream_problems(settings.tokens_per_micro_batch, max_length, ""))
+    if problems:
+        raise SettingsError("\n".join(problems))
     data = DataSettings(
         train=settings.data,
         max_length=max_length,
         languages=settings.languages,
         max_rank=settings.max_rank,
+        reviewed_only=settings.reviewed_only,
         on_error=settings.on_error,
         cache=settings.cache,
     )
@@ -37,7 +41,10 @@ def run(settings: EvaluateSettings) -> None:
         scores = evaluate(model, plan, policy.tokenizer.byte_lengths(), accelerator)
     if not accelerator.is_main_process:
         return
-    by_source = {store.source: score for store, score in zip(corpus.stores, scores, strict=True)}
+    by_source = {s.source: score for s, score in zip(corpus.stores, scores, strict=True) if score.tokens}
+    print(table(by_source | ({"total": total(scores)} if len(by_source) > 1 else {})))
+    if pieces.too_long:
+        print(f"{pieces.too_long:,} messages were too long for {max_length} tokens and are not in these figures")
     report = {
         "model": policy.source,
         "weights": policy.digest,
@@ -50,9 +57,6 @@ def run(settings: EvaluateSettings) -> None:
     }
     file = Path(settings.report) if settings.report else (folder or Path()) / "report.json"
     write_json(file, report)
-    print(table(by_source | ({"total": total(scores)} if len(scores) > 1 else {})))
-    if pieces.too_long:
-        print(f"{pieces.too_long:,} messages were too long for {max_length} tokens and are not in these figures")
     print(f"written to {file}")
 
 

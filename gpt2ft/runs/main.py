@@ -1,6 +1,5 @@
 """How every script ends: with what it did, or with one clear sentence and a code that is not 0."""
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,8 @@ def run(work: Callable[[Any], None], settings: Any) -> None:
     from gpt2ft.training.fit import TrainingDiverged
     from gpt2ft.training.preflight import PreflightError
 
+    resumes = getattr(settings, "resume", None) == "auto"
+    again = "; the same command continues from the newest checkpoint" if resumes else ""
     try:
         work(settings)
     except (
@@ -40,9 +41,9 @@ def run(work: Callable[[Any], None], settings: Any) -> None:
         fail(
             f"{first} Halve the tokens per micro-batch and double the micro-batches per step: a step keeps its size",
             code=1,
+            everywhere=True,
         )
     except OSError as error:
-        fail(f"{error}; what was complete before is intact, and the same command continues from it", code=1)
+        fail(f"{error}{again}", code=1, everywhere=True)
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command continues from the newest checkpoint", file=sys.stderr)
-        sys.exit(130)
+        fail(f"interrupted{again}", code=130)

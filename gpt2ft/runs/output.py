@@ -1,10 +1,9 @@
 """The folder of a run: whose it is, whether it is finished, and what lies in it."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
-from gpt2ft.files import write_json, write_text
+from gpt2ft.files import remove_leftovers, write_json, write_text
 from gpt2ft.settings import SettingsError, SFTSettings, to_yaml
 
 
@@ -21,31 +20,38 @@ class Output:
         self.best = self.folder / "best"
 
     def claim(self, settings: SFTSettings) -> None:
-        """Makes the folder ready to train into. Main process only.
+        """Checks that this run may train here; moves and removes nothing yet. Main process only.
 
         Raises:
             SettingsError: if the run in it is finished, or it cannot be written to.
         """
+        if settings.resume == "auto" and (self.model / "config.json").is_file():
+            raise SettingsError(f"the run in {self.folder} is finished: pass `--resume never` to train it anew")
         try:
-            if settings.resume == "never":
-                self._move_aside()
-            elif (self.model / "config.json").is_file():
-                raise SettingsError(f"the run in {self.folder} is finished: pass `--resume never` to train it anew")
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            for leftover in self.checkpoints.glob(".step-*"):  # of a process that was killed while saving
-                shutil.rmtree(leftover)
+            self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / ".writable", "")
             (self.folder / ".writable").unlink()
         except OSError as error:
             raise SettingsError(f"`output` = {self.folder} cannot be written to: {error}") from error
 
-    def record(self, settings: SFTSettings, manifest: dict[str, Any]) -> None:
-        """What is trained here, once it is sure that it will be."""
-        write_text(self.folder / "recipe.yaml", to_yaml(settings))
+    def begin(self, settings: SFTSettings, manifest: dict[str, Any]) -> None:
+        """Makes the folder this run's, once it is sure that it will train. Main process only.
+
+        The recipe is written with `resume: auto`: running it again continues.
+        """
+        if settings.resume == "never":
+            self._move_aside()
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder)
+        remove_leftovers(self.checkpoints)
+        write_text(self.folder / "recipe.yaml", to_yaml(settings.model_copy(update={"resume": "auto"})))
+        self.write_manifest(manifest)
+
+    def write_manifest(self, manifest: dict[str, Any]) -> None:
         write_json(self.folder / "manifest.json", manifest)
 
     def _move_aside(self) -> None:
-        if not self.folder.exists() or not any(self.folder.iterdir()):
+        if not any(self.folder.iterdir()):
             return
         number = 1
         while (aside := self.folder.with_name(f"{self.folder.name}.{number}")).exists():

@@ -1,5 +1,9 @@
 """A training run: what SFT and DPO share, in the order in which things can go wrong."""
 
+import os
+import shlex
+import shutil
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +54,9 @@ def train(settings: SFTSettings, objective: Objective) -> None:
     model = TargetLogProbs(policy.gpt2, len(policy.tokenizer), backend_for(settings, accelerator.device))
     model.to(accelerator.device)
     check(model, plan, policy, verbose=main)
-    identity = what_must_not_change(settings, policy, corpus, steps, precision)
-    state, found = resume(output, identity, verbose=main)
+    identity = what_must_not_change(settings, policy, corpus, held_out, steps, precision)
+    state, found = (TrainState(), None) if settings.resume == "never" else resume(output, identity, verbose=main)
+    distributed.check_agreement(accelerator, state.step)
     if found:
         policy.gpt2.load_state_dict(checkpoint.read_weights(found))
     optimizer = adamw(policy.gpt2, settings.optimizer, fused=accelerator.device.type == "cuda")
@@ -68,10 +73,12 @@ def train(settings: SFTSettings, objective: Objective) -> None:
         "attention": model.backend,
         "identity": identity,
         "dropped": dropped(corpus, plan),
+        "dropped_held_out": dropped(held_out, eval_plan) if held_out and eval_plan else {},
         "plan": {"streams": len(plan.streams), "steps": steps, "tokens": plan.tokens, "supervised": plan.supervised},
     }
     if main:
-        output.record(settings, manifest)
+        output.begin(settings, manifest)
+    accelerator.wait_for_everyone()
     tracker = Tracker(output.folder, state.step, steps, settings.model_dump(mode="json"), active=main)
     evaluation = Evaluation(accelerator, prepared, policy, held_out, eval_plan, tracker, training)
 
@@ -101,7 +108,7 @@ def train(settings: SFTSettings, objective: Objective) -> None:
     finally:
         tracker.close()
     if main:
-        output.record(settings, manifest | {"finished": asdict(state)})
+        output.write_manifest(manifest | {"finished": asdict(state)})
         export(output, policy, state)
         print(evaluation.transcript())
         print(f"finished: {output.model}\nnext: {next_command(settings, output)}")
@@ -128,7 +135,8 @@ class Evaluation:
         score = total(scores)
         metrics = {f"eval/{name}": value for name, value in score.figures().items()}
         if len(scores) > 1:
-            for store, part in zip(self.held_out.stores, scores, strict=True):
+            scored = [pair for pair in zip(self.held_out.stores, scores, strict=True) if pair[1].tokens]
+            for store, part in scored:
                 metrics[f"eval/loss/{store.source}"] = part.nats_per_token
         self.tracker.log(step, metrics)
         self.tracker.say(
@@ -154,6 +162,11 @@ class Evaluation:
 
 def check_length(settings: SFTSettings, policy: Policy) -> None:
     context = policy.gpt2.config.n_positions
+    if settings.training.sample_tokens >= context - 2:
+        raise SettingsError(
+            f"`training.sample_tokens` must leave room for a prompt in the model's context of {context}, "
+            f"but is {settings.training.sample_tokens}"
+        )
     if settings.data.max_length > context:
         raise SettingsError(
             f"`data.max_length` must be at most the model's context of {context}, but is {settings.data.max_length}"
@@ -162,7 +175,13 @@ def check_length(settings: SFTSettings, policy: Policy) -> None:
 
 def backend_for(settings: SFTSettings, device: torch.device) -> Backend:
     chosen = settings.model.attention
-    return default_backend(device, settings.model.attention_dropout) if chosen == "auto" else chosen
+    backend = default_backend(device, settings.model.attention_dropout) if chosen == "auto" else chosen
+    compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
+    if backend == "flex" and device.type == "cuda" and not any(name and shutil.which(name) for name in compilers):
+        raise SettingsError(
+            "FlexAttention needs a C compiler on CUDA, but there is none: install gcc or pass `--model.attention dense`"
+        )
+    return backend
 
 
 def plan_for(corpus: Corpus, settings: SFTSettings, shuffle: bool) -> Plan:
@@ -180,16 +199,23 @@ def check(model: TargetLogProbs, plan: Plan, policy: Policy, verbose: bool) -> N
     Raises:
         PreflightError: and nothing is trained.
     """
-    first = [plan.stream(pieces) for pieces in plan.micro_batches(0) if pieces]
-    turns = sum(preflight.check_supervision(stream, policy.tokenizer) for stream in first)
+    turns = 0
+    for number, pieces in enumerate(plan.micro_batches(0)):
+        found = preflight.check_supervision(plan.training_stream(0, number), policy.tokenizer)
+        expected = sum(int((plan.pieces.tree(piece).weights > 0).sum()) for piece in pieces)
+        if found != expected or (pieces and not found):
+            raise preflight.PreflightError(f"{expected} turns of a stream should be supervised, but {found} are")
+        turns += found
     preflight.check_tied(model)
-    worst = preflight.check_isolation(model, first[0])
+    worst = preflight.check_isolation(model, plan.stream(plan.micro_batches(0)[0]))
     if verbose:
         isolation = f"packed = alone within {worst:.1g} ({model.backend} attention)"
         print(f"checked   {turns} supervised turns all stop; {isolation}", flush=True)
 
 
-def what_must_not_change(settings: SFTSettings, policy: Policy, corpus: Corpus, steps: int, precision: str) -> dict:
+def what_must_not_change(
+    settings: SFTSettings, policy: Policy, corpus: Corpus, held_out: Corpus | None, steps: int, precision: str
+) -> dict:
     """What a run must share with its checkpoint to continue from it."""
     training = {"tokens_per_micro_batch", "micro_batches_per_step", "seed", "max_grad_norm", "deterministic"}
     return {
@@ -200,7 +226,7 @@ def what_must_not_change(settings: SFTSettings, policy: Policy, corpus: Corpus, 
         "steps": steps,
         "precision": precision,
         "tokenised_data": corpus.identity(),
-        "conversations": len(corpus.rows),
+        "held_out_data": held_out.identity() if held_out else {},
         "initial_weights": policy.digest,
     }
 
@@ -231,11 +257,25 @@ def export(output: Output, policy: Policy, state: TrainState) -> None:
     """Writes `best/` where evaluation ran, and `model/` last: it is what makes the run finished."""
     config, tokenizer = policy.gpt2.config, policy.tokenizer
     if state.best_step is not None:
-        best = checkpoint.read_weights(checkpoint.step_folder(output.checkpoints, state.best_step))
-        write_folder(output.best, best, config, tokenizer)
+        folder = checkpoint.step_folder(output.checkpoints, state.best_step)
+        try:
+            checkpoint.verify(folder)
+            write_folder(output.best, checkpoint.read_weights(folder), config, tokenizer)
+        except checkpoint.CheckpointError as error:
+            print(f"warning: best/ is not written: {error}", file=sys.stderr)
     write_folder(output.model, policy.weights(), config, tokenizer)
 
 
 def next_command(settings: SFTSettings, output: Output) -> str:
-    data = " ".join(settings.data.eval) or "FILE"
-    return f"python launch/evaluate.py {output.folder} --data {data}"
+    """The same evaluation as during training where there was one."""
+    data = settings.data
+    if not data.eval:
+        return shlex.join(["tensorboard", "--logdir", str(output.folder)])
+    words = ["python", "launch/evaluate.py", str(output.folder), "--data", *data.eval]
+    if data.max_rank is not None:
+        words += ["--max_rank", str(data.max_rank)]
+    if data.languages:
+        words += ["--languages", *data.languages]
+    if not data.reviewed_only:
+        words += ["--reviewed_only", "false"]
+    return shlex.join(words)

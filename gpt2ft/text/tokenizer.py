@@ -37,6 +37,7 @@ class ChatTokenizer:
         end_id: the id of `<|end|>`, which closes every turn.
         end_of_text_id: the id of `<|endoftext|>`.
         has_chat_tokens: the folder already held all four chat tokens, so their rows were trained.
+        num_known: ids that were there before the missing control tokens were added.
     """
 
     def __init__(self, tokens: Sequence[bytes], ids: Sequence[int], control_ids: dict[str, int]) -> None:
@@ -54,7 +55,8 @@ class ChatTokenizer:
         self.has_chat_tokens = all(name in control_ids for name in CHAT_TOKENS)
         self._tokens = list(tokens)
         self._ids = list(ids)
-        self._control_ids = _with_chat_tokens(control_ids, highest=max([*ids, *control_ids.values()]))
+        self.num_known = max([*ids, *control_ids.values()]) + 1
+        self._control_ids = _with_chat_tokens(control_ids, first=self.num_known)
         self._spellings = _spellings(self._tokens, self._ids, self._control_ids)  # by id
         self._ids_are_ranks = self._ids == list(range(len(self._ids)))
         ranks = {token: rank for rank, token in enumerate(self._tokens)}
@@ -206,10 +208,10 @@ def _refuse_endless_space(text: str) -> None:
         raise ValueError(f"`text` must hold at most {_LONGEST_SPACE:,} whitespace characters in a row, but holds more")
 
 
-def _with_chat_tokens(control_ids: dict[str, int], highest: int) -> dict[str, int]:
-    """The control tokens, those that are missing after the highest id."""
+def _with_chat_tokens(control_ids: dict[str, int], first: int) -> dict[str, int]:
+    """The control tokens; those that are missing take the ids from `first` on."""
     missing = [name for name in (END_OF_TEXT, *CHAT_TOKENS) if name not in control_ids]
-    return control_ids | {name: highest + number for number, name in enumerate(missing, start=1)}
+    return control_ids | {name: first + number for number, name in enumerate(missing)}
 
 
 def _spellings(tokens: list[bytes], ids: list[int], control_ids: dict[str, int]) -> list[bytes]:

@@ -12,6 +12,7 @@ Nothing in it depends on a backend or a number of processes, and nothing of it i
 """
 
 import json
+import math
 import shutil
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -47,7 +48,7 @@ class TrainState:
         return replace(self, step=self.step + 1, skipped_in_a_row=self.skipped_in_a_row + 1)
 
     def after_evaluation(self, loss: float) -> "TrainState":
-        if self.best_loss is not None and loss >= self.best_loss:
+        if not math.isfinite(loss) or (self.best_loss is not None and loss >= self.best_loss):
             return self
         return replace(self, best_loss=loss, best_step=self.step)
 
@@ -144,7 +145,8 @@ def load_moments(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
         return
     moments = {moment: load_file(folder / f"{moment}.safetensors") for moment in MOMENTS}
     for name, parameter in _trained(model):
-        optimizer.state[parameter] = {"step": torch.tensor(float(updates))} | {
+        step = torch.tensor(float(updates), device=parameter.device if _is_fused(optimizer) else "cpu")
+        optimizer.state[parameter] = {"step": step} | {
             moment: moments[moment][name].to(parameter.device) for moment in MOMENTS
         }
 
@@ -160,6 +162,11 @@ def difference(saved: dict, current: dict, prefix: str = "") -> str | None:
         elif before != now:
             return f"`{prefix}{key}` was {before!r} and is now {now!r}"
     return None
+
+
+def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    """A fused step reads its step count on the device of the parameters, the others on the CPU."""
+    return any(group.get("fused") for group in optimizer.param_groups)
 
 
 def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

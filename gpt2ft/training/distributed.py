@@ -39,7 +39,11 @@ def start(precision: str, micro_batches_per_step: int | None = None, determinist
     _check_accumulation(micro_batches_per_step, world_size)
     accumulation = micro_batches_per_step // world_size
     plugin = GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False)
-    accelerator = Accelerator(mixed_precision=_precision(precision), gradient_accumulation_plugin=plugin)
+    accelerator = Accelerator(
+        mixed_precision=_precision(precision),
+        gradient_accumulation_plugin=plugin,
+        cpu=torch.backends.mps.is_available(),  # Apple's GPUs have no float64, in which losses are added up
+    )
     _check_topology(accelerator, world_size, accumulation)
     torch.set_num_threads(max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     if deterministic:
@@ -65,6 +69,16 @@ def global_sum(accelerator: Any, *numbers: float) -> list[float]:
     return accelerator.reduce(local, reduction="sum").tolist()
 
 
+def check_agreement(accelerator: Any, step: int) -> None:
+    """Raises LaunchError unless all processes go on from the same step."""
+    (total,) = global_sum(accelerator, step)
+    if total != step * accelerator.num_processes:
+        raise LaunchError(
+            f"the processes do not find the same checkpoints (this one would go on from step {step}): "
+            "`output` must be on a folder that all machines share"
+        )
+
+
 def _precision(setting: str) -> Literal["no", "bf16"] | None:
     """What to tell Accelerate; None leaves it to the launcher."""
     if setting != "auto":
@@ -72,7 +86,15 @@ def _precision(setting: str) -> Literal["no", "bf16"] | None:
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launcher not in ("no", "bf16"):
         raise LaunchError(f"the launcher's mixed_precision must be no or bf16, but is {launcher}")
-    return "bf16" if launcher == "bf16" or torch.cuda.is_available() else "no"
+    return "bf16" if launcher == "bf16" or _on_cuda() else "no"
+
+
+def _on_cuda() -> bool:
+    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in (
+        "true",
+        "1",
+        "yes",
+    )
 
 
 def _check_accumulation(micro_batches_per_step: int, world_size: int) -> None:
@@ -123,7 +145,7 @@ def _check_topology(accelerator: Any, world_size: int, accumulation: int) -> Non
 
 def _command(processes: int) -> str:
     """What starts that many processes of this script on one machine of this kind."""
-    cpu = "" if torch.cuda.is_available() else "ACCELERATE_USE_CPU=true "
+    cpu = "" if _on_cuda() else "ACCELERATE_USE_CPU=true "
     return f"`{cpu}torchrun --standalone --nproc_per_node {processes} {sys.argv[0]}`"
 
 

@@ -21,11 +21,11 @@ class Score:
 
     @property
     def nats_per_token(self) -> float:
-        return self.nats / self.tokens
+        return self.nats / self.tokens if self.tokens else math.nan
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.nats_per_token, 700.0))
+        return math.exp(min(self.nats_per_token, 700.0)) if self.tokens else math.nan
 
     @property
     def bits_per_byte(self) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gpt2ft.data.plan import Plan
 from gpt2ft.objectives.objective import Objective
@@ -54,18 +54,19 @@ def fit(job: Job, state: TrainState) -> TrainState:
         tokens = sum(stream.num_tokens for _, stream in streams)
         counted, tokens = global_sum(job.accelerator, counted, tokens)
         scale = loss_scale(job.accelerator, counted)
+        step_loss = torch.zeros((), device=job.accelerator.device)
         for number, stream in streams:
             with job.accelerator.accumulate(job.model):
                 torch.manual_seed(seed_for(job.training.seed, "dropout", step, number))
                 loss = job.objective.loss(job.model(stream), stream)
                 job.accelerator.backward(loss * scale)
-                recent.loss += loss.detach()
+                step_loss += loss.detach()
         norm = float(job.accelerator.clip_grad_norm_(job.model.parameters(), job.training.max_grad_norm))
         if math.isfinite(norm):
             job.optimizer.step()
         job.optimizer.zero_grad()
         state = state.after_step(updated=math.isfinite(norm))
-        recent.add(counted, tokens, norm)
+        recent.add(step_loss, counted, tokens, norm)
         job.tracker.advance()
         if state.skipped_in_a_row >= job.training.max_skipped_steps:
             raise TrainingDiverged(
@@ -117,15 +118,22 @@ class Recent:
 
     def _clear(self) -> None:
         self.loss = torch.zeros((), device=self.job.accelerator.device)  # of this process
-        self.steps, self.counted, self.tokens, self.norms = 0, 0.0, 0.0, 0.0
+        self.steps, self.updates = 0, 0
+        self.counted, self.tokens, self.norms = 0.0, 0.0, 0.0
         self.seconds, self.since = 0.0, time.perf_counter()
 
-    def add(self, counted: float, tokens: float, norm: float) -> None:
-        """One step: what it counted and its tokens over all processes, its gradient norm before clipping."""
+    def add(self, loss: Tensor, counted: float, tokens: float, norm: float) -> None:
+        """One step: this process's sum of losses; what was counted and read by all; the gradient norm before clipping.
+
+        A step that was skipped adds its tokens alone: its loss is not one.
+        """
         self.steps += 1
-        self.counted += counted
         self.tokens += tokens
-        self.norms += norm
+        if math.isfinite(norm):
+            self.updates += 1
+            self.loss += loss
+            self.counted += counted
+            self.norms += norm
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -141,7 +149,7 @@ class Recent:
         seconds = self.seconds + time.perf_counter() - self.since
         metrics = {
             "train/loss": loss / self.counted if self.counted else math.nan,
-            "train/grad_norm": self.norms / self.steps,
+            "train/grad_norm": self.norms / self.updates if self.updates else math.nan,
             "train/learning_rate": rate,
             "train/tokens_per_second": self.tokens / seconds,
             "train/skipped_steps": state.step - state.updates,

@@ -1,6 +1,7 @@
 """What a run says about itself: a progress bar or lines, metrics.jsonl and TensorBoard. Main process only."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,11 @@ class Tracker:
             self._bar.update()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """One object in metrics.jsonl, one scalar each in TensorBoard."""
+        """One object in metrics.jsonl, one scalar each in TensorBoard. What is not finite is null in the one."""
         if not self.active:
             return
-        self._metrics.write(json.dumps({"step": step} | metrics) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._metrics.write(json.dumps({"step": step} | finite) + "\n")
         self._metrics.flush()
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)

@@ -34,7 +34,7 @@ def test_everything_is_trained_on_by_default(load):
     assert held_out is None
     assert corpus.rows == [(0, row) for row in range(len(corpus.stores[0]))]
     assert not corpus.dropped
-    assert corpus.identity() == {"quickstart": corpus.stores[0].digest}
+    assert corpus.identity() == {"quickstart": corpus.stores[0].digest, "conversations": 150}
 
 
 def test_the_quickstarts_held_out_set_is_held_out(load):
@@ -87,7 +87,7 @@ class TestOverlap:
         corpus, held_out = load(train=(train,), eval=(held,))
         assert ids(corpus) == ["b", "d"]
         assert sorted(ids(held_out)) == ["a", "c", "e"]
-        assert corpus.dropped == {"duplicate conversation, or one that is held out": 2}
+        assert corpus.dropped == {"conversations met before or held out": 2}
         assert not held_out.dropped
 
     def test_the_same_file_for_both_leaves_nothing(self, load):
@@ -99,9 +99,9 @@ class TestOverlap:
         held = write(tmp_path / "held.jsonl", ["e"])
         corpus, held_out = load(train=(train, train), eval=(held, held))
         assert corpus.rows == [(0, 0), (0, 1)]
-        assert corpus.dropped == {"duplicate conversation, or one that is held out": 2}
+        assert corpus.dropped == {"conversations met before or held out": 2}
         assert held_out.rows == [(0, 0)]
-        assert held_out.dropped == {"duplicate conversation": 1}
+        assert held_out.dropped == {"conversations met before": 1}
 
     def test_another_conversation_under_the_same_id_stays(self, load, tmp_path):
         train = write(tmp_path / "train.jsonl", ["a", "b"])

@@ -250,7 +250,7 @@ def test_a_disk_that_fills_up_leaves_what_was_whole_and_the_run_goes_on(
     disk_full_at(number)
     said = failure(code=1)
     assert "No space left on device" in said
-    assert said.endswith("; what was complete before is intact, and the same command continues from it")
+    assert said.endswith("; the same command continues from the newest checkpoint")
     assert len(checkpoint.folders(tmp_path / "run" / "checkpoints")) == saved
     monkeypatch.undo()
     assert run_through_main([str(recipe)]) == 0
@@ -302,9 +302,9 @@ def test_interrupted_from_the_keyboard(capsys):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as exit:
-        main.run(work, None)
+        main.run(work, SFTSettings(data={"train": ["quickstart"]}))
     assert exit.value.code == 130
-    assert capsys.readouterr().err == "\ninterrupted: the same command continues from the newest checkpoint\n"
+    assert capsys.readouterr().err == "error: interrupted; the same command continues from the newest checkpoint\n"
 
 
 def test_a_mistake_of_ours_is_not_dressed_up():
