@@ -67,11 +67,14 @@ def download(name: str) -> Path:
     Raises:
         ModelError: without a network and a cached copy.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     hub = HUB_MODELS[name]
     files = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
+    cached = [try_to_load_from_cache(hub.repository, file, revision=hub.revision) for file in files]
+    if all(isinstance(path, str) for path in cached):
+        return Path(cached[0]).parent
     try:
         folder = Path(snapshot_download(hub.repository, revision=hub.revision, allow_patterns=files))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

@@ -12,9 +12,20 @@ GIB = 2**30
 
 
 def describe(
-    policy: Policy, corpus: Corpus, held_out: Corpus | None, plan: Plan, eval_plan: Plan | None, steps: int, bf16: bool
+    policy: Policy,
+    corpus: Corpus,
+    held_out: Corpus | None,
+    plan: Plan,
+    eval_plan: Plan | None,
+    steps: int,
+    devices: str,
+    bf16: bool,
 ) -> str:
-    """Model, data, what was dropped and why, and the steps to come."""
+    """Model, data, what was dropped and why, and the steps to come.
+
+    Args:
+        devices: what it runs on, such as "4 x cuda".
+    """
     config = policy.gpt2.config
     parameters = sum(parameter.numel() for parameter in policy.gpt2.parameters())
     lines = [
@@ -33,6 +44,7 @@ def describe(
         f"training  {steps:,} steps of {plan.micro_batches_per_step} x {plan.capacity:,} tokens, "
         f"{plan.steps_per_epoch:,} to an epoch, {epochs:.3g} epochs"
     )
+    lines.append(f"devices   {devices}, {'bf16' if bf16 else 'fp32'}")
     lines.append(f"memory    about {memory_estimate(config, parameters, plan.capacity, bf16) / GIB:.1f} GiB per device")
     return "\n".join(lines)
 

@@ -47,7 +47,9 @@ def train(settings: SFTSettings, objective: Objective) -> None:
     eval_plan = plan_for(held_out, settings, shuffle=False) if held_out else None
     steps = training.steps or training.epochs * plan.steps_per_epoch
     if main:
-        print(describe(policy, corpus, held_out, plan, eval_plan, steps, precision == "bf16"), flush=True)
+        devices = f"{accelerator.num_processes} x {accelerator.device.type}"
+        bf16 = precision == "bf16"
+        print(describe(policy, corpus, held_out, plan, eval_plan, steps, devices, bf16), flush=True)
     if settings.dry_run:
         return
 

@@ -321,7 +321,11 @@ def test_a_published_name_without_a_network(tmp_path):
     assert re.match(r"gpt2 could not be downloaded \(\w+\) and is not in the cache: put config.json, ", absent)
     assert "huggingface.co/openai-community/gpt2 into a folder" in absent
     assert absent.endswith("train from random weights with `--model.random_init true`")
-    assert re.match("the cached copy of distilgpt2 in .* lacks model.safetensors, merges.txt: download it", incomplete)
+    assert re.match(  # huggingface_hub 1 finds out by itself that files are missing, 2 does not
+        r"the cached copy of distilgpt2 in .* lacks model.safetensors, merges.txt: download it"
+        r"|distilgpt2 could not be downloaded \(\w+\) and is not in the cache: put config.json, ",
+        incomplete,
+    )
     assert complete == "6dcaa7a952f72f9298047fd5137cd6e4f05f41da"
 
 
