@@ -9,7 +9,7 @@ together, an unknown key with the nearest known one. Nothing here imports torch.
 import difflib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_origin
 
@@ -238,6 +238,12 @@ class SettingsError(Exception):
     """Settings that cannot be used; one line per problem."""
 
 
+def refuse_problems(problems: Iterable[str]) -> None:
+    """Raises SettingsError with all problems, if there are any."""
+    if found := list(problems):
+        raise SettingsError("\n".join(found))
+
+
 def parse_recipe(kind: type[Settings], default_recipe: str, arguments: Sequence[str]) -> Settings:
     """Settings of a training run from the arguments of its script; exits with 2 and all problems if there are any."""
     try:
@@ -247,9 +253,7 @@ def parse_recipe(kind: type[Settings], default_recipe: str, arguments: Sequence[
         settings = parse_flags(kind, arguments, defaults=read_yaml(kind, file), recipe=file.stem)
         if getattr(settings, "output", "") is None:
             settings = settings.model_copy(update={"output": f"runs/{file.stem}"})
-        problems = list(settings.problems())
-        if problems:
-            raise SettingsError("\n".join(problems))
+        refuse_problems(settings.problems())
         return settings
     except SettingsError as error:
         fail(str(error))
@@ -262,9 +266,7 @@ def parse_script(kind: type[Settings], first: str, arguments: Sequence[str]) -> 
         if arguments and not arguments[0].startswith("-"):
             arguments.insert(0, f"--{first}")
         settings = parse_flags(kind, arguments)
-        problems = list(settings.problems())
-        if problems:
-            raise SettingsError("\n".join(problems))
+        refuse_problems(settings.problems())
         return settings
     except SettingsError as error:
         fail(str(error))

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gpt2ft import quickstart
 from gpt2ft.conversation import MessageTree
 from gpt2ft.data.oasst import FLAT_KEYS, DataError, Filters, Reading, Totals, read_oasst
 from gpt2ft.files import file_digest
@@ -46,7 +47,7 @@ SOURCES = {
     "oasst1": HubSource("OpenAssistant/oasst1", "fdf72ae0827c1cda404aff25b6603abec9e3399b"),
     "oasst2": HubSource("OpenAssistant/oasst2", "179dd21fc55192153d94adb0e0ce8f69e222bf75"),
 }
-BUNDLED = {"quickstart": "trees.jsonl", "quickstart:held_out": "held_out.jsonl"}
+BUNDLED = {"quickstart": quickstart.TREES, "quickstart:held_out": quickstart.HELD_OUT}
 
 
 def read_trees(
@@ -89,7 +90,7 @@ def _locate(source: str) -> HubSource | Path:
     if name in BUNDLED:
         if source not in BUNDLED:
             raise DataError(f"data source {source!r} must be one of {', '.join(BUNDLED)}")
-        return _existing_file(source, Path(__file__).parent.parent / "quickstart" / BUNDLED[source])
+        return _existing_file(source, BUNDLED[source])
     return _existing_file(source, Path(source).expanduser())
 
 

@@ -7,7 +7,7 @@ from gpt2ft.files import write_json
 from gpt2ft.model.attention import default_backend
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.runs.assemble import load_corpora, load_trained
-from gpt2ft.settings import DataSettings, EvaluateSettings, SettingsError, stream_problems
+from gpt2ft.settings import DataSettings, EvaluateSettings, SettingsError, refuse_problems, stream_problems
 from gpt2ft.training import distributed
 from gpt2ft.training.evaluate import Score, evaluate, total
 
@@ -19,9 +19,7 @@ def run(settings: EvaluateSettings) -> None:
     max_length = settings.max_length or context
     if max_length > context:
         raise SettingsError(f"`max_length` must be at most the model's context of {context}, but is {max_length}")
-    problems = list(stream_problems(settings.tokens_per_micro_batch, max_length, ""))
-    if problems:
-        raise SettingsError("\n".join(problems))
+    refuse_problems(stream_problems(settings.tokens_per_micro_batch, max_length, ""))
     data = DataSettings(
         train=settings.data,
         max_length=max_length,

@@ -113,7 +113,7 @@ def train(settings: SFTSettings, objective: Objective) -> None:
         output.write_manifest(manifest | {"finished": asdict(state)})
         export(output, policy, state)
         print(evaluation.transcript())
-        print(f"finished: {output.model}\nnext: {next_command(settings, output)}")
+        print(f"finished: {output.model}\nnext: {next_command(settings, policy, output)}")
     accelerator.end_training()
 
 
@@ -268,7 +268,7 @@ def export(output: Output, policy: Policy, state: TrainState) -> None:
     write_folder(output.model, policy.weights(), config, tokenizer)
 
 
-def next_command(settings: SFTSettings, output: Output) -> str:
+def next_command(settings: SFTSettings, policy: Policy, output: Output) -> str:
     """The same evaluation as during training where there was one."""
     data = settings.data
     if not data.eval:
@@ -278,6 +278,10 @@ def next_command(settings: SFTSettings, output: Output) -> str:
         words += ["--max_rank", str(data.max_rank)]
     if data.languages:
         words += ["--languages", *data.languages]
+    if data.max_length < policy.gpt2.config.n_positions:
+        words += ["--max_length", str(data.max_length)]
+    if data.on_error == "skip":
+        words += ["--on_error", "skip"]
     if not data.reviewed_only:
         words += ["--reviewed_only", "false"]
     return shlex.join(words)

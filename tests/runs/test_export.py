@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shlex
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from safetensors import safe_open
 from gpt2ft.conversation import ROLES
 from gpt2ft.data.sources import Filters, read_trees
 from gpt2ft.runs import evaluate
-from gpt2ft.settings import EvaluateSettings
+from gpt2ft.runs.assemble import load_trained
+from gpt2ft.runs.output import Output
+from gpt2ft.runs.train import next_command
+from gpt2ft.settings import EvaluateSettings, SFTSettings, parse_script
 from gpt2ft.text.template import render_prompt
 from gpt2ft.text.tokenizer import ChatTokenizer
 
@@ -117,6 +121,20 @@ def test_the_figures_do_not_depend_on_batch_size(run_folder, tmp_path):
         )
         found.append(json.loads(report.read_text())["total"]["nats_per_token"])
     assert found == pytest.approx([found[0]] * 3, rel=1e-6)
+
+
+def test_the_next_command_repeats_the_evaluation_of_the_run(run_folder):
+    """Parsed as a shell and the script would: the same data, filters and context."""
+    policy, _ = load_trained(str(run_folder))
+    data = {"train": ["a"], "eval": ["it's.jsonl", "b"], "max_rank": 0, "languages": ["en", "de"], "max_length": 128}
+    settings = SFTSettings(data=data | {"reviewed_only": False, "on_error": "skip"})
+    program, script, *arguments = shlex.split(next_command(settings, policy, Output(str(run_folder))))
+    assert (program, script) == ("python", "launch/evaluate.py")
+    parsed = parse_script(EvaluateSettings, "model", arguments)
+    assert parsed.model == str(run_folder)
+    assert parsed.data == settings.data.eval
+    for name in ("max_rank", "languages", "max_length", "reviewed_only", "on_error"):
+        assert getattr(parsed, name) == getattr(settings.data, name)
 
 
 def test_a_checkpoint_evaluates_as_the_model_exported_from_it(run_folder, tmp_path):
