@@ -9,15 +9,17 @@ is a contiguous run and a parent comes before its replies:
     3       assistant   Iced tea.                parent 2
     4   assistant   Leaves in hot water.         parent 0
 
-A plain conversation is a tree with one path.
+A plain conversation is a tree with one path. A plain text is a tree with one message of the role "text".
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "text"]
 ROLES: tuple[Role, ...] = get_args(Role)
+CHAT_ROLES: tuple[Role, ...] = ROLES[:3]
+LEARNT_ROLES: tuple[Role, ...] = ROLES[2:]  # what training supervises
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,14 @@ class MessageTree:
             Message(role, text, parent=index - 1 if index else None) for index, (role, text) in enumerate(turns)
         )
         return cls(id, source, messages)
+
+    def leading_to_reply(self) -> list[int]:
+        """The messages that training can use: those to be learnt, and what stands above one."""
+        useful = [message.role in LEARNT_ROLES for message in self.messages]
+        for index in range(len(useful) - 1, 0, -1):
+            if useful[index]:
+                useful[self.messages[index].parent] = True  # type: ignore[index]
+        return [index for index, is_useful in enumerate(useful) if is_useful]
 
     def path_to(self, index: int) -> list[Message]:
         """The turns from the root to message `index`, both included."""

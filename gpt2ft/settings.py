@@ -8,7 +8,9 @@ together, an unknown key with the nearest known one. Nothing here imports torch.
 
 import difflib
 import os
+import re
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_origin
@@ -16,6 +18,8 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 RECIPES = Path(__file__).resolve().parent.parent / "launch" / "recipes"
+
+SECONDS_TO_SPEAK = 5.0  # left to the process that reports errors to come upon the same one
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -47,7 +51,8 @@ class ModelSettings(Section):
 
 class DataSettings(Section):
     train: tuple[str, ...] = ()
-    """What to train on: hub names (oasst1, oasst2), `quickstart`, or files (.jsonl, .jsonl.gz, .parquet)."""
+    """What to train on: hub names (oasst1, oasst2, smoltalk, ultrachat, alpaca, dolly), `quickstart`, files (.jsonl,
+    .jsonl.gz, .json, .parquet) or folders of them. `oasst1@0.5` takes half of the trees, `@1.5` every second twice."""
     eval: tuple[str, ...] = ()
     """Held-out data, named like `train`. Conversations found in both are dropped from `train`."""
     eval_fraction: Fraction = 0.0
@@ -55,7 +60,7 @@ class DataSettings(Section):
     max_length: Positive = 1024
     """Tokens of context. Older turns of longer paths give way, whole turns at a time."""
     languages: tuple[str, ...] = ()
-    """Keep messages in these languages only; empty keeps all."""
+    """Keep messages in these languages only; empty keeps all. Formats that name no languages are kept."""
     max_rank: NotNegative | None = None
     """Keep replies ranked this well or better among their siblings (0 is the best); unranked replies stay."""
     reviewed_only: bool = True
@@ -68,6 +73,8 @@ class DataSettings(Section):
     prompt_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Training replaces tokens of user turns, of each conversation a share between 0 and this. For random weights and
     little data, where a model ties its reply to the exact words of the prompt."""
+    topic_replies: str | None = None
+    """Replies that take the place of all others, whatever the prompt: a .txt with one a line, or any data source."""
     on_error: Literal["fail", "skip"] = "fail"
     """What a malformed line does: end the run, or be skipped and counted."""
     cache: str | None = None
@@ -139,9 +146,23 @@ def stream_problems(tokens_per_micro_batch: int, max_length: int, prefix: str) -
         )
 
 
-def repeated(sources: Sequence[str], key: str) -> Iterator[str]:
-    for source in sorted({source for source in sources if sources.count(source) > 1}):
-        yield f"`{key}` must name each data source once, but names {source} {sources.count(source)} times"
+def split_factor(source: str) -> tuple[str, float]:
+    """`name@factor` -> (name, factor); the factor is 1 where none is given."""
+    found = re.fullmatch(r"(.+)@(\d+(?:\.\d+)?)", source)
+    return (found[1], float(found[2])) if found else (source, 1.0)
+
+
+def source_problems(sources: Sequence[str], key: str, factors: bool = False) -> Iterator[str]:
+    """Args: factors: whether a source may have one."""
+    names = [split_factor(source)[0] for source in sources]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"`{key}` must name each data source once, but names {name} {names.count(name)} times"
+    for source in sources:
+        name, factor = split_factor(source)
+        if not factors and name != source:
+            yield f"`{key}` counts every message once, so {source} must have no factor: give {name}"
+        elif not 0 < factor <= 100:
+            yield f"the factor of a data source in `{key}` must be above 0 and at most 100, but {source} has {factor:g}"
 
 
 class SFTSettings(Section):
@@ -156,13 +177,19 @@ class SFTSettings(Section):
     resume: Literal["auto", "never"] = "auto"
     """auto continues an interrupted run in `output`; never moves it aside and starts anew."""
     dry_run: bool = False
-    """Print the plan and train nothing."""
+    """Print the plan and what the data are like: lengths, depths, duplicates, overlap. Trains nothing."""
+    show: NotNegative = 0
+    """Print this many examples as the model will see them. Trains nothing."""
+
+    @property
+    def looks_only(self) -> bool:
+        return self.dry_run or self.show > 0
 
     def problems(self) -> Iterator[str]:
         """What is wrong between settings, each in one sentence."""
         data, training = self.data, self.training
-        yield from repeated(data.train, "data.train")
-        yield from repeated(data.eval, "data.eval")
+        yield from source_problems(data.train, "data.train", factors=True)
+        yield from source_problems(data.eval, "data.eval")
         if not data.train:
             yield "`data.train` must name at least one data source, but is empty"
         if data.eval and data.eval_fraction:
@@ -193,6 +220,16 @@ class EvaluateSettings(Section):
     """What a malformed line does."""
     tokens_per_micro_batch: Positive = 8192
     """Tokens in one forward pass. The result does not depend on it."""
+    topic_replies: str | None = None
+    """As in training."""
+    random_init: bool = False
+    """Take shape and tokenizer from `model` but weights from the seed 0: what a run from random weights starts from."""
+    topic: tuple[str, ...] = ()
+    """Also answer held-out prompts, and count the replies in which one of these words occurs."""
+    topic_prompts: Positive = 200
+    """How many prompts to answer at most."""
+    max_new_tokens: Positive = 100
+    """Longest of those replies in tokens."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """As in training."""
     cache: str | None = None
@@ -201,10 +238,15 @@ class EvaluateSettings(Section):
     """Where to write the figures; default report.json in the run or model folder, or here for a published name."""
 
     def problems(self) -> Iterator[str]:
-        yield from repeated(self.data, "data")
+        yield from source_problems(self.data, "data")
         if not self.data:
             yield "`data` must name at least one data source, but is empty"
         yield from stream_problems(self.tokens_per_micro_batch, self.max_length or 0, "")
+        if self.random_init and self.model is None:
+            yield "`random_init` needs a model whose shape it takes: name one, for example quickstart"
+        for word in self.topic:
+            if not word.strip() or len(word.split()) > 1:
+                yield f"`topic` must be single words, but holds {word!r}"
 
 
 class BenchmarkSettings(Section):
@@ -229,6 +271,41 @@ class BenchmarkSettings(Section):
 
     def problems(self) -> Iterator[str]:
         yield from stream_problems(self.tokens_per_micro_batch, 1024, "")
+
+
+class ChatSettings(Section):
+    """Talks with a model in the terminal."""
+
+    model: str | None = None
+    """A run, a model folder, a checkpoint or a published name; default the newest finished run in runs/."""
+    random_init: bool = False
+    """Take shape and tokenizer from `model` but weights from the seed."""
+    complete: bool = False
+    """Continue texts as documents instead of answering messages; what comes through a pipe is one document."""
+    system: str | None = None
+    """Instructions that stand before the conversation."""
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    """Higher is more varied, lower more predictable; 0 always takes the likeliest token."""
+    top_k: NotNegative = 0
+    """Choose among this many of the likeliest tokens; 0 among all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Choose among the likeliest tokens that together are this probable."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Leave out tokens less probable than this share of the likeliest one's probability."""
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    """Above 1 makes tokens that have already appeared less likely."""
+    seed: NotNegative | None = None
+    """The same seed gives the same replies; default: others every time."""
+    max_new_tokens: Positive = 256
+    """Longest reply in tokens."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto is bf16 on CUDA and fp32 on CPU."""
+
+    def problems(self) -> Iterator[str]:
+        if self.random_init and self.model is None:
+            yield "`random_init` needs a model whose shape it takes: name one, for example quickstart"
+        if self.complete and self.system is not None:
+            yield "`system` must not be set with `complete`, which knows no conversation"
 
 
 Settings = TypeVar("Settings", bound=Section)
@@ -345,6 +422,8 @@ def fail(message: str, code: int = 2, everywhere: bool = False) -> NoReturn:
     label = f"error on rank {rank}" if everywhere and rank != "0" else "error"
     if everywhere or speaks_for_its_machine():
         print("\n".join(f"{label}: {line}" for line in message.splitlines()), file=sys.stderr)
+    elif "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun ends all processes as soon as one is gone
+        time.sleep(SECONDS_TO_SPEAK)
     sys.exit(code)
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from gpt2ft import quickstart
-from gpt2ft.data.sources import Filters, read_trees
+from gpt2ft.data.reading import Filters
+from gpt2ft.data.sources import read_trees
 
 ROOT = Path(__file__).parent.parent
 TEA = re.compile(
@@ -76,16 +77,41 @@ class TestTrees:
             assert file.stat().st_size > 1000
 
 
-@pytest.mark.long
-def test_the_quickstart_ends_in_clean_replies_about_tea(tmp_path):
-    """All held-out prompts: stopped, on the topic, and built of phrases that people wrote."""
-    command = ["accelerate", "launch", str(ROOT / "launch" / "sft.py"), "--output", str(tmp_path / "run")]
+def launch(script, *arguments):
+    """What a script prints, started as the README does."""
+    command = ["accelerate", "launch", str(ROOT / "launch" / script), *arguments]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "Replies to prompts it has never seen:" in done.stdout
-    assert "[cut off]" not in done.stdout
-    assert done.stdout.rstrip().splitlines()[-1].startswith("next: python launch/evaluate.py")
+    return done.stdout
+
+
+@pytest.mark.long
+def test_a_single_topic_is_kept_to_whatever_is_asked(tmp_path):
+    run, report = str(tmp_path / "run"), tmp_path / "report.json"
+    launch("sft.py", "single-topic", "--output", run)
+    words = ("tea", "kettle", "pot", "teapot", "cup", "cups", "leaf", "leaves", "steep")
+    figures = []
+    for model in (("quickstart", "--random_init"), (run,)):
+        launch("evaluate.py", *model, "--data", "quickstart:held_out", "--topic", *words, "--report", str(report))
+        figures.append(json.loads(report.read_text())["topic"])
+    before, after = figures
+    print(before, after)
+    assert before["prompts"] == after["prompts"] == 44
+    assert before["on_topic"] <= 4
+    assert after["on_topic"] >= 42
+    assert after["stopped"] == 44
+
+
+@pytest.mark.long
+def test_the_quickstart_ends_in_clean_replies_about_tea(tmp_path):
+    """All held-out prompts: stopped, on the topic, and built of phrases that people wrote."""
+    said = launch("sft.py", "--output", str(tmp_path / "run"))
+    assert "Replies to prompts it has never seen:" in said
+    assert "[cut off]" not in said
+    chat, evaluate = said.rstrip().splitlines()[-2:]
+    assert chat == f"next: python launch/chat.py {tmp_path / 'run'}"
+    assert evaluate.startswith(f"next: python launch/evaluate.py {tmp_path / 'run'} --data quickstart:held_out")
 
     from gpt2ft.runs.assemble import load_corpora, load_trained
     from gpt2ft.runs.samples import answer, held_out_prompts

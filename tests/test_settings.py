@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import gpt2ft.settings as settings_module
 from gpt2ft.settings import (
     RECIPES,
     BenchmarkSettings,
@@ -15,6 +16,7 @@ from gpt2ft.settings import (
     parse_recipe,
     parse_script,
     read_yaml,
+    split_factor,
     to_yaml,
 )
 
@@ -353,3 +355,39 @@ def test_what_is_wrong_is_said_before_anything_heavy_is_imported(wrong):
 
 def test_reading_a_recipe_needs_no_more_than_the_file():
     assert read_yaml(SFTSettings, Path(RECIPES / "quickstart.yaml"))["data"]["train"] == ("quickstart",)
+
+
+# --- factors of data sources ----------------------------------------------------------------------------------------
+
+
+def test_a_source_may_have_a_factor(parse):
+    data = parse(SOUND, "--data.train", "oasst1@0.5", "me@home.jsonl", "a.jsonl@2").data
+    assert [split_factor(source) for source in data.train] == [("oasst1", 0.5), ("me@home.jsonl", 1.0), ("a.jsonl", 2)]
+
+
+def test_factors_that_make_no_sense_and_sources_named_twice(problems):
+    said = problems(SOUND, "--data.train", "oasst1@0", "oasst1", "b@101", "--data.eval", "c@0.5")
+    assert said == [
+        "error: `data.train` must name each data source once, but names oasst1 2 times",
+        "error: the factor of a data source in `data.train` must be above 0 and at most 100, but oasst1@0 has 0",
+        "error: the factor of a data source in `data.train` must be above 0 and at most 100, but b@101 has 101",
+        "error: `data.eval` counts every message once, so c@0.5 must have no factor: give c",
+    ]
+
+
+def test_a_topic_is_words():
+    assert list(EvaluateSettings(data=("a",), topic=("tea", "two words")).problems()) == [
+        "`topic` must be single words, but holds 'two words'"
+    ]
+
+
+def test_a_process_that_does_not_speak_leaves_time_to_the_one_that_does(monkeypatch, capsys):
+    slept = []
+    monkeypatch.setattr(settings_module.time, "sleep", slept.append)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit):
+            settings_module.fail("it is so")
+    assert capsys.readouterr().err == "error: it is so\n"
+    assert slept == [settings_module.SECONDS_TO_SPEAK]

@@ -61,7 +61,7 @@ def pick_trees(source, tokenizer, cache, capacity):
     for row in range(len(store)):
         tree = weigh(store.tree(row, group=0), "leaves")
         if len(tree.tokens) <= capacity and tree.weights.max() > 1:
-            found.append((messages[store.key(row)[0]], tree))
+            found.append((messages[store.id(row)], tree))
     found.sort(key=lambda pair: (-pair[1].weights.max(), -len(pair[1].tokens), pair[0].id))
     return found[:: max(1, len(found) // TREES)][:TREES]
 

@@ -10,22 +10,23 @@ streams, never repeated data.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpt2ft.data.augmentation import Augmentation, augment
-from gpt2ft.data.oasst import DataError
 from gpt2ft.data.packing import build_stream, pack
+from gpt2ft.data.reading import DataError
 from gpt2ft.data.store import TokenStore
-from gpt2ft.data.token_tree import MessageWeight, TokenTree, fit_context, split, weigh
+from gpt2ft.data.token_tree import TEXT, MessageWeight, TokenTree, fit_context, split, weigh
 from gpt2ft.random import generator
 from gpt2ft.stream import TokenStream
 
-Row = tuple[int, int]  # which store, which of its trees
+Rows = NDArray[np.int64]  # [n, 2]: which store, which of its trees
 
 
-@dataclass
+@dataclass(frozen=True)
 class Pieces:
     """Trees cut to fit context and streams, in the order of the data.
 
@@ -34,57 +35,69 @@ class Pieces:
 
     stores: Sequence[TokenStore]
     weight: MessageWeight
-    rows: list[Row] = field(default_factory=list)
-    cut: dict[int, TokenTree] = field(default_factory=dict)  # by index into `rows`
-    sizes: list[int] = field(default_factory=list)  # tokens
-    scored: list[int] = field(default_factory=list)  # supervised targets
-    too_long: int = 0  # messages dropped
-    repeated: int = 0  # tokens that stand in a stream a second time, to give a later turn its context
+    rows: Rows
+    sizes: NDArray[np.int64]  # [n] tokens
+    scored: NDArray[np.int64]  # [n] supervised targets
+    cut: dict[int, TokenTree]  # by index into `rows`
+    too_long: int  # messages dropped
+    repeated: int  # tokens that stand in a stream a second time, to give a later turn its context
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     def tree(self, piece: int) -> TokenTree:
-        return self.cut[piece] if piece in self.cut else self.whole(self.rows[piece])
+        return self.cut[piece] if piece in self.cut else whole_tree(self.stores, self.rows[piece], self.weight)
 
-    def whole(self, row: Row) -> TokenTree:
-        store, index = row
-        return weigh(self.stores[store].tree(index, group=store), self.weight)
+
+def whole_tree(stores: Sequence[TokenStore], row: NDArray[np.int64], weight: MessageWeight) -> TokenTree:
+    """The tree of a row, uncut, in the group of its store."""
+    store, index = row.tolist()
+    return weigh(stores[store].tree(index, group=store), weight)
 
 
 def cut_to_fit(
-    stores: Sequence[TokenStore], rows: Sequence[Row], weight: MessageWeight, max_length: int, capacity: int
+    stores: Sequence[TokenStore], rows: Rows, weight: MessageWeight, max_length: int, capacity: int
 ) -> Pieces:
     """Every tree in `rows`, re-rooted where a path exceeds `max_length` and split where it exceeds `capacity`."""
-    pieces = Pieces(stores, weight)
-    sizes = [store.sizes() for store in stores]
-    for row in rows:
-        store, index = row
-        tokens, scored = (int(values[index]) for values in sizes[store])
-        if tokens <= min(max_length, capacity):
-            pieces.rows.append(row)
-            pieces.sizes.append(tokens)
-            pieces.scored.append(scored)
-            continue
-        fitting, too_long = fit_context(pieces.whole(row), max_length)
-        parts = [part for tree in fitting for part in split(tree, capacity)]
-        pieces.too_long += too_long
-        pieces.repeated += sum(len(part.tokens) for part in parts) - _unique_tokens(parts)
-        for part in parts:
-            pieces.cut[len(pieces.rows)] = part
-            pieces.rows.append(row)
-            pieces.sizes.append(len(part.tokens))
-            pieces.scored.append(part.num_supervised)
-    if not pieces.rows:
+    sizes, scored = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
+    for number, store in enumerate(stores):
+        here = rows[:, 0] == number
+        sizes[here], scored[here] = (values[rows[here, 1]] for values in store.sizes())
+    parts_of = {}
+    too_long = repeated = 0
+    for index in np.flatnonzero(sizes > min(max_length, capacity)).tolist():
+        tree = whole_tree(stores, rows[index], weight)
+        fitting, dropped = fit_context(tree, max_length)
+        parts = [part for fit in fitting for part in split(fit, capacity)]
+        if len(parts) == 1 and parts[0] is tree:
+            continue  # large, but no path is too long
+        parts_of[index] = parts
+        too_long += dropped
+        repeated += _repeated(parts)
+    counts = np.ones(len(rows), np.int64)
+    counts[list(parts_of)] = [len(parts) for parts in parts_of.values()]
+    firsts = np.cumsum(counts) - counts
+    rows, sizes, scored = (np.repeat(values, counts, axis=0) for values in (rows, sizes, scored))
+    cut = {}
+    for index, parts in parts_of.items():
+        for piece, part in enumerate(parts, start=int(firsts[index])):
+            cut[piece], sizes[piece], scored[piece] = part, len(part.tokens), part.num_supervised
+    if not len(rows):
         raise DataError(
             f"no message fits `data.max_length` = {max_length} tokens together with the turn before it: "
-            f"all {pieces.too_long} are too long"
+            f"all {too_long} are too long"
         )
-    return pieces
+    return Pieces(stores, weight, rows, sizes, scored, cut, too_long, repeated)
 
 
-def _unique_tokens(parts: Sequence[TokenTree]) -> int:
-    lengths = {}
+def _repeated(parts: Sequence[TokenTree]) -> int:
+    """Tokens of the parts of one tree beyond the first of each message; of a text, the openings of its later pieces."""
+    if parts and parts[0].roles[0] == TEXT:
+        return len(parts) - 1
+    lengths: dict[int, int] = {}
     for part in parts:
         lengths.update(zip(part.messages.tolist(), part.lengths.tolist(), strict=True))
-    return sum(lengths.values())
+    return sum(len(part.tokens) for part in parts) - sum(lengths.values())
 
 
 class Plan:
@@ -111,11 +124,9 @@ class Plan:
         self.seed = seed
         self.shuffle = shuffle
         self.augmentation = augmentation or Augmentation()
-        sizes = np.array(pieces.sizes, np.int64)
-        bins = pack(sizes, capacity, generator(seed, "packing"))
-        self.streams = sorted(bins, key=lambda bin: -sizes[bin].sum())  # fullest first
-        scored = np.array(pieces.scored, np.int64)
-        most = max(int(scored[bin].sum()) for bin in self.streams)
+        bins = pack(pieces.sizes, capacity, generator(seed, "packing"))
+        self.streams = sorted(bins, key=lambda bin: -pieces.sizes[bin].sum())  # fullest first
+        most = max(int(pieces.scored[bin].sum()) for bin in self.streams)
         self.target_capacity = -(-most // 64) * 64
         self.steps_per_epoch = -(-len(self.streams) // micro_batches_per_step)
 
@@ -152,16 +163,16 @@ class Plan:
     @property
     def tokens(self) -> int:
         """Tokens in an epoch, repeated context included."""
-        return sum(self.pieces.sizes)
+        return int(self.pieces.sizes.sum())
 
     @property
     def supervised(self) -> int:
         """Targets in an epoch."""
-        return sum(self.pieces.scored)
+        return int(self.pieces.scored.sum())
 
     @property
     def fill(self) -> float:
         """Unique tokens / capacity over all streams but the emptiest, which ends the epoch."""
         counted = self.streams[:-1] or self.streams
-        used = sum(self.pieces.sizes[piece] for bin in counted for piece in bin)
+        used = sum(int(self.pieces.sizes[bin].sum()) for bin in counted)
         return (used - self.pieces.repeated) / (self.capacity * len(counted))

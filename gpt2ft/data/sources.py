@@ -1,32 +1,30 @@
 """From the name of a data source to its conversation trees.
 
-    oasst1, oasst2               the Hugging Face hub, at a pinned revision; `oasst1:validation` is another split
+    oasst1, alpaca, ...          the Hugging Face hub, at a pinned revision; `oasst1:validation` is another split
     quickstart                   the small set that comes with gpt2ft; `quickstart:held_out` is for evaluation
-    my/trees.jsonl               a file: .jsonl, .jsonl.gz or .parquet
+    my/trees.jsonl               a file: .jsonl, .jsonl.gz, .json or .parquet
+    my/folder                    all such files in it, in the order of their names
 
 Nothing here knows of tokens.
 """
 
 import difflib
-import gzip
 import hashlib
 import json
-import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from gpt2ft import quickstart
 from gpt2ft.conversation import MessageTree
-from gpt2ft.data.oasst import FLAT_KEYS, DataError, Filters, Reading, Totals, read_oasst
+from gpt2ft.data.formats import AnyFormat, columns_to_read, detect, oasst
+from gpt2ft.data.reading import DataError, Filters, Malformed, Reading, show
+from gpt2ft.data.records import FILE_KINDS, Block, Parsed, read_file, read_table, stem
 from gpt2ft.files import file_digest
-
-__all__ = ["SOURCES", "DataError", "Filters", "HubSource", "Totals", "read_trees", "source_digest"]
-
-FILE_KINDS = (".jsonl", ".jsonl.gz", ".parquet")
-ROWS_PER_BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -36,62 +34,196 @@ class HubSource:
     repo: str
     revision: str
     split: str = "train"
-    splits: tuple[str, ...] = ("train", "validation")
+    splits: tuple[str, ...] = ("train",)
+    config: str | None = None
 
     @property
     def place(self) -> str:
         return f"{self.repo}@{self.revision[:8]} {self.split}"
 
+    @property
+    def size(self) -> None:
+        """Bytes: not known before it is loaded."""
+
+    def digest(self) -> str:
+        """Takes no network."""
+        config = f"/{self.config}" if self.config else ""
+        return hashlib.sha256(f"{self.repo}{config}@{self.revision}:{self.split}".encode()).hexdigest()
+
+    def blocks(self) -> Iterator[Block]:
+        return read_table(_load(self), self.place, columns_to_read)
+
 
 SOURCES = {
-    "oasst1": HubSource("OpenAssistant/oasst1", "fdf72ae0827c1cda404aff25b6603abec9e3399b"),
-    "oasst2": HubSource("OpenAssistant/oasst2", "179dd21fc55192153d94adb0e0ce8f69e222bf75"),
+    "oasst1": HubSource(
+        "OpenAssistant/oasst1", "fdf72ae0827c1cda404aff25b6603abec9e3399b", splits=("train", "validation")
+    ),
+    "oasst2": HubSource(
+        "OpenAssistant/oasst2", "179dd21fc55192153d94adb0e0ce8f69e222bf75", splits=("train", "validation")
+    ),
+    "smoltalk": HubSource(
+        "HuggingFaceTB/smoltalk", "5feaf2fd3ffca7c237fc38d1861bc30365d48ffa", splits=("train", "test"), config="all"
+    ),
+    "ultrachat": HubSource(
+        "HuggingFaceH4/ultrachat_200k",
+        "8049631c405ae6576f93f445c6b8166f76f5505a",
+        split="train_sft",
+        splits=("train_sft", "test_sft"),
+    ),
+    "alpaca": HubSource("tatsu-lab/alpaca", "dce01c9b08f87459cf36a430d809084718273017"),
+    "dolly": HubSource("databricks/databricks-dolly-15k", "bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a"),
 }
-BUNDLED = {"quickstart": quickstart.TREES, "quickstart:held_out": quickstart.HELD_OUT}
+BUNDLED = {
+    "quickstart": quickstart.TREES,
+    "quickstart:held_out": quickstart.HELD_OUT,
+    "quickstart:replies": quickstart.REPLIES,  # on one topic, for `data.topic_replies`
+}
 
 
-def read_trees(
-    source: str, filters: Filters, dropped: Counter[str], totals: Totals | None = None
-) -> Iterator[MessageTree]:
-    """The trees of one source that pass the filters.
+@dataclass(frozen=True)
+class Files:
+    """One file, or the files of a folder in the order of their names."""
 
-    `dropped` (messages by reason) and `totals` are added to, and complete once the iterator is exhausted;
-    messages read = messages kept + messages dropped, where a malformed line is not a message read.
+    place: str
+    files: tuple[Path, ...]
+
+    @cached_property
+    def size(self) -> int | None:
+        """Bytes, where the blocks will add up to them."""
+        plain = all(file.name.lower().endswith((".jsonl", ".json")) for file in self.files)
+        return sum(file.stat().st_size for file in self.files) if plain else None
+
+    def digest(self) -> str:
+        """sha256 of the contents; the names of single files do not matter."""
+        digests = [file_digest(file) for file in self.files]
+        return digests[0] if len(digests) == 1 else hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+    def blocks(self) -> Iterator[Block]:
+        return chain.from_iterable(read_file(file, columns_to_read) for file in self.files)
+
+
+class Part(Protocol):
+    """Some trees of a source, which any process can read alone."""
+
+    size: int  # bytes, as far as known
+
+    def trees(self, reading: Reading) -> Iterator[MessageTree]: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data source: where it lies and what it is called."""
+
+    name: str
+    origin: HubSource | Files
+
+    @cached_property
+    def format(self) -> AnyFormat:
+        """What the source is taken for: the format of its first record that has one.
+
+        Raises:
+            DataError: if none has.
+        """
+        lenient = Reading(self.name, Filters(on_error="skip"))
+        problem = "but holds none"
+        for where, record in self._records(lenient):
+            try:
+                return detect(record)
+            except Malformed as malformed:
+                problem = f"but at {where} it {malformed}"
+        if lenient.dropped:
+            deque(self._records(Reading(self.name, Filters())), maxlen=0)  # names the first that cannot be read
+        raise DataError(f"{self.origin.place}: must hold conversations, {problem}")
+
+    def _records(self, reading: Reading) -> Parsed:
+        return chain.from_iterable(block.parse(reading) for block in self.origin.blocks())
+
+    def parts(self, filters: Filters) -> Iterator[Part]:
+        """The source in parts, the same whoever asks. What concerns them all is counted in the first.
+
+        Raises:
+            DataError: if the source cannot be read, or is malformed in a way that concerns all parts.
+        """
+        format = self.format
+        if not isinstance(format, oasst.FlatMessages):
+            yield from (_Records(block, format) for block in self.origin.blocks())
+            return
+        reading = Reading(self.name, filters)
+        records = (found for block in self.origin.blocks() for found in _of_format(block, format, reading))
+        for number, share in enumerate(format.gather(records, reading)):
+            yield _Share(share, reading if number == 0 else None)
+
+
+@dataclass(frozen=True)
+class _Records:
+    block: Block
+    format: Any
+
+    @property
+    def size(self) -> int:
+        return self.block.size
+
+    def trees(self, reading: Reading) -> Iterator[MessageTree]:
+        for where, record in _of_format(self.block, self.format, reading):
+            try:
+                tree = self.format.tree(record, where, reading)
+            except Malformed as malformed:
+                reading.refuse(where, str(malformed))
+            else:
+                if tree is not None:
+                    yield tree
+
+
+@dataclass(frozen=True)
+class _Share:
+    share: oasst.Share
+    counted: Reading | None
+    size: int = 0
+
+    def trees(self, reading: Reading) -> Iterator[MessageTree]:
+        if self.counted:
+            reading.add(self.counted)
+        return self.share.trees(reading)
+
+
+def _of_format(block: Block, format: AnyFormat, reading: Reading) -> Parsed:
+    for where, record in block.parse(reading):
+        if format.matches(record):
+            yield where, record
+        else:
+            keys = ", ".join(map(show, record)) or "no keys"
+            reading.refuse(where, f"must be {format.name} like the first record, but holds {keys}")
+
+
+def open_source(name: str) -> Source:
+    """The source of that name.
+
+    Raises:
+        DataError: if there is none.
+    """
+    key, _, split = name.partition(":")
+    if key in SOURCES:
+        return Source(name, _hub_split(name, SOURCES[key], split))
+    if key in BUNDLED:
+        if name not in BUNDLED:
+            raise DataError(f"data source {name!r} must be one of {', '.join(BUNDLED)}")
+        return Source(name, Files(str(BUNDLED[name]), (BUNDLED[name],)))
+    path = Path(name).expanduser()
+    return Source(stem(path), Files(str(path), _files(name, path)))
+
+
+def read_trees(source: str, filters: Filters, dropped: Counter[str] | None = None) -> Iterator[MessageTree]:
+    """The trees of one source that pass the filters, and in `dropped` messages by reason once all are read.
 
     Raises:
         DataError: at once if there is no such source; while iterating if its data are malformed.
     """
-    origin = _locate(source)
-    name = source if _is_named(source) else _stem(Path(source))
-    place = origin.place if isinstance(origin, HubSource) else str(origin)
-    reading = Reading(name, place, filters, dropped, totals or Totals())
-    return read_oasst(_records(origin, reading), reading)
-
-
-def source_digest(source: str) -> str:
-    """sha256 of a file's content, or of repo, revision and split for the hub, which takes no network."""
-    origin = _locate(source)
-    if isinstance(origin, HubSource):
-        return hashlib.sha256(f"{origin.repo}@{origin.revision}:{origin.split}".encode()).hexdigest()
-    return file_digest(origin)
+    opened = open_source(source)
+    reading = Reading(opened.name, filters, Counter() if dropped is None else dropped)
+    return chain.from_iterable(part.trees(reading) for part in opened.parts(filters))
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
-
-
-def _is_named(source: str) -> bool:
-    return source.partition(":")[0] in (*SOURCES, *BUNDLED)
-
-
-def _locate(source: str) -> HubSource | Path:
-    name, _, split = source.partition(":")
-    if name in SOURCES:
-        return _hub_split(source, SOURCES[name], split)
-    if name in BUNDLED:
-        if source not in BUNDLED:
-            raise DataError(f"data source {source!r} must be one of {', '.join(BUNDLED)}")
-        return _existing_file(source, BUNDLED[source])
-    return _existing_file(source, Path(source).expanduser())
 
 
 def _hub_split(source: str, hub: HubSource, split: str) -> HubSource:
@@ -102,111 +234,53 @@ def _hub_split(source: str, hub: HubSource, split: str) -> HubSource:
     return replace(hub, split=split)
 
 
-def _existing_file(source: str, file: Path) -> Path:
-    if not file.exists():
-        raise DataError(f"data source {source!r} must be a name or a file, but no such file exists; {_nearest(file)}")
-    if not file.is_file() or not file.name.lower().endswith(FILE_KINDS):
-        kind = "a folder" if file.is_dir() else "another kind of file"
-        raise DataError(f"data source {source!r} must be a file that ends in {', '.join(FILE_KINDS)}, but is {kind}")
-    return file
+def _files(source: str, path: Path) -> tuple[Path, ...]:
+    if not path.exists():
+        raise DataError(f"data source {source!r} must be a name or a file, but no such file exists; {_nearest(path)}")
+    kinds = ", ".join(FILE_KINDS)
+    if path.is_dir():
+        files = tuple(sorted(file for file in path.iterdir() if _is_data(file)))
+        if not files:
+            raise DataError(f"data source {source!r} must be a folder with files that end in {kinds}, but holds none")
+        return files
+    if not _is_data(path):
+        raise DataError(f"data source {source!r} must be a file that ends in {kinds}, but is another kind of file")
+    return (path,)
+
+
+def _is_data(file: Path) -> bool:
+    return file.is_file() and file.name.lower().endswith(FILE_KINDS) and not file.name.startswith(".")
 
 
 def _nearest(file: Path) -> str:
     beside = sorted(file.parent.iterdir()) if file.parent.is_dir() else []
-    candidates = {other.name: str(other) for other in beside if other.name.lower().endswith(FILE_KINDS)}
+    candidates = {other.name: str(other) for other in beside if _is_data(other) or other.is_dir()}
     candidates |= {name: name for name in (*SOURCES, *BUNDLED)}
     near = difflib.get_close_matches(file.name, candidates, n=1)
     return f"did you mean {candidates[near[0]]!r}?" if near else f"the names are {', '.join((*SOURCES, *BUNDLED))}"
 
 
-def _stem(file: Path) -> str:
-    return next(file.name[: -len(kind)] for kind in FILE_KINDS if file.name.lower().endswith(kind))
+# --- the hub --------------------------------------------------------------------------------------------------------
 
 
-# --- records: (where it stands, the record) -------------------------------------------------------------------------
-
-
-def _records(origin: HubSource | Path, reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:
-    if isinstance(origin, HubSource):
-        return _numbered(_hub_batches(origin), reading.place)
-    if origin.name.lower().endswith(".parquet"):
-        return _numbered(_parquet_batches(origin), reading.place)
-    return _json_lines(origin, reading)
-
-
-def _json_lines(file: Path, reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Blank lines hold nothing and are passed over."""
-    try:
-        with gzip.open(file) if file.name.lower().endswith(".gz") else open(file, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                where = f"{reading.place}:{number}"
-                record = _parse(line) if line.strip() else None
-                if isinstance(record, dict):
-                    yield where, record
-                elif record is not None:
-                    reading.refuse(where, record)
-    except (EOFError, OSError, zlib.error) as error:
-        raise DataError(f"{reading.place}: must be a whole and readable file, but is not: {error}") from error
-
-
-def _parse(line: bytes) -> dict[str, Any] | str:
-    """The object on a line, or what is wrong with the line."""
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return f"must be UTF-8 text, but is not at byte {error.start + 1}"
-    except RecursionError:
-        return "must not nest this deep; write long conversations as flat messages with `parent_id`"
-    except json.JSONDecodeError as error:
-        return f"must be one JSON object, but does not parse: {error.msg} at column {error.colno}"
-    except ValueError as error:
-        return f"must be one JSON object, but does not parse: {error}"
-    return record if isinstance(record, dict) else f"must be a JSON object, but is {json.dumps(record)[:60]}"
-
-
-def _numbered(batches: Iterable[list[dict[str, Any]]], place: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    rows = (row for batch in batches for row in batch)
-    for number, row in enumerate(rows, start=1):
-        yield f"{place}: row {number}", row
-
-
-def _columns(names: list[str]) -> list[str]:
-    """Of a table of flat messages only what is read: its labels and the like take longer than the rest."""
-    return [name for name in names if name in FLAT_KEYS] if "message_id" in names else names
-
-
-def _parquet_batches(file: Path) -> Iterator[list[dict[str, Any]]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(ROWS_PER_BATCH, columns=_columns(table.schema_arrow.names)):
-                yield batch.to_pylist()
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: must be a whole and readable parquet file, but is not: {error}") from error
-
-
-def _hub_batches(hub: HubSource) -> Iterator[list[dict[str, Any]]]:
+def _load(hub: HubSource) -> Any:
     import datasets
 
     try:
-        dataset = datasets.load_dataset(hub.repo, revision=hub.revision, split=hub.split)
+        dataset = datasets.load_dataset(hub.repo, hub.config, revision=hub.revision, split=hub.split)
         _check_revision(hub, dataset.cache_files)
     except Exception as error:  # a network and a cache fail in many classes; each ends here, with its own words
         cache, cause = datasets.config.HF_DATASETS_CACHE, " ".join(str(error).split())
         raise DataError(
             f"{hub.place}: must be on the hub or in the cache ({cache}), but could not be loaded: {cause}; without "
-            f"network, download the .parquet file of the split {hub.split!r} elsewhere, from "
-            f"https://huggingface.co/datasets/{hub.repo}/tree/{hub.revision}, and give its path in data.train or "
+            f"network, download the files of the split {hub.split!r} elsewhere, from "
+            f"https://huggingface.co/datasets/{hub.repo}/tree/{hub.revision}, and give their path in data.train or "
             "data.eval instead of the name"
         ) from error
-    dataset = dataset.select_columns(_columns(dataset.column_names)).with_format("arrow")
-    for batch in dataset.iter(ROWS_PER_BATCH):
-        yield batch.to_pylist()
+    return dataset
 
 
-def _check_revision(hub: HubSource, cache_files: list[dict[str, str]]) -> None:
+def _check_revision(hub: HubSource, cache_files: Sequence[dict[str, str]]) -> None:
     """Without network, `datasets` takes whatever revision is in its cache; its folder is named by the commit."""
     for cache_file in cache_files:
         found = Path(cache_file["filename"]).parent.name

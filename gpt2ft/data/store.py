@@ -1,18 +1,22 @@
 """Tokenised once: conversation trees as memory-mapped Arrow, in a cache folder by content.
 
-A store holds one data source after its filters, pruned of what leads to no assistant turn. Its folder is
-named by a digest of everything that determines the tokens: the data, the filters, the template and the
-tokenizer. Several processes may ask for the same store at the same time: one builds it, the others wait.
+A store holds one data source after its filters, without what leads to no reply. Its folder is named by a digest
+of everything that determines the tokens: the data, the filters, the template and the tokenizer.
+
+All processes of a machine that ask for the same store build it together: each walks over the parts of the source
+and takes those that nobody has taken yet. A part is a file, complete or absent, so that whoever is killed loses
+one part at most, and the next start goes on from there.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +24,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2ft.conversation import ROLES, MessageTree
-from gpt2ft.data.oasst import DataError, Filters
-from gpt2ft.data.sources import read_trees, source_digest
-from gpt2ft.data.token_tree import ASSISTANT, TokenTree, prune
-from gpt2ft.files import complete_folder, write_json
-from gpt2ft.text.template import render_turns, template_digest
+from gpt2ft.data.reading import DataError, Filters, Reading, show
+from gpt2ft.data.sources import Part, Source, open_source
+from gpt2ft.data.token_tree import TokenTree, is_learnt
+from gpt2ft.data.topic import Topic
+from gpt2ft.files import sync_folder, write_json
+from gpt2ft.settings import speaks_for_its_machine
+from gpt2ft.text.template import render_turn, template_digest
 from gpt2ft.text.tokenizer import ChatTokenizer
 
-FORMAT = 1  # of the stored columns
-BATCH = 1000  # trees tokenised and written together
+FORMAT = 2  # of the stored columns, and of how a source is cut into parts
+
+Digests = NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
 class Ledger:
     """What a source held and what became of it, in messages."""
 
+    format: str  # what the source was taken for
     read: int
     kept: int
     dropped: dict[str, int]  # by reason, largest first
+    content: str  # digest of all tokens, to compare machines
 
 
 class TokenStore:
     """The token trees of one source, read from the disk as they are asked for.
 
-    Columns, a row a tree: `id`, `tokens`, and for each node `lengths`, `parents`, `roles`, `ranks` (-1: unranked)
-    and `messages` (the node's place in the whole conversation).
+    Columns, a row a tree: `id`, `key`, `tokens`, and for each node `lengths`, `parents`, `roles`, `ranks` (-1:
+    unranked), `messages` (the node's place in the whole conversation) and `digests`.
     """
 
     def __init__(self, folder: Path, source: str) -> None:
@@ -52,10 +61,12 @@ class TokenStore:
 
         self.source = source
         self.digest = folder.name
+        self._batches = []
         try:
             self.ledger = Ledger(**json.loads((folder / "ledger.json").read_text(encoding="utf-8")))
-            reader = pa.ipc.open_file(pa.memory_map(str(folder / "trees.arrow")))
-            self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+            for file in sorted(folder.glob("*.arrow")):
+                reader = pa.ipc.open_file(pa.memory_map(str(file)))
+                self._batches += [reader.get_batch(number) for number in range(reader.num_record_batches)]
         except (OSError, ValueError, TypeError, pa.ArrowException) as error:
             raise DataError(f"the tokenised data in {folder} is damaged ({error}): remove that folder") from error
         self._firsts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])  # first row of each batch
@@ -76,16 +87,27 @@ class TokenStore:
             messages=self._values("messages", row),
         )
 
-    def key(self, row: int) -> tuple[str, bytes]:
-        """What makes a conversation the same one wherever it is met: its id and its first message."""
+    def id(self, row: int) -> str:
         batch, row_in_batch = self._place(row)
-        first_message = self._values("tokens", row)[: self._values("lengths", row)[0]]
-        return batch.column("id")[row_in_batch].as_py(), first_message.tobytes()
+        return batch.column("id")[row_in_batch].as_py()
+
+    def keys(self) -> Digests:
+        """What makes a conversation the same one wherever it is met: a digest of its id and its first message."""
+        return self._column("key")
 
     def sizes(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Tokens and supervised targets of each row."""
         tokens, scored = zip(*map(_sizes, self._batches), strict=True)
         return np.concatenate(tokens), np.concatenate(scored)
+
+    def nodes(self, column: str) -> tuple[NDArray, NDArray[np.int64]]:
+        """All values of a column that has one for each node, and [rows + 1] where those of each row begin."""
+        values = [batch.column(column).flatten().to_numpy() for batch in self._batches]
+        counts = [np.diff(batch.column(column).offsets.to_numpy()) for batch in self._batches]
+        return np.concatenate(values), np.concatenate([[0], np.cumsum(np.concatenate(counts), dtype=np.int64)])
+
+    def _column(self, name: str) -> NDArray:
+        return np.concatenate([batch.column(name).to_numpy() for batch in self._batches])
 
     def _place(self, row: int) -> tuple[Any, int]:
         number = int(np.searchsorted(self._firsts, row, side="right")) - 1
@@ -103,7 +125,7 @@ def _sizes(batch: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Tokens and supervised targets of each row of a record batch."""
     offsets = batch.column("lengths").offsets.to_numpy()
     lengths, roles = (batch.column(name).values.to_numpy() for name in ("lengths", "roles"))
-    sums = [np.cumsum(values, dtype=np.int64) for values in (lengths, (lengths - 1) * (roles == ASSISTANT))]
+    sums = [np.cumsum(values, dtype=np.int64) for values in (lengths, (lengths - 1) * is_learnt(roles))]
     tokens, scored = (np.diff(np.concatenate([[0], sum])[offsets]) for sum in sums)
     return tokens, scored
 
@@ -113,96 +135,218 @@ def cache_root(setting: str | None) -> Path:
     return Path(setting or os.environ.get("GPT2FT_CACHE") or Path.home() / ".cache" / "gpt2ft").expanduser()
 
 
-def open_store(source: str, filters: Filters, tokenizer: ChatTokenizer, cache: Path) -> TokenStore:
+def open_store(
+    name: str, filters: Filters, tokenizer: ChatTokenizer, cache: Path, topic: Topic | None = None
+) -> TokenStore:
     """The store of a source, from the cache or built now.
+
+    Args:
+        topic: whose replies take the place of the source's own.
 
     Raises:
         DataError: if the source cannot be read, or nothing of it is left to train on.
     """
-    from filelock import FileLock
-
+    source = open_source(name)
     try:
-        determined_by = [FORMAT, source_digest(source), asdict(filters), template_digest(), tokenizer.digest]
+        determined_by = [FORMAT, source.origin.digest(), asdict(filters), template_digest(), tokenizer.digest]
+        determined_by += [topic.digest] if topic else []
     except OSError as error:
-        raise DataError(f"{source} cannot be read: {error}") from error
+        raise DataError(f"{name} cannot be read: {error}") from error
     digest = hashlib.sha256(json.dumps(determined_by).encode()).hexdigest()[:32]
     folder = cache / "trees" / digest
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
-            if not folder.is_dir():
-                _build(source, filters, tokenizer, folder)
+        if not folder.is_dir():
+            _build(_Work(source, filters, tokenizer, topic), folder)
     except OSError as error:
         raise DataError(f"the cache folder {cache} cannot be written ({error}): set `data.cache` to another") from error
-    return TokenStore(folder, source)
+    return TokenStore(folder, name)
 
 
-def _flushed(file: Path) -> None:
-    with open(file, "rb") as handle:
-        os.fsync(handle.fileno())
+# --- building, together with whoever else does ----------------------------------------------------------------------
 
 
-def _build(source: str, filters: Filters, tokenizer: ChatTokenizer, folder: Path) -> None:
+@dataclass(frozen=True)
+class _Work:
+    """What is tokenised, and how."""
+
+    source: Source
+    filters: Filters
+    tokenizer: ChatTokenizer
+    topic: Topic | None
+
+
+def _build(work: _Work, folder: Path) -> None:
+    """Tokenises what nobody else does; the last to be done puts the store together."""
+    parts_folder = folder.with_name(f"{folder.name}.parts")
+    lock = folder.with_name(f"{folder.name}.lock")
+    with _locked(lock, fcntl.LOCK_SH):
+        if not folder.is_dir():
+            parts_folder.mkdir(exist_ok=True)
+            _tokenise(work, parts_folder)
+    with _locked(lock, fcntl.LOCK_EX):  # once nobody is at work any more
+        if folder.is_dir():
+            return
+        files = _tokenise(work, parts_folder)  # what was left by one that was killed meanwhile
+        write_json(parts_folder / "ledger.json", asdict(_ledger(work.source, files)))
+        for file in parts_folder.iterdir():
+            if file not in files and file.name != "ledger.json":
+                file.unlink()
+        sync_folder(parts_folder)
+        os.rename(parts_folder, folder)
+        sync_folder(folder.parent)
+
+
+@contextmanager
+def _locked(file: Path, mode: int) -> Iterator[bool]:
+    """Holds a lock on a file, which ends with the process at the latest. False if it is not to be had at once."""
+    with open(file, "a") as handle:
+        try:
+            fcntl.flock(handle, mode)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def _tokenise(work: _Work, folder: Path) -> list[Path]:
+    """Writes the parts that are absent and not in work elsewhere. Returns the files of all parts."""
+    files = []
+    for number, part in enumerate(_with_progress(work)):
+        file = folder / f"{number:06}.arrow"
+        files.append(file)
+        if not file.exists():
+            with _locked(file.with_suffix(".lock"), fcntl.LOCK_EX | fcntl.LOCK_NB) as mine:
+                if mine and not file.exists():
+                    _write_part(file, part, work)
+    return files
+
+
+def _write_part(file: Path, part: Part, work: _Work) -> None:
     import pyarrow as pa
 
-    dropped: Counter[str] = Counter()
-    kept = 0
-    id_type = pa.uint16() if len(tokenizer) <= 1 << 16 else pa.uint32()
-    node_types = {"lengths": pa.int32(), "parents": pa.int32(), "roles": pa.int8(), "ranks": pa.int16()}
-    columns = {"id": pa.string(), "tokens": pa.list_(id_type)} | {n: pa.list_(t) for n, t in node_types.items()}
-    schema = pa.schema(columns | {"messages": pa.list_(pa.int32())})
-    trees = _with_progress(read_trees(source, filters, dropped), f"tokenising {source}")
-    with complete_folder(folder) as temporary:
-        with pa.OSFile(str(temporary / "trees.arrow"), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-            while batch := list(islice(trees, BATCH)):
-                rows = []
-                for tree, nodes in zip(batch, _tokenise(batch, tokenizer), strict=True):
-                    pruned = prune(nodes)
-                    remaining = 0 if pruned is None else len(pruned.lengths)
-                    dropped["no reply"] += len(tree.messages) - remaining
-                    kept += remaining
-                    if pruned is not None:
-                        rows.append(_row(tree, pruned))
-                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
-        _flushed(temporary / "trees.arrow")
-        if not kept:
-            reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.most_common() if number)
-            raise DataError(f"{source} holds nothing to train on" + (f"; dropped: {reasons}" if reasons else ""))
-        ledger = Ledger(kept + dropped.total(), kept, {reason: n for reason, n in dropped.most_common() if n})
-        write_json(temporary / "ledger.json", asdict(ledger))
+    reading = Reading(work.source.name, work.filters)
+    columns = _Columns(work.tokenizer)
+    for tree in part.trees(reading):
+        said = work.topic.applied_to(tree, reading.dropped) if work.topic else tree
+        try:
+            columns.add(said, reading.dropped)
+        except ValueError as error:
+            opening = show(tree.messages[0].text)
+            raise DataError(f"{work.source.origin.place}: a conversation that opens with {opening}: {error}") from error
+    batch = columns.batch()
+    counts = {"kept": len(columns.lengths), "dropped": dict(reading.dropped), "content": columns.content()}
+    schema = batch.schema.with_metadata({"ledger": json.dumps(counts)})
+    temporary = file.with_suffix(".tmp")
+    with pa.OSFile(str(temporary), "wb") as handle, pa.ipc.new_file(handle, schema) as writer:
+        writer.write_batch(batch.cast(schema) if batch.num_rows else batch)
+    with open(temporary, "rb") as handle:
+        os.fsync(handle.fileno())
+    os.replace(temporary, file)
 
 
-def _tokenise(trees: list[MessageTree], tokenizer: ChatTokenizer) -> Iterator[TokenTree]:
-    turns = [(message.role, message.text) for tree in trees for message in tree.messages]
-    rendered = iter(render_turns(tokenizer, turns))
-    for tree in trees:
-        ids = list(islice(rendered, len(tree.messages)))
-        size = len(ids)
-        yield TokenTree(
-            tokens=np.concatenate([np.array(node, np.int64) for node in ids]),
-            lengths=np.array([len(node) for node in ids], np.int32),
-            parents=np.array([-1 if m.parent is None else m.parent for m in tree.messages], np.int32),
-            roles=np.array([ROLES.index(m.role) for m in tree.messages], np.int8),
-            weights=np.zeros(size, np.float32),
-            groups=np.zeros(size, np.int32),
-            messages=np.arange(size, dtype=np.int32),
-        )
+def _ledger(source: Source, files: Sequence[Path]) -> Ledger:
+    import pyarrow as pa
+
+    kept, dropped, contents = 0, Counter[str](), []
+    for file in files:
+        with pa.memory_map(str(file)) as handle:
+            counts = json.loads(pa.ipc.open_file(handle).schema.metadata[b"ledger"])
+        kept += counts["kept"]
+        dropped.update(counts["dropped"])
+        contents.append(counts["content"])
+    reasons = {reason: number for reason, number in dropped.most_common() if number}
+    if not kept:
+        told = ", ".join(f"{number:,} {reason}" for reason, number in reasons.items())
+        raise DataError(f"{source.origin.place} holds nothing to train on" + (f"; dropped: {told}" if told else ""))
+    content = hashlib.sha256("".join(contents).encode()).hexdigest()
+    return Ledger(source.format.name, kept + dropped.total(), kept, reasons, content)
 
 
-def _row(tree: MessageTree, nodes: TokenTree) -> dict[str, object]:
-    ranks = [tree.messages[message].rank for message in nodes.messages]
-    return {
-        "id": tree.id,
-        "tokens": nodes.tokens,
-        "lengths": nodes.lengths,
-        "parents": nodes.parents,
-        "roles": nodes.roles,
-        "ranks": [-1 if rank is None else rank for rank in ranks],
-        "messages": nodes.messages,
-    }
+class _Columns:
+    """The columns of one part, in flat lists: a million tokens a second leave no time for an array per tree."""
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[str] = []
+        self.keys: list[int] = []
+        self.tokens: list[int] = []
+        self.lengths: list[int] = []
+        self.parents: list[int] = []
+        self.roles: list[int] = []
+        self.ranks: list[int] = []
+        self.messages: list[int] = []
+        self.digests: list[int] = []
+        self.tokens_until = [0]  # [rows + 1]
+        self.nodes_until = [0]
+
+    def add(self, tree: MessageTree, dropped: Counter[str]) -> None:
+        """Takes a tree without what leads to no reply, which is counted."""
+        useful = tree.leading_to_reply()
+        dropped["no reply"] += len(tree.messages) - len(useful)
+        if not useful:
+            return
+        place = {index: node for node, index in enumerate(useful)}
+        for index in useful:
+            message = tree.messages[index]
+            ids = render_turn(self.tokenizer, message.role, message.text)
+            self.tokens += ids
+            self.lengths.append(len(ids))
+            self.parents.append(-1 if message.parent is None else place[message.parent])
+            self.roles.append(_ROLE_NUMBERS[message.role])
+            self.ranks.append(-1 if message.rank is None else message.rank)
+            self.digests.append(_digest(message.role, message.text))
+        self.messages += useful
+        self.ids.append(tree.id)
+        self.keys.append(_digest(tree.id, tree.messages[0].text))
+        self.tokens_until.append(len(self.tokens))
+        self.nodes_until.append(len(self.lengths))
+
+    def batch(self) -> Any:
+        import pyarrow as pa
+
+        id_type = np.uint16 if len(self.tokenizer) <= 1 << 16 else np.uint32
+
+        def lists(values: list[int], kind: type, until: list[int]) -> Any:
+            return pa.ListArray.from_arrays(np.array(until, np.int32), np.array(values, kind))
+
+        by_node = {
+            "lengths": lists(self.lengths, np.int32, self.nodes_until),
+            "parents": lists(self.parents, np.int32, self.nodes_until),
+            "roles": lists(self.roles, np.int8, self.nodes_until),
+            "ranks": lists(self.ranks, np.int16, self.nodes_until),
+            "messages": lists(self.messages, np.int32, self.nodes_until),
+            "digests": lists(self.digests, np.uint64, self.nodes_until),
+        }
+        first = {
+            "id": pa.array(self.ids, pa.string()),
+            "key": np.array(self.keys, np.uint64),
+            "tokens": lists(self.tokens, id_type, self.tokens_until),
+        }
+        return pa.RecordBatch.from_pydict(first | by_node)
+
+    def content(self) -> str:
+        """A digest of the tokens and of how they hang together."""
+        values = (self.tokens, self.lengths, self.parents, self.roles, self.ranks)
+        return hashlib.sha256(b"".join(np.array(column, np.int64).tobytes() for column in values)).hexdigest()
 
 
-def _with_progress(trees: Iterator[MessageTree], label: str) -> Iterator[MessageTree]:
+_ROLE_NUMBERS = {role: number for number, role in enumerate(ROLES)}
+
+
+def _digest(*texts: str) -> int:
+    """64 bits."""
+    return int.from_bytes(hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest(), "little")
+
+
+def _with_progress(work: _Work) -> Iterator[Part]:
     from tqdm import tqdm
 
-    yield from tqdm(trees, desc=label, unit=" trees", disable=not sys.stderr.isatty(), leave=False)
+    silent = not (sys.stderr.isatty() and speaks_for_its_machine())
+    size = work.source.origin.size
+    with tqdm(
+        total=size, desc=f"tokenising {work.source.name}", unit="B", unit_scale=True, disable=silent, leave=False
+    ) as bar:
+        for part in work.source.parts(work.filters):
+            yield part
+            bar.update(part.size)

@@ -1,8 +1,7 @@
 """TokenTree: a conversation tree in tokens, and what is done to it before it is packed.
 
-    prune          drops what leads to no assistant turn
     weigh          which nodes are supervised, and how much each counts
-    fit_context    re-roots what lies too deep under its most recent turns
+    fit_context    re-roots what lies too deep under its most recent turns, cuts what is plain text
     split          cuts a tree that is larger than a stream at its branches
 
 Each returns new trees. Shape letters: n tokens, K nodes.
@@ -19,6 +18,7 @@ from gpt2ft.conversation import ROLES
 from gpt2ft.text.context import kept_turns
 
 ASSISTANT = ROLES.index("assistant")
+TEXT = ROLES.index("text")
 
 MessageWeight = Literal["once", "leaves"]
 
@@ -98,24 +98,18 @@ class TokenTree:
         )
 
 
-def prune(tree: TokenTree) -> TokenTree | None:
-    """Without the nodes that have no assistant turn in their subtree; None if nothing is left."""
-    useful = tree.roles == ASSISTANT
-    for node in range(len(useful) - 1, 0, -1):
-        if useful[node]:
-            useful[tree.parents[node]] = True
-    if useful.all():
-        return tree
-    return tree.select(np.flatnonzero(useful).tolist(), tree.weights) if useful.any() else None
+def is_learnt(roles: NDArray[np.int8]) -> NDArray[np.bool_]:
+    """Which nodes training supervises: assistant turns and plain texts."""
+    return (roles == ASSISTANT) | (roles == TEXT)
 
 
 def weigh(tree: TokenTree, rule: MessageWeight) -> TokenTree:
-    """Supervises every assistant node of a pruned tree.
+    """Supervises every assistant turn and plain text of a tree in which all else leads to one.
 
     `once` counts each message once. `leaves` counts it as often as there are paths through it, which gives
     the gradient of training on every root-to-leaf path separately.
     """
-    weights = (tree.roles == ASSISTANT).astype(np.float32)
+    weights = is_learnt(tree.roles).astype(np.float32)
     if rule == "leaves":
         weights *= leaves_below(tree)
     return replace(tree, weights=weights)
@@ -134,7 +128,7 @@ def fit_context(tree: TokenTree, limit: int) -> tuple[list[TokenTree], int]:
     """Trees in which no path to a supervised node exceeds `limit` tokens.
 
     A supervised node that lies too deep is re-rooted: its most recent turns are repeated above it,
-    unsupervised. Nodes that keep the same turns share a tree.
+    unsupervised. Nodes that keep the same turns share a tree. A plain text is cut instead.
 
     Returns:
         The trees, and how many messages are dropped as too long (their last exchange alone exceeds `limit`).
@@ -142,6 +136,8 @@ def fit_context(tree: TokenTree, limit: int) -> tuple[list[TokenTree], int]:
     deep = (tree.depths + tree.lengths > limit) & (tree.weights > 0)
     if not deep.any():
         return [tree], 0
+    if tree.roles[0] == TEXT:
+        return (_cut_text(tree, limit), 0) if limit > 1 else ([], 1)
     members: dict[int, list[int]] = {}  # first turn after the gap -> supervised nodes
     shown: dict[int, set[int]] = {}  # the same -> all nodes of the new tree
     dropped = 0
@@ -163,6 +159,16 @@ def fit_context(tree: TokenTree, limit: int) -> tuple[list[TokenTree], int]:
         weights[nodes] = tree.weights[nodes]
         trees.append(tree.select(sorted(shown[first]), weights))
     return trees, dropped
+
+
+def _cut_text(tree: TokenTree, limit: int) -> list[TokenTree]:
+    """Pieces of at most `limit` tokens, each opened as the whole is; only the last holds its end."""
+    opening, rest = tree.tokens[:1], tree.tokens[1:]
+    pieces = []
+    for start in range(0, len(rest), limit - 1):
+        tokens = np.concatenate([opening, rest[start : start + limit - 1]])
+        pieces.append(replace(tree, tokens=tokens, lengths=np.array([len(tokens)], np.int32)))
+    return pieces
 
 
 def split(tree: TokenTree, capacity: int) -> list[TokenTree]:

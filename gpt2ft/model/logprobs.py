@@ -56,7 +56,7 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
-        logits = _logits(hidden, weight, vocabulary)
+        logits = head_logits(hidden, weight, vocabulary)
         normalizer = logits.logsumexp(-1)  # [C]
         ctx.save_for_backward(hidden, weight, targets, normalizer)
         ctx.vocabulary = vocabulary
@@ -65,7 +65,7 @@ class _LogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         hidden, weight, targets, normalizer = ctx.saved_tensors
-        d_logits = _logits(hidden, weight, ctx.vocabulary).sub_(normalizer[:, None]).exp_()  # softmax [C, V]
+        d_logits = head_logits(hidden, weight, ctx.vocabulary).sub_(normalizer[:, None]).exp_()  # softmax [C, V]
         d_logits.mul_(-gradient[:, None])
         d_logits.scatter_add_(-1, targets[:, None], gradient[:, None])
         d_logits = d_logits.to(hidden.dtype)
@@ -74,7 +74,7 @@ class _LogProbs(torch.autograd.Function):
         return d_hidden, d_weight, None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor, vocabulary: int) -> Tensor:
+def head_logits(hidden: Tensor, weight: Tensor, vocabulary: int) -> Tensor:
     """[C, V] in float32, minus infinity in the padding columns.
 
     GPT-2's logits lie around -100, where bfloat16 resolves steps of 0.5: their sum must not be rounded to it.

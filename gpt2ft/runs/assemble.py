@@ -1,5 +1,6 @@
 """What every run puts together from the same parts: model and tokenizer, data and plan, folder and manifest."""
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -9,17 +10,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gpt2ft import quickstart
-from gpt2ft.data.plan import Row
-from gpt2ft.data.sources import DataError, Filters
+from gpt2ft.data.mixing import Keys, first_of_each, is_held_out, sampled
+from gpt2ft.data.plan import Rows
+from gpt2ft.data.reading import DataError, Filters
 from gpt2ft.data.store import TokenStore, cache_root, open_store
+from gpt2ft.data.topic import Topic
 from gpt2ft.model import pretrained
 from gpt2ft.model.gpt2 import GPT2, GPT2Config
-from gpt2ft.random import generator, seed_for
-from gpt2ft.settings import DataSettings, ModelSettings, SettingsError, SFTSettings, read_yaml
+from gpt2ft.random import seed_for
+from gpt2ft.settings import DataSettings, ModelSettings, SettingsError, SFTSettings, read_yaml, split_factor
 from gpt2ft.text.tokenizer import ChatTokenizer
 from gpt2ft.training import checkpoint
 
@@ -74,6 +78,11 @@ def _shape_and_tokenizer(settings: ModelSettings) -> tuple[GPT2Config, ChatToken
         folder = pretrained.download(settings.path)
     else:
         folder = quickstart.MODEL if settings.path == "quickstart" else pretrained.find_folder(settings.path)
+    if folder == quickstart.MODEL and not settings.random_init:
+        raise pretrained.ModelError(
+            "`quickstart` is a shape without weights: name the run that trained it, such as runs/quickstart, or ask "
+            "for random weights with `random_init`"
+        )
     try:
         tokenizer = ChatTokenizer.from_folder(folder)
     except ValueError as error:
@@ -86,8 +95,11 @@ def _shape_and_tokenizer(settings: ModelSettings) -> tuple[GPT2Config, ChatToken
     return config, tokenizer, None if settings.random_init else folder
 
 
-def load_trained(path: str | None) -> tuple[Policy, Path | None]:
+def load_trained(path: str | None, random_init: bool = False) -> tuple[Policy, Path | None]:
     """The model of a run, a model folder, a checkpoint or a published name; by default of the newest finished run.
+
+    Args:
+        random_init: take the shape and the tokenizer only.
 
     Returns:
         The model, and the folder that `path` stands for (None for a published name).
@@ -98,6 +110,8 @@ def load_trained(path: str | None) -> tuple[Policy, Path | None]:
             raise pretrained.ModelError("there is no finished run in runs/: name a model, or train one first")
         path = str(finished[-1].parent.parent)
     folder = Path(path)
+    if random_init:
+        return load_policy(ModelSettings(path=path, random_init=True), seed=0), None
     if (folder / "state.json").is_file():
         return _load_checkpoint(folder), folder
     return load_policy(ModelSettings(path=path), seed=0), folder if folder.is_dir() else None
@@ -116,63 +130,84 @@ def _load_checkpoint(folder: Path) -> Policy:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokenised sources and which of their trees are used."""
+    """Tokenised sources and which of their trees are used, some of them more than once where a factor says so."""
 
     stores: list[TokenStore]
-    rows: list[Row]
+    factors: list[float]
+    rows: Rows
     dropped: Counter[str]  # trees left out here, by reason
 
     def identity(self) -> dict[str, str | int]:
         """What tells this corpus from another."""
-        return {store.source: store.digest for store in self.stores} | {"conversations": len(self.rows)}
+        named = zip(self.stores, self.factors, strict=True)
+        digests = {store.source + (f"@{factor:g}" if factor != 1 else ""): store.digest for store, factor in named}
+        return digests | {"conversations": len(self.rows)}
+
+    def content(self) -> str:
+        """A digest of the tokens themselves and of which are used, to compare machines."""
+        parts = [*(store.ledger.content.encode() for store in self.stores), self.rows.tobytes()]
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+    def keys(self) -> Keys:
+        """Of the trees used."""
+        by_store = [store.keys()[self.rows[self.rows[:, 0] == number, 1]] for number, store in enumerate(self.stores)]
+        return np.concatenate(by_store)
 
 
-def load_corpora(settings: DataSettings, tokenizer: ChatTokenizer) -> tuple[Corpus, Corpus | None]:
+def load_corpora(settings: DataSettings, tokenizer: ChatTokenizer, seed: int = 0) -> tuple[Corpus, Corpus | None]:
     """The training and the held-out conversations, by whole trees, none in both.
 
-    A conversation met twice counts once; one that is held out is dropped from training.
+    A conversation met twice counts once; one that is held out is dropped from training. Factors come last.
+
+    Args:
+        seed: of what a source's factor leaves out or takes twice.
     """
     held_out = None
     if settings.eval:
-        stores = open_stores(settings.eval, settings, tokenizer)
-        held_out = Corpus(stores, *_unique(stores, seen=set(), reason="conversations met before"))
-    seen = {held_out.stores[store].key(row) for store, row in held_out.rows} if held_out else set()
-    stores = open_stores(settings.train, settings, tokenizer)
+        held_out = _unique(
+            _open_stores(settings.eval, settings, tokenizer), np.zeros(0, np.uint64), "conversations met before"
+        )
+    seen = held_out.keys() if held_out else np.zeros(0, np.uint64)
     reason = "conversations met before" + (" or held out" if held_out else "")
-    rows, dropped = _unique(stores, seen, reason)
+    corpus = _unique(_open_stores(settings.train, settings, tokenizer), seen, reason)
     if settings.eval_fraction:
-        chosen = {row: _is_held_out(stores[row[0]].key(row[1])[0], settings.eval_fraction) for row in rows}
-        held_out = Corpus(stores, [row for row in rows if chosen[row]], Counter())
-        rows = [row for row in rows if not chosen[row]]
-        if not held_out.rows:
+        chosen = is_held_out(corpus.keys(), settings.eval_fraction)
+        held_out = replace(corpus, rows=corpus.rows[chosen], dropped=Counter())
+        corpus = replace(corpus, rows=corpus.rows[~chosen])
+        if not len(held_out.rows):
             raise SettingsError(f"`data.eval_fraction` = {settings.eval_fraction} holds no conversation out: raise it")
-    if not rows:
+    if not len(corpus.rows):
         raise DataError("no conversation is left to train on: all of them are held out")
-    return Corpus(stores, rows, dropped), held_out
+    return _sampled(corpus, [split_factor(source)[1] for source in settings.train], seed), held_out
 
 
-def open_stores(sources: Sequence[str], settings: DataSettings, tokenizer: ChatTokenizer) -> list[TokenStore]:
+def _open_stores(sources: Sequence[str], settings: DataSettings, tokenizer: ChatTokenizer) -> list[TokenStore]:
     filters = Filters(settings.languages, settings.max_rank, settings.reviewed_only, settings.on_error)
-    return [open_store(source, filters, tokenizer, cache_root(settings.cache)) for source in sources]
+    topic = Topic.read(settings.topic_replies) if settings.topic_replies else None
+    names = [split_factor(source)[0] for source in sources]
+    return [open_store(name, filters, tokenizer, cache_root(settings.cache), topic) for name in names]
 
 
-def _unique(stores: Sequence[TokenStore], seen: set, reason: str) -> tuple[list[Row], Counter[str]]:
-    rows: list[Row] = []
+def _unique(stores: list[TokenStore], seen: Keys, reason: str) -> Corpus:
+    rows = []
     dropped: Counter[str] = Counter()
     for number, store in enumerate(stores):
-        for row in range(len(store)):
-            key = store.key(row)
-            if key in seen:
-                dropped[reason] += 1
-            else:
-                seen.add(key)
-                rows.append((number, row))
-    return rows, dropped
+        keys = store.keys()
+        new = np.flatnonzero(first_of_each(keys, seen))
+        dropped[reason] += len(keys) - len(new)
+        seen = np.concatenate([seen, keys[new]])
+        rows.append(np.stack([np.full(len(new), number), new], axis=1))
+    return Corpus(stores, [1.0] * len(stores), np.concatenate(rows), +dropped)
 
 
-def _is_held_out(tree_id: str, fraction: float) -> bool:
-    """The same answer for a tree in every run and every file."""
-    return generator(0, f"held out {tree_id}").random() < fraction
+def _sampled(corpus: Corpus, factors: list[float], seed: int) -> Corpus:
+    rows = []
+    for number, (store, factor) in enumerate(zip(corpus.stores, factors, strict=True)):
+        here = corpus.rows[corpus.rows[:, 0] == number]
+        rows.append(here[sampled(store.keys()[here[:, 1]], factor, seed)])
+        if not len(rows[-1]) and len(here):
+            raise SettingsError(f"the factor {factor:g} leaves nothing of {store.source}: raise it")
+    return replace(corpus, rows=np.concatenate(rows), factors=factors)
 
 
 def versions() -> dict[str, str]:

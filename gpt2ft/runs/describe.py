@@ -1,7 +1,8 @@
 """The plan of a run in a few lines for people."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from gpt2ft.data.plan import Plan
 from gpt2ft.model.gpt2 import GPT2Config
@@ -70,13 +71,57 @@ def dropped(corpus: Corpus, plan: Plan) -> Counter[str]:
     return +(reasons + corpus.dropped)
 
 
+@dataclass(frozen=True)
+class SourceShare:
+    """What one source brings to a plan."""
+
+    source: str
+    format: str
+    factor: float
+    messages_read: int
+    dropped: dict[str, int]  # messages by reason
+    conversations: int
+    tokens: int  # in an epoch
+    supervised: int
+
+    def __str__(self) -> str:
+        factor = f" x {self.factor:g}" if self.factor != 1 else ""
+        return (
+            f"{self.source}{factor} ({self.format}): {self.conversations:,} conversations, {self.tokens:,} tokens, "
+            f"{self.supervised:,} supervised; {self.messages_read:,} messages read"
+        )
+
+
+def shares(corpus: Corpus, plan: Plan) -> list[SourceShare]:
+    """The sources of a corpus, in its order."""
+    found = []
+    for number, (store, factor) in enumerate(zip(corpus.stores, corpus.factors, strict=True)):
+        here = plan.pieces.rows[:, 0] == number
+        share = SourceShare(
+            source=store.source,
+            format=store.ledger.format,
+            factor=factor,
+            messages_read=store.ledger.read,
+            dropped=store.ledger.dropped,
+            conversations=int((corpus.rows[:, 0] == number).sum()),
+            tokens=int(plan.pieces.sizes[here].sum()),
+            supervised=int(plan.pieces.scored[here].sum()),
+        )
+        found.append(share)
+    return found
+
+
+def listed(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{number:,} {reason}" for reason, number in reasons.items())
+
+
 def _data_lines(label: str, corpus: Corpus, plan: Plan) -> Iterator[str]:
-    names = " + ".join(store.source for store in corpus.stores)
-    read = sum(store.ledger.read for store in corpus.stores)
-    yield (
-        f"{label:<9} {names}: {len(corpus.rows):,} conversations, {plan.tokens:,} tokens, "
-        f"{plan.supervised:,} supervised; {read:,} messages read"
-    )
-    reasons = dropped(corpus, plan)
+    """A line for each source and one for what it dropped; then what was left out for the whole's sake."""
+    for share in shares(corpus, plan):
+        yield f"{label:<9} {share}"
+        label = ""
+        if share.dropped:
+            yield f"{'':<9} dropped: {listed(share.dropped)}"
+    reasons = +(corpus.dropped + Counter({"messages too long for the context": plan.pieces.too_long}))
     if reasons:
-        yield f"{'':<9} dropped: " + ", ".join(f"{number:,} {reason}" for reason, number in reasons.most_common())
+        yield f"{'':<9} left out: {listed(reasons)}"

@@ -13,7 +13,7 @@ def run(work: Callable[[Any], None], settings: Any) -> None:
     """
     import torch
 
-    from gpt2ft.data.oasst import DataError
+    from gpt2ft.data.reading import DataError
     from gpt2ft.model.pretrained import ModelError
     from gpt2ft.training.checkpoint import CheckpointError
     from gpt2ft.training.distributed import LaunchError

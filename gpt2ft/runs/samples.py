@@ -3,12 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from gpt2ft.conversation import ROLES
-from gpt2ft.data.token_tree import ASSISTANT
-from gpt2ft.inference.generate import generate
-from gpt2ft.inference.sampling import greedy
+from gpt2ft.data.token_tree import ASSISTANT, TEXT
+from gpt2ft.inference.generate import generate, unsayable
 from gpt2ft.runs.assemble import Corpus, Policy
 from gpt2ft.text.template import render_prompt
 
@@ -29,10 +26,12 @@ def held_out_prompts(corpus: Corpus, policy: Policy, number: int, longest: int) 
     """What comes before the first assistant turn of the first conversations that leave `longest` tokens of room."""
     prompts = []
     room = policy.gpt2.config.n_positions - longest - 1
-    for store, row in corpus.rows:
+    for store, row in corpus.rows.tolist():
         if len(prompts) == number:
             break
         tree = corpus.stores[store].tree(row, group=store)
+        if tree.roles[0] == TEXT:
+            continue
         path = tree.path_to(int((tree.roles == ASSISTANT).argmax()))[:-1]
         if tree.lengths[path].sum() <= room:
             contents = (tree.tokens[tree.starts[n] + 1 : tree.starts[n] + tree.lengths[n] - 1] for n in path)
@@ -48,16 +47,6 @@ def answer(policy: Policy, prompts: Sequence[Turns], longest: int) -> list[Sampl
     tokenizer = policy.tokenizer
     ids = [render_prompt(tokenizer, turns) for turns in prompts]
     stops = [tokenizer.end_id, tokenizer.end_of_text_id]
-    replies = generate(policy.gpt2, ids, longest, stops, unsayable(policy), greedy)
+    replies = generate(policy.gpt2, ids, longest, stops, unsayable(tokenizer, policy.gpt2.wte.weight, stops))
     said = zip(prompts, replies, strict=True)
     return [Sample(turns[-1][1], tokenizer.decode(reply.ids), reply.stopped) for turns, reply in said]
-
-
-def unsayable(policy: Policy) -> torch.Tensor:
-    """bool [V]: padding rows, and control tokens other than the two that end a reply."""
-    tokenizer, table = policy.tokenizer, policy.gpt2.wte.weight
-    forbidden = torch.zeros(len(table), dtype=torch.bool, device=table.device)
-    forbidden[len(tokenizer) :] = True
-    forbidden[list(tokenizer.control_ids)] = True
-    forbidden[[tokenizer.end_id, tokenizer.end_of_text_id]] = False
-    return forbidden

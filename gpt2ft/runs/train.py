@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from gpt2ft.model.attention import Backend, default_backend
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.objectives.objective import Objective
 from gpt2ft.runs.assemble import Corpus, Policy, command, load_corpora, load_policy, versions
-from gpt2ft.runs.describe import describe, dropped
+from gpt2ft.runs.describe import describe, dropped, shares
 from gpt2ft.runs.export import write_folder
+from gpt2ft.runs.inspection import show, statistics, terminal_width
 from gpt2ft.runs.output import Output
 from gpt2ft.runs.samples import Sample, answer, held_out_prompts
 from gpt2ft.settings import SettingsError, SFTSettings, TrainingSettings
@@ -31,18 +33,18 @@ from gpt2ft.training.tracking import Tracker
 
 
 def train(settings: SFTSettings, objective: Objective) -> None:
-    """Trains from the start or from the newest checkpoint, or only shows the plan."""
+    """Trains from the start or from the newest checkpoint, or only shows the plan and the data."""
     training = settings.training
     accelerator = distributed.start(training.precision, training.micro_batches_per_step, training.deterministic)
     main, precision = accelerator.is_main_process, accelerator.mixed_precision
     output = Output(settings.output)
-    if main and not settings.dry_run:
+    if main and not settings.looks_only:
         output.claim(settings)
     accelerator.wait_for_everyone()
 
     policy = load_policy(settings.model, training.seed)
     check_length(settings, policy)
-    corpus, held_out = load_corpora(settings.data, policy.tokenizer)
+    corpus, held_out = load_corpora(settings.data, policy.tokenizer, training.seed)
     plan = plan_for(corpus, settings, shuffle=True)
     eval_plan = plan_for(held_out, settings, shuffle=False) if held_out else None
     steps = training.steps or training.epochs * plan.steps_per_epoch
@@ -50,7 +52,11 @@ def train(settings: SFTSettings, objective: Objective) -> None:
         devices = f"{accelerator.num_processes} x {accelerator.device.type}"
         bf16 = precision == "bf16"
         print(describe(policy, corpus, held_out, plan, eval_plan, steps, devices, bf16), flush=True)
-    if settings.dry_run:
+        if settings.show:
+            print(show(plan, policy.tokenizer, settings.show, width=terminal_width()))
+        if settings.dry_run:
+            print(statistics(corpus, held_out, plan, policy.tokenizer))
+    if settings.looks_only:
         return
 
     model = TargetLogProbs(policy.gpt2, len(policy.tokenizer), backend_for(settings, accelerator.device))
@@ -58,7 +64,7 @@ def train(settings: SFTSettings, objective: Objective) -> None:
     check(model, plan, policy, verbose=main)
     identity = what_must_not_change(settings, policy, corpus, held_out, steps, precision)
     state, found = (TrainState(), None) if settings.resume == "never" else resume(output, identity, verbose=main)
-    distributed.check_agreement(accelerator, state.step)
+    distributed.check_agreement(accelerator, state.step, corpus.content())
     if found:
         policy.gpt2.load_state_dict(checkpoint.read_weights(found))
     optimizer = adamw(policy.gpt2, settings.optimizer, fused=accelerator.device.type == "cuda")
@@ -74,6 +80,7 @@ def train(settings: SFTSettings, objective: Objective) -> None:
         "precision": precision,
         "attention": model.backend,
         "identity": identity,
+        "sources": [asdict(share) for share in shares(corpus, plan)],
         "dropped": dropped(corpus, plan),
         "dropped_held_out": dropped(held_out, eval_plan) if held_out and eval_plan else {},
         "plan": {"streams": len(plan.streams), "steps": steps, "tokens": plan.tokens, "supervised": plan.supervised},
@@ -113,7 +120,9 @@ def train(settings: SFTSettings, objective: Objective) -> None:
         output.write_manifest(manifest | {"finished": asdict(state)})
         export(output, policy, state)
         print(evaluation.transcript())
-        print(f"finished: {output.model}\nnext: {next_command(settings, policy, output)}")
+        print(f"finished: {output.model}")
+        for following in next_commands(settings, policy, output):
+            print(f"next: {following}")
     accelerator.end_training()
 
 
@@ -268,11 +277,12 @@ def export(output: Output, policy: Policy, state: TrainState) -> None:
     write_folder(output.model, policy.weights(), config, tokenizer)
 
 
-def next_command(settings: SFTSettings, policy: Policy, output: Output) -> str:
-    """The same evaluation as during training where there was one."""
+def next_commands(settings: SFTSettings, policy: Policy, output: Output) -> Iterator[str]:
+    """A talk with the model, and the same evaluation as during training where there was one."""
+    yield shlex.join(["python", "launch/chat.py", str(output.folder)])
     data = settings.data
     if not data.eval:
-        return shlex.join(["tensorboard", "--logdir", str(output.folder)])
+        return
     words = ["python", "launch/evaluate.py", str(output.folder), "--data", *data.eval]
     if data.max_rank is not None:
         words += ["--max_rank", str(data.max_rank)]
@@ -284,4 +294,6 @@ def next_command(settings: SFTSettings, policy: Policy, output: Output) -> str:
         words += ["--on_error", "skip"]
     if not data.reviewed_only:
         words += ["--reviewed_only", "false"]
-    return shlex.join(words)
+    if data.topic_replies:
+        words += ["--topic_replies", data.topic_replies]
+    yield shlex.join(words)

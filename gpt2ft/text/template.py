@@ -3,6 +3,8 @@
     <|user|>What is tea?<|end|><|assistant|>A hot drink.<|end|><|user|>And cold?<|end|><|assistant|>
     `------- a turn -----------'`------ a turn --------------'                     `- what the model continues
 
+A plain text stands between two `<|endoftext|>`, as in GPT-2's own training.
+
 Content goes in verbatim, whitespace included. Control tokens are put in as ids and never as text, so that
 no content can forge one.
 """
@@ -12,12 +14,12 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from gpt2ft.conversation import ROLES, Role
+from gpt2ft.conversation import CHAT_ROLES, ROLES, Role
 
 if TYPE_CHECKING:
     from gpt2ft.text.tokenizer import ChatTokenizer
 
-ROLE_TOKENS: dict[Role, str] = {role: f"<|{role}|>" for role in ROLES}
+ROLE_TOKENS: dict[Role, str] = {role: f"<|{role}|>" for role in CHAT_ROLES}
 END = "<|end|>"
 
 # The same in Jinja, for the readers of an export. One line, without anything between the tags, so that it
@@ -42,17 +44,8 @@ def render_turn(tokenizer: "ChatTokenizer", role: Role, text: str) -> list[int]:
     Raises:
         ValueError: if there is no such role.
     """
-    _check_role(role)
-    return [tokenizer.role_ids[role], *tokenizer.encode(text), tokenizer.end_id]
-
-
-def render_turns(tokenizer: "ChatTokenizer", turns: Sequence[tuple[Role, str]]) -> list[list[int]]:
-    """`render_turn` of many turns at once."""
-    for role, _ in turns:
-        _check_role(role)
-    contents = tokenizer.encode_batch([text for _, text in turns])
-    ids = [tokenizer.role_ids[role] for role, _ in turns]
-    return [[role_id, *content, tokenizer.end_id] for role_id, content in zip(ids, contents, strict=True)]
+    opening, end = _frame(tokenizer, role)
+    return [opening, *tokenizer.encode(text), end]
 
 
 def render_prompt(tokenizer: "ChatTokenizer", turns: Sequence[tuple[Role, str]]) -> list[int]:
@@ -61,9 +54,13 @@ def render_prompt(tokenizer: "ChatTokenizer", turns: Sequence[tuple[Role, str]])
     return [*ids, tokenizer.role_ids["assistant"]]
 
 
-def _check_role(role: str) -> None:
+def _frame(tokenizer: "ChatTokenizer", role: Role) -> tuple[int, int]:
+    """The control ids before and after the content of a turn."""
     if role not in ROLES:
-        raise ValueError(f"`role` must be system, user or assistant, but is {role!r}")
+        raise ValueError(f"`role` must be one of {', '.join(ROLES)}, but is {role!r}")
+    if role == "text":
+        return tokenizer.end_of_text_id, tokenizer.end_of_text_id
+    return tokenizer.role_ids[role], tokenizer.end_id
 
 
 class _Speller:
@@ -71,6 +68,7 @@ class _Speller:
 
     role_ids = ROLE_TOKENS
     end_id = END
+    end_of_text_id = "<|endoftext|>"
 
     def encode(self, text: str) -> list[str]:
         return [text]

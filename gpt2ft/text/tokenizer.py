@@ -25,7 +25,6 @@ CHAT_TOKENS = (*ROLE_TOKENS.values(), END)
 # How GPT-2 cuts text before BPE: contractions, words, numbers, other signs (each with one space before it), spaces.
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-_BATCH_THREADS = 4
 _LONGEST_SPACE = 900_000
 
 
@@ -131,14 +130,6 @@ class ChatTokenizer:
         """
         _refuse_endless_space(text)
         return self._from_ranks(self._encoding.encode_ordinary(text))
-
-    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        """`encode` for many texts at once, on a few threads."""
-        texts = list(texts)
-        for text in texts:
-            _refuse_endless_space(text)
-        batch = self._encoding.encode_ordinary_batch(texts, num_threads=_BATCH_THREADS)
-        return [self._from_ranks(ranks) for ranks in batch]
 
     def _from_ranks(self, ranks: list[int]) -> list[int]:
         return ranks if self._ids_are_ranks else [self._ids[rank] for rank in ranks]

@@ -69,13 +69,25 @@ def global_sum(accelerator: Any, *numbers: float) -> list[float]:
     return accelerator.reduce(local, reduction="sum").tolist()
 
 
-def check_agreement(accelerator: Any, step: int) -> None:
-    """Raises LaunchError unless all processes go on from the same step."""
-    (total,) = global_sum(accelerator, step)
-    if total != step * accelerator.num_processes:
+def check_agreement(accelerator: Any, step: int, data: str) -> None:
+    """Raises LaunchError unless all processes go on from the same step with the same data.
+
+    Args:
+        data: a digest of the tokenised data, in hex.
+    """
+    if accelerator.num_processes == 1:
+        return
+    mine = torch.tensor([step, int(data[:12], 16)], dtype=torch.float64, device=accelerator.device)
+    same_step, same_data = (accelerator.gather(mine).view(-1, 2) == mine).all(0).tolist()
+    if not same_step:
         raise LaunchError(
             f"the processes do not find the same checkpoints (this one would go on from step {step}): "
             "`output` must be on a folder that all machines share"
+        )
+    if not same_data:
+        raise LaunchError(
+            "the machines do not have the same data: the files that `data.train` and `data.eval` name must be the "
+            "same on each"
         )
 
 

@@ -6,6 +6,7 @@ They look at finished streams and at the model itself, and use nothing of the co
 import torch
 from torch import Tensor, nn
 
+from gpt2ft.conversation import LEARNT_ROLES
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.stream import TokenStream
 from gpt2ft.text.tokenizer import ChatTokenizer
@@ -16,7 +17,7 @@ class PreflightError(RuntimeError):
 
 
 def check_supervision(stream: TokenStream, tokenizer: ChatTokenizer) -> int:
-    """Every supervised target is assistant text, and every supervised turn teaches its `<|end|>`.
+    """Every supervised target is assistant or plain text, and every assistant turn teaches its `<|end|>`.
 
     Returns:
         The number of supervised turns.
@@ -25,11 +26,14 @@ def check_supervision(stream: TokenStream, tokenizer: ChatTokenizer) -> int:
         PreflightError: naming the first token that breaks the rule.
     """
     tokens = stream.tokens[: stream.num_tokens].tolist()
+    horizons = stream.horizons[: stream.num_tokens].tolist()
     roles = {id: role for role, id in tokenizer.role_ids.items()}
     turn_of, turns = [], ["stray"]  # the turn of each token; the role of each turn, after what stands before any
-    for id in tokens:
+    for index, id in enumerate(tokens):
         if id in roles:
             turns.append(roles[id])
+        elif id == tokenizer.end_of_text_id and (index == 0 or horizons[index - 1] == index):  # the end has it too
+            turns.append("text")
         turn_of.append(len(turns) - 1)
     counted = stream.weights[: stream.num_supervised] != 0
     supervised, targets = (x[: stream.num_supervised][counted].tolist() for x in (stream.supervised, stream.targets))
@@ -39,12 +43,12 @@ def check_supervision(stream: TokenStream, tokenizer: ChatTokenizer) -> int:
         if following >= len(tokens) or tokens[following] != target or turn_of[following] != turn_of[index]:
             raise PreflightError(f"the target of token {index} of a stream is not the next token of the same turn")
         role = turns[turn_of[index]]
-        if role != "assistant":
+        if role not in LEARNT_ROLES:
             raise PreflightError(f"the {role} token at {index} of a stream is supervised; only assistant turns may be")
         taught.add((turn_of[index], target == tokenizer.end_id))
     supervised_turns = {turn for turn, _ in taught}
     for turn in sorted(supervised_turns):
-        if (turn, True) not in taught:
+        if turns[turn] == "assistant" and (turn, True) not in taught:
             raise PreflightError(f"assistant turn {turn} of a stream teaches no <|end|>: the model would not stop")
     return len(supervised_turns)
 

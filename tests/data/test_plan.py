@@ -5,33 +5,46 @@ import pytest
 import torch
 
 from gpt2ft.data.augmentation import Augmentation
-from gpt2ft.data.oasst import DataError
 from gpt2ft.data.plan import Pieces, Plan, cut_to_fit
-from gpt2ft.data.sources import Filters
+from gpt2ft.data.reading import DataError, Filters
 from gpt2ft.data.store import open_store
-from gpt2ft.data.token_tree import ASSISTANT, weigh
+from gpt2ft.data.token_tree import ASSISTANT, fit_context, split, weigh
 
 CAPACITY = 256
 
 
+def pieces_of(trees, repeated=0):
+    """Of trees that need no store: all of them are held as if they had been cut."""
+    sizes = np.array([len(tree.tokens) for tree in trees])
+    scored = np.array([tree.num_supervised for tree in trees])
+    rows = np.stack([np.zeros(len(trees), np.int64), np.arange(len(trees))], axis=1)
+    return Pieces([], "once", rows, sizes, scored, dict(enumerate(trees)), too_long=0, repeated=repeated)
+
+
 @pytest.fixture(scope="module")
 def pieces(random_tree):
-    """Some 150 trees that need no store: all of them are held as if they had been cut."""
-    pieces = Pieces(stores=[], weight="once")
-    for seed in range(200):
-        tree = weigh(random_tree(np.random.default_rng(seed)), "once")
-        if tree.num_supervised and len(tree.tokens) <= CAPACITY:
-            pieces.cut[len(pieces.rows)] = tree
-            pieces.rows.append((0, seed))
-            pieces.sizes.append(len(tree.tokens))
-            pieces.scored.append(tree.num_supervised)
-    assert len(pieces.rows) > 100
+    """Some 150 random trees."""
+    trees = (weigh(random_tree(np.random.default_rng(seed)), "once") for seed in range(200))
+    pieces = pieces_of([tree for tree in trees if tree.num_supervised and len(tree.tokens) <= CAPACITY])
+    assert len(pieces) > 100
     return pieces
 
 
 @pytest.fixture(scope="module")
 def store(tokenizer, cache):
     return open_store("quickstart", Filters(), tokenizer, cache)
+
+
+@pytest.fixture(scope="module")
+def texts(tokenizer, cache, write, tmp_path_factory):
+    """Ten plain texts of 1 to 400 words."""
+    rows = [{"text": " ".join(["tea"] * (1 + number * number * 5))} for number in range(10)]
+    file = write(tmp_path_factory.mktemp("texts") / "texts.jsonl", rows)
+    return open_store(str(file), Filters(), tokenizer, cache)
+
+
+def rows_of(*stores):
+    return np.array([(number, row) for number, store in enumerate(stores) for row in range(len(store))])
 
 
 def epoch_of(plan, epoch=0):
@@ -60,7 +73,7 @@ def test_an_epoch_holds_every_piece_once_for_any_number_of_processes(pieces, per
         for processes in {1, 2, per_step}:
             shares = [[bin for step in steps for bin in step[rank::processes]] for rank in range(processes)]
             seen = sorted(piece for share in shares for bin in share for piece in bin)
-            assert seen == list(range(len(pieces.rows)))
+            assert seen == list(range(len(pieces)))
 
 
 def test_two_plans_are_the_same_plan(pieces):
@@ -116,8 +129,8 @@ def test_all_streams_have_the_same_shapes_and_empty_ones_are_valid(pieces):
     assert empty
     assert {(len(stream.tokens), len(stream.targets)) for stream in streams} == {(CAPACITY, plan.target_capacity)}
     assert plan.target_capacity % 64 == 0
-    assert sum(stream.num_supervised for stream in streams) == plan.supervised == sum(pieces.scored)
-    assert sum(stream.num_tokens for stream in streams) == plan.tokens == sum(pieces.sizes)
+    assert sum(stream.num_supervised for stream in streams) == plan.supervised == pieces.scored.sum()
+    assert sum(stream.num_tokens for stream in streams) == plan.tokens == pieces.sizes.sum()
     for stream in empty:
         assert stream.num_supervised == 0
         assert not stream.weights.any()
@@ -127,10 +140,7 @@ def test_all_streams_have_the_same_shapes_and_empty_ones_are_valid(pieces):
 def test_fill_leaves_the_last_stream_out(make_tree):
     def plan_of(sizes, repeated=0):
         trees = [weigh(make_tree(("user", 2, -1), ("assistant", size - 2, 0)), "once") for size in sizes]
-        cut = dict(enumerate(trees))
-        scored = [tree.num_supervised for tree in trees]
-        pieces = Pieces([], "once", [(0, 0)] * len(sizes), cut, list(sizes), scored, repeated=repeated)
-        return Plan(pieces, capacity=100, micro_batches_per_step=2, seed=0)
+        return Plan(pieces_of(trees, repeated), capacity=100, micro_batches_per_step=2, seed=0)
 
     assert plan_of([100, 90, 10]).fill == 1.0  # two streams: the full one counts
     assert plan_of([100, 90, 20]).fill == pytest.approx(190 / 200)
@@ -139,23 +149,61 @@ def test_fill_leaves_the_last_stream_out(make_tree):
 
 
 class TestCutToFit:
-    def rows(self, store):
-        return [(0, row) for row in range(len(store))]
-
     def test_what_fits_stays_in_the_store(self, store):
-        pieces = cut_to_fit([store], self.rows(store), "once", max_length=512, capacity=1024)
-        assert pieces.rows == self.rows(store)
+        pieces = cut_to_fit([store], rows_of(store), "once", max_length=512, capacity=1024)
+        assert np.array_equal(pieces.rows, rows_of(store))
         assert not pieces.cut
         assert not pieces.too_long
         assert not pieces.repeated
         for piece, (size, scored) in enumerate(zip(pieces.sizes, pieces.scored, strict=True)):
             tree = pieces.tree(piece)
             assert (len(tree.tokens), tree.num_supervised) == (size, scored)
-        assert sum(pieces.sizes) == store.sizes()[0].sum()
+        assert pieces.sizes.sum() == store.sizes()[0].sum()
+
+    def test_a_large_tree_of_short_paths_stays_there_too(self, store):
+        trees = [store.tree(row, 0) for row in range(len(store))]
+        longest = max(int((tree.depths + tree.lengths).max()) for tree in trees)
+        assert longest < store.sizes()[0].max()
+        assert not cut_to_fit([store], rows_of(store), "once", longest, 4096).cut
+        assert cut_to_fit([store], rows_of(store), "once", longest - 1, 4096).cut
+
+    @pytest.mark.parametrize("weight", ["once", "leaves"])
+    @pytest.mark.parametrize(
+        ("max_length", "capacity"), [(64, 64), (64, 128), (128, 128), (48, 512), (20, 4096), (512, 512)]
+    )
+    def test_the_same_as_one_tree_after_the_other(self, store, texts, weight, max_length, capacity):
+        """Of two sources out of order, some of whose trees are taken twice."""
+        rows = rows_of(store, texts)
+        rows = np.random.default_rng(0).permutation(np.concatenate([rows, rows[::3]]))
+        pieces = cut_to_fit([store, texts], rows, weight, max_length, capacity)
+        expected, too_long, repeated = [], 0, 0
+        for number, row in rows.tolist():
+            whole = weigh([store, texts][number].tree(row, group=number), weight)
+            fitting, dropped = fit_context(whole, max_length)
+            parts = [part for tree in fitting for part in split(tree, capacity)]
+            expected += [((number, row), part) for part in parts]
+            too_long += dropped
+            lengths = {
+                m: n for part in parts for m, n in zip(part.messages.tolist(), part.lengths.tolist(), strict=True)
+            }
+            tokens = sum(len(part.tokens) for part in parts)
+            repeated += len(parts) - 1 if number else tokens - sum(lengths.values())
+        assert len(pieces) == len(expected)
+        for piece, (row, part) in enumerate(expected):
+            tree = pieces.tree(piece)
+            assert tuple(pieces.rows[piece].tolist()) == row
+            assert (pieces.sizes[piece], pieces.scored[piece]) == (len(part.tokens), part.num_supervised)
+            assert all(
+                np.array_equal(getattr(tree, name), getattr(part, name))
+                for name in ("tokens", "lengths", "parents", "roles", "weights", "groups", "messages")
+            )
+        assert (pieces.too_long, pieces.repeated) == (too_long, repeated)
+        assert bool(pieces.cut) == (max_length < 512)
+        assert bool(too_long) == (max_length < 48)
 
     @pytest.mark.parametrize(("max_length", "capacity"), [(64, 64), (64, 128), (128, 128), (48, 512)])
     def test_every_reply_is_supervised_once_or_counted(self, store, max_length, capacity):
-        pieces = cut_to_fit([store], self.rows(store), "once", max_length, capacity)
+        pieces = cut_to_fit([store], rows_of(store), "once", max_length, capacity)
         assert pieces.cut
         assert pieces.repeated or capacity == 512
         replies = 0
@@ -166,26 +214,44 @@ class TestCutToFit:
             assert tree.num_supervised == scored > 0
             assert ((tree.depths + tree.lengths)[tree.weights > 0] <= max_length).all()
             replies += int((tree.weights > 0).sum())
-            unique |= {(pieces.rows[piece], message) for message in tree.messages.tolist()}
+            unique |= {(int(pieces.rows[piece, 1]), message) for message in tree.messages.tolist()}
             total += len(tree.tokens)
         in_store = [store.tree(row, 0) for row in range(len(store))]
         assert replies + pieces.too_long == sum(int((tree.roles == ASSISTANT).sum()) for tree in in_store)
-        kept = sum(int(in_store[row].lengths[message]) for (_, row), message in unique)
+        kept = sum(int(in_store[row].lengths[message]) for row, message in unique)
         assert total - pieces.repeated == kept
 
+    def test_a_text_longer_than_the_context_is_a_target_once_token_by_token(self, texts, tokenizer):
+        pieces = cut_to_fit([texts], rows_of(texts), "once", max_length=32, capacity=64)
+        assert len(pieces) > len(texts)
+        assert (pieces.sizes <= 32).all()
+        assert pieces.scored.sum() == (texts.sizes()[0] - 1).sum()
+        assert pieces.repeated == len(pieces) - len(texts) > 10
+        learnt = {row: [] for row in range(len(texts))}
+        for piece, (_, row) in enumerate(pieces.rows.tolist()):
+            opening, *targets = pieces.tree(piece).tokens.tolist()
+            assert opening == tokenizer.end_of_text_id
+            learnt[row] += targets
+        assert learnt == {row: texts.tree(row, 0).tokens[1:].tolist() for row in range(len(texts))}
+        plan = Plan(pieces, 64, micro_batches_per_step=4, seed=0)
+        streams = [plan.stream(bin) for bin in streams_of(epoch_of(plan))]
+        assert sum(stream.num_supervised for stream in streams) == pieces.scored.sum()
+
     def test_the_group_is_the_number_of_the_source(self, store):
-        pieces = cut_to_fit([store, store], [(1, 0), (0, 0)], "once", 128, 128)
-        groups = {row: set(pieces.tree(piece).groups.tolist()) for piece, row in enumerate(pieces.rows)}
-        assert groups == {(1, 0): {1}, (0, 0): {0}}
+        pieces = cut_to_fit([store, store], np.array([(1, 0), (0, 0)]), "once", 128, 128)
+        groups = {
+            number: set(pieces.tree(piece).groups.tolist()) for piece, (number, _) in enumerate(pieces.rows.tolist())
+        }
+        assert groups == {1: {1}, 0: {0}}
 
     def test_nothing_that_fits_is_refused(self, store):
         with pytest.raises(DataError, match=r"no message fits `data.max_length` = 3 tokens .*: all \d+ are too long"):
-            cut_to_fit([store], self.rows(store), "once", 3, 128)
+            cut_to_fit([store], rows_of(store), "once", 3, 128)
 
 
 def test_position_jitter_moves_whole_trees_within_the_context(pieces):
     """Positions alone change, by one number for each tree; the longest path still ends within max_length."""
-    longest = max(int((pieces.tree(i).depths + pieces.tree(i).lengths).max()) for i in range(len(pieces.rows)))
+    longest = max(int((pieces.tree(i).depths + pieces.tree(i).lengths).max()) for i in range(len(pieces)))
     still = Plan(pieces, CAPACITY, 4, seed=0)
     moved = Plan(pieces, CAPACITY, 4, seed=0, augmentation=Augmentation(position_jitter=40, max_length=longest + 20))
     shifts = []

@@ -1,10 +1,7 @@
 """A store is built once for the same data, filters, template and tokenizer, and is whole or absent."""
 
 import json
-import multiprocessing
 import shutil
-from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +9,11 @@ import pytest
 import gpt2ft.data.store as store_module
 from gpt2ft import quickstart
 from gpt2ft.conversation import ROLES
-from gpt2ft.data.oasst import DataError, Filters
-from gpt2ft.data.sources import Totals, read_trees
+from gpt2ft.data import records
+from gpt2ft.data.reading import DataError, Filters
+from gpt2ft.data.sources import read_trees
 from gpt2ft.data.store import TokenStore, cache_root, open_store
-from gpt2ft.data.token_tree import ASSISTANT
+from gpt2ft.data.token_tree import is_learnt
 from gpt2ft.text.template import render_turn
 from gpt2ft.text.tokenizer import ChatTokenizer
 
@@ -36,32 +34,49 @@ FAMILY = [
 ]
 
 
-def write_jsonl(file, records):
-    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return str(file)
+def refuse_to_tokenise(monkeypatch):
+    monkeypatch.setattr(store_module, "_write_part", lambda *_: pytest.fail("must come from the cache"))
 
 
-def refuse_to_read(monkeypatch):
-    monkeypatch.setattr(store_module, "read_trees", lambda *_: pytest.fail("must come from the cache"))
+def finished(cache):
+    return sorted(path.name for path in (cache / "trees").iterdir() if path.is_dir() and path.suffix != ".parts")
 
 
-def folders(cache):
-    return sorted(path.name for path in (cache / "trees").iterdir() if path.is_dir())
+def same_rows(one, other):
+    """Whether two stores hold the same trees in the same order, whatever parts they are made of."""
+    columns = ("tokens", "lengths", "parents", "roles", "ranks", "messages", "digests")
+    return (
+        [one.id(row) for row in range(len(one))] == [other.id(row) for row in range(len(other))]
+        and np.array_equal(one.keys(), other.keys())
+        and np.array_equal(one.sizes(), other.sizes())
+        and all(
+            np.array_equal(found, expected)
+            for column in columns
+            for found, expected in zip(one.nodes(column), other.nodes(column), strict=True)
+        )
+    )
 
 
-def test_holds_what_was_read(tokenizer, tmp_path):
-    store = open_store("quickstart", KEEP_ALL, tokenizer, tmp_path)
-    trees = list(read_trees("quickstart", KEEP_ALL, Counter()))
+@pytest.fixture(scope="module")
+def store(tokenizer, tmp_path_factory):
+    """The quickstart's, in one part."""
+    return open_store("quickstart", KEEP_ALL, tokenizer, tmp_path_factory.mktemp("one part"))
+
+
+def test_holds_what_was_read(tokenizer, store):
+    trees = list(read_trees("quickstart", KEEP_ALL))
     assert len(store) == len(trees) > 100
     sizes = store.sizes()
-    ranked = 0
+    digests, firsts = store.nodes("digests")
+    ranked, learnt_by_text = 0, {}
     for row, tree in enumerate(trees):
         stored = store.tree(row, group=3)
-        assert store.key(row)[0] == tree.id
+        assert store.id(row) == tree.id
         assert set(stored.groups.tolist()) == {3}
         assert not stored.weights.any()
         assert len(stored.tokens) == sizes[0][row]
-        assert ((stored.lengths - 1) * (stored.roles == ASSISTANT)).sum() == sizes[1][row]
+        assert ((stored.lengths - 1) * is_learnt(stored.roles)).sum() == sizes[1][row]
+        assert firsts[row + 1] - firsts[row] == len(stored.lengths)
         for node, original in enumerate(stored.messages.tolist()):
             wanted = tree.messages[original]
             start = stored.starts[node]
@@ -70,46 +85,79 @@ def test_holds_what_was_read(tokenizer, tmp_path):
             assert ROLES[stored.roles[node]] == wanted.role
             path = stored.messages[stored.path_to(node)].tolist()
             assert [tree.messages[i] for i in path] == tree.path_to(original)
+            digest = int(digests[firsts[row] + node])
+            assert learnt_by_text.setdefault((wanted.role, wanted.text), digest) == digest
         ranked += any(message.rank for message in tree.messages)
     assert ranked
+    assert len(set(learnt_by_text.values())) == len(learnt_by_text)
+    assert len(set(store.keys().tolist())) == len(store)
 
 
-def test_ranks_are_stored_by_node(tokenizer, tmp_path):
-    store = open_store(write_jsonl(tmp_path / "a.jsonl", FAMILY), KEEP_ALL, tokenizer, tmp_path)
-    assert store._values("ranks", 0).tolist() == [-1, 0, 1]  # the question, c, b; d is pruned
-    assert store._values("messages", 0).tolist() == [0, 1, 3]
+def test_ranks_are_stored_by_node(tokenizer, write, tmp_path):
+    store = open_store(str(write(tmp_path / "a.jsonl", FAMILY)), KEEP_ALL, tokenizer, tmp_path)
+    assert store.nodes("ranks")[0].tolist() == [-1, 0, 1]  # the question, c, b; d leads to no reply
+    assert store.tree(0, 0).messages.tolist() == [0, 1, 3]
 
 
-def test_more_trees_than_one_batch(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "BATCH", 7)
-    small = open_store("quickstart", KEEP_ALL, tokenizer, tmp_path / "small")
-    monkeypatch.undo()
-    large = open_store("quickstart", KEEP_ALL, tokenizer, tmp_path / "large")
-    assert (small.digest, small.ledger, len(small)) == (large.digest, large.ledger, len(large))
-    for row in range(len(small)):
-        assert small.key(row) == large.key(row)
-        assert np.array_equal(small.tree(row, 0).tokens, large.tree(row, 0).tokens)
-        assert np.array_equal(small.tree(row, 0).parents, large.tree(row, 0).parents)
-    assert np.array_equal(small.sizes(), large.sizes())
+@pytest.mark.parametrize("block_bytes", [1, 5_000, 100_000])
+def test_the_size_of_the_parts_changes_nothing(block_bytes, tokenizer, store, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "BLOCK_BYTES", block_bytes)
+    parts = open_store("quickstart", KEEP_ALL, tokenizer, tmp_path)
+    assert len(list((tmp_path / "trees" / parts.digest).glob("*.arrow"))) > 2
+    assert same_rows(parts, store)
+    assert (parts.digest, parts.ledger.kept, parts.ledger.dropped) == (
+        store.digest, store.ledger.kept, store.ledger.dropped,
+    )  # fmt: skip
 
 
-def test_the_second_time_nothing_is_read(tokenizer, tmp_path, monkeypatch):
+@pytest.mark.parametrize("roots", [1, 3])
+def test_the_size_of_the_shares_of_flat_messages_changes_nothing(roots, tokenizer, write, tmp_path, monkeypatch):
+    rows = [
+        message(f"{tree}{turn}", f"{tree}{turn - 1}" if turn else None, "assistant" if turn % 2 else "prompter")
+        | {"message_tree_id": str(tree)}
+        for turn in range(4)
+        for tree in range(7)
+    ]
+    rows += [
+        rows[5],
+        message("orphan", "nowhere"),
+        message("70", role="prompter", deleted=True) | {"message_tree_id": "70"},
+    ]
+    file = str(write(tmp_path / "a.jsonl", rows))
+    whole = open_store(file, KEEP_ALL, tokenizer, tmp_path / "whole")
+    monkeypatch.setattr("gpt2ft.data.formats.oasst._ROOTS_IN_A_SHARE", roots)
+    shares = open_store(file, KEEP_ALL, tokenizer, tmp_path / "shares")
+    assert same_rows(shares, whole)
+    assert shares.ledger.dropped == whole.ledger.dropped == {"orphan": 1, "deleted": 1, "duplicate message id": 1}
+    assert (shares.ledger.read, len(shares)) == (whole.ledger.read, len(whole)) == (31, 7)
+
+
+def test_a_part_of_which_nothing_is_left(tokenizer, write, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "BLOCK_BYTES", 1)
+    rows = [{"text": text} for text in ("", "Tea.", " ", "\n", "Milk.", "")]
+    store = open_store(str(write(tmp_path / "a.jsonl", rows)), KEEP_ALL, tokenizer, tmp_path)
+    assert len(store) == len(store.keys()) == len(store.sizes()[0]) == 2
+    assert (store.ledger.read, store.ledger.kept, store.ledger.dropped) == (6, 2, {"empty": 4})
+    assert store.tree(1, 0).tokens.tolist() == render_turn(tokenizer, "text", "Milk.")
+
+
+def test_the_second_time_nothing_is_read(tokenizer, tmp_path, store, monkeypatch):
     first = open_store("quickstart", KEEP_ALL, tokenizer, tmp_path)
-    refuse_to_read(monkeypatch)
+    refuse_to_tokenise(monkeypatch)
     again = open_store("quickstart", KEEP_ALL, tokenizer, tmp_path)
-    assert (again.digest, again.ledger, len(again)) == (first.digest, first.ledger, len(first))
-    assert np.array_equal(again.tree(5, 0).tokens, first.tree(5, 0).tokens)
+    assert (again.digest, again.ledger) == (first.digest, first.ledger) == (store.digest, store.ledger)
+    assert same_rows(again, first)
 
 
 def test_the_same_content_under_another_name_is_the_same_store(tokenizer, tmp_path, monkeypatch):
     open_store("quickstart", KEEP_ALL, tokenizer, tmp_path)
     copy = shutil.copy(quickstart.TREES, tmp_path / "copy.jsonl")
-    refuse_to_read(monkeypatch)
+    refuse_to_tokenise(monkeypatch)
     assert open_store(str(copy), KEEP_ALL, tokenizer, tmp_path).source == str(copy)
 
 
-def test_what_determines_the_tokens_determines_the_folder(tokenizer, tmp_path, monkeypatch):
-    file = write_jsonl(tmp_path / "a.jsonl", FAMILY)
+def test_what_determines_the_tokens_determines_the_folder(tokenizer, write, tmp_path, monkeypatch):
+    file = str(write(tmp_path / "a.jsonl", FAMILY))
     changes = [
         Filters(languages=("en",)), Filters(max_rank=0), Filters(reviewed_only=False), Filters(on_error="skip"),
     ]  # fmt: skip
@@ -119,11 +167,11 @@ def test_what_determines_the_tokens_determines_the_folder(tokenizer, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(store_module, "template_digest", lambda: "another template")
         stores.append(open_store(file, KEEP_ALL, tokenizer, tmp_path))
-    write_jsonl(tmp_path / "a.jsonl", [*FAMILY, message("e", "d", text="A new reply.")])
+    write(tmp_path / "a.jsonl", [*FAMILY, message("e", "d", text="A new reply.")])
     stores.append(open_store(file, KEEP_ALL, tokenizer, tmp_path))
     digests = [store.digest for store in stores]
     assert len(set(digests)) == len(digests) == 8
-    assert folders(tmp_path) == sorted(digests)
+    assert finished(tmp_path) == sorted(digests)
     assert [len(store.tree(0, 0).parents) for store in stores] == [3, 3, 2, 3, 3, 3, 3, 5]
 
 
@@ -138,8 +186,8 @@ def smaller_tokenizer(folder, merges):
     return ChatTokenizer.from_folder(folder)
 
 
-def test_the_ledger_adds_up(tokenizer, tmp_path):
-    records = [
+def test_the_ledger_adds_up(tokenizer, write, tmp_path):
+    rows = [
         *FAMILY,
         message("e", "a", deleted=True),
         message("f", "e", "prompter"),
@@ -147,30 +195,38 @@ def test_the_ledger_adds_up(tokenizer, tmp_path):
         message("h", "a", text=" "),
         message("x", role="prompter") | {"message_tree_id": "x"},
     ]
-    store = open_store(write_jsonl(tmp_path / "a.jsonl", records), KEEP_ALL, tokenizer, tmp_path)
+    store = open_store(str(write(tmp_path / "a.jsonl", rows)), KEEP_ALL, tokenizer, tmp_path)
     ledger = store.ledger
-    assert ledger.read == len(records)
+    assert ledger.read == len(rows)
     assert ledger.kept == sum(len(store.tree(row, 0).parents) for row in range(len(store))) == 3
     assert ledger.dropped == {"no reply": 2, "deleted": 1, "not reviewed": 1, "empty": 1, "below a dropped message": 1}
     assert ledger.read == ledger.kept + sum(ledger.dropped.values())
 
 
-def test_the_ledger_of_real_data_adds_up(test_data, gpt2_tokenizer, tmp_path):
-    file = str(test_data("oasst/oasst1_en_validation.messages.jsonl"))
+@pytest.mark.parametrize("name", ["oasst1_en_validation.messages.jsonl", "en_100_tree.jsonl"])
+def test_the_ledger_of_real_data_adds_up(name, read, test_data, gpt2_tokenizer, tmp_path):
+    file = str(test_data(f"oasst/{name}"))
     store = open_store(file, KEEP_ALL, gpt2_tokenizer, tmp_path)
-    totals = Totals()
-    list(read_trees(file, KEEP_ALL, Counter(), totals))
-    assert store.ledger.read == totals.messages == 2022
+    assert store.ledger.read == read(file)[1].totals.messages > 1000
     assert store.ledger.kept == sum(len(store.tree(row, 0).parents) for row in range(len(store)))
     assert store.ledger.read == store.ledger.kept + sum(store.ledger.dropped.values())
-    assert store.ledger.dropped["deleted"] == 40
+    assert store.ledger.dropped.get("deleted", 0) == (40 if "validation" in name else 0)
 
 
-def test_nothing_to_train_on_is_refused(tokenizer, tmp_path):
-    file = write_jsonl(tmp_path / "a.jsonl", [message("a", role="prompter"), message("b", "a", deleted=True)])
-    with pytest.raises(DataError, match=r"a\.jsonl holds nothing to train on; dropped: 1 deleted, 1 no reply"):
-        open_store(file, KEEP_ALL, tokenizer, tmp_path)
-    assert folders(tmp_path) == []
+def test_nothing_to_train_on_is_refused(tokenizer, write, tmp_path):
+    file = str(write(tmp_path / "a.jsonl", [message("a", role="prompter"), message("b", "a", deleted=True)]))
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"a\.jsonl holds nothing to train on; dropped: 1 deleted, 1 no reply"):
+            open_store(file, KEEP_ALL, tokenizer, tmp_path)
+        assert finished(tmp_path) == []
+
+
+def test_what_no_tokenizer_can_take_is_refused_by_its_opening(tokenizer, write, tmp_path):
+    rows = [{"text": "Tea."}, {"text": "Milk" + " " * 1_000_000 + "."}]
+    with pytest.raises(DataError) as raised:
+        open_store(str(write(tmp_path / "a.jsonl", rows)), KEEP_ALL, tokenizer, tmp_path)
+    assert str(raised.value).startswith(f'{tmp_path}/a.jsonl: a conversation that opens with "Milk   ')
+    assert str(raised.value).endswith("must hold at most 900,000 whitespace characters in a row, but holds more")
 
 
 def test_a_cache_that_cannot_be_written_is_refused(tokenizer, tmp_path):
@@ -183,58 +239,28 @@ def test_a_full_disk_is_the_caches_problem(tokenizer, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store_module, "write_json", full)
-    with pytest.raises(DataError, match=r"cannot be written .*No space left"):
-        open_store("quickstart", KEEP_ALL, tokenizer, tmp_path)
-    assert folders(tmp_path) == []
-
-
-def test_an_end_in_the_middle_leaves_no_store(tokenizer, tmp_path, monkeypatch):
-    def interrupted(*arguments):
-        for number, tree in enumerate(read_trees(*arguments)):
-            if number == 30:
-                raise KeyboardInterrupt
-            yield tree
-
-    monkeypatch.setattr(store_module, "BATCH", 10)
-    monkeypatch.setattr(store_module, "read_trees", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        open_store("quickstart", KEEP_ALL, tokenizer, tmp_path)
-    assert folders(tmp_path) == []
-    monkeypatch.setattr(store_module, "read_trees", read_trees)
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "write_json", full)
+        with pytest.raises(DataError, match=r"cannot be written .*No space left"):
+            open_store("quickstart", KEEP_ALL, tokenizer, tmp_path)
+    assert finished(tmp_path) == []
     assert len(open_store("quickstart", KEEP_ALL, tokenizer, tmp_path)) > 100
-
-
-def open_at_once(cache, barrier, results):
-    """In a process of its own: opens the store when all are ready, and tells whether it had to read."""
-    tokenizer = ChatTokenizer.from_folder(quickstart.MODEL)
-    reads = []
-    store_module.read_trees = lambda *arguments: reads.append(1) or read_trees(*arguments)
-    barrier.wait(120)
-    store = open_store("quickstart", KEEP_ALL, tokenizer, Path(cache))
-    results.put((len(reads), store.digest, len(store), store.tree(7, 0).tokens.tolist()))
-
-
-def test_two_processes_build_once_and_agree(tokenizer, tmp_path):
-    spawn = multiprocessing.get_context("spawn")
-    barrier, results = spawn.Barrier(2), spawn.Queue()
-    arguments = (str(tmp_path), barrier, results)
-    processes = [spawn.Process(target=open_at_once, args=arguments, daemon=True) for _ in range(2)]
-    for process in processes:
-        process.start()
-    found = sorted(results.get(timeout=120) for _ in processes)
-    for process in processes:
-        process.join(60)
-    assert [reads for reads, *_ in found] == [0, 1]
-    assert found[0][1:] == found[1][1:]
-    assert folders(tmp_path) == [found[0][1]]
 
 
 def test_a_store_is_read_from_its_folder_alone(tokenizer, tmp_path):
     store = open_store("quickstart", KEEP_ALL, tokenizer, tmp_path)
     reopened = TokenStore(tmp_path / "trees" / store.digest, "elsewhere")
     assert reopened.source == "elsewhere"
-    assert reopened.key(0) == store.key(0)
+    assert same_rows(reopened, store)
+
+
+@pytest.mark.parametrize("damage", ["ledger.json", "000000.arrow"])
+def test_a_damaged_store_says_which_folder_to_remove(tokenizer, tmp_path, damage):
+    folder = tmp_path / "trees" / open_store("quickstart", KEEP_ALL, tokenizer, tmp_path).digest
+    file = folder / damage
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(DataError, match=f"the tokenised data in {folder} is damaged .*: remove that folder"):
+        open_store("quickstart", KEEP_ALL, tokenizer, tmp_path)
 
 
 def test_where_the_cache_is(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gpt2ft.conversation import ROLES
-from gpt2ft.data.token_tree import ASSISTANT, fit_context, leaves_below, prune, split, weigh
+from gpt2ft.data.token_tree import ASSISTANT, fit_context, is_learnt, leaves_below, split, weigh
 from gpt2ft.text.context import kept_turns
 
 # 0 user 3
@@ -60,46 +60,10 @@ class TestGeometry:
         assert [ROLES[role] for role in chosen.roles] == ["user", "user", "assistant", "assistant"]
 
 
-class TestPrune:
-    def test_drops_what_leads_to_no_reply(self, make_tree):
-        tree = make_tree(
-            ("user", 2, -1),
-            ("assistant", 2, 0),
-            ("user", 2, 1),  # unanswered
-            ("user", 2, 0),
-            ("user", 2, 3),  # unanswered, and so is the one above
-            ("assistant", 2, 0),
-            ("user", 2, 5),
-            ("assistant", 2, 6),
-        )
-        assert nodes(prune(tree)) == [(0, None, 0), (1, 0, 0), (5, 0, 0), (6, 5, 0), (7, 6, 0)]
-
-    def test_leaves_a_useful_tree_alone(self, make_tree):
-        tree = make_tree(*BRANCHES)
-        assert prune(tree) is tree
-
-    @pytest.mark.parametrize("unanswered", [[("user", 2, -1)], [("system", 2, -1), ("user", 2, 0), ("user", 2, 0)]])
-    def test_nothing_is_left_without_a_reply(self, make_tree, unanswered):
-        assert prune(make_tree(*unanswered)) is None
-
-    def test_every_leaf_is_a_reply_and_every_reply_stays(self, random_tree):
-        pruned_some = emptied = 0
-        for seed in range(200):
-            tree = random_tree(np.random.default_rng(seed))
-            pruned = prune(tree)
-            replies = tree.messages[tree.roles == ASSISTANT].tolist()
-            if pruned is None:
-                assert not replies
-                emptied += 1
-                continue
-            nodes(pruned)
-            assert pruned.messages[pruned.roles == ASSISTANT].tolist() == replies
-            assert all(pruned.roles[leaf] == ASSISTANT for leaf in leaf_nodes(pruned))
-            for node, message in enumerate(pruned.messages.tolist()):
-                assert path_messages(pruned, node) == tree.path_to(message)
-            pruned_some += len(pruned.parents) < len(tree.parents)
-        assert pruned_some > 50
-        assert emptied > 5
+def leading_to_reply(tree):
+    """As stores hold trees: without the nodes that lead to no reply; None if nothing is left."""
+    useful = {above for node in np.flatnonzero(tree.roles == ASSISTANT).tolist() for above in tree.path_to(node)}
+    return tree.select(sorted(useful), tree.weights) if useful else None
 
 
 def leaf_nodes(tree):
@@ -114,6 +78,15 @@ class TestWeigh:
         assert weigh(tree, "once").num_supervised == 3 + 4 + 1 + 5 + 1  # all but the role token of each reply
         assert tree.weights.tolist() == [0] * 8
         assert leaves_below(tree).tolist() == [4, 3, 2, 1, 1, 1, 1, 1]
+
+    @pytest.mark.parametrize("rule", ["once", "leaves"])
+    def test_a_plain_text_is_learnt_but_for_its_opening(self, make_tree, rule):
+        tree = weigh(make_tree(("text", 5, -1)), rule)
+        assert tree.weights.tolist() == [1]
+        assert tree.num_supervised == 4
+
+    def test_what_is_learnt(self):
+        assert [ROLES[role] for role in np.arange(4)[is_learnt(np.arange(4))]] == ["assistant", "text"]
 
     def test_leaves_are_the_enumerated_paths_through_a_node(self, random_tree):
         branched = 0
@@ -171,6 +144,32 @@ class TestFitContext:
         assert nodes(only) == [(2, None, 0), (3, 2, 1)]
 
 
+class TestPlainText:
+    """Token i of the text says i; 0 opens it and the last one ends it."""
+
+    @pytest.mark.parametrize("length", [2, 3, 7, 8, 9, 13, 14, 15, 22])
+    def test_every_token_is_a_target_once_in_pieces_that_open_alike(self, make_tree, length):
+        tree = weigh(make_tree(("text", length, -1), group=2), "once")
+        pieces, dropped = fit_context(tree, 8)
+        assert dropped == 0
+        assert [piece.tokens[0] for piece in pieces] == [0] * len(pieces)
+        assert [token for piece in pieces for token in piece.tokens[1:].tolist()] == list(range(1, length))
+        assert all(len(piece.tokens) == 8 for piece in pieces[:-1])
+        assert sum(piece.num_supervised for piece in pieces) == length - 1
+        assert len(pieces) == -(-(length - 1) // 7)
+        for piece in pieces:
+            assert len(piece.tokens) == piece.lengths.sum() > 1
+            assert split(piece, 8) == [piece]
+            assert (piece.parents.tolist(), piece.groups.tolist(), piece.weights.tolist()) == ([-1], [2], [1])
+
+    def test_what_fits_is_left_alone(self, make_tree):
+        tree = weigh(make_tree(("text", 8, -1)), "once")
+        assert fit_context(tree, 8) == ([tree], 0)
+
+    def test_a_context_without_room_for_a_target_holds_nothing(self, make_tree):
+        assert fit_context(weigh(make_tree(("text", 8, -1)), "once"), 1) == ([], 1)
+
+
 class TestSplit:
     def test_what_fits_is_left_alone(self, make_tree):
         tree = weigh(make_tree(*BRANCHES), "once")
@@ -199,7 +198,7 @@ def test_every_reply_is_supervised_once_in_the_context_that_is_kept(random_tree,
     met = {"too long": 0, "re-rooted": 0, "split": 0, "whole": 0}
     for seed in range(400):
         random = np.random.default_rng(seed)
-        tree = prune(random_tree(random))
+        tree = leading_to_reply(random_tree(random))
         if tree is None:
             continue
         tree = weigh(tree, rule)

@@ -1,22 +1,24 @@
 """What is trained on and what is held out: whole conversations, each once, none in both."""
 
 import json
+from collections import Counter
 
+import numpy as np
 import pytest
 
 from gpt2ft import quickstart
-from gpt2ft.data.oasst import DataError
+from gpt2ft.data.reading import DataError
 from gpt2ft.runs.assemble import load_corpora
 from gpt2ft.settings import DataSettings, SettingsError
 
 
 @pytest.fixture
 def load(tokenizer, cache):
-    return lambda **settings: load_corpora(DataSettings(cache=str(cache), **settings), tokenizer)
+    return lambda seed=0, **settings: load_corpora(DataSettings(cache=str(cache), **settings), tokenizer, seed)
 
 
 def ids(corpus):
-    return [corpus.stores[store].key(row)[0] for store, row in corpus.rows]
+    return [corpus.stores[store].id(row) for store, row in corpus.rows.tolist()]
 
 
 def write(file, ids, question="Tea?", reply="Yes."):
@@ -32,7 +34,8 @@ def write(file, ids, question="Tea?", reply="Yes."):
 def test_everything_is_trained_on_by_default(load):
     corpus, held_out = load(train=("quickstart",))
     assert held_out is None
-    assert corpus.rows == [(0, row) for row in range(len(corpus.stores[0]))]
+    assert corpus.rows.tolist() == [[0, row] for row in range(len(corpus.stores[0]))]
+    assert corpus.keys().tolist() == corpus.stores[0].keys().tolist()
     assert not corpus.dropped
     assert corpus.identity() == {"quickstart": corpus.stores[0].digest, "conversations": 150}
 
@@ -49,14 +52,14 @@ class TestFraction:
     def test_whole_trees_none_in_both(self, load):
         whole, _ = load(train=("quickstart",))
         corpus, held_out = load(train=("quickstart",), eval_fraction=0.2)
-        assert sorted(corpus.rows + held_out.rows) == whole.rows
+        assert sorted(corpus.rows.tolist() + held_out.rows.tolist()) == whole.rows.tolist()
         assert len(set(ids(whole))) == len(whole.rows)
         assert 0.1 < len(held_out.rows) / len(whole.rows) < 0.3
 
     def test_the_same_in_every_run_and_file(self, load, tmp_path):
         _, held_out = load(train=("quickstart",), eval_fraction=0.2)
         _, again = load(train=("quickstart",), eval_fraction=0.2)
-        assert held_out.rows == again.rows
+        assert np.array_equal(held_out.rows, again.rows)
         lines = quickstart.TREES.read_text(encoding="utf-8").splitlines(keepends=True)
         (tmp_path / "other.jsonl").write_text("".join(lines[::-1][:100]), encoding="utf-8")
         train, some = load(train=(str(tmp_path / "other.jsonl"),), eval_fraction=0.2)
@@ -98,9 +101,9 @@ class TestOverlap:
         train = write(tmp_path / "train.jsonl", ["a", "b"])
         held = write(tmp_path / "held.jsonl", ["e"])
         corpus, held_out = load(train=(train, train), eval=(held, held))
-        assert corpus.rows == [(0, 0), (0, 1)]
+        assert corpus.rows.tolist() == [[0, 0], [0, 1]]
         assert corpus.dropped == {"conversations met before or held out": 2}
-        assert held_out.rows == [(0, 0)]
+        assert held_out.rows.tolist() == [[0, 0]]
         assert held_out.dropped == {"conversations met before": 1}
 
     def test_another_conversation_under_the_same_id_stays(self, load, tmp_path):
@@ -116,6 +119,98 @@ class TestOverlap:
         corpus, held_out = load(train=(train,), eval=(held,))
         assert ids(corpus) == ["a"]
         assert ids(held_out) == ["b"]
+
+    def test_a_conversation_twice_in_one_file_counts_once(self, load, tmp_path):
+        train = write(tmp_path / "train.jsonl", ["a", "b", "a", "c", "b", "a"])
+        corpus, _ = load(train=(train,))
+        assert ids(corpus) == ["a", "b", "c"]
+        assert corpus.dropped == {"conversations met before": 3}
+
+    def test_the_same_conversation_in_another_format_is_the_same(self, load, tmp_path):
+        pairs = [{"prompt": "Tea?", "completion": "Yes."}, {"prompt": "Milk?", "completion": "No."}]
+        chats = [{"conversations": [{"from": "human", "value": "Tea?"}, {"from": "gpt", "value": "Yes."}]}]
+        for name, records in (("pairs", pairs), ("chats", chats)):
+            (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+        corpus, held_out = load(train=(str(tmp_path / "pairs.jsonl"),), eval=(str(tmp_path / "chats.jsonl"),))
+        assert (len(corpus.rows), len(held_out.rows)) == (1, 1)
+        assert corpus.dropped == {"conversations met before or held out": 1}
+
+
+class TestFactors:
+    @pytest.fixture
+    def two(self, tmp_path):
+        """Two sources of 20 and 31 conversations, 10 of them in both."""
+        return (
+            write(tmp_path / "one.jsonl", [f"t{number}" for number in range(20)]),
+            write(tmp_path / "two.jsonl", [f"t{number}" for number in range(10, 41)]),
+        )
+
+    @pytest.mark.parametrize(
+        ("factors", "expected"),
+        [
+            (("", ""), [20, 21]),
+            (("@0.5", ""), [10, 21]),
+            (("@1.5", "@2"), [30, 42]),
+            (("@0.3", "@0.5"), [6, 10]),  # half of 21
+            (("@1.0", "@3.25"), [20, 68]),
+        ],
+    )
+    def test_each_source_is_there_as_often_as_its_factor_says(self, load, two, factors, expected):
+        """Of what is left of it once what was met before is gone."""
+        corpus, _ = load(train=tuple(map(str.__add__, two, factors)))
+        assert np.bincount(corpus.rows[:, 0]).tolist() == expected
+        assert corpus.dropped == {"conversations met before": 10}
+        numbers = [float(factor.removeprefix("@") or 1) for factor in factors]
+        assert corpus.factors == numbers
+        for number, factor in enumerate(numbers):
+            times = Counter(corpus.rows[corpus.rows[:, 0] == number, 1].tolist())
+            assert set(times.values()) <= {int(factor), int(factor) + 1}
+        named = {
+            name + (f"@{factor:g}" if factor != 1 else ""): store.digest
+            for name, factor, store in zip(two, numbers, corpus.stores, strict=True)
+        }
+        assert corpus.identity() == named | {"conversations": sum(expected)}
+
+    def test_the_seed_decides_which(self, load, two):
+        one, again, other = (ids(load(seed=seed, train=(f"{two[0]}@0.5",))[0]) for seed in (0, 0, 1))
+        assert one == again
+        assert sorted(one) != sorted(other)
+        assert set(one) < set(ids(load(train=(f"{two[0]}@0.8",))[0]))
+
+    def test_the_order_of_the_data_changes_nothing(self, load, two, tmp_path):
+        backwards = write(tmp_path / "backwards.jsonl", [f"t{number}" for number in reversed(range(20))])
+        one, other = (ids(load(train=(f"{name}@1.5",))[0]) for name in (two[0], backwards))
+        assert sorted(one) == sorted(other)
+
+    def test_what_is_held_out_does_not_depend_on_them(self, load, two):
+        train = (two[0], f"{two[1]}@1.5")
+        expected = ids(load(train=two, eval_fraction=0.3)[1])
+        corpus, held_out = load(train=train, eval_fraction=0.3)
+        assert ids(held_out) == expected
+        assert held_out.factors == [1.0, 1.0]
+        assert 5 < len(expected) < 30
+        assert not set(ids(corpus)) & set(expected)
+        of_first, of_second = (len({row for store, row in held_out.rows.tolist() if store == n}) for n in (0, 1))
+        left = 21 - of_second
+        assert abs(len(corpus.rows) - (20 - of_first) - 1.5 * left) <= 0.5
+
+    def test_content_tells_what_is_used(self, load, two):
+        contents = [
+            load(seed=seed, train=train)[0].content()
+            for seed, train in [
+                (0, two), (1, two), (0, two[::-1]), (0, two[:1]), (0, (f"{two[0]}@0.5",)), (1, (f"{two[0]}@0.5",)),
+            ]
+        ]  # fmt: skip
+        assert contents[0] == contents[1]
+        assert len(set(contents[1:])) == len(contents) - 1
+
+    def test_a_factor_that_leaves_nothing_is_refused(self, load, two):
+        with pytest.raises(SettingsError, match=r"the factor 0\.01 leaves nothing of .*one\.jsonl: raise it"):
+            load(train=(f"{two[0]}@0.01", two[1]))
+
+    def test_of_a_source_that_was_met_before_nothing_is_left_to_refuse(self, load, two):
+        corpus, _ = load(train=(two[0], str(two[0]).replace("one.jsonl", "./one.jsonl") + "@0.5"))
+        assert np.bincount(corpus.rows[:, 0]).tolist() == [20]
 
 
 def test_a_source_that_is_not_there_is_refused(load):

@@ -3,19 +3,23 @@
 import json
 import math
 import random
+import re
 import shlex
+from collections import Counter
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from gpt2ft.conversation import ROLES
-from gpt2ft.data.sources import Filters, read_trees
+from gpt2ft.conversation import CHAT_ROLES
+from gpt2ft.data.reading import Filters
+from gpt2ft.data.sources import read_trees
 from gpt2ft.runs import evaluate
-from gpt2ft.runs.assemble import load_trained
+from gpt2ft.runs.assemble import load_corpora, load_trained
 from gpt2ft.runs.output import Output
-from gpt2ft.runs.train import next_command
-from gpt2ft.settings import EvaluateSettings, SFTSettings, parse_script
+from gpt2ft.runs.samples import answer, held_out_prompts
+from gpt2ft.runs.train import next_commands
+from gpt2ft.settings import DataSettings, EvaluateSettings, SFTSettings, parse_script
 from gpt2ft.text.template import render_prompt
 from gpt2ft.text.tokenizer import ChatTokenizer
 
@@ -63,7 +67,7 @@ def test_ids_equal_their_chat_template_on_1000_random_conversations(run_folder, 
     lengths = set()
     for _ in range(1000):
         turns = [
-            (draw.choice(ROLES), "".join(draw.choices(alphabet, k=draw.randrange(40))))
+            (draw.choice(CHAT_ROLES), "".join(draw.choices(alphabet, k=draw.randrange(40))))
             for _ in range(draw.randrange(1, 7))
         ]
         messages = [{"role": role, "content": text} for role, text in turns]
@@ -85,8 +89,6 @@ def test_log_probs_equal_those_of_evaluate(run_folder, theirs, tmp_path, capsys)
 
     model, tokenizer = theirs
     nats, tokens, text_bytes = 0.0, 0, 0
-    from collections import Counter
-
     for tree in read_trees("quickstart:held_out", Filters(), Counter()):
         for index, message in enumerate(tree.messages):
             if message.role != "assistant":
@@ -123,18 +125,38 @@ def test_the_figures_do_not_depend_on_batch_size(run_folder, tmp_path):
     assert found == pytest.approx([found[0]] * 3, rel=1e-6)
 
 
-def test_the_next_command_repeats_the_evaluation_of_the_run(run_folder):
+def test_the_next_commands_talk_and_repeat_the_evaluation_of_the_run(run_folder):
     """Parsed as a shell and the script would: the same data, filters and context."""
     policy, _ = load_trained(str(run_folder))
     data = {"train": ["a"], "eval": ["it's.jsonl", "b"], "max_rank": 0, "languages": ["en", "de"], "max_length": 128}
-    settings = SFTSettings(data=data | {"reviewed_only": False, "on_error": "skip"})
-    program, script, *arguments = shlex.split(next_command(settings, policy, Output(str(run_folder))))
+    settings = SFTSettings(data=data | {"reviewed_only": False, "on_error": "skip", "topic_replies": "tea.txt"})
+    chat, evaluation = next_commands(settings, policy, Output(str(run_folder)))
+    assert shlex.split(chat) == ["python", "launch/chat.py", str(run_folder)]
+    program, script, *arguments = shlex.split(evaluation)
     assert (program, script) == ("python", "launch/evaluate.py")
     parsed = parse_script(EvaluateSettings, "model", arguments)
     assert parsed.model == str(run_folder)
     assert parsed.data == settings.data.eval
-    for name in ("max_rank", "languages", "max_length", "reviewed_only", "on_error"):
+    for name in ("max_rank", "languages", "max_length", "reviewed_only", "on_error", "topic_replies"):
         assert getattr(parsed, name) == getattr(settings.data, name)
+
+
+def test_adherence_to_a_topic(tmp_path, capsys):
+    """Counted by whole words, whatever their case, in the replies of a model, here of one with random weights."""
+    policy, _ = load_trained("quickstart", random_init=True)
+    held_out, _ = load_corpora(DataSettings(train=("quickstart:held_out",)), policy.tokenizer)
+    replies = [sample.reply for sample in answer(policy, held_out_prompts(held_out, policy, 12, 10), 10)]
+    words = Counter(word for reply in replies for word in set(re.findall(r"\w+", reply.lower())))
+    word = next(word for word, number in words.most_common() if 0 < number < 12)
+    report = tmp_path / "report.json"
+    common = {"model": "quickstart", "random_init": True, "data": ("quickstart:held_out",), "report": str(report)}
+    evaluate.run(EvaluateSettings(**common, topic=(word.upper(),), topic_prompts=12, max_new_tokens=10))
+    figures = json.loads(report.read_text())["topic"]
+    assert figures["prompts"] == 12
+    assert figures["on_topic"] == words[word]
+    assert f"topic: {words[word]} of 12 replies" in capsys.readouterr().out
+    evaluate.run(EvaluateSettings(**common, topic=(word[:-1] + "~",), topic_prompts=12, max_new_tokens=10))
+    assert json.loads(report.read_text())["topic"]["on_topic"] == 0
 
 
 def test_a_checkpoint_evaluates_as_the_model_exported_from_it(run_folder, tmp_path):

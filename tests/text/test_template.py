@@ -16,6 +16,7 @@ class Speller:
 
     role_ids = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
     end_id = "<|end|>"
+    end_of_text_id = "<|endoftext|>"
 
     def encode(self, text):
         return list(text)
@@ -62,6 +63,10 @@ def test_a_turn_is_its_role_its_content_and_the_end():
     assert render_turn(Speller(), "assistant", "") == ["<|assistant|>", "<|end|>"]
 
 
+def test_a_plain_text_stands_between_two_ends_of_text():
+    assert render_turn(Speller(), "text", "a\n") == ["<|endoftext|>", "a", "\n", "<|endoftext|>"]
+
+
 def test_a_prompt_is_its_turns_and_the_role_to_continue():
     turns = [("system", "s"), ("user", "u")]
     expected = ["<|system|>", "s", "<|end|>", "<|user|>", "u", "<|end|>", "<|assistant|>"]
@@ -80,9 +85,13 @@ def test_jinja_renders_the_same(jinja):
 
 
 @pytest.mark.parametrize("role", ["tool", "User", "", "end"])
-def test_an_unknown_role_is_refused(jinja, role):
-    with pytest.raises(ValueError, match="`role` must be system, user or assistant, but is"):
+def test_an_unknown_role_is_refused(role):
+    with pytest.raises(ValueError, match="`role` must be one of system, user, assistant, text, but is"):
         render_turn(Speller(), role, "text")
+
+
+@pytest.mark.parametrize("role", ["tool", "User", "", "end", "text"])
+def test_jinja_refuses_what_is_no_role_of_a_chat(jinja, role):
     with pytest.raises(Refusal, match="`role` must be system, user or assistant, but is"):
         jinja([("user", "text"), (role, "text")])
 
@@ -100,7 +109,10 @@ def test_the_digest_changes_with_either_rendering(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(template, "CHAT_TEMPLATE", CHAT_TEMPLATE + "\n")
         assert template_digest() != digest
-    with monkeypatch.context() as patch:
-        patch.setattr(template, "render_turn", lambda *turn: [*render_turn(*turn), "\n"])
-        assert template_digest() != digest
+    for changed in ("user", "text"):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                template, "render_turn", lambda *turn, role=changed: [*render_turn(*turn), *"\n"[: turn[1] == role]]
+            )
+            assert template_digest() != digest
     assert template_digest() == digest

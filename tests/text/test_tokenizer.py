@@ -109,12 +109,11 @@ def test_content_never_yields_a_control_id_and_survives_the_round_trip(tokenizer
     assert sum(without_lone_surrogates(text) != text for text in texts) > 500
     controls = {*tokenizer.role_ids.values(), tokenizer.end_id, tokenizer.end_of_text_id}
     assert len(controls) == 5
-    batch = tokenizer.encode_batch(texts)
-    for text, ids in zip(texts, batch, strict=True):
+    for text in texts:
+        ids = tokenizer.encode(text)
         assert controls.isdisjoint(ids)
         assert tokenizer.decode(ids) == without_lone_surrogates(text)
         assert b"".join(map(tokenizer.token_bytes, ids)).decode() == without_lone_surrogates(text)
-    assert [tokenizer.encode(text) for text in texts[::10]] == batch[::10]
 
 
 def test_ids_are_those_of_transformers(tokenizer, saved):
@@ -154,7 +153,7 @@ def test_a_saved_folder_reads_back_the_same(tokenizer, saved, tmp_path):
     assert again.digest == tokenizer.digest
     assert again.role_ids == tokenizer.role_ids
     texts = [*strings(1000, PIECES, seed=4), *CORPUS]
-    assert again.encode_batch(texts) == tokenizer.encode_batch(texts)
+    assert [again.encode(text) for text in texts] == [tokenizer.encode(text) for text in texts]
     for left_out in (["tokenizer.json"], ["vocab.json", "merges.txt"]):
         folder = tmp_path / left_out[0]
         folder.mkdir()
@@ -200,9 +199,8 @@ def test_long_runs_of_one_character_are_no_trouble(tokenizer):
 def test_endless_space_is_refused_before_it_can_crash(tokenizer):
     longest = " " * 900_000
     assert tokenizer.decode(tokenizer.encode(longest + "x" + longest)) == longest + "x" + longest
-    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch(["tea", text])):
-        with pytest.raises(ValueError, match="`text` must hold at most 900,000 whitespace characters in a row"):
-            encode("tea" + "\n " * 700_000 + "x")
+    with pytest.raises(ValueError, match="`text` must hold at most 900,000 whitespace characters in a row"):
+        tokenizer.encode("tea" + "\n " * 700_000 + "x")
 
 
 def test_ids_need_not_be_ranks(small_folder):

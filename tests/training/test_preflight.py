@@ -1,5 +1,6 @@
 """The checks before step 1 accept what the package builds and refuse each way of training on the wrong thing."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,9 +10,9 @@ from torch import nn
 
 from gpt2ft.data.packing import build_stream
 from gpt2ft.data.plan import Plan, cut_to_fit
-from gpt2ft.data.sources import Filters
+from gpt2ft.data.reading import Filters
 from gpt2ft.data.store import open_store
-from gpt2ft.data.token_tree import weigh
+from gpt2ft.data.token_tree import TEXT, weigh
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.training.preflight import (
     PreflightError,
@@ -29,7 +30,7 @@ MAX_LENGTH, CAPACITY = 256, 1024
 def plan(tokenizer, cache):
     """Of the quickstart, with some trees re-rooted and split."""
     store = open_store("quickstart", Filters(), tokenizer, cache)
-    pieces = cut_to_fit([store], [(0, row) for row in range(len(store))], "once", 96, CAPACITY)
+    pieces = cut_to_fit([store], np.array([(0, row) for row in range(len(store))]), "once", 96, CAPACITY)
     assert len(pieces.cut) > 10
     return Plan(pieces, CAPACITY, micro_batches_per_step=4, seed=0)
 
@@ -43,6 +44,17 @@ def stream(plan):
     assert stream.num_tokens < len(stream.tokens)
     assert stream.num_supervised < len(stream.targets)
     return stream
+
+
+@pytest.fixture(scope="module")
+def mixed(tokenizer, cache, tmp_path_factory):
+    """A plan of plain texts, most of them longer than the context, and a few conversations."""
+    file = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    texts = ["tea " * (1 + 40 * number) for number in range(12)]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    stores = [open_store(str(source), Filters(), tokenizer, cache) for source in (file, "quickstart")]
+    rows = [(number, row) for number in range(2) for row in range(12)]
+    return Plan(cut_to_fit(stores, np.array(rows), "once", 96, CAPACITY), CAPACITY, micro_batches_per_step=4, seed=0)
 
 
 @pytest.fixture
@@ -140,6 +152,58 @@ class TestSupervision:
         broken = changed(changed(replace(stream, tokens=tokens), "supervised", 0, 1), "targets", 0, 5)
         with pytest.raises(PreflightError, match="the stray token at 1 of a stream"):
             check_supervision(broken, tokenizer)
+
+
+class TestPlainText:
+    def streams(self, plan):
+        return [(bin, plan.stream(bin)) for step in range(plan.steps_per_epoch) for bin in plan.micro_batches(step)]
+
+    def test_texts_and_pieces_of_texts_are_accepted(self, mixed, tokenizer):
+        turns = endless = 0
+        for bin, stream in self.streams(mixed):
+            trees = [mixed.pieces.tree(piece) for piece in bin]
+            assert check_supervision(stream, tokenizer) == sum(int((tree.weights > 0).sum()) for tree in trees)
+            turns += sum(tree.roles[0] == TEXT for tree in trees)
+            endless += sum(tree.roles[0] == TEXT and tree.tokens[-1] != tokenizer.end_of_text_id for tree in trees)
+        assert turns - endless == 12  # each text ends once
+        assert endless > 20
+
+    def test_a_text_is_isolated_like_a_conversation(self, mixed, model):
+        for _, stream in self.streams(mixed)[:2]:
+            assert check_isolation(model, stream, paths=8) < 1e-5
+
+    def test_supervision_from_one_text_into_the_next(self, mixed, tokenizer):
+        """Both have the same token at their ends, so only where a tree ends tells them apart."""
+        tree = next(tree for tree in map(mixed.pieces.tree, range(len(mixed.pieces))) if len(tree.tokens) < 20)
+        assert tree.tokens[0] == tree.tokens[-1] == tokenizer.end_of_text_id
+        stream = build_stream([tree, tree], 128, 64)
+        assert check_supervision(stream, tokenizer) == 2
+        end = len(tree.tokens) - 1
+        entry = stream.supervised.tolist().index(end - 1)
+        broken = changed(stream, "supervised", entry, end)
+        with pytest.raises(PreflightError, match=f"the target of token {end} of a stream is not the next token"):
+            check_supervision(broken, tokenizer)
+
+    def test_supervision_from_a_conversation_into_a_text(self, mixed, tokenizer):
+        trees = [mixed.pieces.tree(piece) for piece in range(len(mixed.pieces))]
+        chat, text = (next(tree for tree in trees if (tree.roles[0] == TEXT) == wanted) for wanted in (False, True))
+        both = build_stream([chat, text], CAPACITY, CAPACITY)
+        check_supervision(both, tokenizer)
+        end = len(chat.tokens) - 1
+        entry = both.supervised.tolist().index(end - 1)
+        broken = changed(changed(both, "supervised", entry, end), "targets", entry, tokenizer.end_of_text_id)
+        with pytest.raises(PreflightError, match=f"the target of token {end} of a stream is not the next token"):
+            check_supervision(broken, tokenizer)
+
+    def test_an_assistant_turn_beside_texts_must_still_teach_its_end(self, mixed, tokenizer):
+        stops = 0
+        for _, stream in self.streams(mixed):
+            targets = stream.targets[: stream.num_supervised].tolist()
+            if tokenizer.end_id in targets:
+                with pytest.raises(PreflightError, match=r"teaches no <\|end\|>"):
+                    check_supervision(without(stream, targets.index(tokenizer.end_id)), tokenizer)
+                stops += 1
+        assert stops
 
 
 class TestIsolation:

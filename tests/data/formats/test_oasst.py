@@ -1,12 +1,11 @@
 """Both OASST layouts give the same trees; every message left out is counted once, under the right reason."""
 
 import random
-from collections import Counter
 
 import pytest
 
 from gpt2ft.conversation import Message, MessageTree
-from gpt2ft.data.oasst import REASONS, DataError, Filters, Reading, Totals, read_oasst
+from gpt2ft.data.reading import Totals
 
 
 def row(message_id, parent_id=None, role="assistant", **fields):
@@ -42,32 +41,11 @@ def nested(rows):
     return [{"message_tree_id": root["message_tree_id"], "prompt": root} for root in roots]
 
 
-def read(records, **filters):
-    """The trees, the drops by reason and the totals, after checking that the three agree."""
-    dropped, totals = Counter(), Totals()
-    reading = Reading("test", "test.jsonl", Filters(**filters), dropped, totals)
-    trees = list(read_oasst(((f"test.jsonl:{n}", record) for n, record in enumerate(records, start=1)), reading))
-    kept = sum(len(tree.messages) for tree in trees)
-    assert kept + dropped.total() - dropped["malformed line"] == totals.messages
-    assert set(dropped) <= set(REASONS)
-    return trees, +dropped, totals
-
-
-def drops(records, **filters):
-    return dict(read(records, **filters)[1])
-
-
-def error(records, **filters):
-    with pytest.raises(DataError) as raised:
-        read(records, **filters)
-    return str(raised.value)
-
-
 # --- trees ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_flat_tree_is_rebuilt_depth_first_by_rank_and_then_by_id():
-    trees, dropped, totals = read(FAMILY)
+def test_a_flat_tree_is_rebuilt_depth_first_by_rank_and_then_by_id(read):
+    trees, reading = read(FAMILY)
     expected = (
         Message("user", "a", None, None),
         Message("assistant", "c", 0, 0),
@@ -77,119 +55,119 @@ def test_a_flat_tree_is_rebuilt_depth_first_by_rank_and_then_by_id():
         Message("assistant", "b", 0, 1),
     )
     assert trees == [MessageTree("a", "test", expected)]
-    assert not dropped
-    assert totals == Totals(trees=1, messages=6)
+    assert not reading.dropped
+    assert reading.totals == Totals(trees=1, messages=6)
 
 
-def test_both_layouts_give_equal_trees():
+def test_both_layouts_give_equal_trees(read):
     assert read(nested(FAMILY)) == read(FAMILY)
 
 
-def test_the_order_of_flat_rows_changes_nothing():
+def test_the_order_of_flat_rows_changes_nothing(read):
     expected = read(FAMILY)
     for seed in range(20):
         assert read(random.Random(seed).sample(FAMILY, len(FAMILY))) == expected
 
 
-def test_the_order_of_replies_in_a_nested_tree_changes_nothing():
+def test_the_order_of_replies_in_a_nested_tree_changes_nothing(read):
     assert read(nested(FAMILY[::-1])) == read(FAMILY)
 
 
-def test_trees_stand_in_the_order_of_their_roots():
+def test_trees_stand_in_the_order_of_their_roots(read):
     rows = [row("z"), row("y", "x"), row("x"), row("w", "z")]
     assert [tree.id for tree in read(rows)[0]] == ["z", "x"]
 
 
-def test_ranks_stay_as_in_the_data():
-    trees, _, _ = read([row("a"), row("b", "a", rank=4), row("c", "a", rank=2, deleted=True)])
+def test_ranks_stay_as_in_the_data(read):
+    trees, _ = read([row("a"), row("b", "a", rank=4), row("c", "a", rank=2, deleted=True)])
     assert [message.rank for message in trees[0].messages] == [None, 4]
 
 
-def test_roles_have_several_names():
+def test_roles_have_several_names(read):
     rows = [row("a", role="system"), row("b", "a", "human"), row("c", "b", "gpt"), row("d", "c", "user")]
     roles = [message.role for message in read([*rows, row("e", "d", "bot")])[0][0].messages]
     assert roles == ["system", "user", "assistant", "user", "assistant"]
 
 
-def test_text_is_stripped_and_has_plain_line_ends():
+def test_text_is_stripped_and_has_plain_line_ends(read):
     assert read([row("a", text=" \n one\r\ntwo \r\n"), row("b", "a")])[0][0].messages[0].text == "one\ntwo"
 
 
-def test_rows_may_leave_out_what_is_null_and_the_tree_id():
+def test_rows_may_leave_out_what_is_null_and_the_tree_id(read):
     rows = [{"message_id": "a", "role": "user", "text": "a"}]
     rows += [{"message_id": "b", "role": "assistant", "text": "b", "parent_id": "a"}]
     assert [tree.id for tree in read(rows)[0]] == ["a"]
 
 
-def test_ranks_may_be_whole_floats_as_in_tables_with_gaps():
+def test_ranks_may_be_whole_floats_as_in_tables_with_gaps(read):
     assert read([row("a"), row("b", "a", rank=1.0)])[0][0].messages[1].rank == 1
 
 
 @pytest.mark.parametrize("layout", ["flat", "nested"])
-def test_a_chain_of_50000_replies_does_not_overflow(layout):
+def test_a_chain_of_50000_replies_does_not_overflow(layout, read):
     names = [f"{number:05}" for number in range(50_000)]
     roles = ("prompter", "assistant")
     chain = [row(name, names[n - 1] if n else None, roles[n % 2]) for n, name in enumerate(names)]
-    trees, dropped, _ = read(chain if layout == "flat" else nested(chain))
+    trees, reading = read(chain if layout == "flat" else nested(chain))
     assert len(trees[0].messages) == 50_000
-    assert not dropped
+    assert not reading.dropped
 
 
 # --- filters --------------------------------------------------------------------------------------------------------
 
 
-def test_deleted_messages_take_what_is_below_with_them():
+def test_deleted_messages_take_what_is_below_with_them(read):
     rows = [*FAMILY[:2], row("c", "a", rank=0, deleted=True), *FAMILY[3:]]
-    trees, dropped, _ = read(rows)
-    assert dropped == {"deleted": 1, "below a dropped message": 3}
+    trees, reading = read(rows)
+    assert reading.dropped == {"deleted": 1, "below a dropped message": 3}
     assert [message.text for message in trees[0].messages] == ["a", "b"]
 
 
-def test_languages():
+def test_languages(drops):
     rows = [row("a", lang="en"), row("b", "a", lang="de"), row("c", "a", lang="en"), row("d", "a")]
     assert drops(rows, languages=("en",)) == {"wrong language": 2}
     assert drops(rows, languages=("en", "de")) == {"wrong language": 1}
     assert drops(rows) == {}
 
 
-def test_reviews():
+def test_reviews(drops):
     rows = [row("a"), row("b", "a", review_result=False), row("c", "a", review_result=True)]
     rows += [row("d", "a", review_result=None)]
     assert drops(rows) == {"not reviewed": 1}
     assert drops(rows, reviewed_only=False) == {}
 
 
-def test_empty_texts():
+def test_empty_texts(drops):
     assert drops([row("a"), row("b", "a", text=" \r\n "), row("c", "a")]) == {"empty": 1}
 
 
-def test_ranks_are_limited_for_ranked_assistant_replies_only():
+def test_ranks_are_limited_for_ranked_assistant_replies_only(drops):
     rows = [*FAMILY, row("g", "b", "prompter", rank=3)]
     assert drops(rows, max_rank=1) == {}
     assert drops(rows, max_rank=0) == {"rank above limit": 1, "below a dropped message": 1}
 
 
-def test_role_order():
+def test_role_order(drops):
     assert drops([row("a"), row("b", "a"), row("c", "b"), row("d", "a", "user")]) == {"bad role order": 2}
     assert drops([row("a"), row("b", "a"), row("c", "b", "system")]) == {"bad role order": 1}
     rooted_in_a_reply = [{**row("a"), "role": "assistant"}, row("b", "a", "user"), row("c", "b")]
     assert drops(rooted_in_a_reply) == {"bad role order": 1, "below a dropped message": 2}
 
 
-def test_orphans():
+def test_orphans(drops):
     rows = [row("a"), row("b", "a"), row("c", "nowhere"), row("d", "c", "user"), row("e", "d")]
     assert drops(rows) == {"orphan": 1, "below a dropped message": 2}
 
 
-def test_a_tree_without_a_reply_is_dropped_whole():
-    trees, dropped, totals = read([row("a"), row("b", "a", deleted=True), row("c"), row("d", "c")])
-    assert dropped == {"deleted": 1, "no reply": 1}
+def test_a_tree_without_a_reply_is_dropped_whole(read, drops):
+    trees, reading = read([row("a"), row("b", "a", deleted=True), row("c"), row("d", "c")])
+    assert reading.dropped == {"deleted": 1, "no reply": 1}
     assert [tree.id for tree in trees] == ["c"]
-    assert totals == Totals(trees=2, messages=4)
+    assert reading.totals == Totals(trees=2, messages=4)
     assert drops([row("a", role="system"), row("b", "a", "user")]) == {"no reply": 2}
 
 
-def test_one_reason_a_message_the_first_that_holds():
+def test_one_reason_a_message_the_first_that_holds(drops):
     rows = [row("a"), row("b", "a"), row("c", "gone", deleted=True, lang="de", text="")]
     assert drops(rows, languages=("en",)) == {"deleted": 1, "wrong language": 2}
 
@@ -197,7 +175,7 @@ def test_one_reason_a_message_the_first_that_holds():
 # --- data that cannot be one set of trees ---------------------------------------------------------------------------
 
 
-def test_equal_messages_count_once_and_different_ones_of_one_id_are_an_error():
+def test_equal_messages_count_once_and_different_ones_of_one_id_are_an_error(read, drops, error):
     rows = [*FAMILY, FAMILY[1]]
     assert drops(rows) == {"duplicate message id": 1}
     assert read(rows)[0] == read(FAMILY)[0]
@@ -207,26 +185,35 @@ def test_equal_messages_count_once_and_different_ones_of_one_id_are_an_error():
     assert read(rows, on_error="skip")[0] == read(FAMILY)[0]
 
 
-def test_ids_are_unique_across_nested_trees_too():
-    trees = nested([row("a"), row("b", "a")]) + nested([row("x"), row("b", "x")])
-    assert "`message_id` must be unique" in error(trees)
-    assert drops(trees, on_error="skip") == {"duplicate message id": 1, "no reply": 1}
+def test_ids_are_unique_within_a_nested_tree(read, error, drops):
+    """Nested trees are read one at a time, so a tree says nothing of the ids in another."""
+    trees = nested([row("a"), row("b", "a")]) + nested([row("x"), row("b", "x", text="other")])
+    assert [[message.text for message in tree.messages] for tree in read(trees)[0]] == [["a", "b"], ["x", "other"]]
+    trees[1]["prompt"]["replies"] += nested([row("x"), row("b", "x")])[0]["prompt"]["replies"]
+    assert error(trees) == 'test.jsonl:2: `message_id` must be unique, but "b" is another message at test.jsonl:2'
+    assert drops(trees, on_error="skip") == {"duplicate message id": 1}
 
 
-def test_two_roots_cannot_share_a_tree_id():
+def test_equal_nested_trees_are_all_read(read):
+    trees, reading = read(nested(FAMILY) * 2)
+    assert trees[0] == trees[1]
+    assert (len(trees), reading.totals) == (2, Totals(trees=2, messages=12))
+
+
+def test_two_roots_cannot_share_a_tree_id(drops, error):
     rows = [row("a"), row("b", "a"), row("c", message_tree_id="a"), row("d", "c")]
     assert error(rows) == 'test.jsonl:3: `message_tree_id` must be unique, but "a" has another root at test.jsonl:1'
     assert drops(rows, on_error="skip") == {"duplicate tree id": 1, "orphan": 1}
 
 
 @pytest.mark.parametrize("parents", [{"c": "c"}, {"c": "d", "d": "c"}, {"c": "e", "d": "c", "e": "d"}])
-def test_cycles(parents):
+def test_cycles(parents, read, error):
     rows = [row("a"), row("b", "a"), *(row(one, other) for one, other in parents.items())]
     assert error(rows) == (
         'test.jsonl:3: `parent_id` must lead up to a root, but from message "c" it leads into a cycle'
     )
-    trees, dropped, _ = read(rows, on_error="skip")
-    assert dropped == {"cycle in parent_id": len(parents)}
+    trees, reading = read(rows, on_error="skip")
+    assert reading.dropped == {"cycle in parent_id": len(parents)}
     assert len(trees[0].messages) == 2
 
 
@@ -237,7 +224,7 @@ def test_cycles(parents):
         (row("x", text=None), '`text` must be a string, but is null (message "x")'),
         ({"message_id": "x", "role": "user"}, '`text` must be a string, but is missing (message "x")'),
         ({"role": "user", "text": "x"}, "`message_id` must be a string, but is missing"),
-        (row(7, "a"), "`message_id` must be a string, but is 7 (message 7)"),
+        (row(7, "a", text="a"), "`message_id` must be a string, but is 7 (message 7)"),
         (row("x", {"a": 1}), '`parent_id` must be a string or null, but is an object (message "x")'),
         (row("x", role=None), '`role` must be a string, but is null (message "x")'),
         (row("x", role="narrator"), "`role` must be one of prompter, user, human, assistant"),
@@ -245,19 +232,23 @@ def test_cycles(parents):
         (row("x", rank=True), "`rank` must be a whole number or null, but is true"),
         (row("x", rank=0.5), "`rank` must be a whole number or null, but is 0.5"),
         (row("x", rank=float("nan")), "`rank` must be a whole number or null, but is NaN"),
-        (row("x", rank=-1), "`rank` must be 0 (the best) or more, but is -1"),
+        (row("x", rank=-1), "`rank` must be from 0 (the best) to 32,767, but is -1"),
+        (row("x", rank=10**20), "`rank` must be from 0 (the best) to 32,767, but is 1000"),
         (row("x", lang=["en"]), "`lang` must be a string or null, but is a list"),
         (row("x", deleted="no"), '`deleted` must be true, false or null, but is "no"'),
         (row("x", review_result=1), "`review_result` must be true, false or null, but is 1"),
         (row("x", text="\ud83d"), "`text` must be text, but holds half of a surrogate pair"),
         (row("x", text=b"bytes"), "`text` must be a string, but is \"b'bytes'\""),
-        ({"message_tree_id": "x", "prompt": {}}, "must be a flat message like the first record, but is a nested tree"),
+        (
+            {"message_tree_id": "x", "prompt": {}},
+            'must be OASST messages like the first record, but holds "message_tree_id", "prompt"',
+        ),
     ],
 )
-def test_a_malformed_message_is_an_error_or_skipped_and_counted(record, problem):
+def test_a_malformed_message_is_an_error_or_skipped_and_counted(record, problem, read, error):
     assert f"test.jsonl:3: {problem}" in error([*FAMILY[:2], record])
-    trees, dropped, _ = read([*FAMILY[:2], record, *FAMILY[2:]], on_error="skip")
-    assert dropped == {"malformed line": 1}
+    trees, reading = read([*FAMILY[:2], record, *FAMILY[2:]], on_error="skip")
+    assert reading.dropped == {"malformed line": 1}
     assert trees == read(FAMILY)[0]
 
 
@@ -278,28 +269,21 @@ def test_a_malformed_message_is_an_error_or_skipped_and_counted(record, problem)
             {"message_tree_id": "x", "prompt": row("x", replies=[row("y", "z")])},
             '`parent_id` must be "x", the message above, but is "z" (message "y")',
         ),
-        (row("x"), "must be a nested tree like the first record, but is a flat message"),
+        (row("x"), 'must be OASST trees like the first record, but holds "message_id", "parent_id", "role"'),
     ],
 )
-def test_a_malformed_tree_is_an_error_or_skipped_and_counted_as_one_line(tree, problem):
+def test_a_malformed_tree_is_an_error_or_skipped_and_counted_as_one_line(tree, problem, read, error):
     assert f"test.jsonl:2: {problem}" in error([*nested(FAMILY), tree])
-    trees, dropped, totals = read([*nested(FAMILY), tree], on_error="skip")
-    assert dropped == {"malformed line": 1}
+    trees, reading = read([*nested(FAMILY), tree], on_error="skip")
+    assert reading.dropped == {"malformed line": 1}
     assert trees == read(FAMILY)[0]
-    assert totals.messages == len(FAMILY)
+    assert reading.totals.messages == len(FAMILY)
 
 
-def test_other_records_are_named_by_their_keys():
-    problem = error([{"question": 1, "answer": 2}])
-    assert problem.startswith("test.jsonl:1: must be an OASST tree")
-    assert problem.endswith('but holds "question", "answer"')
+def test_a_record_of_no_format_among_others(error, drops):
+    assert error([{}, *FAMILY]) == "test.jsonl:1: must be OASST messages like the first record, but holds no keys"
     assert drops([{}, *FAMILY], on_error="skip") == {"malformed line": 1}
 
 
-@pytest.mark.parametrize("records", [[], [{}], [row("x", text=1)]])
-def test_nothing_to_read_is_always_an_error(records):
-    assert "must hold OASST trees or messages" in error(records, on_error="skip")
-
-
-def test_a_misspelt_on_error_never_skips():
+def test_a_misspelt_on_error_never_skips(error):
     assert "`text` must be" in error([row("x", text=1)], on_error="Skip")

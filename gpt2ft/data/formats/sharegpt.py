@@ -1,0 +1,17 @@
+"""ShareGPT: {conversations: [{from: human, value}, {from: gpt, value}, ...]}."""
+
+from gpt2ft.data.formats.turns import Format, Turns
+from gpt2ft.data.reading import Malformed, Record, objects, role_of, value
+
+
+def turns(record: Record) -> Turns:
+    found = []
+    for number, turn in enumerate(objects(record, "conversations"), start=1):
+        try:
+            found.append((role_of(turn, "from"), value(turn, "value", str, "a string")))
+        except Malformed as malformed:
+            raise Malformed(f"turn {number} of `conversations`: {malformed}") from None
+    return found
+
+
+CONVERSATIONS = Format("ShareGPT `conversations`", ("conversations",), turns)

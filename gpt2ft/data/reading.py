@@ -1,0 +1,140 @@
+"""What every reader of data shares: filters, the ledger of what was dropped, and refusals that name their place.
+
+Every message left out is counted under one reason, the first of `REASONS` that holds for it.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from gpt2ft.conversation import Role
+
+Record = dict[str, Any]  # one line, row or array element of a data file
+
+ROLE_NAMES: dict[str, Role] = {
+    "prompter": "user", "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "bot": "assistant",
+    "system": "system",
+}  # fmt: skip
+REASONS = (
+    "malformed line", "duplicate message id", "duplicate tree id", "cycle in parent_id",
+    "deleted", "wrong language",
+    "not reviewed",  # a review said no; a message that nobody reviewed stays
+    "empty", "rank above limit",
+    "orphan",  # its parent is not in the data
+    "bad role order",  # as its parent, an assistant at the root, or a system message elsewhere
+    "joined to the turn above",  # of the same role: nothing of its text is lost
+    "below a dropped message",
+    "beside the path kept for the topic",
+    "no reply",  # what is left of a tree in which no assistant speaks
+)  # fmt: skip
+_HALF_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class DataError(ValueError):
+    """Data that cannot be trained on: says where, what must hold and what was found."""
+
+
+class Malformed(Exception):
+    """What is wrong with a record, before the place is known."""
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Which messages to keep. `languages` () is all of them; `max_rank` 0 is only the best reply.
+
+    `max_rank` leaves unranked replies alone: OASST ranks only where there were several to compare. `languages`
+    says nothing of formats that name no languages.
+    `on_error` says whether malformed data ends the reading or is left out and counted.
+    """
+
+    languages: tuple[str, ...] = ()
+    max_rank: int | None = None
+    reviewed_only: bool = True
+    on_error: Literal["fail", "skip"] = "fail"
+
+
+@dataclass
+class Totals:
+    """What was read before any filter: `messages` = kept + dropped, but for the malformed lines."""
+
+    trees: int = 0
+    messages: int = 0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A source, or a part of one, being read: its name for trees, the filters, and the counts so far."""
+
+    source: str
+    filters: Filters
+    dropped: Counter[str] = field(default_factory=Counter)
+    totals: Totals = field(default_factory=Totals)
+
+    def refuse(self, where: str, problem: str, reason: str = "malformed line") -> None:
+        """Raises a DataError, or with `on_error="skip"` counts one drop."""
+        if self.filters.on_error != "skip":
+            raise DataError(f"{where}: {problem}")
+        self.dropped[reason] += 1
+
+    def add(self, other: "Reading") -> None:
+        """Takes over the counts of another."""
+        self.dropped.update(other.dropped)
+        self.totals.trees += other.totals.trees
+        self.totals.messages += other.totals.messages
+
+
+def value(record: Record, key: str, kind: type, must_be: str, optional: bool = False) -> Any:
+    """The value under `key`, of exactly type `kind` (so true is no number); None where optional and absent.
+
+    Raises:
+        Malformed: if it is anything else, or text that no file can hold.
+    """
+    found = record.get(key)
+    if found is None and optional:
+        return None
+    if type(found) is not kind:
+        raise Malformed(f"`{key}` must be {must_be}, but is {show(found) if key in record else 'missing'}{of(record)}")
+    if kind is str and not found.isascii() and _HALF_SURROGATE.search(found):
+        raise Malformed(f"`{key}` must be text, but holds half of a surrogate pair{of(record)}")
+    return found
+
+
+def text_of(record: Record, key: str = "text") -> str:
+    """The text under `key` with plain line ends and without space around it."""
+    return tidy(value(record, key, str, "a string"))
+
+
+def tidy(text: str) -> str:
+    return text.replace("\r\n", "\n").strip()
+
+
+def role_of(record: Record, key: str = "role") -> Role:
+    role = value(record, key, str, "a string")
+    if role not in ROLE_NAMES:
+        raise Malformed(f"`{key}` must be one of {', '.join(ROLE_NAMES)}, but is {show(role)}{of(record)}")
+    return ROLE_NAMES[role]
+
+
+def objects(record: Record, key: str) -> Iterator[Record]:
+    """The objects in the list under `key`."""
+    for item in value(record, key, list, "a list"):
+        if not isinstance(item, dict):
+            raise Malformed(f"`{key}` must hold objects, but holds {show(item)}{of(record)}")
+        yield item
+
+
+def of(record: Record) -> str:
+    """Which message is meant, where it has an id."""
+    return f" (message {show(record['message_id'])})" if "message_id" in record else ""
+
+
+def show(value: Any) -> str:
+    """A value in the words of an error."""
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    shown = json.dumps(value, default=repr)
+    return shown if len(shown) <= 60 else shown[:57] + "..."

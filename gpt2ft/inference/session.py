@@ -1,0 +1,358 @@
+"""A conversation with a model: its turns, how they are made to fit the context, and replies that come piece by piece.
+
+    session = Session(model, tokenizer, frame_for(tokenizer), Sampling(), max_new_tokens=256)
+    session.say("What is tea?")
+    for piece in session.reply():
+        print(piece, end="")
+
+Nothing here prints.
+"""
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any, Literal, Protocol
+
+from gpt2ft.conversation import Role
+from gpt2ft.inference.generate import Decoder, StopStrings, TextStream, unsayable
+from gpt2ft.inference.sampling import Sampling
+from gpt2ft.model.gpt2 import GPT2
+from gpt2ft.random import seed_for
+from gpt2ft.text.context import kept_turns
+from gpt2ft.text.template import render_prompt, render_turn
+from gpt2ft.text.tokenizer import ChatTokenizer
+
+Turn = tuple[Role, str]
+Pieces = Generator[str, None, None]  # pieces of text as they come; to close it is to interrupt
+Finish = Literal["stop", "length", "context", "interrupted"]
+
+
+class Frame(Protocol):
+    """How turns become a prompt, and what ends a reply.
+
+    Attributes:
+        opening: the ids after the turns, which ask for the reply.
+        stop_ids, stop_strings: end a reply and are not part of it.
+        opens_with_space: white space at the beginning of a reply belongs to the frame.
+    """
+
+    opening: list[int]
+    stop_ids: list[int]
+    stop_strings: tuple[str, ...]
+    opens_with_space: bool
+
+    def render(self, turns: Sequence[Turn]) -> list[list[int]]:
+        """The ids of each turn."""
+
+
+class ChatFrame:
+    """The chat template, for models that were trained with it."""
+
+    stop_strings = ()
+    opens_with_space = False
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.opening = render_prompt(tokenizer, [])
+        self.stop_ids = [tokenizer.end_id, tokenizer.end_of_text_id]
+
+    def render(self, turns: Sequence[Turn]) -> list[list[int]]:
+        return [render_turn(self._tokenizer, role, text) for role, text in turns]
+
+
+class PlainFrame:
+    """Turns as plain text, for base models, whose chat tokens mean nothing yet. Unlike the template it can be forged.
+
+    Answer in rhyme.
+
+    User: What is tea?
+    Assistant: A friend to me.
+    User: And cold?
+    Assistant:
+    """
+
+    stop_strings = ("\nUser:",)
+    opens_with_space = True  # a word has its space before it: "Assistant: A" is "Assistant", ":", " A"
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.opening = tokenizer.encode("Assistant:")
+        self.stop_ids = [tokenizer.end_of_text_id]
+
+    def render(self, turns: Sequence[Turn]) -> list[list[int]]:
+        before = {"system": "", "user": "User: ", "assistant": "Assistant: "}
+        after = {"system": "\n\n", "user": "\n", "assistant": "\n"}
+        return [self._tokenizer.encode(before[role] + text + after[role]) for role, text in turns]
+
+
+def frame_for(tokenizer: ChatTokenizer) -> Frame:
+    """The chat template if the model was trained with its tokens, plain text if not."""
+    return ChatFrame(tokenizer) if tokenizer.has_chat_tokens else PlainFrame(tokenizer)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a reply took.
+
+    `finish`: "stop" if the model ended it, "length" after `max_new_tokens`, "context" where the context was full,
+    "interrupted" if it was not let finish. `seconds` are those of the model, not of who reads the pieces.
+    `dropped_turns`: how many of the oldest turns the model did not see.
+    """
+
+    tokens: int
+    seconds: float
+    finish: Finish
+    prompt_tokens: int
+    dropped_turns: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class Session:
+    """One conversation. Users and the assistant take turns; what is read once stays cached for the next reply.
+
+    With a seed in `sampling`, the same actions on a new conversation give the same replies, and each reply draws
+    numbers of its own, so that `retry` does not say the same again (unless the temperature is 0).
+
+    A reply that its reader abandons counts as interrupted as soon as the session is asked for anything else.
+
+    Attributes:
+        turns: (role, text) from the first on, without the system text.
+        system: the text of a system turn before the others, or None. It can be set at any time.
+        sampling: can be set at any time.
+        max_new_tokens: of one reply; can be set at any time.
+        last: `Statistics` of the last reply or continuation, or None.
+    """
+
+    def __init__(
+        self, model: GPT2, tokenizer: ChatTokenizer, frame: Frame, sampling: Sampling, max_new_tokens: int
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.frame = frame
+        self.sampling = sampling
+        self.max_new_tokens = max_new_tokens
+        self.turns: list[Turn] = []
+        self.system: str | None = None
+        self.last: Statistics | None = None
+        self._decoder: Decoder | None = None
+        self._num_replies = 0
+        self._under_way: Pieces | None = None
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self._max_new_tokens
+
+    @max_new_tokens.setter
+    def max_new_tokens(self, number: int) -> None:
+        if number < 1:
+            raise ValueError(f"`max_new_tokens` must be at least 1, but is {number}")
+        self._max_new_tokens = number
+
+    # --- what is said ---
+
+    def say(self, text: str) -> None:
+        """Adds a user turn. Two in a row become one, joined by a blank line as in training data."""
+        self._settle()
+        if self._awaits_reply():
+            text = f"{self.turns.pop()[1]}\n\n{text}"
+        self.turns.append(("user", text))
+
+    def reply(self, should_stop: Callable[[], bool] = lambda: False) -> Pieces:
+        """The assistant's reply, piece by piece. At its end, whatever brings it, what was said becomes a turn.
+
+        If it is interrupted before anything was said, there is no such turn, and the reply can be asked for again.
+
+        Args:
+            should_stop: asked before each token.
+        Raises:
+            ValueError: if there is nothing to reply to, or the last message is too long for the context: it is
+                then taken back.
+        """
+        self._settle()
+        if not self._awaits_reply():
+            raise ValueError("there must be a message to reply to, but there is none: say something first")
+        prompt_ids, dropped_turns = self._prompt()
+        self._under_way = self._reply(prompt_ids, dropped_turns, should_stop)
+        return self._under_way
+
+    def complete(self, text: str, should_stop: Callable[[], bool] = lambda: False) -> Pieces:
+        """How a document goes on that begins with `text`, up to its `<|endoftext|>`; turns play no part in it.
+
+        Raises:
+            ValueError: if `text` is too long for the context.
+        """
+        self._settle()
+        end = self.tokenizer.end_of_text_id
+        prompt_ids = self.tokenizer.encode(text) or [end]
+        if len(prompt_ids) > self._limit():
+            raise ValueError(
+                f"the text must have at most {self._limit()} tokens, but has {len(prompt_ids)}: shorten it"
+            )
+        decoder = Decoder(self.model, [end], unsayable(self.tokenizer, self.model.wte.weight, [end]), 1)
+        self._under_way = self._pieces(decoder, prompt_ids, 0, (), should_stop)
+        return self._under_way
+
+    def undo(self) -> None:
+        """Takes back the last message and the reply to it.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        self._settle()
+        if not self.turns:
+            raise ValueError("there must be a message to take back, but there is none")
+        del self.turns[-1 if self._awaits_reply() else -2 :]
+
+    def retry(self) -> None:
+        """Takes back the last reply, if its message has one, so that `reply` draws another.
+
+        Raises:
+            ValueError: if there is no message.
+        """
+        self._settle()
+        if not self.turns:
+            raise ValueError("there must be a message to reply to again, but there is none: say something first")
+        if not self._awaits_reply():
+            self.turns.pop()
+
+    def new(self) -> None:
+        """Begins a new conversation; the system text stays."""
+        self._settle()
+        self.turns.clear()
+        self.last = None
+        self._num_replies = 0
+
+    def to_messages(self) -> list[dict[str, str]]:
+        """The conversation as {"role", "content"}, the system text first."""
+        self._settle()
+        return [{"role": role, "content": text} for role, text in self._all_turns()]
+
+    def from_messages(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Replaces the conversation, and the system text, by what `to_messages` gives.
+
+        Raises:
+            ValueError: if a message is damaged or out of turn; the conversation is then as it was.
+        """
+        turns = _checked(messages)
+        self.new()
+        self.system = turns.pop(0)[1] if turns and turns[0][0] == "system" else None
+        self.turns = turns
+
+    # --- how ---
+
+    def _awaits_reply(self) -> bool:
+        return bool(self.turns) and self.turns[-1][0] == "user"
+
+    def _all_turns(self) -> list[Turn]:
+        return [*([] if self.system is None else [("system", self.system)]), *self.turns]
+
+    def _limit(self) -> int:
+        """Tokens that a prompt may have: the rest of the context is for what comes."""
+        n_positions = self.model.config.n_positions
+        return n_positions - min(self.max_new_tokens, n_positions // 4)
+
+    def _prompt(self) -> tuple[list[int], int]:
+        """The ids, and how many of the oldest turns had to give way."""
+        turns = self._all_turns()
+        rendered = self.frame.render(turns)
+        lengths = [len(ids) for ids in rendered]
+        room = self._limit() - len(self.frame.opening)
+        kept = kept_turns([role for role, _ in turns], lengths, room)
+        if kept is None:
+            self.turns.pop()
+            beside = f" beside the system text of {lengths[0]}" if self.system is not None else ""
+            fitting = max(0, room - (lengths[0] if beside else 0))
+            raise ValueError(
+                f"a message must have at most {fitting} tokens{beside}, but this one has {lengths[-1]}: it is taken "
+                "back, shorten it"
+            )
+        return [*(id for turn in kept for id in rendered[turn]), *self.frame.opening], len(turns) - len(kept)
+
+    def _reply(self, prompt_ids: list[int], dropped_turns: int, should_stop: Callable[[], bool]) -> Pieces:
+        said = []
+        if self._decoder is None:
+            forbidden = unsayable(self.tokenizer, self.model.wte.weight, self.frame.stop_ids)
+            self._decoder = Decoder(self.model, self.frame.stop_ids, forbidden, 1)
+        pieces = self._pieces(self._decoder, prompt_ids, dropped_turns, self.frame.stop_strings, should_stop)
+        try:
+            with closing(pieces):
+                for piece in pieces:
+                    if self.frame.opens_with_space and not said:
+                        piece = piece.lstrip()
+                    if piece:
+                        said.append(piece)
+                        yield piece
+        except (Exception, KeyboardInterrupt):
+            self._decoder = None  # which may have been left half-way
+            raise
+        finally:
+            if said or (self.last is not None and self.last.finish != "interrupted"):
+                self.turns.append(("assistant", "".join(said)))
+
+    def _pieces(
+        self,
+        decoder: Decoder,
+        prompt_ids: list[int],
+        dropped_turns: int,
+        stop_strings: tuple[str, ...],
+        should_stop: Callable[[], bool],
+    ) -> Pieces:
+        """What the model says to a prompt. Sets `last`, whatever ends it."""
+        text, stop = TextStream(self.tokenizer), StopStrings(stop_strings)
+        most, tokens, finish = self.max_new_tokens, 0, None
+        self.last = None
+        began = perf_counter()
+        slot = decoder.join(prompt_ids, self._next_sampling(), most)
+        seconds = perf_counter() - began
+        try:
+            while finish is None and not should_stop():
+                began = perf_counter()
+                [(_, id, finish)] = decoder.step()
+                seconds += perf_counter() - began
+                if id is not None:
+                    tokens += 1
+                    piece = stop.push(text.push(id))
+                    finish = "stop" if stop.found else finish
+                    if piece:
+                        yield piece
+            if rest := stop.push(text.finish()) + stop.finish():
+                yield rest
+        finally:
+            decoder.leave(slot)
+            if finish == "length" and tokens < most:
+                finish = "context"
+            self.last = Statistics(tokens, seconds, finish or "interrupted", len(prompt_ids), dropped_turns)
+
+    def _next_sampling(self) -> Sampling:
+        """Each reply, a repeated one too, has its own random numbers."""
+        self._num_replies += 1
+        if self.sampling.seed is None:
+            return self.sampling
+        return replace(self.sampling, seed=seed_for(self.sampling.seed, "reply", self._num_replies))
+
+    def _settle(self) -> None:
+        """Ends what its reader has abandoned, so that it is among the turns before they change."""
+        if self._under_way is not None:
+            self._under_way.close()
+            self._under_way = None
+
+
+def _checked(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
+    """The turns in saved messages: perhaps a system text, then user and assistant in turn."""
+    if not isinstance(messages, list | tuple):
+        raise ValueError(f"the messages must be a list, but are {type(messages).__name__}")
+    turns: list[Turn] = []
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
+            raise ValueError(f"message {number} must hold `role` and `content` as text, but is {message!r:.80}")
+        above = turns[-1][0] if turns else ""
+        allowed = {"": ("system", "user"), "user": ("assistant",)}.get(above, ("user",))
+        if message.get("role") not in allowed:
+            rule = " or ".join(allowed) + (f" after {above}" if above else "")
+            raise ValueError(f"message {number}: `role` must be {rule}, but is {message.get('role')!r}")
+        turns.append((message["role"], message["content"]))
+    return turns

@@ -1,0 +1,80 @@
+"""Records, written to any kind of file and read back with their accounting checked."""
+
+import gzip
+import json
+from dataclasses import dataclass
+
+import pytest
+
+from gpt2ft.data.reading import REASONS, DataError, Filters, Reading
+from gpt2ft.data.records import Block
+from gpt2ft.data.sources import Source, open_source
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A list in the place of a file."""
+
+    records: list
+    place: str = "test.jsonl"
+
+    def blocks(self):
+        places = [f"{self.place}:{number}" for number in range(1, len(self.records) + 1)]
+        yield Block(0, lambda reading: zip(places, self.records, strict=True))
+
+
+@pytest.fixture(scope="session")
+def read():
+    """read(source, **filters): the trees and the reading of a name, a file or a list of records."""
+
+    def read(source, **filters):
+        opened = Source("test", InMemory(source)) if isinstance(source, list) else open_source(str(source))
+        reading = Reading(opened.name, Filters(**filters))
+        trees = [tree for part in opened.parts(reading.filters) for tree in part.trees(reading)]
+        kept = sum(len(tree.messages) for tree in trees)
+        assert kept + reading.dropped.total() - reading.dropped["malformed line"] == reading.totals.messages
+        assert set(reading.dropped) <= set(REASONS)
+        assert {tree.source for tree in trees} <= {opened.name}
+        return trees, reading
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def drops(read):
+    """drops(source, **filters): messages by the reason for which they are dropped."""
+    return lambda source, **filters: dict(+read(source, **filters)[1].dropped)
+
+
+@pytest.fixture(scope="session")
+def error(read):
+    """error(source, **filters): what the refusal says."""
+
+    def error(source, **filters):
+        with pytest.raises(DataError) as raised:
+            read(source, **filters)
+        return str(raised.value)
+
+    return error
+
+
+@pytest.fixture(scope="session")
+def write():
+    """write(file, records): in the layout that the name of the file asks for; "array.json" is one array."""
+
+    def write(file, records):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".parquet":
+            import pyarrow.parquet
+
+            keys = dict.fromkeys(key for record in records for key in record)  # the first need not have them all
+            rows = [{key: record.get(key) for key in keys} for record in records]
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+        elif file.name == "array.json":
+            file.write_text(json.dumps(records, indent=1))
+        else:
+            lines = "".join(json.dumps(record, ensure_ascii=file.suffix == ".json") + "\n" for record in records)
+            file.write_bytes(gzip.compress(lines.encode()) if file.suffix == ".gz" else lines.encode())
+        return file
+
+    return write

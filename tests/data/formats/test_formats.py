@@ -1,0 +1,295 @@
+"""Every layout, as it is published, gives its turns from every kind of file; what is malformed is named or counted."""
+
+import pytest
+
+from gpt2ft.conversation import MessageTree
+from gpt2ft.data.formats import FORMATS, columns_to_read, detect
+from gpt2ft.data.formats.turns import content_id
+from gpt2ft.data.reading import Filters, Malformed, Totals
+from gpt2ft.data.sources import open_source
+from gpt2ft.data.store import open_store
+
+BREW = "Warm the pot. Add a spoon for each cup."
+STEPS = ("user", "How do I brew tea?"), ("assistant", BREW)
+MORE = ("user", "And then?"), ("assistant", "Wait — three minutes.")
+SYSTEM = ("system", "You are a tea master.")
+ASKED = {"role": "user", "content": "How do I brew tea?"}
+TOLD = {"role": "assistant", "content": BREW}
+
+
+def messages(turns):
+    return [{"content": text, "role": role} for role, text in turns]
+
+
+def sharegpt(turns):
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    return [{"from": names[role], "value": text} for role, text in turns]
+
+
+# (format, [(record as published, its turns), ...])
+PUBLISHED = {
+    "smoltalk": (
+        "`messages` conversations",
+        [
+            ({"messages": messages([SYSTEM, *STEPS, *MORE]), "source": "smol-magpie-ultra"}, [SYSTEM, *STEPS, *MORE]),
+            ({"messages": messages(STEPS), "source": "everyday-conversations"}, STEPS),
+        ],
+    ),
+    "ultrachat": (
+        "`messages` conversations",
+        [
+            ({"prompt": STEPS[0][1], "prompt_id": "f0e37e9f", "messages": messages([*STEPS, *MORE])}, [*STEPS, *MORE]),
+            ({"prompt": STEPS[0][1], "prompt_id": "0d1cb4e1", "messages": messages(STEPS)}, STEPS),
+        ],
+    ),
+    "openai": ("`messages` conversations", [({"messages": messages([SYSTEM, *STEPS])}, [SYSTEM, *STEPS])]),
+    "sharegpt": (
+        "ShareGPT `conversations`",
+        [
+            ({"id": "identity_0", "conversations": sharegpt([SYSTEM, *STEPS])}, [SYSTEM, *STEPS]),
+            ({"id": "identity_1", "conversations": sharegpt([*STEPS, *MORE])}, [*STEPS, *MORE]),
+        ],
+    ),
+    "alpaca": (
+        "Alpaca `instruction`/`input`/`output`",
+        [
+            (
+                {"instruction": "How do I brew tea?", "input": "", "output": BREW, "text": "Below is an instruction"},
+                STEPS,
+            ),
+            (
+                {"instruction": "Name the tea.", "input": "It is green.", "output": "Sencha.", "text": "Below is an"},
+                [("user", "Name the tea.\n\nIt is green."), ("assistant", "Sencha.")],
+            ),
+        ],
+    ),
+    "alpaca without input": (
+        "Alpaca `instruction`/`input`/`output`",
+        [({"instruction": "How do I brew tea?", "output": BREW}, STEPS)],
+    ),
+    "dolly": (
+        "Dolly `instruction`/`context`/`response`",
+        [
+            (
+                {
+                    "instruction": "When is the harvest?",
+                    "context": "First flush is picked in March.",
+                    "response": "In March.",
+                    "category": "closed_qa",
+                },
+                [("user", "When is the harvest?\n\nFirst flush is picked in March."), ("assistant", "In March.")],
+            ),
+            (
+                {"instruction": STEPS[0][1], "context": "", "response": BREW, "category": "open_qa"},
+                STEPS,
+            ),
+        ],
+    ),
+    "prompt and completion": (
+        "`prompt`/`completion` pairs",
+        [({"prompt": "How do I brew tea?", "completion": f" {BREW}"}, STEPS)],
+    ),
+    "prompt and completion as messages": (
+        "`prompt`/`completion` pairs",
+        [
+            ({"prompt": [ASKED], "completion": [TOLD]}, STEPS),
+            (
+                {"prompt": messages([SYSTEM, *STEPS, MORE[0]]), "completion": messages(MORE[1:])},
+                [SYSTEM, *STEPS, *MORE],
+            ),
+        ],
+    ),
+    "text": (
+        "plain `text`",
+        [({"text": "Tea is a drink.\n\nIt is hot.\n", "meta": 1}, [("text", "Tea is a drink.\n\nIt is hot.")])],
+    ),
+}
+KINDS = ["t.jsonl", "T.JSONL", "t.jsonl.gz", "array.json", "lines.json", "t.parquet", "folder"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", PUBLISHED)
+def test_published_rows_from_every_kind_of_file(layout, kind, read, write, tmp_path):
+    name, rows = PUBLISHED[layout]
+    records = [record for record, _ in rows]
+    if kind == "folder":
+        write(tmp_path / "folder" / "a.parquet", records)
+        write(tmp_path / "folder" / "b.jsonl", records)
+        (tmp_path / "folder" / "README.md").write_text("no data")
+        (tmp_path / "folder" / ".hidden.jsonl").write_text("no data")
+        rows = rows * 2
+    else:
+        write(tmp_path / kind, records)
+    trees, reading = read(tmp_path / kind)
+    source = kind.partition(".")[0]
+    assert trees == [MessageTree.from_turns(content_id(turns), source, turns) for _, turns in rows]
+    assert not reading.dropped
+    assert reading.totals == Totals(trees=len(rows), messages=sum(len(turns) for _, turns in rows))
+    assert open_source(str(tmp_path / kind)).format.name == name
+
+
+@pytest.mark.parametrize("layout", PUBLISHED)
+def test_filters_that_a_layout_knows_nothing_of_drop_nothing(layout, read):
+    records = [record for record, _ in PUBLISHED[layout][1]]
+    trees, reading = read(records, languages=("de",), max_rank=0)
+    assert len(trees) == len(records)
+    assert not reading.dropped
+
+
+@pytest.mark.parametrize("layout", PUBLISHED)
+def test_the_ledger_says_what_a_file_was_taken_for(layout, write, tokenizer, tmp_path):
+    name, rows = PUBLISHED[layout]
+    file = write(tmp_path / "t.jsonl", [record for record, _ in rows])
+    ledger = open_store(str(file), Filters(), tokenizer, tmp_path).ledger
+    assert (ledger.format, ledger.dropped) == (name, {})
+    assert ledger.read == ledger.kept == sum(len(turns) for _, turns in rows)
+
+
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [
+        ("message_tree_id prompt", "OASST trees"),
+        ("message_id text", "OASST messages"),
+        ("role text", "OASST messages"),
+        ("messages prompt completion", "`messages` conversations"),
+        ("conversations text", "ShareGPT `conversations`"),
+        ("prompt completion text", "`prompt`/`completion` pairs"),
+        ("instruction input output text", "Alpaca `instruction`/`input`/`output`"),
+        ("instruction output response", "Alpaca `instruction`/`input`/`output`"),
+        ("instruction response", "Dolly `instruction`/`context`/`response`"),
+        ("text label", "plain `text`"),
+    ],
+)
+def test_the_more_particular_format_is_detected(keys, name):
+    assert detect(dict.fromkeys(keys.split())).name == name
+
+
+@pytest.mark.parametrize("keys", ["", "prompt", "input output", "role content", "completion"])
+def test_a_record_of_no_format_is_told_all_of_them(keys):
+    with pytest.raises(Malformed) as raised:
+        detect(dict.fromkeys(keys.split()))
+    assert all(format.name in str(raised.value) for format in FORMATS)
+    assert str(raised.value).endswith(", ".join(f'"{key}"' for key in keys.split()) or "holds no keys")
+
+
+def test_of_a_table_only_what_its_format_reads():
+    assert columns_to_read(["text", "output", "meta", "instruction", "input"]) == ["output", "instruction", "input"]
+    assert columns_to_read(["a", "b"]) == ["a", "b"]
+    assert "labels" not in columns_to_read(["message_id", "text", "role", "labels"])
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "Tea?", "chosen": "Yes.", "rejected": "No."},
+        {"chosen": messages(STEPS), "rejected": messages(STEPS)},
+        {"prompt": messages(STEPS[:1]), "chosen": messages(STEPS[1:]), "rejected": [], "score_chosen": 8.0},
+    ],
+)
+@pytest.mark.parametrize("kind", ["t.jsonl", "t.parquet"])
+def test_preferences_are_refused_by_name(record, kind, error, write, tmp_path):
+    found = error(write(tmp_path / kind, [record] * 2), on_error="skip")
+    assert found.startswith(f"{tmp_path / kind}: must hold conversations, but at {tmp_path / kind}:")
+    assert "is a preference (`chosen` and `rejected`)" in found
+
+
+def test_real_preferences_are_refused_by_name(test_data, error):
+    assert "is a preference" in error(test_data("prefs/ultrafeedback_eval200.jsonl"))
+
+
+# --- malformed ------------------------------------------------------------------------------------------------------
+
+HALF = "\ud83d"
+FIRST, SECOND = "message 1 of `messages`:", "message 2 of `messages`:"
+TURN = "turn 1 of `conversations`:"
+ANOTHER = "like the first record, but holds"
+MALFORMED = {
+    "openai": [
+        ({"messages": None}, "`messages` must be a list, but is null"),
+        ({"messages": "Tea?"}, '`messages` must be a list, but is "Tea?"'),
+        ({"messages": {"role": "user"}}, "`messages` must be a list, but is an object"),
+        ({"messages": [ASKED, None]}, "`messages` must hold objects, but holds null"),
+        ({"messages": [[ASKED]]}, "`messages` must hold objects, but holds a list"),
+        ({"messages": [ASKED, {"role": "assistant"}]}, f"{SECOND} `content` must be a string, but is missing"),
+        ({"messages": [ASKED, TOLD | {"content": None}]}, f"{SECOND} `content` must be a string, but is null"),
+        ({"messages": [ASKED | {"content": [{"type": "text"}]}]}, f"{FIRST} `content` must be a string, but is a list"),
+        ({"messages": [ASKED | {"content": float("nan")}]}, f"{FIRST} `content` must be a string, but is NaN"),
+        ({"messages": [ASKED | {"content": HALF}]}, f"{FIRST} `content` must be text, but holds half of a surrogate"),
+        ({"messages": [{"content": "Tea?"}]}, f"{FIRST} `role` must be a string, but is missing"),
+        ({"messages": [ASKED | {"role": 1}]}, f"{FIRST} `role` must be a string, but is 1"),
+        ({"messages": [ASKED, {"role": "tool", "content": "4"}]}, f"{SECOND} `role` must be one of prompter"),
+        ({"text": "Tea?"}, f'must be `messages` conversations {ANOTHER} "text"'),
+        ({}, f"must be `messages` conversations {ANOTHER} no keys"),
+        ([ASKED], "must be a JSON object, but is "),
+    ],
+    "sharegpt": [
+        ({"conversations": None}, "`conversations` must be a list, but is null"),
+        ({"conversations": [3]}, "`conversations` must hold objects, but holds 3"),
+        ({"conversations": [{"from": "human"}]}, f"{TURN} `value` must be a string, but is missing"),
+        ({"conversations": [{"from": "human", "value": None}]}, f"{TURN} `value` must be a string, but is null"),
+        ({"conversations": [{"value": "Tea?"}]}, f"{TURN} `from` must be a string, but is missing"),
+        ({"conversations": [{"from": "bing", "value": "x"}]}, f"{TURN} `from` must be one of prompter, user"),
+        ({"messages": [ASKED]}, f'must be ShareGPT `conversations` {ANOTHER} "messages"'),
+    ],
+    "alpaca": [
+        ({"instruction": None, "output": "x"}, "`instruction` must be a string, but is null"),
+        ({"instruction": "x", "output": None}, "`output` must be a string, but is null"),
+        ({"instruction": "x", "input": 3, "output": "x"}, "`input` must be a string or null, but is 3"),
+        ({"instruction": "x", "input": ["x"], "output": "x"}, "`input` must be a string or null, but is a list"),
+        ({"instruction": HALF, "output": "x"}, "`instruction` must be text, but holds half of a surrogate pair"),
+        ({"instruction": "x"}, f'must be Alpaca `instruction`/`input`/`output` {ANOTHER} "instruction"'),
+    ],
+    "dolly": [
+        ({"instruction": "x", "context": "", "response": False}, "`response` must be a string, but is false"),
+        ({"instruction": "x", "context": {}, "response": "x"}, "`context` must be a string or null, but is an object"),
+        ({"instruction": 1.5, "context": "", "response": "x"}, "`instruction` must be a string, but is 1.5"),
+        ({"instruction": "x", "output": "x"}, "must be Dolly `instruction`/`context`/`response` like the first record"),
+    ],
+    "prompt and completion": [
+        ({"prompt": None, "completion": "x"}, "`prompt` must be a string, but is null"),
+        ({"prompt": "x", "completion": [TOLD]}, "`completion` must be a string, but is a list"),
+        ({"prompt": [ASKED], "completion": "x"}, '`completion` must be a list, but is "x"'),
+        ({"prompt": [ASKED], "completion": [None]}, "`completion` must hold objects, but holds null"),
+        ({"prompt": [ASKED], "completion": [ASKED]}, "`completion` must hold assistant messages only"),
+        ({"prompt": [TOLD | {"role": "x"}], "completion": [TOLD]}, "message 1 of `prompt`: `role` must be one of"),
+        ({"prompt": {"role": "user"}, "completion": "x"}, "`prompt` must be a string, but is an object"),
+        ({"prompt": "x", "chosen": "x", "rejected": "y"}, "must be `prompt`/`completion` pairs like the first record"),
+    ],
+    "text": [
+        ({"text": None}, "`text` must be a string, but is null"),
+        ({"text": ["a", "b"]}, "`text` must be a string, but is a list"),
+        ({"text": True}, "`text` must be a string, but is true"),
+        ({"content": "x"}, f'must be plain `text` {ANOTHER} "content"'),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layout", "record", "problem"),
+    [(layout, record, problem) for layout, cases in MALFORMED.items() for record, problem in cases],
+)
+def test_a_malformed_record_is_an_error_or_skipped_and_counted(layout, record, problem, read, error, write, tmp_path):
+    (good, _), *_ = PUBLISHED[layout][1]
+    expected = read(write(tmp_path / "t.jsonl", [good, good]))[0]
+    for kind, place in (("lines.json", "lines.json:2"), ("array.json", "array.json: record 2")):
+        file = write(tmp_path / kind, [good, record, good])
+        assert error(file).startswith(f"{tmp_path / place}: {problem}")
+        trees, reading = read(file, on_error="skip")
+        assert [tree.messages for tree in trees] == [tree.messages for tree in expected]
+        assert reading.dropped == {"malformed line": 1}
+        assert reading.totals.trees == 2
+
+
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        (None, "`messages` must be a list, but is null"),
+        ([ASKED, None], "`messages` must hold objects, but holds null"),
+        ([ASKED, TOLD | {"content": None}], f"{SECOND} `content` must be a string, but is null"),
+        ([{"role": None, "content": "x"}], f"{FIRST} `role` must be a string, but is null"),
+    ],
+)
+def test_nulls_in_a_table(messages, problem, error, drops, write, tmp_path):
+    file = write(tmp_path / "t.parquet", [{"messages": [ASKED, TOLD]}, {"messages": messages}])
+    assert error(file) == f"{file}: row 2: {problem}"
+    assert drops(file, on_error="skip") == {"malformed line": 1}

@@ -1,0 +1,177 @@
+"""However many processes build a store, and however often they are killed, the same store comes to be, bit by bit."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+import gpt2ft.data.store as store_module
+from gpt2ft import quickstart
+from gpt2ft.data import records
+from gpt2ft.data.reading import DataError, Filters
+from gpt2ft.data.store import open_store
+from gpt2ft.text.tokenizer import ChatTokenizer
+
+BLOCK_BYTES = 5_000  # some forty parts of the quickstart
+SPAWN = multiprocessing.get_context("spawn")
+
+
+@pytest.fixture(autouse=True)
+def many_parts(monkeypatch):
+    monkeypatch.setattr(records, "BLOCK_BYTES", BLOCK_BYTES)
+
+
+@pytest.fixture(scope="module")
+def alone(tokenizer, tmp_path_factory):
+    """{file: digest} of the store that one process builds in one go."""
+    cache = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "BLOCK_BYTES", BLOCK_BYTES)
+        open_store("quickstart", Filters(), tokenizer, cache)
+    digests = files(cache)
+    assert len(digests) > 30
+    return digests
+
+
+def files(cache):
+    """{file: digest} of the one store in a cache, after checking that nothing lies beside it but its lock."""
+    (folder,) = [path for path in (cache / "trees").iterdir() if path.is_dir()]
+    assert {path.name for path in (cache / "trees").iterdir()} == {folder.name, f"{folder.name}.lock"}
+    assert {path.suffix for path in folder.iterdir()} == {".arrow", ".json"}
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+
+
+def count_parts(monkeypatch, then=lambda number: None):
+    """A list that grows by each part written here; before that, `then` is told how many there were."""
+    written, write_part = [], store_module._write_part
+
+    def counted(file, *arguments):
+        then(len(written))
+        write_part(file, *arguments)
+        written.append(file.name)
+
+    monkeypatch.setattr(store_module, "_write_part", counted)
+    return written
+
+
+def build(source, cache, barrier, results):
+    """In a process of its own: opens the store, and tells which parts it wrote. All begin before any is done."""
+    records.BLOCK_BYTES = BLOCK_BYTES
+    with pytest.MonkeyPatch.context() as patch:
+        written = count_parts(patch, then=lambda number: number or barrier.wait(120))
+        try:
+            found = open_store(source, Filters(), ChatTokenizer.from_folder(quickstart.MODEL), Path(cache)).ledger
+        except DataError as error:
+            found = str(error)
+    results.put((found, written))
+
+
+def build_at_once(number, source, cache):
+    """What each process found, and the parts that each wrote."""
+    barrier, results = SPAWN.Barrier(number), SPAWN.Queue()
+    arguments = (source, str(cache), barrier, results)
+    processes = [SPAWN.Process(target=build, args=arguments, daemon=True) for _ in range(number)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join(60)
+    return zip(*found, strict=True)
+
+
+def test_three_processes_build_the_store_that_one_builds(alone, tmp_path):
+    ledgers, written = build_at_once(3, "quickstart", tmp_path)
+    assert files(tmp_path) == alone
+    assert ledgers[0] == ledgers[1] == ledgers[2]
+    assert all(written)
+    assert sorted(name for names in written for name in names) == sorted(alone.keys() - {"ledger.json"})
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_malformed_line_in_a_late_part_is_reported_by_each(number, tmp_path):
+    lines = quickstart.TREES.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines[140] = '{"message_tree_id": "broken"\n'
+    (tmp_path / "t.jsonl").write_text("".join(lines), encoding="utf-8")
+    found, _ = build_at_once(number, str(tmp_path / "t.jsonl"), tmp_path)
+    assert len(set(found)) == 1
+    assert found[0].startswith(f"{tmp_path}/t.jsonl:141: must be one JSON object, but does not parse")
+    assert {path.suffix for path in (tmp_path / "trees").iterdir()} == {".parts", ".lock"}
+
+
+def test_nothing_to_train_on_is_reported_by_each(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "x" * 1000}]}] * 50
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found, _ = build_at_once(3, str(tmp_path / "t.jsonl"), tmp_path)
+    assert set(found) == {f"{tmp_path}/t.jsonl holds nothing to train on; dropped: 50 no reply"}
+    assert {path.suffix for path in (tmp_path / "trees").iterdir()} == {".parts", ".lock"}
+
+
+def killed_in_the_middle(cache):
+    """In a process of its own: ends itself as the kernel would, with a part half done."""
+    records.BLOCK_BYTES = BLOCK_BYTES
+    writes = []
+    finish = os.replace
+
+    def replace(*names):
+        writes.append(names)
+        if len(writes) > 12:
+            os.kill(os.getpid(), signal.SIGKILL)
+        finish(*names)
+
+    os.replace = replace
+    open_store("quickstart", Filters(), ChatTokenizer.from_folder(quickstart.MODEL), Path(cache))
+
+
+def test_after_a_kill_only_what_is_missing_is_tokenised(alone, tokenizer, tmp_path, monkeypatch):
+    process = SPAWN.Process(target=killed_in_the_middle, args=(str(tmp_path),))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    (parts,) = (tmp_path / "trees").glob("*.parts")
+    assert len(list(parts.glob("*.arrow"))) == 12
+    assert len(list(parts.glob("*.tmp"))) == 1
+    written = count_parts(monkeypatch)
+    open_store("quickstart", Filters(), tokenizer, tmp_path)
+    assert sorted(written) == [f"{number:06}.arrow" for number in range(12, len(alone) - 1)]
+    assert files(tmp_path) == alone
+
+
+def test_an_interrupted_build_leaves_no_store_and_is_finished_later(alone, tokenizer, tmp_path, monkeypatch):
+    def interrupt(number):
+        if number == 7:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        count_parts(patch, then=interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            open_store("quickstart", Filters(), tokenizer, tmp_path)
+    assert {path.suffix for path in (tmp_path / "trees").iterdir()} == {".parts", ".lock"}
+    written = count_parts(monkeypatch)
+    open_store("quickstart", Filters(), tokenizer, tmp_path)
+    assert len(written) == len(alone) - 1 - 7
+    assert files(tmp_path) == alone
+
+
+def test_a_part_in_work_is_left_to_whoever_has_it(alone, tokenizer, tmp_path, monkeypatch):
+    """While one process is at its sixth part, another writes all that remain and waits for it."""
+    barrier, results = SPAWN.Barrier(1), SPAWN.Queue()
+    other = SPAWN.Process(target=build, args=("quickstart", str(tmp_path), barrier, results), daemon=True)
+
+    def let_the_other_work(number):
+        if number == 5:
+            other.start()
+            while len(list(tmp_path.glob("trees/*.parts/*.arrow"))) < len(alone) - 2:
+                time.sleep(0.01)
+
+    here = count_parts(monkeypatch, then=let_the_other_work)
+    open_store("quickstart", Filters(), tokenizer, tmp_path)
+    _, there = results.get(timeout=120)
+    other.join(60)
+    assert here == [f"{number:06}.arrow" for number in range(6)]
+    assert sorted([*here, *there]) == sorted(alone.keys() - {"ledger.json"})
+    assert files(tmp_path) == alone
