@@ -1,0 +1,421 @@
+"""The chat as a person or a pipe meets it: a process of its own, with a terminal or without one."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from time import monotonic
+from types import SimpleNamespace
+
+import pexpect
+import pyte
+import pytest
+import torch
+
+from gpt2ft.inference.sampling import Sampling
+from gpt2ft.inference.session import ChatFrame, PlainFrame, Session
+from gpt2ft.model.pretrained import write_model
+from gpt2ft.runs import chat
+from gpt2ft.runs.assemble import load_policy
+from gpt2ft.runs.export import write_folder
+from gpt2ft.settings import ChatSettings, ModelSettings
+from gpt2ft.text.display import visible
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = "launch/chat.py"
+CONTEXT = 4096
+PATIENCE = 60  # seconds until a test gives up
+
+
+@pytest.fixture(scope="module")
+def untrained(tiny_model_folder, tmp_path_factory):
+    """Tiny random weights that never end a reply, with a context that takes seconds to fill."""
+    folder = tmp_path_factory.mktemp("long") / "shape"
+    folder.mkdir()
+    for file in tiny_model_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"n_positions": CONTEXT}))
+    policy = load_policy(ModelSettings(path=str(folder), random_init=True), seed=0)
+    with torch.no_grad():
+        policy.gpt2.ln_f.bias.fill_(1.0)
+        policy.gpt2.wte.weight[[policy.tokenizer.end_id, policy.tokenizer.end_of_text_id]] = -1.0
+    return policy
+
+
+@pytest.fixture(scope="module")
+def chat_model(untrained, tmp_path_factory):
+    """A model folder whose chat tokens were there when it was made."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    write_folder(folder, untrained.weights(), untrained.gpt2.config, untrained.tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base_model(untrained, tiny_model_folder, tmp_path_factory):
+    """The same without chat tokens."""
+    folder = tmp_path_factory.mktemp("base")
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).write_bytes((tiny_model_folder / name).read_bytes())
+    num_known = json.loads((tiny_model_folder / "config.json").read_text())["vocab_size"]
+    write_model(folder, untrained.weights(), untrained.gpt2.config, num_known, {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("chat_cache")
+    kept = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "COLORTERM")}
+    return kept | {
+        "GPT2FT_CACHE": str(cache),
+        "TERM": "xterm-256color",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONIOENCODING": "utf-8",
+    }
+
+
+# --- a person -------------------------------------------------------------------------------------------------------
+
+
+class Screen(pyte.Screen):
+    """80 x 24 characters that answer when they are asked where the cursor is."""
+
+    answer = staticmethod(lambda data: None)
+
+    def write_process_input(self, data):
+        self.answer(data)
+
+
+class Person:
+    """At a terminal: enters text, waits, looks."""
+
+    def __init__(self, arguments, environment):
+        command = [SCRIPT, *map(str, arguments)]
+        self.child = pexpect.spawn(
+            sys.executable, command, env=environment, cwd=str(ROOT), dimensions=(24, 80), timeout=PATIENCE
+        )
+        self.screen = Screen(80, 24)
+        self.screen.answer = self.child.send
+        self.stream = pyte.ByteStream(self.screen)
+        self.received = b""
+        self.wait_for_prompt(1)
+
+    def lines(self):
+        return [line.rstrip() for line in self.screen.display]
+
+    def status(self):
+        return self.lines()[-1]
+
+    def num_prompts(self):
+        return self.received.count(b"\x1b[?2004h")  # pasting begins to be told from typing
+
+    def wait(self, is_met):
+        """Reads until `is_met()`."""
+        end = monotonic() + PATIENCE
+        while not is_met():
+            assert monotonic() < end, "\n".join(self.lines())
+            try:
+                data = self.child.read_nonblocking(65536, timeout=0.1)
+            except pexpect.TIMEOUT:
+                continue
+            self.received += data
+            self.stream.feed(data)
+
+    def wait_for_prompt(self, number):
+        self.wait(lambda: self.num_prompts() >= number and self.status())
+
+    def enter(self, text):
+        """What the screen shows once there is another prompt."""
+        number = self.num_prompts()
+        self.child.send(text + "\r")
+        self.wait_for_prompt(number + 1)
+        return "\n".join(self.lines())
+
+    def leaves(self):
+        """Whether the program has ended well."""
+        self.child.expect(pexpect.EOF)
+        self.child.close()
+        return self.child.exitstatus == 0
+
+
+@pytest.fixture(scope="module")
+def person(chat_model, environment):
+    person = Person([chat_model, "--seed", "1", "--max_new_tokens", "12"], environment)
+    yield person
+    person.child.close(force=True)
+
+
+@pytest.fixture
+def begun(person):
+    """A person at a new conversation."""
+    for text in ("/new", "/system", "/set max_new_tokens 12"):
+        person.enter(text)
+    return person
+
+
+def saved(person, file):
+    person.enter(f"/save {file}")
+    return [(message["role"], message["content"]) for message in json.loads(file.read_text())["messages"]]
+
+
+def test_a_reply_streams_below_its_message_and_the_status_line_counts_it(begun, tmp_path):
+    assert "context" not in begun.status()
+    shown = begun.enter("What is tea?")
+    assert "user> What is tea?\nassistant> " in shown
+    assert re.search(r"\[cut off after 12 tokens; /set max_new_tokens allows more\]\n\nuser>\n", shown)
+    assert re.search(r" \| 12 tokens, [\d,]+ tokens/s \| context \d+/4,096 \| seed 1$", begun.status())
+    user, (role, reply) = saved(begun, tmp_path / "one.jsonl")
+    assert user == ("user", "What is tea?")
+    assert role == "assistant"
+    on_screen = shown.split("assistant> ")[-1].split("[cut off")[0]
+    assert "".join(on_screen.split()) == "".join(visible(reply).split())
+    assert re.search(rb"\x1b\[[\d;]*35[\d;]*massistant> ", begun.received)
+
+
+def test_ctrl_c_stops_a_reply_and_keeps_what_was_said(begun, tmp_path):
+    begun.enter(f"/set max_new_tokens {CONTEXT}")
+    prompts = begun.num_prompts()
+    begun.child.send("Tell me everything.\r")
+    begun.wait(lambda: len("".join(begun.lines()).partition("user> Tell me everything.")[2]) > 100)
+    begun.child.sendintr()
+    begun.wait_for_prompt(prompts + 1)
+    assert "[stopped]" in begun.lines()
+    assert "^C" not in "".join(begun.lines())
+    tokens = int(re.search(r"\| ([\d,]+) tokens,", begun.status())[1].replace(",", ""))
+    assert 0 < tokens < CONTEXT - 200
+    begun.enter("/set max_new_tokens 12")
+    turns = saved(begun, tmp_path / "stopped.jsonl")
+    assert [role for role, _ in turns] == ["user", "assistant"]
+    assert len(turns[1][1]) > 50
+
+
+def test_ctrl_c_clears_what_was_typed(begun):
+    begun.child.send(b"half a mess\xff")  # which is no UTF-8
+    begun.wait(lambda: any(line.startswith("user> half a mess") for line in begun.lines()))
+    begun.child.send("\x03")
+    begun.wait(lambda: begun.lines()[begun.screen.cursor.y] == "user>")
+
+
+def test_what_is_typed_during_a_reply_waits_for_its_end(begun, tmp_path):
+    begun.enter("/set max_new_tokens 500")
+    prompts = begun.num_prompts()
+    begun.child.send("One.\r")
+    begun.wait(lambda: "assistant> " in "".join(begun.lines()))
+    begun.child.send("Two.\r")
+    begun.wait_for_prompt(prompts + 2)
+    begun.enter("/set max_new_tokens 12")
+    (_, one), (_, reply), (_, two), _ = saved(begun, tmp_path / "ahead.jsonl")
+    assert (one, two) == ("One.", "Two.")
+    assert "Two." not in reply
+
+
+def test_undo_and_retry_change_what_is_remembered(begun, tmp_path):
+    begun.enter("One.")
+    begun.enter("Two.")
+    before = saved(begun, tmp_path / "before.jsonl")
+    begun.enter("/retry")
+    after = saved(begun, tmp_path / "after.jsonl")
+    assert after[:3] == before[:3]
+    assert after[3] != before[3]
+    assert "the last exchange is taken back; 2 turns remain" in begun.enter("/undo")
+    assert saved(begun, tmp_path / "undone.jsonl") == before[:2]
+
+
+def test_turns_that_give_way_and_messages_that_do_not_fit_are_said(begun, tmp_path):
+    turns = [(role, "tea " * 600) for _ in range(4) for role in ("user", "assistant")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    (tmp_path / "long.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    begun.enter(f"/load {tmp_path / 'long.jsonl'}")
+    shown = begun.enter("And now?")
+    dropped = re.search(r"\[the (\d+) oldest turns no longer fit the context\]", shown)
+    assert dropped, shown
+    assert 0 < int(dropped[1]) < 8
+    used = int(re.search(r"context ([\d,]+)/", begun.status())[1].replace(",", ""))
+    assert CONTEXT // 2 < used <= CONTEXT
+    (tmp_path / "system.jsonl").write_text(json.dumps({"messages": [{"role": "system", "content": "tea " * 4090}]}))
+    begun.enter(f"/load {tmp_path / 'system.jsonl'}")
+    assert "error: a message must have at most" in begun.enter("Hello?")
+    assert saved(begun, tmp_path / "refused.jsonl")[1:] == []
+
+
+def test_a_saved_conversation_is_loaded_and_goes_on(begun, tmp_path):
+    begun.enter("/system Be brief.")
+    begun.enter("One.")
+    before = saved(begun, tmp_path / "chat.jsonl")
+    begun.enter("/new")
+    shown = begun.enter(f"/load {tmp_path / 'chat.jsonl'}")
+    assert "system> Be brief.\n\nuser> One.\nassistant> " in shown
+    begun.enter("Two.")
+    assert saved(begun, tmp_path / "more.jsonl")[:-1] == [*before, ("user", "Two.")]
+    assert "error: " in begun.enter(f"/load {tmp_path / 'missing.jsonl'}")
+    assert "No such file or directory" in "\n".join(begun.lines())
+
+
+def test_a_message_can_have_several_lines(begun, tmp_path):
+    begun.child.send("first\x1b\rsecond\x1b[200~\nthird\r\nfourth\x1b[201~")
+    begun.wait(lambda: "      fourth" in begun.lines())
+    assert begun.enter("").count("\nassistant> ") >= 1
+    assert saved(begun, tmp_path / "lines.jsonl")[0] == ("user", "first\nsecond\nthird\nfourth")
+
+
+def test_an_unknown_command_is_answered_and_the_chat_goes_on(begun):
+    assert "error: there is no command /hlep (did you mean /help?)" in begun.enter("/hlep me")
+    assert "Alt+Enter" in begun.enter("/help")
+    assert "temperature 0.7, top_k 0" in begun.enter("/set")
+
+
+def test_what_was_entered_is_kept_for_the_next_time(begun, environment):
+    begun.enter("/set top_k 5")
+    history = Path(environment["GPT2FT_CACHE"]) / "chat_history"
+    assert history.read_text().endswith("+/set top_k 5\n")
+    assert history.stat().st_mode & 0o077 == 0
+    assert begun.status().endswith("| top_k 5, seed 1")
+    begun.enter("/set top_k 0")
+
+
+def test_ctrl_d_leaves(begun):
+    begun.child.sendeof()
+    assert begun.leaves()
+
+
+def test_documents_are_continued_in_a_terminal_without_colours(chat_model, environment):
+    person = Person([chat_model, "--complete", "--max_new_tokens", "5"], environment | {"NO_COLOR": "1"})
+    prompts = person.num_prompts()
+    person.child.send("Once upon a time\r")
+    person.wait_for_prompt(prompts + 1)
+    assert "text> Once upon a time\nOnce upon a time" in "\n".join(person.lines())
+    assert "error: /undo needs a conversation" in person.enter("/undo")
+    assert re.search(rb"\x1b\[[\d;]*1m", person.received)  # bold is no colour
+    assert not re.search(rb"\x1b\[(\d+;)*(3[0-8]|9[0-7])(;\d+)*m", person.received)
+    person.child.send("/quit\r")
+    assert person.leaves()
+
+
+# --- a pipe ---------------------------------------------------------------------------------------------------------
+
+
+def through_pipe(arguments, text, environment):
+    command = [sys.executable, SCRIPT, *map(str, arguments)]
+    return subprocess.run(
+        command, input=text.encode(), env=environment, cwd=ROOT, capture_output=True, timeout=PATIENCE, check=False
+    )
+
+
+def in_this_process(policy, seed, max_new_tokens):
+    session = Session(policy.gpt2, policy.tokenizer, ChatFrame(policy.tokenizer), Sampling(seed=seed), max_new_tokens)
+    session.model.eval()
+    return session
+
+
+def test_every_line_is_an_entry_and_stdout_holds_replies_alone(chat_model, untrained, environment):
+    lines = ["What is tea?", "", "/hlep", "//slash", "/set top_k 9", "And cold?", "/quit", "never read"]
+    ended = through_pipe([chat_model, "--seed", "3", "--max_new_tokens", "150"], "\n".join(lines), environment)
+    session, replies = in_this_process(untrained, 3, 150), []
+    for text in ("What is tea?", "/slash", "And cold?"):
+        if text == "And cold?":
+            session.sampling = Sampling(seed=3, top_k=9)
+        session.say(text)
+        replies.append(visible("".join(session.reply())) + "\n")
+    assert ended.stdout.decode() == "".join(replies)
+    assert "\\x" in "".join(replies)  # the model did say control characters
+    errors = [line for line in ended.stderr.decode().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "did you mean /help?" in errors[0]
+    assert ended.stderr.decode().count("[cut off after 150 tokens") == 3
+    assert ended.returncode == 1  # not everything could be done
+
+
+def test_a_pipe_is_one_document_that_is_continued(base_model, untrained, environment):
+    document = "Once upon\n/new time\n\nthere was"
+    arguments = [base_model, "--complete", "--seed", "3", "--max_new_tokens", "20"]
+    ended = through_pipe(arguments, document + "\n", environment)
+    continuation = "".join(in_this_process(untrained, 3, 20).complete(document))
+    assert len(continuation) > 20
+    assert ended.stdout.decode() == visible(document + continuation) + "\n"
+    assert (ended.stderr, ended.returncode) == (b"", 0)
+
+
+def test_a_reader_that_has_enough_ends_it_quietly(chat_model, environment):
+    command = [sys.executable, SCRIPT, str(chat_model), "--complete", "--max_new_tokens", str(CONTEXT)]
+    with subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as started:
+        started.stdin.write(b"Once upon a time")
+        started.stdin.close()
+        assert started.stdout.read(30).startswith(b"Once upon a time")
+        started.stdout.close()
+        began = monotonic()
+        assert (started.stderr.read(), started.wait(PATIENCE)) == (b"", 0)
+    assert monotonic() - began < PATIENCE / 2
+
+
+# --- what it is put together from -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def handed_over(monkeypatch):
+    """What a chat with these settings would hand over, without holding it."""
+
+    def hand_over(**settings):
+        met = []
+        monkeypatch.setattr(chat, "talk", lambda *everything: met.extend(everything) or True)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        chat.run(ChatSettings(**settings))
+        session, name, history, completes, notice = met
+        return SimpleNamespace(session=session, name=name, history=history, completes=completes, notice=notice)
+
+    return hand_over
+
+
+def test_a_model_that_knows_chat_tokens_is_asked_with_them(handed_over, chat_model):
+    met = handed_over(model=str(chat_model), system="Be brief.", top_k=3, max_new_tokens=9)
+    assert isinstance(met.session.frame, ChatFrame)
+    assert met.notice == ""
+    assert met.session.system == "Be brief."
+    assert (met.session.sampling, met.session.max_new_tokens) == (Sampling(top_k=3), 9)
+    assert not met.session.model.training
+
+
+def test_a_base_model_is_asked_in_plain_text_and_it_is_said(handed_over, base_model):
+    met = handed_over(model=str(base_model))
+    assert isinstance(met.session.frame, PlainFrame)
+    assert met.notice.count("\n") == 0
+    assert "plain text" in met.notice
+    assert handed_over(model=str(base_model), complete=True).notice == ""
+
+
+def test_random_weights_know_the_chat_tokens(handed_over, base_model):
+    met = handed_over(model=str(base_model), random_init=True)
+    assert isinstance(met.session.frame, ChatFrame)
+    assert met.notice == ""
+    one, same, other = (handed_over(model="quickstart", random_init=True, seed=seed) for seed in (None, 0, 1))
+    weights = [met.session.model.wte.weight for met in (one, same, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_precision_is_that_of_the_weights(handed_over, chat_model):
+    dtypes = [handed_over(model=str(chat_model), precision=p).session.model.wte.weight.dtype for p in ("auto", "bf16")]
+    assert dtypes == [torch.float32, torch.bfloat16]
+
+
+def test_the_settings_default_to_those_of_sampling():
+    settings = ChatSettings()
+    assert {name: getattr(settings, name) for name in vars(Sampling())} == vars(Sampling())
+
+
+def test_settings_that_contradict_each_other_are_refused():
+    assert "needs a model" in next(ChatSettings(random_init=True).problems())
+    assert "`system`" in next(ChatSettings(complete=True, system="Be brief.").problems())
+    assert not list(ChatSettings(model="quickstart", random_init=True).problems())
+
+
+def test_a_bare_start_imports_nothing_that_only_training_needs():
+    code = "import sys; from gpt2ft.runs import chat, main; print(*sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    modules = set(printed.split())
+    assert {"torch", "prompt_toolkit"} <= modules
+    assert not modules & {"accelerate", "datasets", "deepspeed", "pyarrow", "transformers"}
