@@ -45,9 +45,17 @@ def write_safetensors(file: Path, tensors: Mapping[str, Any]) -> None:
             raise OSError(f"{file} could not be written: {error}") from error
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
+        temporary.chmod(0o666 & ~_umask())  # the library lets the owner alone read it
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """What new files are denied; it can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 @contextmanager

@@ -49,6 +49,24 @@ class ModelSettings(Section):
     """Dropout on the attention weights (not with flex)."""
 
 
+class LoRASettings(Section):
+    rank: NotNegative = 0
+    """Rank of the adapters; 0 trains all weights instead."""
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    """What the adapters add is multiplied by alpha / rank."""
+    dropout: Fraction = 0.0
+    """Dropout on what the adapters read, in training."""
+    targets: tuple[Literal["q", "k", "v", "o", "fc", "proj"], ...] = ("q", "k", "v", "o")
+    """What is adapted: projections of the attention (q, k, v, o) and of the MLP (fc, proj)."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead, which suits high ranks."""
+
+    def problems(self) -> Iterator[str]:
+        if self.rank and (not self.targets or len(set(self.targets)) < len(self.targets)):
+            names = ", ".join(self.targets) or "nothing"
+            yield f"`lora.targets` must name at least one of q, k, v, o, fc, proj, each once, but names {names}"
+
+
 class DataSettings(Section):
     train: tuple[str, ...] = ()
     """What to train on: hub names (oasst1, oasst2, smoltalk, ultrachat, alpaca, dolly), `quickstart`, files (.jsonl,
@@ -169,6 +187,7 @@ class SFTSettings(Section):
     """Fine-tunes GPT-2 on conversation trees."""
 
     model: ModelSettings = ModelSettings()
+    lora: LoRASettings = LoRASettings()
     data: DataSettings = DataSettings()
     training: TrainingSettings = TrainingSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
@@ -195,6 +214,9 @@ class SFTSettings(Section):
         if data.eval and data.eval_fraction:
             yield "`data.eval` and `data.eval_fraction` must not both be set: held-out data comes from one of them"
         yield from stream_problems(training.tokens_per_micro_batch, data.max_length, "training.")
+        yield from self.lora.problems()
+        if self.lora.rank and self.model.random_init:
+            yield "`model.random_init` must be off where `lora.rank` is set: adapters need trained weights to adapt"
         if self.model.attention == "flex" and self.model.attention_dropout:
             yield "`model.attention` must not be flex where `model.attention_dropout` is set: FlexAttention has none"
         if training.eval_every and not (data.eval or data.eval_fraction):
@@ -268,9 +290,11 @@ class BenchmarkSettings(Section):
     """As in training."""
     seed: NotNegative = 0
     """Of the weights and the conversations."""
+    lora: LoRASettings = LoRASettings()
 
     def problems(self) -> Iterator[str]:
         yield from stream_problems(self.tokens_per_micro_batch, 1024, "")
+        yield from self.lora.problems()
 
 
 class ChatSettings(Section):

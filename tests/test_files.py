@@ -138,3 +138,9 @@ def test_sync_folder_needs_a_folder(tmp_path):
     sync_folder(tmp_path)
     with pytest.raises(FileNotFoundError):
         sync_folder(tmp_path / "absent")
+
+
+def test_tensors_may_be_read_by_whoever_may_read_other_new_files(tmp_path):
+    write_text(tmp_path / "a.txt", "a")
+    write_safetensors(tmp_path / "a.safetensors", {"a": torch.ones(1)})
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "a.txt").stat().st_mode

@@ -36,11 +36,12 @@ class TargetLogProbs(nn.Module):
         hidden = self.gpt2(stream.tokens, stream.positions, attend)[stream.supervised]  # [S, E]
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        weight = self.gpt2.wte.weight
+        table = self.gpt2.wte
+        rows = (getattr(table, "rows", None), getattr(table, "row_ids", None))  # trained alone, see lora.py
         parts = []
         for start in range(0, stream.num_supervised, CHUNK):
             chunk = slice(start, start + CHUNK)
-            parts.append(_LogProbs.apply(hidden[chunk], weight, stream.targets[chunk], self.vocabulary))
+            parts.append(_LogProbs.apply(hidden[chunk], table.weight, *rows, stream.targets[chunk], self.vocabulary))
         scored = sum(len(part) for part in parts)
         # The rest are entries of weight 0. They stay connected, so that a stream without supervision takes part
         # in the gradient all-reduce like any other.
@@ -52,26 +53,37 @@ class _LogProbs(torch.autograd.Function):
     """log softmax(h W^T)[target] for one chunk: products in the dtype of h, the sum of the logits in float32.
 
     d log p(t) / d logits = onehot(t) - softmax(logits)
+
+    Of a frozen table, the rows `row_ids` may be trained alone: `rows` are what stands there, and take the gradient.
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        rows: Tensor | None,
+        row_ids: Tensor | None,
+        targets: Tensor,
+        vocabulary: int,
+    ) -> Tensor:
         logits = head_logits(hidden, weight, vocabulary)
         normalizer = logits.logsumexp(-1)  # [C]
-        ctx.save_for_backward(hidden, weight, targets, normalizer)
+        ctx.save_for_backward(hidden, weight, row_ids, targets, normalizer)
         ctx.vocabulary = vocabulary
         return logits.gather(-1, targets[:, None])[:, 0] - normalizer
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        hidden, weight, targets, normalizer = ctx.saved_tensors
+        hidden, weight, row_ids, targets, normalizer = ctx.saved_tensors
         d_logits = head_logits(hidden, weight, ctx.vocabulary).sub_(normalizer[:, None]).exp_()  # softmax [C, V]
         d_logits.mul_(-gradient[:, None])
         d_logits.scatter_add_(-1, targets[:, None], gradient[:, None])
         d_logits = d_logits.to(hidden.dtype)
         d_hidden = d_logits @ weight.to(hidden.dtype) if ctx.needs_input_grad[0] else None
         d_weight = (d_logits.t() @ hidden).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        return d_hidden, d_weight, None, None
+        d_rows = (d_logits[:, row_ids].t() @ hidden).float() if ctx.needs_input_grad[2] else None
+        return d_hidden, d_weight, d_rows, None, None, None
 
 
 def head_logits(hidden: Tensor, weight: Tensor, vocabulary: int) -> Tensor:

@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,10 +20,20 @@ from gpt2ft.data.plan import Rows
 from gpt2ft.data.reading import DataError, Filters
 from gpt2ft.data.store import TokenStore, cache_root, open_store
 from gpt2ft.data.topic import Topic
-from gpt2ft.model import pretrained
+from gpt2ft.model import peft, pretrained
+from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.gpt2 import GPT2, GPT2Config
+from gpt2ft.model.lora import LoRAConfig, apply_lora, load_trained_weights, merged_weights
 from gpt2ft.random import seed_for
-from gpt2ft.settings import DataSettings, ModelSettings, SettingsError, SFTSettings, read_yaml, split_factor
+from gpt2ft.settings import (
+    DataSettings,
+    LoRASettings,
+    ModelSettings,
+    SettingsError,
+    SFTSettings,
+    read_yaml,
+    split_factor,
+)
 from gpt2ft.text.tokenizer import ChatTokenizer
 from gpt2ft.training import checkpoint
 
@@ -47,6 +57,8 @@ def load_policy(settings: ModelSettings, seed: int) -> Policy:
     Raises:
         ModelError, ConnectionError: if it cannot be had.
     """
+    if is_adapter(settings.path):
+        return _load_adapter(settings, seed)
     random = torch.Generator().manual_seed(seed_for(seed, "weights"))
     config, tokenizer, folder = _shape_and_tokenizer(settings)
     config = replace(config, dropout=settings.dropout, attention_dropout=settings.attention_dropout)
@@ -69,6 +81,46 @@ def load_policy(settings: ModelSettings, seed: int) -> Policy:
     return Policy(gpt2, tokenizer, source, pretrained.weights_digest(dict(gpt2.named_parameters())))
 
 
+def is_adapter(path: str) -> bool:
+    return (Path(path) / peft.CONFIG).is_file()
+
+
+def _load_adapter(settings: ModelSettings, seed: int) -> Policy:
+    """The base of an adapter folder with the adapter merged into it; the tokenizer is the adapter's if it has one."""
+    folder = Path(settings.path)
+    if settings.random_init:
+        raise pretrained.ModelError(f"{folder} is an adapter, which has no shape of its own: name its base instead")
+    base = peft.read_base(folder)
+    names = {model.repository: name for name, model in pretrained.HUB_MODELS.items()}
+    policy = load_policy(settings.model_copy(update={"path": names.get(base, base)}), seed)
+    tokenizer = policy.tokenizer
+    if any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        tokenizer = _read_tokenizer(folder)
+        if tokenizer.digest != policy.tokenizer.digest:
+            raise pretrained.ModelError(f"{folder} comes with another tokenizer than its base {base}")
+    policy.gpt2.load_state_dict(peft.merge_adapter(folder, policy.weights()))
+    digest = pretrained.weights_digest(policy.weights())
+    return Policy(policy.gpt2, tokenizer, str(folder), digest)
+
+
+def adapt(policy: Policy, settings: LoRASettings, seed: int) -> None:
+    """Puts fresh adapters on a policy, which then trains them and the rows of the chat tokens alone."""
+    tokenizer = policy.tokenizer
+    rows = [*tokenizer.role_ids.values(), tokenizer.end_id]
+    apply_lora(policy.gpt2, lora_config(settings), rows, torch.Generator().manual_seed(seed_for(seed, "adapters")))
+
+
+def lora_config(settings: LoRASettings) -> LoRAConfig:
+    return LoRAConfig(settings.rank, settings.alpha, settings.dropout, settings.targets, settings.rslora)
+
+
+def _read_tokenizer(folder: Path) -> ChatTokenizer:
+    try:
+        return ChatTokenizer.from_folder(folder)
+    except ValueError as error:
+        raise pretrained.ModelError(str(error)) from error
+
+
 def _shape_and_tokenizer(settings: ModelSettings) -> tuple[GPT2Config, ChatTokenizer, Path | None]:
     """The folder is None where the weights are to be random."""
     published = pretrained.HUB_MODELS.get(settings.path)
@@ -83,10 +135,7 @@ def _shape_and_tokenizer(settings: ModelSettings) -> tuple[GPT2Config, ChatToken
             "`quickstart` is a shape without weights: name the run that trained it, such as runs/quickstart, or ask "
             "for random weights with `random_init`"
         )
-    try:
-        tokenizer = ChatTokenizer.from_folder(folder)
-    except ValueError as error:
-        raise pretrained.ModelError(str(error)) from error
+    tokenizer = _read_tokenizer(folder)
     config = pretrained.read_config(folder)
     if tokenizer.num_known > config.vocab_size:
         raise pretrained.ModelError(
@@ -118,14 +167,48 @@ def load_trained(path: str | None, random_init: bool = False) -> tuple[Policy, P
 
 
 def _load_checkpoint(folder: Path) -> Policy:
-    """Shape and tokenizer are those of the run's recipe, the weights the checkpoint's."""
+    """What the run's recipe starts from, with the weights that the checkpoint has trained."""
     checkpoint.verify(folder)
-    recipe = folder.parent.parent / "recipe.yaml"
-    settings = ModelSettings(**read_yaml(SFTSettings, recipe)["model"])
-    config, tokenizer, _ = _shape_and_tokenizer(settings)
-    gpt2 = GPT2(replace(config, vocab_size=tokenizer.padded_size))
-    gpt2.load_state_dict(checkpoint.read_weights(folder))
-    return Policy(gpt2, tokenizer, str(folder), pretrained.weights_digest(dict(gpt2.named_parameters())))
+    settings = SFTSettings(**read_yaml(SFTSettings, folder.parent.parent / "recipe.yaml"))
+    policy = plain_policy(settings, checkpoint.read_weights(folder))
+    return replace(policy, source=str(folder))
+
+
+def plain_policy(settings: SFTSettings, trained: Mapping[str, Tensor]) -> Policy:
+    """The plain model that trained weights make of what a run starts from: adapters merged, in float32.
+
+    Raises:
+        ModelError: if the weights are of another run, or the merged model does not compute what the adapted one does.
+    """
+    policy = load_policy(settings.model, settings.training.seed)
+    if settings.lora.rank:
+        adapt(policy, settings.lora, settings.training.seed)
+    try:
+        load_trained_weights(policy.gpt2, trained)
+    except ValueError as error:
+        raise pretrained.ModelError(f"these weights do not belong to this run: {error}") from error
+    adapted = policy.gpt2
+    if settings.lora.rank:
+        plain = GPT2(adapted.config)
+        plain.load_state_dict(merged_weights(adapted))
+        check_merged(plain, adapted, len(policy.tokenizer))
+        policy = replace(policy, gpt2=plain)
+    return replace(policy, digest=pretrained.weights_digest(policy.weights()))
+
+
+@torch.no_grad()
+def check_merged(plain: GPT2, adapted: GPT2, vocabulary: int) -> None:
+    """Raises ModelError unless both give the same log-probs to 64 ids from all over the vocabulary."""
+    ids = torch.linspace(0, vocabulary - 1, min(64, adapted.config.n_positions)).long()
+    positions = torch.arange(len(ids))
+    found = []
+    for gpt2 in (plain, adapted):
+        gpt2.eval()
+        hidden = gpt2(ids, positions, dense_attention(torch.full_like(ids, len(ids))))
+        found.append(gpt2.logits(hidden)[:, :vocabulary].log_softmax(-1))
+    worst = float((found[0] - found[1]).abs().max())
+    if not worst < 1e-3:
+        raise pretrained.ModelError(f"merging the adapters changes log-probs by {worst:.2g}, more than rounding does")
 
 
 @dataclass(frozen=True)

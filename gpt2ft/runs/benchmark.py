@@ -17,9 +17,12 @@ from gpt2ft.data.token_tree import TokenTree, split, weigh
 from gpt2ft.model.attention import default_backend
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.logprobs import TargetLogProbs
+from gpt2ft.model.lora import apply_lora, hold_frozen_matrices_in
 from gpt2ft.model.pretrained import HUB_MODELS
 from gpt2ft.objectives.sft import SFT
 from gpt2ft.random import generator, seed_for
+from gpt2ft.runs.assemble import lora_config
+from gpt2ft.runs.describe import parameter_counts
 from gpt2ft.settings import BenchmarkSettings, OptimizerSettings
 from gpt2ft.stream import TokenStream
 from gpt2ft.training import distributed
@@ -34,7 +37,12 @@ def run(settings: BenchmarkSettings) -> None:
     accelerator = distributed.start(settings.precision, settings.micro_batches * _processes())
     device = accelerator.device
     random = torch.Generator().manual_seed(seed_for(settings.seed, "weights"))
-    gpt2 = GPT2(replace(HUB_MODELS[settings.model].config(), vocab_size=ROWS)).initialize(random).to(device)
+    gpt2 = GPT2(replace(HUB_MODELS[settings.model].config(), vocab_size=ROWS)).initialize(random)
+    if settings.lora.rank:
+        apply_lora(gpt2, lora_config(settings.lora), range(VOCABULARY - 4, VOCABULARY), random)
+        if accelerator.mixed_precision == "bf16":
+            hold_frozen_matrices_in(gpt2, torch.bfloat16)
+    gpt2.to(device)
     backend = default_backend(device, 0.0) if settings.attention == "auto" else settings.attention
     model = TargetLogProbs(gpt2, VOCABULARY, backend)
     model, optimizer = accelerator.prepare(model, adamw(gpt2, OptimizerSettings(), fused=device.type == "cuda"))
@@ -81,9 +89,10 @@ def report(
 ) -> None:
     total = sum(seconds.values())
     precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
-    parameters = sum(parameter.numel() for parameter in gpt2.parameters())
+    trained, parameters = parameter_counts(gpt2)
+    lora = f", {trained:,} of them trained (LoRA, rank {settings.lora.rank})" if settings.lora.rank else ""
     print(
-        f"{settings.model}, {parameters / 1e6:.0f}M parameters, "
+        f"{settings.model}, {parameters / 1e6:.0f}M parameters{lora}, "
         f"{accelerator.num_processes} x {accelerator.device.type}, {precision}, {backend} attention, "
         f"{settings.micro_batches} x {settings.tokens_per_micro_batch:,} tokens a step"
     )

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from gpt2ft.data.plan import Plan
-from gpt2ft.model.gpt2 import GPT2Config
+from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.logprobs import CHUNK
 from gpt2ft.runs.assemble import Corpus, Policy
 
@@ -28,10 +28,11 @@ def describe(
         devices: what it runs on, such as "4 x cuda".
     """
     config = policy.gpt2.config
-    parameters = sum(parameter.numel() for parameter in policy.gpt2.parameters())
+    trained, parameters = parameter_counts(policy.gpt2)
     lines = [
         f"model     {policy.source}: {parameters / 1e6:.1f}M parameters, {config.n_layer} layers x {config.n_embd}, "
         f"{len(policy.tokenizer):,} tokens, context {config.n_positions:,}",
+        *([f"trained   {trained:,} parameters, {trained / parameters:.2%} of all"] if trained < parameters else []),
         *_data_lines("train", corpus, plan),
     ]
     if held_out is not None and eval_plan is not None:
@@ -46,19 +47,29 @@ def describe(
         f"{plan.steps_per_epoch:,} to an epoch, {epochs:.3g} epochs"
     )
     lines.append(f"devices   {devices}, {'bf16' if bf16 else 'fp32'}")
-    lines.append(f"memory    about {memory_estimate(config, parameters, plan.capacity, bf16) / GIB:.1f} GiB per device")
+    lines.append(f"memory    about {memory_estimate(policy.gpt2, plan.capacity, bf16) / GIB:.1f} GiB per device")
     return "\n".join(lines)
 
 
-def memory_estimate(config: GPT2Config, parameters: int, capacity: int, bf16: bool) -> float:
-    """Bytes for full fine-tuning on one device: a guide, the real peak is for the device to say.
+def parameter_counts(gpt2: GPT2) -> tuple[int, int]:
+    """(trained, all)"""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in gpt2.parameters()]
+    return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
 
-    Weights, gradients and two Adam moments in float32; per layer about 18 activations as wide as the
-    embedding; two copies of one chunk of logits.
+
+def memory_estimate(gpt2: GPT2, capacity: int, bf16: bool) -> float:
+    """Bytes for training on one device: a guide, the real peak is for the device to say.
+
+    Weights, gradients and two Adam moments in float32 of what is trained, the weights alone of what is frozen; per
+    layer about 18 activations as wide as the embedding, 13 where its matrices are frozen; two copies of one chunk of
+    logits.
     """
+    config = gpt2.config
+    trained, parameters = parameter_counts(gpt2)
     width = 2 if bf16 else 4
-    state = parameters * (16 + (2 if bf16 else 0))
-    activations = capacity * config.n_embd * width * (18 * config.n_layer + 4)
+    state = trained * (16 + (2 if bf16 else 0)) + (parameters - trained) * width
+    per_layer = 18 if trained == parameters else 13
+    activations = capacity * config.n_embd * width * (per_layer * config.n_layer + 4)
     return state + activations + 2 * CHUNK * config.vocab_size * 4
 
 

@@ -1,4 +1,4 @@
-"""Model folders in Hugging Face layout: weights, tokenizer, chat template and generation settings.
+"""Model and adapter folders in Hugging Face layout: weights, tokenizer, chat template and generation settings.
 
 They load in transformers, and in what reads its folders, with nothing of this package installed.
 """
@@ -9,9 +9,25 @@ from pathlib import Path
 from torch import Tensor
 
 from gpt2ft.files import complete_folder, write_json
-from gpt2ft.model.gpt2 import GPT2Config
-from gpt2ft.model.pretrained import write_model
+from gpt2ft.model.gpt2 import GPT2, GPT2Config
+from gpt2ft.model.lora import LoRAConfig
+from gpt2ft.model.peft import write_adapter
+from gpt2ft.model.pretrained import HUB_MODELS, find_folder, write_model
 from gpt2ft.text.tokenizer import ChatTokenizer
+
+
+def write_adapter_folder(folder: Path, gpt2: GPT2, lora: LoRAConfig, model_path: str, tokenizer: ChatTokenizer) -> None:
+    """Writes a complete adapter folder in the layout of PEFT, with the tokenizer, or none.
+
+    Args:
+        gpt2: adapted.
+        model_path: what was adapted: a published model or a folder.
+    """
+    published = HUB_MODELS.get(model_path) if not Path(model_path).is_dir() else None
+    base = published.repository if published else str(find_folder(model_path).resolve())
+    with complete_folder(folder) as temporary:
+        tokenizer.save(temporary, model_max_length=gpt2.config.n_positions)
+        write_adapter(temporary, gpt2, lora, base)
 
 
 def write_folder(folder: Path, weights: Mapping[str, Tensor], config: GPT2Config, tokenizer: ChatTokenizer) -> None:

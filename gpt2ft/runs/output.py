@@ -8,7 +8,7 @@ from gpt2ft.settings import SettingsError, SFTSettings, to_yaml
 
 
 class Output:
-    """recipe.yaml, manifest.json, metrics.jsonl, tensorboard/, checkpoints/, best/ and model/.
+    """recipe.yaml, manifest.json, metrics.jsonl, tensorboard/, checkpoints/, adapter/, best/ and model/.
 
     `model/` is the last thing a run writes, so a folder with it is a finished run.
     """
@@ -18,6 +18,7 @@ class Output:
         self.checkpoints = self.folder / "checkpoints"
         self.model = self.folder / "model"
         self.best = self.folder / "best"
+        self.adapter = self.folder / "adapter"
 
     def claim(self, settings: SFTSettings) -> None:
         """Checks that this run may train here; moves and removes nothing yet. Main process only.

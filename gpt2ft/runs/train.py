@@ -4,22 +4,34 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gpt2ft.data.augmentation import Augmentation
 from gpt2ft.data.plan import Plan, cut_to_fit
 from gpt2ft.model.attention import Backend, default_backend
 from gpt2ft.model.logprobs import TargetLogProbs
+from gpt2ft.model.lora import hold_frozen_matrices_in, load_trained_weights, trained_weights
 from gpt2ft.objectives.objective import Objective
-from gpt2ft.runs.assemble import Corpus, Policy, command, load_corpora, load_policy, versions
+from gpt2ft.runs.assemble import (
+    Corpus,
+    Policy,
+    adapt,
+    command,
+    is_adapter,
+    load_corpora,
+    load_policy,
+    lora_config,
+    plain_policy,
+    versions,
+)
 from gpt2ft.runs.describe import describe, dropped, shares
-from gpt2ft.runs.export import write_folder
+from gpt2ft.runs.export import write_adapter_folder, write_folder
 from gpt2ft.runs.inspection import show, statistics, terminal_width
 from gpt2ft.runs.output import Output
 from gpt2ft.runs.samples import Sample, answer, held_out_prompts
@@ -44,6 +56,10 @@ def train(settings: SFTSettings, objective: Objective) -> None:
 
     policy = load_policy(settings.model, training.seed)
     check_length(settings, policy)
+    if settings.lora.rank:
+        if is_adapter(settings.model.path):
+            raise SettingsError("`model.path` must be a whole model where `lora.rank` is set: take the merged one")
+        adapt(policy, settings.lora, training.seed)
     corpus, held_out = load_corpora(settings.data, policy.tokenizer, training.seed)
     plan = plan_for(corpus, settings, shuffle=True)
     eval_plan = plan_for(held_out, settings, shuffle=False) if held_out else None
@@ -66,7 +82,9 @@ def train(settings: SFTSettings, objective: Objective) -> None:
     state, found = (TrainState(), None) if settings.resume == "never" else resume(output, identity, verbose=main)
     distributed.check_agreement(accelerator, state.step, corpus.content())
     if found:
-        policy.gpt2.load_state_dict(checkpoint.read_weights(found))
+        load_trained_weights(policy.gpt2, checkpoint.read_weights(found))
+    if settings.lora.rank and precision == "bf16":
+        hold_frozen_matrices_in(policy.gpt2, torch.bfloat16)
     optimizer = adamw(policy.gpt2, settings.optimizer, fused=accelerator.device.type == "cuda")
     prepared, optimizer = accelerator.prepare(model, optimizer)
     preflight.check_same_parameters(model, prepared)
@@ -118,7 +136,7 @@ def train(settings: SFTSettings, objective: Objective) -> None:
         tracker.close()
     if main:
         output.write_manifest(manifest | {"finished": asdict(state)})
-        export(output, policy, state)
+        export(output, settings, policy, state)
         print(evaluation.transcript())
         print(f"finished: {output.model}")
         for following in next_commands(settings, policy, output):
@@ -163,7 +181,8 @@ class Evaluation:
             return []
         longest = self.training.sample_tokens
         prompts = held_out_prompts(self.held_out, self.policy, self.training.sample_prompts, longest)
-        return answer(self.policy, prompts, longest)
+        with self.accelerator.autocast():
+            return answer(self.policy, prompts, longest)
 
     def transcript(self) -> str:
         samples = self.samples()
@@ -231,6 +250,7 @@ def what_must_not_change(
     training = {"tokens_per_micro_batch", "micro_batches_per_step", "seed", "max_grad_norm", "deterministic"}
     return {
         "model": settings.model.model_dump(mode="json"),
+        "lora": settings.lora.model_dump(mode="json"),
         "data": settings.data.model_dump(mode="json", exclude={"cache"}),
         "training": settings.training.model_dump(mode="json", include=training),
         "optimizer": settings.optimizer.model_dump(mode="json"),
@@ -264,17 +284,23 @@ def resume(output: Output, identity: dict, verbose: bool) -> tuple[TrainState, P
     return state, found
 
 
-def export(output: Output, policy: Policy, state: TrainState) -> None:
-    """Writes `best/` where evaluation ran, and `model/` last: it is what makes the run finished."""
+def export(output: Output, settings: SFTSettings, policy: Policy, state: TrainState) -> None:
+    """Writes `best/` where evaluation ran, `adapter/` for LoRA, and `model/` last: it makes the run finished."""
     config, tokenizer = policy.gpt2.config, policy.tokenizer
+
+    def plain(trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return plain_policy(settings, trained).weights() if settings.lora.rank else dict(trained)
+
     if state.best_step is not None:
         folder = checkpoint.step_folder(output.checkpoints, state.best_step)
         try:
             checkpoint.verify(folder)
-            write_folder(output.best, checkpoint.read_weights(folder), config, tokenizer)
+            write_folder(output.best, plain(checkpoint.read_weights(folder)), config, tokenizer)
         except checkpoint.CheckpointError as error:
             print(f"warning: best/ is not written: {error}", file=sys.stderr)
-    write_folder(output.model, policy.weights(), config, tokenizer)
+    if settings.lora.rank:
+        write_adapter_folder(output.adapter, policy.gpt2, lora_config(settings.lora), settings.model.path, tokenizer)
+    write_folder(output.model, plain(trained_weights(policy.gpt2)), config, tokenizer)
 
 
 def next_commands(settings: SFTSettings, policy: Policy, output: Output) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Canonical checkpoints: float32 parameters and Adam moments by parameter name, JSON for the rest.
 
     checkpoints/step-00000100/
-        model.safetensors        every parameter
+        model.safetensors        every parameter that is trained
         exp_avg.safetensors      Adam's mean of the gradients
         exp_avg_sq.safetensors   Adam's mean of their squares
         state.json               where the run stands
@@ -68,7 +68,7 @@ def save(root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: 
     """
     folder = step_folder(root, state.step)
     with complete_folder(folder) as temporary:
-        write_safetensors(temporary / "model.safetensors", dict(model.named_parameters()))
+        write_safetensors(temporary / "model.safetensors", dict(_trained(model)))
         for moment in MOMENTS:
             write_safetensors(temporary / f"{moment}.safetensors", _moments(model, optimizer, moment))
         write_json(temporary / "state.json", {"format": FORMAT, "state": asdict(state), "identity": identity})

@@ -121,12 +121,17 @@ class TestHead:
         targets = torch.randint(9, (5,), generator=generator)
         head = logprobs._LogProbs.apply
         assert torch.autograd.gradcheck(
-            lambda h, w: head(h, w, targets, 9), (hidden, weight), eps=1e-2, atol=2e-3, rtol=1e-2, nondet_tol=0.0
+            lambda h, w: head(h, w, None, None, targets, 9),
+            (hidden, weight),
+            eps=1e-2,
+            atol=2e-3,
+            rtol=1e-2,
+            nondet_tol=0.0,
         )
 
     def test_what_needs_no_gradient_gets_none(self):
         hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(11, 4)
-        logprobs._LogProbs.apply(hidden, weight, torch.zeros(5, dtype=torch.long), 9).sum().backward()
+        logprobs._LogProbs.apply(hidden, weight, None, None, torch.zeros(5, dtype=torch.long), 9).sum().backward()
         assert hidden.grad is not None
         assert weight.grad is None
 

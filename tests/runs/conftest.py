@@ -23,12 +23,38 @@ def tiny_model_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_weights_folder(tiny_model_folder, tmp_path_factory):
+    """The same shape with random weights in it."""
+    from gpt2ft.runs.assemble import load_policy
+    from gpt2ft.runs.export import write_folder
+    from gpt2ft.settings import ModelSettings
+
+    folder = tmp_path_factory.mktemp("tiny_weights") / "model"
+    policy = load_policy(ModelSettings(path=str(tiny_model_folder), random_init=True), seed=3)
+    write_folder(folder, policy.weights(), policy.gpt2.config, policy.tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def run_sft(tiny_model_folder, tmp_path_factory):
-    """Trains: run_sft(output, steps=7, seed=0, objective=SFT(), ...). 3 steps of 6 streams make an epoch."""
+    """Trains: run_sft(output, steps=7, seed=0, objective=SFT(), ...). 3 steps of 6 streams make an epoch.
+
+    `path` is a folder with weights to start from, `lora` the settings of adapters.
+    """
     cache = tmp_path_factory.mktemp("cache")
 
     def run(
-        output, steps, resume="auto", seed=0, learning_rate=1e-2, max_rank=1, objective=None, dropout=0.1, **training
+        output,
+        steps,
+        resume="auto",
+        seed=0,
+        learning_rate=1e-2,
+        max_rank=1,
+        objective=None,
+        dropout=0.1,
+        path=None,
+        lora=None,
+        **training,
     ):
         from accelerate.state import AcceleratorState, GradientState
 
@@ -36,11 +62,12 @@ def run_sft(tiny_model_folder, tmp_path_factory):
 
         settings = SFTSettings(
             model={
-                "path": str(tiny_model_folder),
-                "random_init": True,
+                "path": str(path or tiny_model_folder),
+                "random_init": path is None,
                 "dropout": dropout,
                 "attention_dropout": dropout,
             },
+            lora=lora or {},
             data={
                 "train": ["quickstart"],
                 "eval": ["quickstart:held_out"],

@@ -1,0 +1,202 @@
+"""LoRA (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models"), put onto a plain GPT-2 from outside.
+
+    x W + b  +  scaling * dropout(x) A^T B^T          A [r, in] random, B [out, r] zero at first
+
+GPT-2 computes q, k and v in one matrix; here each has an A and a B of its own, in its third of the columns. The
+matrices themselves are frozen and get no gradient. The rows of the chat tokens are trained along, or the model
+would never learn to stop: they are parameters of their own, [n, E], written into the frozen table before each use,
+so that embedding and head stay one. Names of the frozen parameters stay what they are.
+
+Shape letters as in gpt2.py; r rank, n trained rows.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout, embedding, linear
+
+from gpt2ft.model.gpt2 import GPT2, Projection
+
+# A target is some columns of a matrix: (module of a block, which of how many equal parts).
+TARGETS = {
+    "q": ("attn.c_attn", 0, 3),
+    "k": ("attn.c_attn", 1, 3),
+    "v": ("attn.c_attn", 2, 3),
+    "o": ("attn.c_proj", 0, 1),
+    "fc": ("mlp.c_fc", 0, 1),
+    "proj": ("mlp.c_proj", 0, 1),
+}
+
+
+def columns_of(target: str, width: int) -> slice:
+    """The columns of its matrix, of `width` columns, that a target is."""
+    _, part, parts = TARGETS[target]
+    return slice(part * width // parts, (part + 1) * width // parts)
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """`scaling` is alpha / rank, or alpha / sqrt(rank) with `rslora` (Kalajdzievski 2023)."""
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("q", "k", "v", "o")
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.targets or not set(self.targets) <= set(TARGETS):
+            found = ", ".join(self.targets) or "nothing"
+            raise ValueError(f"`targets` must be some of {', '.join(TARGETS)}, but is {found}")
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+class Adapter(nn.Module):
+    """A and B of one target."""
+
+    def __init__(self, size_in: int, size_out: int, rank: int) -> None:
+        super().__init__()
+        self.A = nn.Parameter(torch.empty(rank, size_in))
+        self.B = nn.Parameter(torch.zeros(size_out, rank))
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator) -> None:
+        """A as in a linear layer, U(-1/sqrt(in), 1/sqrt(in)); B zero, so that nothing changes at first."""
+        bound = 1 / math.sqrt(self.A.shape[1])
+        self.A.uniform_(-bound, bound, generator=generator)
+        self.B.zero_()
+
+
+class AdaptedProjection(Projection):
+    """A frozen projection, and adapters by target."""
+
+    def __init__(self, base: Projection, config: LoRAConfig, targets: Sequence[str]) -> None:
+        nn.Module.__init__(self)
+        self.weight, self.bias = base.weight, base.bias
+        self.scaling, self.dropout = config.scaling, config.dropout
+        size_in, size_out = base.weight.shape
+        sizes = {target: size_out // TARGETS[target][2] for target in targets}
+        self.adapters = nn.ModuleDict({target: Adapter(size_in, sizes[target], config.rank) for target in targets})
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        x = dropout(x, self.dropout, self.training)
+        low = linear(x, torch.cat([adapter.A for adapter in self.adapters.values()]))  # [N, r] for each target
+        for part, (target, adapter) in zip(low.chunk(len(self.adapters), dim=-1), self.adapters.items(), strict=True):
+            y[..., columns_of(target, y.shape[-1])] += self.scaling * linear(part, adapter.B)
+        return y
+
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        """W with the adapters added, [in, out] in float32."""
+        weight = self.weight.float().clone()
+        for target, adapter in self.adapters.items():
+            columns = columns_of(target, weight.shape[1])
+            weight[:, columns] += self.scaling * (adapter.B.float() @ adapter.A.float()).t()
+        return weight
+
+
+class AdaptedEmbedding(nn.Module):
+    """A frozen table of which some rows are trained."""
+
+    def __init__(self, base: nn.Embedding, row_ids: Sequence[int]) -> None:
+        super().__init__()
+        self.weight = base.weight
+        self.register_buffer("row_ids", torch.tensor(row_ids, device=base.weight.device), persistent=False)
+        self.rows = nn.Parameter(base.weight.detach()[self.row_ids].float())  # [n, E]
+
+    @torch.no_grad()
+    def refresh(self) -> Tensor:
+        """The table [V, E] with the rows as they are now."""
+        self.weight[self.row_ids] = self.rows.to(self.weight.dtype)
+        return self.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return _Embedded.apply(self.rows, self.refresh(), self.row_ids, tokens)
+
+
+class _Embedded(torch.autograd.Function):
+    """Table lookup with a gradient for the trained rows alone."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, table: Tensor, row_ids: Tensor, tokens: Tensor) -> Tensor:
+        ctx.save_for_backward(row_ids, tokens)
+        return embedding(tokens, table).to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        row_ids, tokens = ctx.saved_tensors
+        is_row = tokens[None, :] == row_ids[:, None]  # [n, N]
+        return is_row.to(gradient.dtype) @ gradient, None, None, None  # [n, E]
+
+
+def apply_lora(gpt2: GPT2, config: LoRAConfig, row_ids: Sequence[int], generator: torch.Generator) -> None:
+    """Freezes a model and puts adapters on it; they and the rows `row_ids` of the table are what is trained.
+
+    Its outputs are the same as before.
+    """
+    gpt2.requires_grad_(False)
+    targets = [target for target in TARGETS if target in config.targets]  # in one order, whatever they are named in
+    for block in gpt2.h:
+        for module in dict.fromkeys(TARGETS[target][0] for target in targets):
+            owner, name = block.get_submodule(module.rpartition(".")[0]), module.rpartition(".")[2]
+            here = [target for target in targets if TARGETS[target][0] == module]
+            adapted = AdaptedProjection(getattr(owner, name), config, here)
+            for adapter in adapted.adapters.values():
+                adapter.initialize(generator)
+            setattr(owner, name, adapted)
+    gpt2.wte = AdaptedEmbedding(gpt2.wte, sorted(row_ids))
+
+
+def is_adapted(gpt2: GPT2) -> bool:
+    return isinstance(gpt2.wte, AdaptedEmbedding)
+
+
+@torch.no_grad()
+def hold_frozen_matrices_in(gpt2: GPT2, dtype: torch.dtype) -> None:
+    """Frozen matrices need no more precision than they are used in. Norms, biases and positions stay in float32."""
+    for name, parameter in gpt2.named_parameters():
+        if not parameter.requires_grad and parameter.ndim == 2 and name != "wpe.weight":
+            parameter.data = parameter.data.to(dtype)
+
+
+@torch.no_grad()
+def load_trained_weights(gpt2: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Puts back what `trained_weights` gave.
+
+    Raises:
+        ValueError: if these are not the weights that are trained here.
+    """
+    trained = trained_weights(gpt2)
+    if trained.keys() != weights.keys():
+        odd = sorted(trained.keys() ^ weights.keys())[0]
+        raise ValueError(f"`{odd}` is trained either here or there, but not in both")
+    for name, parameter in trained.items():
+        parameter.copy_(weights[name])
+
+
+def trained_weights(gpt2: nn.Module) -> dict[str, Tensor]:
+    """What training changes, by name: all of a plain model, adapters and rows of an adapted one."""
+    return {name: parameter for name, parameter in gpt2.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def merged_weights(gpt2: GPT2) -> dict[str, Tensor]:
+    """The weights of the plain GPT-2 that computes the same, in float32 and by its names."""
+    if not is_adapted(gpt2):
+        return dict(gpt2.named_parameters())
+    merged = {f"{name}.weight": module.merged() for name, module in adapted_projections(gpt2)}
+    merged["wte.weight"] = gpt2.wte.refresh().float()
+    own = (".adapters.", "wte.rows")
+    plain = {name: p.float() for name, p in gpt2.named_parameters() if not any(part in name for part in own)}
+    return plain | merged
+
+
+def adapted_projections(gpt2: GPT2) -> Iterator[tuple[str, AdaptedProjection]]:
+    return ((name, module) for name, module in gpt2.named_modules() if isinstance(module, AdaptedProjection))

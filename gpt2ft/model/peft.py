@@ -1,0 +1,199 @@
+"""Adapters in the layout of PEFT, which loads them onto the base model with nothing of ours installed.
+
+    adapter_config.json          rank, alpha and targets
+    adapter_model.safetensors    lora_A [r, in] and lora_B [out, r] for each matrix, and the trained rows of the table
+
+PEFT knows one adapter for a matrix. So q, k and v become one of three times the rank: their A below each other, their
+B along a diagonal of blocks, and alpha so much larger that the scaling stays what it was.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gpt2ft.files import write_json, write_safetensors
+from gpt2ft.model.gpt2 import GPT2
+from gpt2ft.model.lora import AdaptedProjection, LoRAConfig, adapted_projections, columns_of
+from gpt2ft.model.pretrained import ModelError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model.transformer."
+ROWS = f"{PREFIX}wte.token_adapter.trainable_tokens_delta"  # not a difference: the rows themselves
+# Where the table was resized PEFT writes it whole as well, and everything of it once more for the tied head.
+TABLES = (f"{PREFIX}wte.weight", f"{PREFIX}wte.token_adapter.base_layer.weight")
+HEADS = {name.replace("transformer.wte", "lm_head"): name for name in (ROWS, *TABLES)}
+_LORA = re.compile(
+    re.escape(PREFIX) + r"(h\.\d+\.(?:attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj))\.lora_(A|B)\.weight"
+)
+
+
+def write_adapter(folder: Path, gpt2: GPT2, config: LoRAConfig, base: str) -> None:
+    """Writes the adapters and rows of an adapted model, and reads them back.
+
+    Args:
+        base: the model they stand on, as PEFT is to find it.
+
+    Raises:
+        OSError: if what is read back is not what was written.
+    """
+    tensors, ranks = {ROWS: gpt2.wte.rows.detach()}, {}
+    for name, module in adapted_projections(gpt2):
+        A, B = _as_one(module)
+        tensors |= {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
+        ranks[".".join(name.split(".")[2:])] = len(A)
+    write_safetensors(folder / WEIGHTS, tensors)
+    write_json(folder / CONFIG, _peft_config(config, ranks, gpt2.wte.row_ids.tolist(), base))
+    found = {name: tensor.shape for name, tensor in load_file(folder / WEIGHTS).items()}
+    if found != {name: tensor.shape for name, tensor in tensors.items()}:
+        raise OSError(f"{folder / WEIGHTS} does not hold what was written to it")
+
+
+def _as_one(module: AdaptedProjection) -> tuple[Tensor, Tensor]:
+    """A [R, in] and B [out, R] of one adapter that does what all of a matrix do."""
+    A = torch.cat([adapter.A.detach() for adapter in module.adapters.values()])
+    B = A.new_zeros(module.weight.shape[1], len(A))
+    at = 0
+    for target, adapter in module.adapters.items():
+        rank = adapter.B.shape[1]
+        B[columns_of(target, len(B)), at : at + rank] = adapter.B.detach()
+        at += rank
+    return A, B
+
+
+def _peft_config(config: LoRAConfig, ranks: Mapping[str, int], row_ids: list[int], base: str) -> dict[str, Any]:
+    def alpha(rank: int) -> float:
+        return config.scaling * (math.sqrt(rank) if config.rslora else rank)
+
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "rank_pattern": {module: rank for module, rank in ranks.items() if rank != config.rank},
+        "alpha_pattern": {module: alpha(rank) for module, rank in ranks.items() if rank != config.rank},
+        "lora_dropout": config.dropout,
+        "target_modules": sorted(ranks),
+        "trainable_token_indices": row_ids,
+        "fan_in_fan_out": True,  # GPT-2 stores its matrices [in, out]
+        "use_rslora": config.rslora,
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+# --- back in --------------------------------------------------------------------------------------------------------
+
+
+def read_base(folder: Path) -> str:
+    """What an adapter stands on, as its config says.
+
+    Raises:
+        ModelError: if it is no LoRA adapter for a GPT-2 that can be read here.
+    """
+    config = _read_config(folder)
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ModelError(f"{folder / CONFIG}: `base_model_name_or_path` must name a model, but is {base!r}")
+    return base
+
+
+def merge_adapter(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the base, by this package's names, with an adapter of ours or of PEFT's added, in float32.
+
+    Raises:
+        ModelError: if it does not fit the base, or holds anything that would be left out.
+    """
+    config = _read_config(folder)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder / WEIGHTS} is not a readable safetensors file ({error})") from error
+    merged = dict(weights)
+    merged["wte.weight"] = _table(folder, merged["wte.weight"], tensors, config.get("trainable_token_indices"))
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in (ROWS, *TABLES, *HEADS)}
+    unknown = [name for name in tensors if not _LORA.fullmatch(name)]
+    if unknown:
+        raise ModelError(f"{folder / WEIGHTS}: `{unknown[0]}` is nothing that an adapter of GPT-2 can have here")
+    for module, A, B in _pairs(folder, tensors):
+        weight = merged[f"{module}.weight"].float()
+        if (A.shape[1], B.shape[0]) != tuple(weight.shape) or A.shape[0] != B.shape[1]:
+            shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
+            raise ModelError(f"{folder / WEIGHTS}: the adapter of {module} has shapes {shapes}, which do not fit it")
+        merged[f"{module}.weight"] = weight + _scaling(config, module) * (B.float() @ A.float()).t()
+    for name, tensor in merged.items():
+        if not tensor.isfinite().all():
+            raise ModelError(f"{folder}: the adapter makes `{name}` hold values that are not finite")
+    return merged
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} must be a JSON file, but: {error}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise ModelError(f"{file}: `peft_type` must be LORA, but is not")
+    off = ("use_dora", "lora_bias", "modules_to_save", "use_qalora", "alora_invocation_tokens", "megatron_config")
+    for key in off:
+        if config.get(key):
+            raise ModelError(f"{file}: `{key}` must be off, as it is not supported here, but is {config[key]!r}")
+    if config.get("bias", "none") != "none":
+        raise ModelError(f"{file}: `bias` must be none, as biases are not adapted here, but is {config['bias']!r}")
+    return config
+
+
+def _pairs(folder: Path, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(module, A, B) for each adapted matrix."""
+    modules = sorted({_LORA.fullmatch(name)[1] for name in tensors})  # type: ignore[index]
+    for module in modules:
+        names = [f"{PREFIX}{module}.lora_{letter}.weight" for letter in "AB"]
+        missing = [name for name in names if name not in tensors]
+        if missing:
+            raise ModelError(f"{folder / WEIGHTS} lacks `{missing[0]}`")
+        yield module, tensors[names[0]], tensors[names[1]]
+
+
+def _scaling(config: Mapping[str, Any], module: str) -> float:
+    """As PEFT has it: patterns are for the end of a module's name."""
+
+    def of(pattern_key: str, default: float) -> float:
+        for pattern, value in (config.get(pattern_key) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", f"transformer.{module}"):
+                return value
+        return default
+
+    rank, alpha = of("rank_pattern", config["r"]), of("alpha_pattern", config.get("lora_alpha", 8))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _table(folder: Path, table: Tensor, tensors: Mapping[str, Tensor], row_ids: Any) -> Tensor:
+    """The table of the base with what the adapter has of it: all rows, some rows, or none."""
+    for head, name in HEADS.items():
+        if head in tensors and not (name in tensors and torch.equal(tensors[head], tensors[name])):
+            raise ModelError(f"{folder / WEIGHTS}: `{head}` must equal `{name}` (GPT-2's head is tied), but differs")
+    table = table.float().clone()
+    for name in TABLES:
+        if name in tensors:
+            whole = tensors[name]
+            if whole.shape[1:] != table.shape[1:] or len(whole) > len(table):
+                raise ModelError(f"{folder / WEIGHTS}: `{name}` {tuple(whole.shape)} does not fit the base")
+            table[: len(whole)] = whole.float()
+    if ROWS in tensors:
+        rows, ids = tensors[ROWS], row_ids["wte"] if isinstance(row_ids, dict) and "wte" in row_ids else row_ids
+        fits = isinstance(ids, list) and all(type(id) is int and 0 <= id < len(table) for id in ids)
+        if not fits or rows.shape != (len(ids), table.shape[1]):
+            raise ModelError(
+                f"{folder}: `trainable_token_indices` and the rows {tuple(rows.shape)} do not fit the base"
+            )
+        table[ids] = rows.float()
+    return table

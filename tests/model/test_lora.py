@@ -1,0 +1,185 @@
+"""LoRA changes nothing at first, trains nothing else, and is what merging makes of it."""
+
+from copy import deepcopy
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from gpt2ft.model.logprobs import TargetLogProbs
+from gpt2ft.model.lora import (
+    TARGETS,
+    LoRAConfig,
+    apply_lora,
+    hold_frozen_matrices_in,
+    load_trained_weights,
+    merged_weights,
+    trained_weights,
+)
+
+VOCABULARY, ROWS = 90, 128
+ROW_IDS = [85, 3, 89]
+SOME_TARGETS = [*combinations(TARGETS, 1), ("q", "v"), ("k", "o"), ("fc", "proj"), tuple(TARGETS)]
+
+
+@pytest.fixture(scope="module")
+def base(tiny_gpt2):
+    """Weights large enough for attention and distributions that are far from even."""
+    model = tiny_gpt2(ROWS, 384)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter *= 5
+    return model
+
+
+@pytest.fixture(scope="module")
+def stream(random_stream):
+    stream = random_stream(np.random.default_rng(0), VOCABULARY)
+    assert set(ROW_IDS) <= set(stream.tokens[: stream.num_tokens].tolist())
+    assert set(ROW_IDS) & set(stream.targets[: stream.num_supervised].tolist())
+    return stream
+
+
+def adapted(base, config, learnt=True):
+    """The base with adapters, and with weights as if these had been trained for a while."""
+    model = deepcopy(base)
+    apply_lora(model, config, ROW_IDS, torch.Generator().manual_seed(1))
+    if learnt:
+        random = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for parameter in trained_weights(model).values():
+                parameter += 0.3 * torch.randn(parameter.shape, generator=random)
+    return model
+
+
+def plain(model):
+    other = type(model)(model.config)
+    other.load_state_dict(merged_weights(model))
+    return other
+
+
+def log_probs(model, stream):
+    return TargetLogProbs(model, VOCABULARY, "dense")(stream)
+
+
+@pytest.mark.parametrize("targets", SOME_TARGETS, ids="-".join)
+def test_nothing_changes_at_first(base, stream, targets):
+    model = adapted(base, LoRAConfig(4, 8.0, targets=targets), learnt=False)
+    with torch.no_grad():
+        assert torch.equal(log_probs(model, stream), log_probs(base, stream))
+        assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in merged_weights(model).items())
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("targets", SOME_TARGETS, ids="-".join)
+def test_merged_is_adapted(base, stream, targets, rslora):
+    model = adapted(base, LoRAConfig(5, 7.0, targets=targets, rslora=rslora))
+    with torch.no_grad():
+        found, before = log_probs(model, stream), log_probs(base, stream)
+        assert (found - before).abs().max() > 0.5
+        assert_close(log_probs(plain(model), stream), found, atol=1e-4, rtol=1e-5)
+
+
+def test_gradients_are_those_of_the_merged_matrices(base, stream):
+    """dB = s G^T A^T and dA = s B^T G^T in the columns of each target, where G is the gradient of the plain matrix."""
+    config = LoRAConfig(3, 6.0, targets=tuple(TARGETS))
+    model = adapted(base, config)
+    other = plain(model)
+    for one in (model, other):
+        (log_probs(one, stream) * stream.weights).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert gradients.keys() == trained_weights(model).keys()
+    assert_close(gradients["wte.rows"], other.wte.weight.grad[sorted(ROW_IDS)], rtol=1e-3, atol=1e-4)
+    seen = set()
+    for block in range(2):
+        for target, (module, part, parts) in TARGETS.items():
+            G = other.get_parameter(f"h.{block}.{module}.weight").grad.chunk(parts, dim=1)[part]
+            adapter = model.get_submodule(f"h.{block}.{module}").adapters[target]
+            for found, expected in (
+                (adapter.B.grad, config.scaling * G.t() @ adapter.A.t()),
+                (adapter.A.grad, config.scaling * adapter.B.t() @ G.t()),
+            ):
+                assert (found - expected).norm() < 1e-4 * expected.norm()
+            seen.add(float(G.abs().max()) > 1e-3)
+    assert seen == {True}
+
+
+def test_what_is_trained_and_what_is_frozen(base):
+    model = adapted(base, LoRAConfig(4, 8.0, targets=("q", "o")))
+    names = [
+        f"h.{n}.attn.{m}.adapters.{t}.{w}"
+        for n in range(2)
+        for m, t in (("c_attn", "q"), ("c_proj", "o"))
+        for w in "AB"
+    ]
+    assert set(trained_weights(model)) == {*names, "wte.rows"}
+    assert model.wte.rows.shape == (3, 64)
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen.keys() == base.state_dict().keys()
+    assert all(torch.equal(p, base.state_dict()[name]) for name, p in frozen.items() if name != "wte.weight")
+
+
+def test_the_order_of_targets_and_the_seed_of_others_do_not_matter(base):
+    first, second = (adapted(base, LoRAConfig(4, 8.0, targets=t), learnt=False) for t in (("v", "q"), ("q", "v")))
+    assert all(torch.equal(p, trained_weights(second)[name]) for name, p in trained_weights(first).items())
+    A = [first.h[n].attn.c_attn.adapters[t].A for n in range(2) for t in "qv"]
+    assert len({a[0, 0].item() for a in A}) == 4
+
+
+def test_dropout_acts_in_training_alone(base, stream):
+    model = adapted(base, LoRAConfig(4, 8.0, dropout=0.5))
+    without = adapted(base, LoRAConfig(4, 8.0))
+    with torch.no_grad():
+        model.eval()
+        assert torch.equal(log_probs(model, stream), log_probs(without, stream))
+        model.train()
+        one, two = log_probs(model, stream), log_probs(model, stream)
+    assert (one - two).abs().max() > 0.01
+    assert (one - log_probs(without, stream)).abs().max() > 0.01
+
+
+def test_the_mean_over_dropout_masks_is_what_is_without(base):
+    model = adapted(base, LoRAConfig(4, 8.0, dropout=0.5)).train()
+    projection = model.h[0].attn.c_attn
+    x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).expand(20_000, -1)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        mean = projection(x).mean(0)
+        expected = projection.eval()(x[0])
+    assert_close(mean, expected, atol=0.15, rtol=0.1)
+
+
+def test_frozen_matrices_are_held_once_in_half(base, stream):
+    model = adapted(base, LoRAConfig(4, 8.0))
+    whole = log_probs(model, stream)
+    size = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    hold_frozen_matrices_in(model, torch.bfloat16)
+    assert sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad) < 0.7 * size
+    for name, parameter in model.named_parameters():
+        half = not parameter.requires_grad and parameter.ndim == 2 and name != "wpe.weight"
+        assert parameter.dtype == (torch.bfloat16 if half else torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = log_probs(model, stream)
+        (found * stream.weights).sum().backward()
+    assert found.dtype == torch.float32
+    assert (found - whole).abs().mean() < 0.1
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in trained_weights(model).values())
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_weights_of_another_model_are_refused(base):
+    model, other = (adapted(base, LoRAConfig(4, 8.0, targets=t)) for t in (("q",), ("q", "v")))
+    with pytest.raises(ValueError, match=r"`h\.0\.attn\.c_attn\.adapters\.v\.A` is trained either here or there"):
+        load_trained_weights(model, trained_weights(other))
+    again = adapted(base, LoRAConfig(4, 8.0, targets=("q",)), learnt=False)
+    load_trained_weights(again, trained_weights(model))
+    assert all(torch.equal(p, trained_weights(model)[name]) for name, p in trained_weights(again).items())
+
+
+@pytest.mark.parametrize("targets", [(), ("q", "gate")])
+def test_a_target_that_matches_nothing(targets):
+    with pytest.raises(ValueError, match="`targets` must be some of q, k, v, o, fc, proj, but is"):
+        LoRAConfig(4, 8.0, targets=targets)
