@@ -22,6 +22,11 @@ CHAT_ROLES: tuple[Role, ...] = ROLES[:3]
 LEARNT_ROLES: tuple[Role, ...] = ROLES[2:]  # what training supervises
 
 
+def tidy(text: str) -> str:
+    """The text of a message as data and chats hold it: plain line ends, no space around it."""
+    return text.replace("\r\n", "\n").strip()
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One turn. `rank` orders the sibling replies of one parent: 0 is the best, None is unranked."""

@@ -10,6 +10,14 @@ from pathlib import Path
 from typing import Any
 
 
+def user_path(name: str) -> Path:
+    """A path as people write it; what begins with a ~ that means nothing is taken as it stands."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
 def write_text(file: Path, text: str) -> None:
     """Writes a temporary file beside `file`, flushes it to the disk and renames it."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")

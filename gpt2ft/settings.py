@@ -165,9 +165,9 @@ def stream_problems(tokens_per_micro_batch: int, max_length: int, prefix: str) -
 
 
 def split_factor(source: str) -> tuple[str, float]:
-    """`name@factor` -> (name, factor); the factor is 1 where none is given."""
-    found = re.fullmatch(r"(.+)@(\d+(?:\.\d+)?)", source)
-    return (found[1], float(found[2])) if found else (source, 1.0)
+    """`name@factor` -> (name, factor); the factor is 1 where none is given, and where the whole is a file or folder."""
+    found = re.fullmatch(r"(.+)@([+-]?(?:\d+\.?\d*|\.\d+)(?:e\d+)?)", source)
+    return (found[1], float(found[2])) if found and not os.path.exists(source) else (source, 1.0)
 
 
 def source_problems(sources: Sequence[str], key: str, factors: bool = False) -> Iterator[str]:
@@ -220,7 +220,9 @@ class SFTSettings(Section):
         if self.model.attention == "flex" and self.model.attention_dropout:
             yield "`model.attention` must not be flex where `model.attention_dropout` is set: FlexAttention has none"
         if training.eval_every and not (data.eval or data.eval_fraction):
-            yield "`training.eval_every` needs held-out data: set `data.eval` or `data.eval_fraction`"
+            yield (
+                "`training.eval_every` needs held-out data: set `data.eval` or `data.eval_fraction`, or set it to None"
+            )
 
 
 class EvaluateSettings(Section):

@@ -256,7 +256,7 @@ model: {attention: flex, attention_dropout: 0.1}
     assert all(line.startswith("error: ") for line in told)
     assert told[2].endswith("must be at least the longest path of 300 tokens, but is 200")
     assert problems(SOUND, "--training.eval_every", "3") == [
-        "error: `training.eval_every` needs held-out data: set `data.eval` or `data.eval_fraction`"
+        "error: `training.eval_every` needs held-out data: set `data.eval` or `data.eval_fraction`, or set it to None"
     ]
 
 

@@ -30,7 +30,7 @@ Rows = NDArray[np.int64]  # [n, 2]: which store, which of its trees
 class Pieces:
     """Trees cut to fit context and streams, in the order of the data.
 
-    A tree that needs no cutting is not held here, only its row: it is read when its stream is built.
+    Trees are not held here, only their rows: they are read, and cut again, when a stream is built.
     """
 
     stores: Sequence[TokenStore]
@@ -38,15 +38,24 @@ class Pieces:
     rows: Rows
     sizes: NDArray[np.int64]  # [n] tokens
     scored: NDArray[np.int64]  # [n] supervised targets
-    cut: dict[int, TokenTree]  # by index into `rows`
-    too_long: int  # messages dropped
+    parts: NDArray[np.int64]  # [n] which part of its tree a piece is, -1 for the whole
+    max_length: int
+    capacity: int
+    left_out: int  # messages that are in no piece
     repeated: int  # tokens that stand in a stream a second time, to give a later turn its context
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def is_cut(self) -> NDArray[np.bool_]:
+        """[n] whether a piece is a part of its tree."""
+        return self.parts >= 0
+
     def tree(self, piece: int) -> TokenTree:
-        return self.cut[piece] if piece in self.cut else whole_tree(self.stores, self.rows[piece], self.weight)
+        tree = whole_tree(self.stores, self.rows[piece], self.weight)
+        part = int(self.parts[piece])
+        return tree if part < 0 else _cut(tree, self.max_length, self.capacity)[part]
 
 
 def whole_tree(stores: Sequence[TokenStore], row: NDArray[np.int64], weight: MessageWeight) -> TokenTree:
@@ -63,31 +72,36 @@ def cut_to_fit(
     for number, store in enumerate(stores):
         here = rows[:, 0] == number
         sizes[here], scored[here] = (values[rows[here, 1]] for values in store.sizes())
-    parts_of = {}
-    too_long = repeated = 0
+    cuts: dict[int, list[tuple[int, int]]] = {}  # (tokens, targets) of the parts of a tree
+    left_out = repeated = 0
     for index in np.flatnonzero(sizes > min(max_length, capacity)).tolist():
         tree = whole_tree(stores, rows[index], weight)
-        fitting, dropped = fit_context(tree, max_length)
-        parts = [part for fit in fitting for part in split(fit, capacity)]
+        parts = _cut(tree, max_length, capacity)
         if len(parts) == 1 and parts[0] is tree:
             continue  # large, but no path is too long
-        parts_of[index] = parts
-        too_long += dropped
+        cuts[index] = [(len(part.tokens), part.num_supervised) for part in parts]
+        left_out += len(tree.lengths) - len({message for part in parts for message in part.messages.tolist()})
         repeated += _repeated(parts)
     counts = np.ones(len(rows), np.int64)
-    counts[list(parts_of)] = [len(parts) for parts in parts_of.values()]
+    counts[list(cuts)] = [len(parts) for parts in cuts.values()]
     firsts = np.cumsum(counts) - counts
     rows, sizes, scored = (np.repeat(values, counts, axis=0) for values in (rows, sizes, scored))
-    cut = {}
-    for index, parts in parts_of.items():
-        for piece, part in enumerate(parts, start=int(firsts[index])):
-            cut[piece], sizes[piece], scored[piece] = part, len(part.tokens), part.num_supervised
+    part_numbers = np.full(len(rows), -1)
+    for index, parts in cuts.items():
+        here = slice(firsts[index], firsts[index] + len(parts))
+        part_numbers[here] = np.arange(len(parts))
+        sizes[here], scored[here] = np.array(parts, np.int64).reshape(-1, 2).T
     if not len(rows):
         raise DataError(
             f"no message fits `data.max_length` = {max_length} tokens together with the turn before it: "
-            f"all {too_long} are too long"
+            f"all {left_out} are left out"
         )
-    return Pieces(stores, weight, rows, sizes, scored, cut, too_long, repeated)
+    return Pieces(stores, weight, rows, sizes, scored, part_numbers, max_length, capacity, left_out, repeated)
+
+
+def _cut(tree: TokenTree, max_length: int, capacity: int) -> list[TokenTree]:
+    fitting, _ = fit_context(tree, max_length)
+    return [part for tree in fitting for part in split(tree, capacity)]
 
 
 def _repeated(parts: Sequence[TokenTree]) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gpt2ft.conversation import Role
+from gpt2ft.conversation import Role, tidy
 
 Record = dict[str, Any]  # one line, row or array element of a data file
 
@@ -106,10 +106,6 @@ def value(record: Record, key: str, kind: type, must_be: str, optional: bool = F
 def text_of(record: Record, key: str = "text") -> str:
     """The text under `key` with plain line ends and without space around it."""
     return tidy(value(record, key, str, "a string"))
-
-
-def tidy(text: str) -> str:
-    return text.replace("\r\n", "\n").strip()
 
 
 def role_of(record: Record, key: str = "role") -> Role:

@@ -3,7 +3,7 @@
     oasst1, alpaca, ...          the Hugging Face hub, at a pinned revision; `oasst1:validation` is another split
     quickstart                   the small set that comes with gpt2ft; `quickstart:held_out` is for evaluation
     my/trees.jsonl               a file: .jsonl, .jsonl.gz, .json or .parquet
-    my/folder                    all such files in it, in the order of their names
+    my/folder                    all such files in it and below it, in the order of their names
 
 Nothing here knows of tokens.
 """
@@ -11,6 +11,7 @@ Nothing here knows of tokens.
 import difflib
 import hashlib
 import json
+import os
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from gpt2ft.conversation import MessageTree
 from gpt2ft.data.formats import AnyFormat, columns_to_read, detect, oasst
 from gpt2ft.data.reading import DataError, Filters, Malformed, Reading, show
 from gpt2ft.data.records import FILE_KINDS, Block, Parsed, read_file, read_table, stem
-from gpt2ft.files import file_digest
+from gpt2ft.files import file_digest, user_path
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,11 @@ BUNDLED = {
 
 @dataclass(frozen=True)
 class Files:
-    """One file, or the files of a folder in the order of their names."""
+    """One file, or the files of a folder and its subfolders in the order of their names."""
 
     place: str
     files: tuple[Path, ...]
+    is_folder: bool = False
 
     @cached_property
     def size(self) -> int | None:
@@ -125,15 +127,21 @@ class Source:
             DataError: if none has.
         """
         lenient = Reading(self.name, Filters(on_error="skip"))
-        problem = "but holds none"
+        problem = ""
         for where, record in self._records(lenient):
             try:
                 return detect(record)
             except Malformed as malformed:
-                problem = f"but at {where} it {malformed}"
+                problem = problem or f"but at {where} it {malformed}"
         if lenient.dropped:
             deque(self._records(Reading(self.name, Filters())), maxlen=0)  # names the first that cannot be read
-        raise DataError(f"{self.origin.place}: must hold conversations, {problem}")
+        raise DataError(f"{self.origin.place}: must hold conversations, {problem or 'but holds none'}")
+
+    @property
+    def description(self) -> str:
+        """What the source was taken for, and of how many files it is made if it is a folder."""
+        several = isinstance(self.origin, Files) and self.origin.is_folder
+        return self.format.name + (f" in {len(self.origin.files)} files" if several else "")
 
     def _records(self, reading: Reading) -> Parsed:
         return chain.from_iterable(block.parse(reading) for block in self.origin.blocks())
@@ -208,8 +216,8 @@ def open_source(name: str) -> Source:
         if name not in BUNDLED:
             raise DataError(f"data source {name!r} must be one of {', '.join(BUNDLED)}")
         return Source(name, Files(str(BUNDLED[name]), (BUNDLED[name],)))
-    path = Path(name).expanduser()
-    return Source(stem(path), Files(str(path), _files(name, path)))
+    path = user_path(name)
+    return Source(stem(path), Files(str(path), _files(name, path), path.is_dir()))
 
 
 def read_trees(source: str, filters: Filters, dropped: Counter[str] | None = None) -> Iterator[MessageTree]:
@@ -235,11 +243,11 @@ def _hub_split(source: str, hub: HubSource, split: str) -> HubSource:
 
 
 def _files(source: str, path: Path) -> tuple[Path, ...]:
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError(f"data source {source!r} must be a name or a file, but no such file exists; {_nearest(path)}")
     kinds = ", ".join(FILE_KINDS)
     if path.is_dir():
-        files = tuple(sorted(file for file in path.iterdir() if _is_data(file)))
+        files = tuple(sorted(file for file in path.rglob("*") if _is_data(file)))
         if not files:
             raise DataError(f"data source {source!r} must be a folder with files that end in {kinds}, but holds none")
         return files

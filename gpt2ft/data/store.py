@@ -13,10 +13,12 @@ import hashlib
 import json
 import os
 import sys
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,12 @@ from gpt2ft.data.reading import DataError, Filters, Reading, show
 from gpt2ft.data.sources import Part, Source, open_source
 from gpt2ft.data.token_tree import TokenTree, is_learnt
 from gpt2ft.data.topic import Topic
-from gpt2ft.files import sync_folder, write_json
+from gpt2ft.files import sync_folder, user_path, write_json
 from gpt2ft.settings import speaks_for_its_machine
 from gpt2ft.text.template import render_turn, template_digest
 from gpt2ft.text.tokenizer import ChatTokenizer
 
-FORMAT = 2  # of the stored columns, and of how a source is cut into parts
+FORMAT = 3  # of the stored columns, and of how a source is cut into parts
 
 Digests = NDArray[np.uint64]
 
@@ -43,6 +45,7 @@ class Ledger:
     """What a source held and what became of it, in messages."""
 
     format: str  # what the source was taken for
+    conversations: int  # read
     read: int
     kept: int
     dropped: dict[str, int]  # by reason, largest first
@@ -69,27 +72,32 @@ class TokenStore:
                 self._batches += [reader.get_batch(number) for number in range(reader.num_record_batches)]
         except (OSError, ValueError, TypeError, pa.ArrowException) as error:
             raise DataError(f"the tokenised data in {folder} is damaged ({error}): remove that folder") from error
-        self._firsts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])  # first row of each batch
+        self._firsts = [0, *accumulate(batch.num_rows for batch in self._batches)]  # first row of each batch
+        self._views: dict[tuple[int, str], tuple[NDArray[np.int32], NDArray]] = {}
 
     def __len__(self) -> int:
-        return int(self._firsts[-1])
+        return self._firsts[-1]
 
     def tree(self, row: int, group: int) -> TokenTree:
-        """The unsupervised tree of a row; its nodes belong to `group`."""
-        node_lengths = self._values("lengths", row)
+        """The unsupervised tree of a row, straight from the mapped file; its nodes belong to `group`."""
+        number, row_in_batch = self._place(row)
+        token_offsets, tokens = self._lists(number, "tokens")
+        node_offsets, lengths = self._lists(number, "lengths")
+        nodes = slice(node_offsets[row_in_batch], node_offsets[row_in_batch + 1])
+        size = nodes.stop - nodes.start
         return TokenTree(
-            tokens=self._values("tokens", row),
-            lengths=node_lengths,
-            parents=self._values("parents", row),
-            roles=self._values("roles", row),
-            weights=np.zeros(len(node_lengths), np.float32),
-            groups=np.full(len(node_lengths), group, np.int32),
-            messages=self._values("messages", row),
+            tokens=tokens[token_offsets[row_in_batch] : token_offsets[row_in_batch + 1]],
+            lengths=lengths[nodes],
+            parents=self._lists(number, "parents")[1][nodes],
+            roles=self._lists(number, "roles")[1][nodes],
+            weights=np.zeros(size, np.float32),
+            groups=np.full(size, group, np.int32),
+            messages=self._lists(number, "messages")[1][nodes],
         )
 
     def id(self, row: int) -> str:
-        batch, row_in_batch = self._place(row)
-        return batch.column("id")[row_in_batch].as_py()
+        number, row_in_batch = self._place(row)
+        return self._batches[number].column("id")[row_in_batch].as_py()
 
     def keys(self) -> Digests:
         """What makes a conversation the same one wherever it is met: a digest of its id and its first message."""
@@ -109,16 +117,17 @@ class TokenStore:
     def _column(self, name: str) -> NDArray:
         return np.concatenate([batch.column(name).to_numpy() for batch in self._batches])
 
-    def _place(self, row: int) -> tuple[Any, int]:
-        number = int(np.searchsorted(self._firsts, row, side="right")) - 1
-        return self._batches[number], row - int(self._firsts[number])
+    def _place(self, row: int) -> tuple[int, int]:
+        """The number of the batch that holds a row, and where it stands in it."""
+        number = bisect_right(self._firsts, row) - 1
+        return number, row - self._firsts[number]
 
-    def _values(self, column: str, row: int) -> NDArray:
-        """One list of a row, straight from the mapped file."""
-        batch, row_in_batch = self._place(row)
-        lists = batch.column(column)
-        start, end = lists.offsets[row_in_batch].as_py(), lists.offsets[row_in_batch + 1].as_py()
-        return lists.values.to_numpy()[start:end]
+    def _lists(self, number: int, column: str) -> tuple[NDArray[np.int32], NDArray]:
+        """A column of lists in one batch: where each list begins, and all values."""
+        if (number, column) not in self._views:
+            lists = self._batches[number].column(column)
+            self._views[number, column] = (lists.offsets.to_numpy(), lists.values.to_numpy())
+        return self._views[number, column]
 
 
 def _sizes(batch: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -132,7 +141,7 @@ def _sizes(batch: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 def cache_root(setting: str | None) -> Path:
     """`data.cache`, else $GPT2FT_CACHE, else ~/.cache/gpt2ft."""
-    return Path(setting or os.environ.get("GPT2FT_CACHE") or Path.home() / ".cache" / "gpt2ft").expanduser()
+    return user_path(setting or os.environ.get("GPT2FT_CACHE") or str(Path.home() / ".cache" / "gpt2ft"))
 
 
 def open_store(
@@ -235,7 +244,12 @@ def _write_part(file: Path, part: Part, work: _Work) -> None:
             opening = show(tree.messages[0].text)
             raise DataError(f"{work.source.origin.place}: a conversation that opens with {opening}: {error}") from error
     batch = columns.batch()
-    counts = {"kept": len(columns.lengths), "dropped": dict(reading.dropped), "content": columns.content()}
+    counts = {
+        "trees": reading.totals.trees,
+        "kept": len(columns.lengths),
+        "dropped": dict(reading.dropped),
+        "content": columns.content(),
+    }
     schema = batch.schema.with_metadata({"ledger": json.dumps(counts)})
     temporary = file.with_suffix(".tmp")
     with pa.OSFile(str(temporary), "wb") as handle, pa.ipc.new_file(handle, schema) as writer:
@@ -248,10 +262,11 @@ def _write_part(file: Path, part: Part, work: _Work) -> None:
 def _ledger(source: Source, files: Sequence[Path]) -> Ledger:
     import pyarrow as pa
 
-    kept, dropped, contents = 0, Counter[str](), []
+    trees, kept, dropped, contents = 0, 0, Counter[str](), []
     for file in files:
         with pa.memory_map(str(file)) as handle:
             counts = json.loads(pa.ipc.open_file(handle).schema.metadata[b"ledger"])
+        trees += counts["trees"]
         kept += counts["kept"]
         dropped.update(counts["dropped"])
         contents.append(counts["content"])
@@ -260,7 +275,7 @@ def _ledger(source: Source, files: Sequence[Path]) -> Ledger:
         told = ", ".join(f"{number:,} {reason}" for reason, number in reasons.items())
         raise DataError(f"{source.origin.place} holds nothing to train on" + (f"; dropped: {told}" if told else ""))
     content = hashlib.sha256("".join(contents).encode()).hexdigest()
-    return Ledger(source.format.name, kept + dropped.total(), kept, reasons, content)
+    return Ledger(source.description, trees, kept + dropped.total(), kept, reasons, content)
 
 
 class _Columns:

@@ -5,11 +5,11 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from gpt2ft.conversation import LEARNT_ROLES, Message, MessageTree
 from gpt2ft.data.reading import DataError, Filters
 from gpt2ft.data.sources import read_trees
+from gpt2ft.files import user_path
 from gpt2ft.random import seed_for
 
 
@@ -28,7 +28,7 @@ class Topic:
         """
         if source.lower().endswith(".txt"):
             try:
-                texts = Path(source).expanduser().read_text(encoding="utf-8").splitlines()
+                texts = user_path(source).read_text(encoding="utf-8-sig").split("\n")
             except (OSError, UnicodeDecodeError) as error:
                 raise DataError(f"`data.topic_replies` = {source} cannot be read: {error}") from error
         else:

@@ -35,7 +35,9 @@ class KeyValueCache:
     def __init__(self, model: GPT2, num_slots: int) -> None:
         config, like = model.config, model.wte.weight
         self.n_positions = config.n_positions
-        empty = like.new_zeros(num_slots, config.n_head, 0, config.n_embd // config.n_head)
+        kind = like.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
+        empty = like.new_zeros(num_slots, config.n_head, 0, config.n_embd // config.n_head, dtype=dtype)
         self.keys, self.values = [empty] * config.n_layer, [empty] * config.n_layer  # [slots, H, T, D] for each layer
 
     def make_room(self, num_tokens: int) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Literal, Protocol
 
-from gpt2ft.conversation import Role
+from gpt2ft.conversation import Role, tidy
 from gpt2ft.inference.generate import Decoder, StopStrings, TextStream, unsayable
 from gpt2ft.inference.sampling import Sampling
 from gpt2ft.model.gpt2 import GPT2
@@ -136,6 +136,7 @@ class Session:
         self.sampling = sampling
         self.max_new_tokens = max_new_tokens
         self.turns: list[Turn] = []
+        self._messages: list[str] = []  # which the last user turn is made of
         self.system: str | None = None
         self.last: Statistics | None = None
         self._decoder: Decoder | None = None
@@ -157,9 +158,11 @@ class Session:
     def say(self, text: str) -> None:
         """Adds a user turn. Two in a row become one, joined by a blank line as in training data."""
         self._settle()
-        if self._awaits_reply():
-            text = f"{self.turns.pop()[1]}\n\n{text}"
-        self.turns.append(("user", text))
+        if not self._awaits_reply():
+            self._messages = []
+            self.turns.append(("user", ""))
+        self._messages.append(tidy(text))
+        self.turns[-1] = ("user", "\n\n".join(self._messages))
 
     def reply(self, should_stop: Callable[[], bool] = lambda: False) -> Pieces:
         """The assistant's reply, piece by piece. At its end, whatever brings it, what was said becomes a turn.
@@ -205,7 +208,10 @@ class Session:
         self._settle()
         if not self.turns:
             raise ValueError("there must be a message to take back, but there is none")
-        del self.turns[-1 if self._awaits_reply() else -2 :]
+        if self._awaits_reply():
+            self._take_back()
+        else:
+            del self.turns[-2:]
 
     def retry(self) -> None:
         """Takes back the last reply, if its message has one, so that `reply` draws another.
@@ -241,14 +247,22 @@ class Session:
         self.new()
         self.system = turns.pop(0)[1] if turns and turns[0][0] == "system" else None
         self.turns = turns
+        self._messages = [turns[-1][1]] if self._awaits_reply() else []
 
     # --- how ---
 
     def _awaits_reply(self) -> bool:
         return bool(self.turns) and self.turns[-1][0] == "user"
 
+    def _take_back(self) -> None:
+        """The last message, and no other that it was joined to."""
+        turn = self.turns.pop()
+        if len(self._messages) > 1 and turn[1] == "\n\n".join(self._messages):
+            self._messages.pop()
+            self.turns.append(("user", "\n\n".join(self._messages)))
+
     def _all_turns(self) -> list[Turn]:
-        return [*([] if self.system is None else [("system", self.system)]), *self.turns]
+        return [*([] if self.system is None else [("system", tidy(self.system))]), *self.turns]
 
     def _limit(self) -> int:
         """Tokens that a prompt may have: the rest of the context is for what comes."""
@@ -263,7 +277,7 @@ class Session:
         room = self._limit() - len(self.frame.opening)
         kept = kept_turns([role for role, _ in turns], lengths, room)
         if kept is None:
-            self.turns.pop()
+            self._take_back()
             beside = f" beside the system text of {lengths[0]}" if self.system is not None else ""
             fitting = max(0, room - (lengths[0] if beside else 0))
             raise ValueError(

@@ -37,6 +37,18 @@ class GPT2Config:
             raise ValueError(f"`n_embd` must be a multiple of `n_head` = {self.n_head}, but is {self.n_embd}")
 
 
+def parameter_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter by name, without building the model."""
+    E = config.n_embd
+    matrices = {"attn.c_attn": (E, 3 * E), "attn.c_proj": (E, E), "mlp.c_fc": (E, 4 * E), "mlp.c_proj": (4 * E, E)}
+    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (config.vocab_size, E), "wpe.weight": (config.n_positions, E)}
+    for layer in range(config.n_layer):
+        for name, shape in matrices.items():
+            shapes |= {f"h.{layer}.{name}.weight": shape, f"h.{layer}.{name}.bias": shape[1:]}
+        shapes |= {f"h.{layer}.{norm}.{kind}": (E,) for norm in ("ln_1", "ln_2") for kind in ("weight", "bias")}
+    return shapes | {"ln_f.weight": (E,), "ln_f.bias": (E,)}
+
+
 class Projection(nn.Module):
     """x W + b with W stored [in, out], as GPT-2's checkpoints have it."""
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gpt2ft.files import write_json, write_safetensors
-from gpt2ft.model.gpt2 import GPT2, GPT2Config
+from gpt2ft.model.gpt2 import GPT2Config, parameter_shapes
 
 PREFIX = "transformer."
 
@@ -138,8 +138,7 @@ def read_weights(folder: Path, config: GPT2Config) -> dict[str, Tensor]:
     Raises:
         ModelError: on a missing, unknown, misshapen or non-finite tensor, or a head that is not the embedding.
     """
-    with torch.device("meta"):
-        shapes = {name: tuple(parameter.shape) for name, parameter in GPT2(config).named_parameters()}
+    shapes = parameter_shapes(config)
     weights: dict[str, Tensor] = {}
     head = None
     for file in _weight_files(folder):

@@ -219,6 +219,7 @@ class Corpus:
     factors: list[float]
     rows: Rows
     dropped: Counter[str]  # trees left out here, by reason
+    is_whole: bool = True  # not a part held out of the sources of another, which tells what they dropped
 
     def identity(self) -> dict[str, str | int]:
         """What tells this corpus from another."""
@@ -255,7 +256,7 @@ def load_corpora(settings: DataSettings, tokenizer: ChatTokenizer, seed: int = 0
     corpus = _unique(_open_stores(settings.train, settings, tokenizer), seen, reason)
     if settings.eval_fraction:
         chosen = is_held_out(corpus.keys(), settings.eval_fraction)
-        held_out = replace(corpus, rows=corpus.rows[chosen], dropped=Counter())
+        held_out = replace(corpus, rows=corpus.rows[chosen], dropped=Counter(), is_whole=False)
         corpus = replace(corpus, rows=corpus.rows[~chosen])
         if not len(held_out.rows):
             raise SettingsError(f"`data.eval_fraction` = {settings.eval_fraction} holds no conversation out: raise it")

@@ -4,6 +4,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from gpt2ft.data.plan import Plan
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.logprobs import CHUNK
@@ -76,9 +78,9 @@ def memory_estimate(gpt2: GPT2, capacity: int, bf16: bool) -> float:
 def dropped(corpus: Corpus, plan: Plan) -> Counter[str]:
     """Everything left out by reason: messages by the sources and the context, conversations by the corpus."""
     reasons: Counter[str] = Counter()
-    for store in corpus.stores:
+    for store in corpus.stores if corpus.is_whole else ():
         reasons.update(store.ledger.dropped)
-    reasons["too long"] += plan.pieces.too_long
+    reasons["do not fit the context"] += plan.pieces.left_out
     return +(reasons + corpus.dropped)
 
 
@@ -89,7 +91,8 @@ class SourceShare:
     source: str
     format: str
     factor: float
-    messages_read: int
+    conversations_read: int
+    messages_read: int | None  # None where another part of the same sources tells it
     dropped: dict[str, int]  # messages by reason
     conversations: int
     tokens: int  # in an epoch
@@ -97,9 +100,10 @@ class SourceShare:
 
     def __str__(self) -> str:
         factor = f" x {self.factor:g}" if self.factor != 1 else ""
+        read = "" if self.messages_read is None else f"; {self.messages_read:,} messages read"
         return (
-            f"{self.source}{factor} ({self.format}): {self.conversations:,} conversations, {self.tokens:,} tokens, "
-            f"{self.supervised:,} supervised; {self.messages_read:,} messages read"
+            f"{self.source}{factor} ({self.format}): {self.conversations:,} of {self.conversations_read:,} "
+            f"conversations, {self.tokens:,} tokens, {self.supervised:,} supervised{read}"
         )
 
 
@@ -108,13 +112,15 @@ def shares(corpus: Corpus, plan: Plan) -> list[SourceShare]:
     found = []
     for number, (store, factor) in enumerate(zip(corpus.stores, corpus.factors, strict=True)):
         here = plan.pieces.rows[:, 0] == number
+        rows = corpus.rows[corpus.rows[:, 0] == number]
         share = SourceShare(
             source=store.source,
             format=store.ledger.format,
             factor=factor,
-            messages_read=store.ledger.read,
-            dropped=store.ledger.dropped,
-            conversations=int((corpus.rows[:, 0] == number).sum()),
+            messages_read=store.ledger.read if corpus.is_whole else None,
+            dropped=store.ledger.dropped if corpus.is_whole else {},
+            conversations=len(np.unique(plan.pieces.rows[here, 1])),
+            conversations_read=store.ledger.conversations if corpus.is_whole else len(rows),
             tokens=int(plan.pieces.sizes[here].sum()),
             supervised=int(plan.pieces.scored[here].sum()),
         )
@@ -133,6 +139,6 @@ def _data_lines(label: str, corpus: Corpus, plan: Plan) -> Iterator[str]:
         label = ""
         if share.dropped:
             yield f"{'':<9} dropped: {listed(share.dropped)}"
-    reasons = +(corpus.dropped + Counter({"messages too long for the context": plan.pieces.too_long}))
+    reasons = +(corpus.dropped + Counter({"messages that do not fit the context": plan.pieces.left_out}))
     if reasons:
         yield f"{'':<9} left out: {listed(reasons)}"

@@ -10,7 +10,7 @@ from gpt2ft.files import write_json
 from gpt2ft.model.attention import default_backend
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.runs.assemble import Corpus, Policy, load_corpora, load_trained
-from gpt2ft.runs.samples import Sample, answer, held_out_prompts
+from gpt2ft.runs.samples import Sample, Turns, answer, held_out_prompts
 from gpt2ft.settings import DataSettings, EvaluateSettings, SettingsError, refuse_problems, stream_problems
 from gpt2ft.training import distributed
 from gpt2ft.training.evaluate import Score, evaluate, total
@@ -36,6 +36,7 @@ def run(settings: EvaluateSettings) -> None:
     )
     corpus, _ = load_corpora(data, policy.tokenizer)
     distributed.check_agreement(accelerator, 0, corpus.content())
+    prompts = topic_prompts(policy, corpus, settings) if settings.topic else []
     pieces = cut_to_fit(corpus.stores, corpus.rows, "once", max_length, settings.tokens_per_micro_batch)
     plan = Plan(pieces, settings.tokens_per_micro_batch, 1, seed=0, shuffle=False)
     policy.gpt2.to(accelerator.device)
@@ -45,11 +46,11 @@ def run(settings: EvaluateSettings) -> None:
         scores = evaluate(model, plan, policy.tokenizer.byte_lengths(), accelerator)
     if not accelerator.is_main_process:
         return
-    adherence = on_topic(policy, corpus, settings) if settings.topic else None
+    adherence = Adherence(settings.topic, answer(policy, prompts, settings.max_new_tokens)) if prompts else None
     by_source = {s.source: score for s, score in zip(corpus.stores, scores, strict=True) if score.tokens}
     print(table(by_source | ({"total": total(scores)} if len(by_source) > 1 else {})))
-    if pieces.too_long:
-        print(f"{pieces.too_long:,} messages were too long for {max_length} tokens and are not in these figures")
+    if pieces.left_out:
+        print(f"{pieces.left_out:,} messages do not fit {max_length} tokens and are not in these figures")
     if adherence:
         print(adherence)
     report = {
@@ -57,7 +58,7 @@ def run(settings: EvaluateSettings) -> None:
         "weights": policy.digest,
         "precision": accelerator.mixed_precision,
         "max_length": max_length,
-        "too_long": pieces.too_long,
+        "left_out": pieces.left_out,
         "total": _figures(total(scores)),
         "by_source": {name: _figures(score) for name, score in by_source.items()},
         "data": corpus.identity(),
@@ -95,17 +96,20 @@ class Adherence:
         return "\n\n".join([*lines, *map(str, self.samples[:3]), ""])
 
 
-def on_topic(policy: Policy, corpus: Corpus, settings: EvaluateSettings) -> Adherence:
-    """Answers held-out prompts, each with the likeliest reply.
+def topic_prompts(policy: Policy, corpus: Corpus, settings: EvaluateSettings) -> list[Turns]:
+    """Held-out prompts that leave room for a reply.
 
     Raises:
-        SettingsError: if there is none that leaves room for a reply.
+        SettingsError: if there is none.
     """
     longest = settings.max_new_tokens
     prompts = held_out_prompts(corpus, policy, settings.topic_prompts, longest)
     if not prompts:
-        raise SettingsError(f"no prompt leaves room for a reply of `max_new_tokens` = {longest}: lower it")
-    return Adherence(settings.topic, answer(policy, prompts, longest))
+        raise SettingsError(
+            f"`topic` needs prompts that leave room for a reply of `max_new_tokens` = {longest}, but "
+            f"{', '.join(settings.data)} has none: plain texts have no prompts"
+        )
+    return prompts
 
 
 def table(scores: dict[str, Score]) -> str:

@@ -46,6 +46,8 @@ def show(plan: Plan, tokenizer: ChatTokenizer, number: int, width: int, colour: 
     texts = []
     for example in _examples(plan, number):
         texts.append("\n".join(_drawn(example, tokenizer, width, colour)))
+    if len(texts) < number:
+        texts.append(f"there are no more than these {len(texts):,}")
     legend = "what is supervised is " + ("green" if colour else "between » and «")
     return "\n\n".join(["", *texts, legend, ""])
 
@@ -94,15 +96,17 @@ def _drawn(example: _Example, tokenizer: ChatTokenizer, width: int, colour: bool
     waiting = [(0, "", True)]
     while waiting:
         node, indent, is_last = waiting.pop()
-        branch, below = (indent + ("└─ " if is_last else "├─ "), indent + ("   " if is_last else "│  "))
         first = example.start + int(tree.starts[node])
         tokens = range(first, first + int(tree.lengths[node]))
         replies = children.get(node, [])
-        yield branch + _about(example, ROLES[tree.roles[node]], tokens)
-        bar = below + ("│  " if replies else "   ")
-        for line in _wrapped(list(_pieces(example, tokens, tokenizer)), width - len(bar), colour):
+        goes_on = len(replies) == 1  # an only reply stands in the same column, so that long talks stay readable
+        yield indent + ("└─ " if is_last and not goes_on else "├─ ") + _about(example, ROLES[tree.roles[node]], tokens)
+        below = indent + ("   " if is_last and not goes_on else "│  ")
+        bar = below + ("│  " if len(replies) > 1 else "   ")
+        for line in _wrapped(list(_pieces(example, tokens, tokenizer)), max(40, width - len(bar)), colour):
             yield bar + line
-        waiting += [(reply, below, reply == replies[-1]) for reply in reversed(replies)]
+        next_indent = indent if goes_on else below
+        waiting += [(reply, next_indent, is_last if goes_on else reply == replies[-1]) for reply in reversed(replies)]
 
 
 def _about(example: _Example, role: str, tokens: range) -> str:
@@ -165,7 +169,7 @@ def statistics(corpus: Corpus, held_out: Corpus | None, plan: Plan, tokenizer: C
         if len(values):
             least, middle, high, most = np.percentile(values, (0, 50, 90, 100), method="nearest").astype(int).tolist()
             lines.append(f"{name:<26}{least:>8,}{middle:>8,}{high:>8,}{most:>8,}")
-    cut = sum(len(tree.tokens) for tree in plan.pieces.cut.values())
+    cut = int(plan.pieces.sizes[plan.pieces.is_cut].sum())
     lines.append(
         f"cut to fit                {cut:,} tokens of {plan.tokens:,}, {plan.pieces.repeated:,} of them repeated"
     )

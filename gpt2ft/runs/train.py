@@ -80,7 +80,8 @@ def train(settings: SFTSettings, objective: Objective) -> None:
     check(model, plan, policy, verbose=main)
     identity = what_must_not_change(settings, policy, corpus, held_out, steps, precision)
     state, found = (TrainState(), None) if settings.resume == "never" else resume(output, identity, verbose=main)
-    distributed.check_agreement(accelerator, state.step, corpus.content())
+    contents = [part.content() for part in (corpus, held_out) if part]
+    distributed.check_agreement(accelerator, state.step, *contents)
     if found:
         load_trained_weights(policy.gpt2, checkpoint.read_weights(found))
     if settings.lora.rank and precision == "bf16":

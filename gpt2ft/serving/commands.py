@@ -2,13 +2,14 @@
 
 import difflib
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from gpt2ft.files import write_text
+from gpt2ft.files import user_path, write_text
 from gpt2ft.inference.session import Session
 
 Turn = tuple[str, str]  # role, text
@@ -84,13 +85,16 @@ class Chat:
     def _command(self, text: str) -> None:
         name, argument, *_ = (*text.split(maxsplit=1), "")
         if name not in COMMANDS:
-            near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0)[0]
-            raise ValueError(f"there is no command {name} (did you mean {near}?); // begins a text with a slash")
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else "/help lists them"
+            raise ValueError(f"there is no command {name} ({hint}); // begins a text with a slash")
         command = COMMANDS[name]
         if self.completes and command.needs_turns:
             raise ValueError(f"{name} needs a conversation, and `--complete` has none")
         if command.needs_argument and not argument:
             raise ValueError(f"{name} must be followed by {command.argument}")
+        if argument and not command.argument:
+            raise ValueError(f"{name} must stand alone, but is followed by {argument.strip()}")
         command.run(self, argument.strip())
 
     def new(self, _: str) -> None:
@@ -111,8 +115,8 @@ class Chat:
         self._reply()
 
     def save(self, name: str) -> None:
-        file = Path(name).expanduser()
-        if file.exists() and file.resolve() not in self._saved:
+        file = user_path(name)
+        if os.path.lexists(file) and file.resolve() not in self._saved:
             raise ValueError(f"{file} exists and was not saved by this chat: choose another name")
         line = json.dumps({"messages": self.session.to_messages()}, ensure_ascii=False) + "\n"
         try:
@@ -123,7 +127,7 @@ class Chat:
         self.screen.notice(f"saved to {file}")
 
     def load(self, name: str) -> None:
-        file = Path(name).expanduser()
+        file = user_path(name)
         messages, is_only = _read_messages(file)
         try:
             self.session.from_messages(messages)
@@ -179,6 +183,7 @@ KEYS = {
     "Alt+Enter": "begin another line",
     "Ctrl-C": "stop the reply; at the prompt, clear it",
 }
+LONGEST_CHAT = 16 << 20  # characters of a saved conversation
 WHOLE_NUMBERS = ("top_k", "seed", "max_new_tokens")
 
 
@@ -208,9 +213,12 @@ def _read_messages(file: Path) -> tuple[list[Any], bool]:
     Raises:
         ValueError: if there are none.
     """
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise ValueError(f"{file} must be a file, but is not")
     try:
         with open(file, encoding="utf-8") as lines:
-            found = list(islice((line for line in lines if line.strip()), 2))
+            filled = (line for line in iter(lambda: lines.readline(LONGEST_CHAT), "") if line.strip())
+            found = list(islice(filled, 2))
         record = json.loads(found[0]) if found else None
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from error

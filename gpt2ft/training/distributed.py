@@ -5,6 +5,7 @@
 - `global_sum` adds numbers up over all processes.
 """
 
+import hashlib
 import os
 import sys
 from collections.abc import Sequence
@@ -69,15 +70,16 @@ def global_sum(accelerator: Any, *numbers: float) -> list[float]:
     return accelerator.reduce(local, reduction="sum").tolist()
 
 
-def check_agreement(accelerator: Any, step: int, data: str) -> None:
+def check_agreement(accelerator: Any, step: int, *data: str) -> None:
     """Raises LaunchError unless all processes go on from the same step with the same data.
 
     Args:
-        data: a digest of the tokenised data, in hex.
+        data: digests of all tokenised data.
     """
     if accelerator.num_processes == 1:
         return
-    mine = torch.tensor([step, int(data[:12], 16)], dtype=torch.float64, device=accelerator.device)
+    digest = int(hashlib.sha256("".join(data).encode()).hexdigest()[:12], 16)
+    mine = torch.tensor([step, digest], dtype=torch.float64, device=accelerator.device)
     same_step, same_data = (accelerator.gather(mine).view(-1, 2) == mine).all(0).tolist()
     if not same_step:
         raise LaunchError(

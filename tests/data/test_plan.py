@@ -13,12 +13,23 @@ from gpt2ft.data.token_tree import ASSISTANT, fit_context, split, weigh
 CAPACITY = 256
 
 
+class Held:
+    """A list of trees in the place of a store."""
+
+    def __init__(self, trees):
+        self.trees = trees
+
+    def tree(self, row, group):
+        return self.trees[row]
+
+
 def pieces_of(trees, repeated=0):
-    """Of trees that need no store: all of them are held as if they had been cut."""
+    """Of trees that need no store."""
     sizes = np.array([len(tree.tokens) for tree in trees])
     scored = np.array([tree.num_supervised for tree in trees])
     rows = np.stack([np.zeros(len(trees), np.int64), np.arange(len(trees))], axis=1)
-    return Pieces([], "once", rows, sizes, scored, dict(enumerate(trees)), too_long=0, repeated=repeated)
+    whole = np.full(len(trees), -1)
+    return Pieces([Held(trees)], "once", rows, sizes, scored, whole, 1 << 20, 1 << 20, left_out=0, repeated=repeated)
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +163,8 @@ class TestCutToFit:
     def test_what_fits_stays_in_the_store(self, store):
         pieces = cut_to_fit([store], rows_of(store), "once", max_length=512, capacity=1024)
         assert np.array_equal(pieces.rows, rows_of(store))
-        assert not pieces.cut
-        assert not pieces.too_long
+        assert not pieces.is_cut.any()
+        assert not pieces.left_out
         assert not pieces.repeated
         for piece, (size, scored) in enumerate(zip(pieces.sizes, pieces.scored, strict=True)):
             tree = pieces.tree(piece)
@@ -164,8 +175,8 @@ class TestCutToFit:
         trees = [store.tree(row, 0) for row in range(len(store))]
         longest = max(int((tree.depths + tree.lengths).max()) for tree in trees)
         assert longest < store.sizes()[0].max()
-        assert not cut_to_fit([store], rows_of(store), "once", longest, 4096).cut
-        assert cut_to_fit([store], rows_of(store), "once", longest - 1, 4096).cut
+        assert not cut_to_fit([store], rows_of(store), "once", longest, 4096).is_cut.any()
+        assert cut_to_fit([store], rows_of(store), "once", longest - 1, 4096).is_cut.any()
 
     @pytest.mark.parametrize("weight", ["once", "leaves"])
     @pytest.mark.parametrize(
@@ -176,16 +187,16 @@ class TestCutToFit:
         rows = rows_of(store, texts)
         rows = np.random.default_rng(0).permutation(np.concatenate([rows, rows[::3]]))
         pieces = cut_to_fit([store, texts], rows, weight, max_length, capacity)
-        expected, too_long, repeated = [], 0, 0
+        expected, left_out, repeated = [], 0, 0
         for number, row in rows.tolist():
             whole = weigh([store, texts][number].tree(row, group=number), weight)
-            fitting, dropped = fit_context(whole, max_length)
+            fitting, _ = fit_context(whole, max_length)
             parts = [part for tree in fitting for part in split(tree, capacity)]
             expected += [((number, row), part) for part in parts]
-            too_long += dropped
             lengths = {
                 m: n for part in parts for m, n in zip(part.messages.tolist(), part.lengths.tolist(), strict=True)
             }
+            left_out += len(whole.lengths) - len(lengths)
             tokens = sum(len(part.tokens) for part in parts)
             repeated += len(parts) - 1 if number else tokens - sum(lengths.values())
         assert len(pieces) == len(expected)
@@ -197,14 +208,14 @@ class TestCutToFit:
                 np.array_equal(getattr(tree, name), getattr(part, name))
                 for name in ("tokens", "lengths", "parents", "roles", "weights", "groups", "messages")
             )
-        assert (pieces.too_long, pieces.repeated) == (too_long, repeated)
-        assert bool(pieces.cut) == (max_length < 512)
-        assert bool(too_long) == (max_length < 48)
+        assert (pieces.left_out, pieces.repeated) == (left_out, repeated)
+        assert pieces.is_cut.any() == (max_length < 512)
+        assert bool(left_out) == (max_length < 48)
 
     @pytest.mark.parametrize(("max_length", "capacity"), [(64, 64), (64, 128), (128, 128), (48, 512)])
     def test_every_reply_is_supervised_once_or_counted(self, store, max_length, capacity):
         pieces = cut_to_fit([store], rows_of(store), "once", max_length, capacity)
-        assert pieces.cut
+        assert pieces.is_cut.any()
         assert pieces.repeated or capacity == 512
         replies = 0
         unique, total = set(), 0
@@ -217,7 +228,9 @@ class TestCutToFit:
             unique |= {(int(pieces.rows[piece, 1]), message) for message in tree.messages.tolist()}
             total += len(tree.tokens)
         in_store = [store.tree(row, 0) for row in range(len(store))]
-        assert replies + pieces.too_long == sum(int((tree.roles == ASSISTANT).sum()) for tree in in_store)
+        lost = sum(len(tree.roles) for tree in in_store) - len(unique)
+        assert pieces.left_out == lost
+        assert replies >= sum(int((tree.roles == ASSISTANT).sum()) for tree in in_store) - lost
         kept = sum(int(in_store[row].lengths[message]) for row, message in unique)
         assert total - pieces.repeated == kept
 
@@ -245,7 +258,7 @@ class TestCutToFit:
         assert groups == {1: {1}, 0: {0}}
 
     def test_nothing_that_fits_is_refused(self, store):
-        with pytest.raises(DataError, match=r"no message fits `data.max_length` = 3 tokens .*: all \d+ are too long"):
+        with pytest.raises(DataError, match=r"no message fits `data.max_length` = 3 tokens .*: all \d+ are left out"):
             cut_to_fit([store], rows_of(store), "once", 3, 128)
 
 

@@ -117,7 +117,7 @@ class TestFolder:
             write(tmp_path / "tea" / name, [{"text": f"From {name}."}])
         trees, _ = read(tmp_path / "tea")
         assert [tree.messages[0].text for tree in trees] == [
-            "From a.parquet.", "From b.json.", "From c.jsonl.gz.", "From lines.json.",
+            "From a.parquet.", "From b/inner.jsonl.", "From b.json.", "From c.jsonl.gz.", "From lines.json.",
         ]  # fmt: skip
         assert {tree.source for tree in trees} == {"tea"}
 

@@ -1,6 +1,7 @@
 """Cached decoding equals the full forward pass, token for token, whatever is decoded beside it or was cached before."""
 
 import random
+from copy import deepcopy
 from itertools import pairwise
 
 import pytest
@@ -356,3 +357,9 @@ class TestCache:
         pair = [x[[10, 10]] for x in (q, k, v)]
         cache.make_room(11)
         assert_close(cache.step([0, 2], [10, 10])(*pair, 0), expected[[10, 10]])
+
+
+def test_float32_weights_generate_under_autocast(model):
+    with torch.autocast("cpu", torch.bfloat16):
+        replies = generate(deepcopy(model).float(), PROMPTS, 8, [STOP], forbidden(STOP))
+    assert {len(reply.ids) for reply in replies} == {8}

@@ -361,7 +361,7 @@ class TestMessages:
         messages = session.to_messages()
         assert messages == [
             {"role": "system", "content": "Be brief."},
-            {"role": "user", "content": "Hi {role}\n"},
+            {"role": "user", "content": "Hi {role}"},
             {"role": "assistant", "content": ""},
             {"role": "user", "content": "Still there?"},
         ]
@@ -481,3 +481,14 @@ class TestComplete:
     def test_a_text_that_is_too_long(self, scripted):
         with pytest.raises(ValueError, match="the text must have at most 76 tokens, but has 100: shorten it"):
             scripted().complete(" tea" * 100)
+
+
+def test_taking_a_message_back_leaves_the_one_it_was_joined_to(scripted):
+    session = scripted()
+    session.say("First.")
+    session.say(" Second.\r\n")
+    assert session.turns == [("user", "First.\n\nSecond.")]
+    session.undo()
+    assert session.turns == [("user", "First.")]
+    session.undo()
+    assert session.turns == []

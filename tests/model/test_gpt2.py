@@ -8,7 +8,7 @@ import torch
 
 from gpt2ft.data.packing import build_stream
 from gpt2ft.model.attention import attention_for
-from gpt2ft.model.gpt2 import GPT2, GPT2Config
+from gpt2ft.model.gpt2 import GPT2, GPT2Config, parameter_shapes
 from gpt2ft.model.pretrained import HUB_MODELS
 
 # vocab_size, n_positions, n_embd, n_layer, n_head
@@ -140,3 +140,9 @@ class TestDropout:
         self.outputs(model, times=1)
         assert (seen[0] == 0).all()
         assert sum(isinstance(module, torch.nn.Dropout) for module in model.modules()) == 1 + 2 * 2
+
+
+@pytest.mark.parametrize("shape", [(61, 32, 48, 3, 4), (128, 64, 32, 1, 2)])
+def test_the_shapes_told_are_those_built(shape):
+    config = GPT2Config(*shape[:3], n_layer=shape[3], n_head=shape[4])
+    assert parameter_shapes(config) == {name: tuple(p.shape) for name, p in GPT2(config).named_parameters()}

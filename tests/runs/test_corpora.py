@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from gpt2ft import quickstart
+from gpt2ft.data.plan import Plan, cut_to_fit
 from gpt2ft.data.reading import DataError
 from gpt2ft.runs.assemble import load_corpora
+from gpt2ft.runs.describe import dropped, shares
 from gpt2ft.settings import DataSettings, SettingsError
 
 
@@ -216,3 +218,13 @@ class TestFactors:
 def test_a_source_that_is_not_there_is_refused(load):
     with pytest.raises(DataError, match="quickstrat"):
         load(train=("quickstrat",))
+
+
+def test_what_a_source_dropped_is_told_once(load):
+    corpus, held_out = load(train=("quickstart",), eval_fraction=0.2)
+    assert (corpus.is_whole, held_out.is_whole) == (True, False)
+    plans = [Plan(cut_to_fit(part.stores, part.rows, "once", 256, 512), 512, 1, seed=0) for part in (corpus, held_out)]
+    told = [shares(part, plan) for part, plan in zip((corpus, held_out), plans, strict=True)]
+    assert [share.messages_read for (share,) in told] == [1011, None]
+    assert [share.conversations for (share,) in told] == [len(corpus.rows), len(held_out.rows)]
+    assert not dropped(held_out, plans[1])

@@ -120,3 +120,11 @@ def test_a_very_deep_conversation(plan_of, tokenizer, tmp_path):
     corpus, _, plan = plan_of(train=(deep,))
     assert re.search(r"turns on the longest path +2,000 +2,000", statistics(corpus, None, plan, tokenizer))
     assert show(plan, tokenizer, 2, width=100, colour=False).count("example ") == 2
+
+
+def test_a_long_talk_stays_in_its_column(plan_of, tokenizer, tmp_path):
+    talk = chats(tmp_path / "talk.jsonl", [f"Turn {n}." for n in range(12)])
+    text = show(plan_of(train=(talk,))[2], tokenizer, 9, width=60, colour=False)
+    heads = [line for line in text.splitlines() if "positions" in line]
+    assert [line[:3] for line in heads] == ["├─ "] * 11 + ["└─ "]
+    assert "there are no more than these 1" in text

@@ -177,12 +177,12 @@ def test_the_commands_change_the_conversation(run):
     assert not run.chat.is_open
 
 
-@pytest.mark.parametrize(("given", "near"), [("/nwe", "/new"), ("/qiut", "/quit"), ("/Help", "/help"), ("/", "/")])
+@pytest.mark.parametrize(("given", "near"), [("/nwe", "/new"), ("/qiut", "/quit"), ("/Help", "/help"), ("/", "")])
 def test_an_unknown_command_is_answered_with_the_nearest(run, given, near):
     [(kind, text)] = run(f"{given} and more")
     assert kind == "problem"
     assert f"no command {given} " in text
-    assert f"did you mean {near}" in text
+    assert (f"did you mean {near}" if near else "/help lists them") in text
     assert run.session.turns == []
 
 

@@ -31,7 +31,7 @@ def plan(tokenizer, cache):
     """Of the quickstart, with some trees re-rooted and split."""
     store = open_store("quickstart", Filters(), tokenizer, cache)
     pieces = cut_to_fit([store], np.array([(0, row) for row in range(len(store))]), "once", 96, CAPACITY)
-    assert len(pieces.cut) > 10
+    assert pieces.is_cut.sum() > 10
     return Plan(pieces, CAPACITY, micro_batches_per_step=4, seed=0)
 
 

@@ -4,6 +4,8 @@
 - An assistant turn before the first user turn is dropped, and so is an empty system turn.
 - An empty turn, or a system turn that is not the first, ends the conversation: it and what follows are dropped.
 - What leads to no reply is dropped.
+- A `system` text beside the turns is the system turn. Other content that no format reads (`history`, `tools`) is an
+  error, because it would be lost.
 
 All of it is counted. A conversation without an id of its own is named by its content, so that the same one is
 recognised wherever it is met.
@@ -13,10 +15,13 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from gpt2ft.conversation import MessageTree, Role
-from gpt2ft.data.reading import Reading, Record, tidy
+from gpt2ft.conversation import MessageTree, Role, tidy
+from gpt2ft.data.reading import Malformed, Reading, Record, value
 
 Turns = Sequence[tuple[Role, str]]
+
+_SYSTEM = ("system", "system_prompt")
+_NOT_READ = ("history", "tools", "functions")
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Format:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return self.keys + self.also
+        return self.keys + self.also + _SYSTEM + _NOT_READ
 
     def matches(self, record: Record) -> bool:
         return all(key in record for key in self.keys)
@@ -45,11 +50,20 @@ class Format:
         Raises:
             Malformed: if the record cannot be read.
         """
-        turns = [(role, tidy(text)) for role, text in self.turns(record)]
+        for key in _NOT_READ:
+            if record.get(key):
+                raise Malformed(f"`{key}` must be empty or absent, as it is not read and would be lost")
+        turns = [(role, tidy(text)) for role, text in (*_system(record), *self.turns(record))] or [("user", "")]
         reading.totals.trees += 1
         reading.totals.messages += len(turns)
         kept = clean(turns, reading)
         return MessageTree.from_turns(content_id(kept), reading.source, kept) if kept else None
+
+
+def _system(record: Record) -> Turns:
+    """The system text that stands beside the turns, if there is one."""
+    texts = (value(record, key, str, "a string or null", optional=True) for key in _SYSTEM)
+    return [("system", text) for text in texts if text]
 
 
 def clean(turns: Turns, reading: Reading) -> list[tuple[Role, str]]:

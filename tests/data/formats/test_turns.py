@@ -136,3 +136,50 @@ def test_the_same_conversation_has_one_name_in_every_format_file_and_line(read, 
     assert {tree.messages for tree in trees} == {
         MessageTree.from_turns("", "", [("user", "Tea?"), ("assistant", "Yes.")]).messages
     }
+
+
+# --- content beside the turns ---------------------------------------------------------------------------------------
+
+PAIR = {"prompt": "Tea?", "completion": "Yes."}
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt"])
+def test_a_system_text_beside_the_turns_is_the_system_turn(read, key):
+    (tree,), _ = read([PAIR | {key: " Be brief. "}])
+    assert [(message.role, message.text) for message in tree.messages] == [
+        ("system", "Be brief."), ("user", "Tea?"), ("assistant", "Yes."),
+    ]  # fmt: skip
+    (tree,), reading = read(
+        [{"messages": [{"role": "system", "content": "Kindly."}, *chat_of(PAIR)], key: "Be brief."}]
+    )
+    assert tree.messages[0].text == "Be brief.\n\nKindly."
+    assert reading.dropped["joined to the turn above"] == 1
+    assert len(read([PAIR | {key: None}])[0][0].messages) == len(read([PAIR | {key: ""}])[0][0].messages) == 2
+
+
+def chat_of(pair):
+    return [{"role": "user", "content": pair["prompt"]}, {"role": "assistant", "content": pair["completion"]}]
+
+
+@pytest.mark.parametrize("key", ["history", "tools", "functions"])
+def test_content_that_would_be_lost_is_refused(read, error, drops, key):
+    assert f"`{key}` must be empty or absent, as it is not read and would be lost" in error([PAIR, PAIR | {key: ["x"]}])
+    assert drops([PAIR, PAIR | {key: ["x"]}], on_error="skip") == {"malformed line": 1}
+    assert len(read([PAIR | {key: []}])[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("extra", "problem"),
+    [({"weight": 0}, "`weight` must be 1 or absent"), ({"tool_calls": [{}]}, "`tool_calls` must be empty or absent")],
+)
+def test_messages_with_more_than_text_are_refused(error, read, extra, problem):
+    user, reply = chat_of(PAIR)
+    assert f"message 2 of `messages`: {problem}" in error([{"messages": [user, reply | extra]}])
+    assert len(read([{"messages": [user, reply | {"weight": 1, "tool_calls": None}]}])[0]) == 1
+
+
+def test_a_conversation_without_turns_is_counted(read):
+    trees, reading = read([{"messages": []}, {"messages": chat_of(PAIR)}])
+    assert len(trees) == 1
+    assert +reading.dropped == {"empty": 1}
+    assert reading.totals.trees == 2
