@@ -9,7 +9,8 @@ from gpt2ft.settings import SettingsError, fail
 def run(work: Callable[[Any], None], settings: Any) -> None:
     """Runs `work`, and turns the failures a person can do something about into a sentence.
 
-    Exit codes: 2 for settings, data and model folders; 1 for what happens while running; 130 for Ctrl-C.
+    Exit codes: 2 for settings, data and model folders; 1 for what happens while running; 75 for a run that was
+    told to stop and has saved (SIGTERM, SIGUSR1, Ctrl-C); 130 for Ctrl-C at any other time.
     """
     import torch
 
@@ -18,6 +19,7 @@ def run(work: Callable[[Any], None], settings: Any) -> None:
     from gpt2ft.training.checkpoint import CheckpointError
     from gpt2ft.training.distributed import LaunchError
     from gpt2ft.training.fit import TrainingDiverged
+    from gpt2ft.training.interruption import EXIT_CODE, ToldToStop
     from gpt2ft.training.preflight import PreflightError
 
     resumes = getattr(settings, "resume", None) == "auto"
@@ -34,6 +36,8 @@ def run(work: Callable[[Any], None], settings: Any) -> None:
         PreflightError,
     ) as error:
         fail(str(error))
+    except ToldToStop as error:
+        fail(f"{error}{again}", code=EXIT_CODE)
     except TrainingDiverged as error:
         fail(str(error), code=1)
     except torch.OutOfMemoryError as error:

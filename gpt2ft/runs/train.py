@@ -5,6 +5,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,9 @@ from gpt2ft.runs.samples import Sample, answer, held_out_prompts
 from gpt2ft.settings import SettingsError, SFTSettings, TrainingSettings
 from gpt2ft.training import checkpoint, distributed, preflight
 from gpt2ft.training.checkpoint import TrainState
-from gpt2ft.training.evaluate import evaluate, total
+from gpt2ft.training.evaluate import EvaluationCut, evaluate, total
 from gpt2ft.training.fit import Job, fit
+from gpt2ft.training.interruption import Interruption
 from gpt2ft.training.optimizer import adamw
 from gpt2ft.training.tracking import Tracker
 
@@ -108,7 +110,8 @@ def train(settings: SFTSettings, objective: Objective) -> None:
         output.begin(settings, manifest)
     accelerator.wait_for_everyone()
     tracker = Tracker(output.folder, state.step, steps, settings.model_dump(mode="json"), active=main)
-    evaluation = Evaluation(accelerator, prepared, policy, held_out, eval_plan, tracker, training)
+    interruption = Interruption()
+    evaluation = Evaluation(accelerator, prepared, policy, held_out, eval_plan, tracker, training, interruption)
 
     def save(state: TrainState) -> None:
         if main:
@@ -128,11 +131,13 @@ def train(settings: SFTSettings, objective: Objective) -> None:
         tracker=tracker,
         evaluate=evaluation,
         save=save,
+        interruption=interruption,
     )
     try:
-        if not found:
-            evaluation(0)
-        state = fit(job, state)
+        with interruption.listening():
+            if not found:
+                evaluation.of_the_start()
+            state = fit(job, state)
     finally:
         tracker.close()
     if main:
@@ -156,12 +161,20 @@ class Evaluation:
     plan: Plan | None
     tracker: Tracker
     training: TrainingSettings
+    interruption: Interruption
+
+    def of_the_start(self) -> None:
+        """Of step 0. If it is cut short, the first step still follows and is saved."""
+        with suppress(EvaluationCut):
+            self(0)
 
     def __call__(self, step: int) -> float | None:
         """The held-out loss, logged and said; None without held-out data."""
         if self.held_out is None or self.plan is None:
             return None
-        scores = evaluate(self.model, self.plan, self.policy.tokenizer.byte_lengths(), self.accelerator)
+        byte_lengths = self.policy.tokenizer.byte_lengths()
+        told_to_stop = self.interruption.__bool__
+        scores = evaluate(self.model, self.plan, byte_lengths, self.accelerator, told_to_stop)
         score = total(scores)
         metrics = {f"eval/{name}": value for name, value in score.figures().items()}
         if len(scores) > 1:

@@ -41,16 +41,19 @@ class TrainState:
     skipped_in_a_row: int = 0
     best_loss: float | None = None  # lowest evaluation loss so far
     best_step: int | None = None
+    evaluated_step: int | None = None  # the last step after which evaluation ran
 
     def after_step(self, updated: bool) -> "TrainState":
         if updated:
             return replace(self, step=self.step + 1, updates=self.updates + 1, skipped_in_a_row=0)
         return replace(self, step=self.step + 1, skipped_in_a_row=self.skipped_in_a_row + 1)
 
-    def after_evaluation(self, loss: float) -> "TrainState":
-        if not math.isfinite(loss) or (self.best_loss is not None and loss >= self.best_loss):
-            return self
-        return replace(self, best_loss=loss, best_step=self.step)
+    def after_evaluation(self, loss: float | None) -> "TrainState":
+        """`loss` is None without held-out data."""
+        after = replace(self, evaluated_step=self.step)
+        if loss is None or not math.isfinite(loss) or (self.best_loss is not None and loss >= self.best_loss):
+            return after
+        return replace(after, best_loss=loss, best_step=self.step)
 
 
 def step_folder(root: Path, step: int) -> Path:

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import torch
 
+from gpt2ft.training.interruption import end_with_parent
+
 STARTED_WITHOUT_TORCHRUN = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
@@ -46,6 +48,8 @@ def start(precision: str, micro_batches_per_step: int | None = None, determinist
         cpu=torch.backends.mps.is_available(),  # Apple's GPUs have no float64, in which losses are added up
     )
     _check_topology(accelerator, world_size, accumulation)
+    if world_size == 1 and _is_launched():
+        end_with_parent()  # accelerate launch does not pass SIGTERM on to a single process
     torch.set_num_threads(max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -161,6 +165,17 @@ def _command(processes: int) -> str:
     """What starts that many processes of this script on one machine of this kind."""
     cpu = "" if _on_cuda() else "ACCELERATE_USE_CPU=true "
     return f"`{cpu}torchrun --standalone --nproc_per_node {processes} {sys.argv[0]}`"
+
+
+def _is_launched() -> bool:
+    """Whether this process's parent is `accelerate launch`."""
+    import psutil
+
+    try:
+        parent = psutil.Process().parent()
+        return _launch_arguments(parent.cmdline() if parent else []) is not None
+    except psutil.Error:
+        return False
 
 
 def _processes_asked_for() -> int | None:

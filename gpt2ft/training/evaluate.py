@@ -1,7 +1,7 @@
 """Held-out loss as sums and counts, so that it depends neither on batch size nor on the number of processes."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,21 +39,38 @@ class Score:
         }
 
 
-def evaluate(model: nn.Module, plan: Plan, byte_lengths: Sequence[int], accelerator: Any) -> list[Score]:
+class EvaluationCut(Exception):
+    """A process was told to stop, so there is no score. All processes raise it together."""
+
+
+def evaluate(
+    model: nn.Module,
+    plan: Plan,
+    byte_lengths: Sequence[int],
+    accelerator: Any,
+    told_to_stop: Callable[[], bool] = lambda: False,
+) -> list[Score]:
     """The score of each data source of the plan.
 
     Args:
         model: TargetLogProbs, prepared by the accelerator.
         byte_lengths: UTF-8 bytes of each id.
+        told_to_stop: asked before each stream.
+
+    Raises:
+        EvaluationCut: if any process was told to stop meanwhile.
     """
     was_training = model.training
     model.eval()
     device = accelerator.device
     num_sources = len(plan.pieces.stores)
     bytes_of = torch.tensor(byte_lengths, dtype=torch.float64, device=device)
-    sums = torch.zeros(num_sources, 3, dtype=torch.float64, device=device)  # nats, tokens, bytes
+    sums = torch.zeros(num_sources + 1, 3, dtype=torch.float64, device=device)  # nats, tokens, bytes; then who stops
     with torch.no_grad():
         for micro_batch in _share(plan, accelerator.process_index, accelerator.num_processes):
+            if told_to_stop():
+                sums[-1] = 1
+                break
             stream = plan.stream(micro_batch).to(device)
             log_probs = model(stream)
             real = slice(stream.num_supervised)
@@ -63,7 +80,9 @@ def evaluate(model: nn.Module, plan: Plan, byte_lengths: Sequence[int], accelera
     if accelerator.num_processes > 1:
         sums = accelerator.reduce(sums, reduction="sum")
     model.train(was_training)
-    return [Score(nats, round(tokens), round(bytes)) for nats, tokens, bytes in sums.tolist()]
+    if sums[-1].any():
+        raise EvaluationCut
+    return [Score(nats, round(tokens), round(bytes)) for nats, tokens, bytes in sums[:-1].tolist()]
 
 
 def total(scores: Sequence[Score]) -> Score:

@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from gpt2ft.settings import OptimizerSettings, TrainingSettings
 from gpt2ft.stream import TokenStream
 from gpt2ft.training.checkpoint import TrainState
 from gpt2ft.training.distributed import global_sum, loss_scale
+from gpt2ft.training.evaluate import EvaluationCut
+from gpt2ft.training.interruption import Interruption, ToldToStop
 from gpt2ft.training.optimizer import learning_rate, set_learning_rate
 from gpt2ft.training.tracking import Tracker
 
@@ -41,18 +43,25 @@ class Job:
     tracker: Tracker
     evaluate: Callable[[int], float | None]  # steps done -> held-out loss, None without held-out data
     save: Callable[[TrainState], None]
+    interruption: Interruption = field(default_factory=Interruption)
 
 
 def fit(job: Job, state: TrainState) -> TrainState:
-    """Trains from `state` to the last step."""
+    """Trains from `state` to the last step.
+
+    Raises:
+        ToldToStop: once the step that was under way is saved.
+        TrainingDiverged: if it makes no sense to go on.
+    """
     job.model.train()
     recent = Recent(job)
+    state = evaluated(job, state, recent)  # a run that was told to stop may have left it undone
     for step, streams in step_streams(job, state.step):
         rate = learning_rate(step, job.steps, job.optimization)
         set_learning_rate(job.optimizer, rate)
         counted = sum(job.objective.count(stream) for _, stream in streams)
         tokens = sum(stream.num_tokens for _, stream in streams)
-        counted, tokens = global_sum(job.accelerator, counted, tokens)
+        counted, tokens, told_to_stop = global_sum(job.accelerator, counted, tokens, float(bool(job.interruption)))
         scale = loss_scale(job.accelerator, counted)
         step_loss = torch.zeros((), device=job.accelerator.device)
         for number, stream in streams:
@@ -75,15 +84,33 @@ def fit(job: Job, state: TrainState) -> TrainState:
             )
         if is_due(state.step, job.training.log_every, job.steps):
             recent.log(state, rate)
-        if is_due(state.step, job.training.eval_every or job.plan.steps_per_epoch, job.steps):
-            with recent.paused():
-                loss = job.evaluate(state.step)
-            state = state.after_evaluation(loss) if loss is not None else state
+        if told_to_stop:
+            stop(job, state)
+        state = evaluated(job, state, recent)
         save_every = job.training.save_every or job.training.eval_every or job.plan.steps_per_epoch
         if is_due(state.step, save_every, job.steps) or state.best_step == state.step:
             with recent.paused():
                 job.save(state)
     return state
+
+
+def evaluated(job: Job, state: TrainState, recent: "Recent") -> TrainState:
+    """The state after the evaluation that is due after its step, if there is one."""
+    every = job.training.eval_every or job.plan.steps_per_epoch
+    if state.step == 0 or state.evaluated_step == state.step or not is_due(state.step, every, job.steps):
+        return state
+    try:
+        with recent.paused():
+            loss = job.evaluate(state.step)
+    except EvaluationCut:
+        stop(job, state)
+    return state.after_evaluation(loss)
+
+
+def stop(job: Job, state: TrainState) -> NoReturn:
+    """Saves and ends the run; all processes come here together."""
+    job.save(state)
+    raise ToldToStop(f"told to stop, and has saved step {state.step}")
 
 
 def is_due(step: int, every: int, last: int) -> bool:

@@ -1,0 +1,153 @@
+"""A run that is told to stop finishes its step, saves and ends; the same command then ends in the same bits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gpt2ft.data.plan import Plan
+from gpt2ft.settings import RECIPES, SFTSettings, to_yaml
+from gpt2ft.training import checkpoint
+from gpt2ft.training.interruption import ToldToStop
+from gpt2ft.training.tracking import Tracker
+
+STEPS = 7  # evaluation after 3, 6 and 7, saving after every second
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(run_sft, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run_sft(folder, steps=STEPS)
+    return folder
+
+
+def same_end(one, other):
+    for name in ("model", "best"):
+        expected, found = (load_file(folder / name / "model.safetensors") for folder in (one, other))
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[key], found[key]) for key in expected)
+    files = (folder / "metrics.jsonl" for folder in (one, other))
+    lines = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    losses = [{line["step"]: line["eval/loss"] for line in found if "eval/loss" in line} for found in lines]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 4
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_during_a_step(step, number, uninterrupted, run_sft, tmp_path, monkeypatch):
+    """An evaluation that is due is cut short and made up for; otherwise the next step is the one under way."""
+    done = []
+    saved = step if step in (3, 6, 7) else step + 1
+
+    def advance(self):
+        done.append(None)
+        if len(done) == step:
+            send(number)
+            send(number)  # as a launcher does
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, "advance", advance)
+        with pytest.raises(ToldToStop, match=f"has saved step {saved}"):
+            run_sft(tmp_path / "run", steps=STEPS)
+    assert checkpoint.find_newest(tmp_path / "run" / "checkpoints", verbose=True).name.endswith(str(saved))
+    assert not (tmp_path / "run" / "model").exists()
+    run_sft(tmp_path / "run", steps=STEPS)
+    same_end(uninterrupted, tmp_path / "run")
+
+
+@pytest.mark.parametrize("evaluation", [1, 2, 3])
+def test_during_evaluation(evaluation, uninterrupted, run_sft, tmp_path, monkeypatch):
+    """Of step 0, 3, 6: it is cut short, and made up for."""
+    asked, whole = [], Plan.stream
+
+    def stream(self, micro_batch):
+        if not self.shuffle:
+            asked.append(None)
+            if len(asked) == 5 * evaluation - 2:  # five held-out streams
+                send(signal.SIGTERM)
+        return whole(self, micro_batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Plan, "stream", stream)
+        with pytest.raises(ToldToStop):
+            run_sft(tmp_path / "run", steps=STEPS)
+    assert len(asked) >= 3
+    run_sft(tmp_path / "run", steps=STEPS)
+    if evaluation > 1:  # that of step 0 is not made up for
+        same_end(uninterrupted, tmp_path / "run")
+
+
+def test_during_saving(uninterrupted, run_sft, tmp_path, monkeypatch):
+    write, sent = checkpoint.write_json, []
+
+    def write_json(file, value):
+        if not sent:
+            sent.append(file)
+            send(signal.SIGTERM)
+        write(file, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_json", write_json)
+        with pytest.raises(ToldToStop, match="has saved step 3"):
+            run_sft(tmp_path / "run", steps=STEPS)
+    assert sent
+    run_sft(tmp_path / "run", steps=STEPS)
+    same_end(uninterrupted, tmp_path / "run")
+
+
+# --- in processes of their own --------------------------------------------------------------------------------------
+
+LAUNCHERS = {
+    "accelerate launch": ["accelerate.commands.accelerate_cli", "launch"],
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+}
+
+
+def steps_done(run):
+    file = run / "metrics.jsonl"
+    return sum("train/loss" in line for line in file.read_text().splitlines()) if file.exists() else 0
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_under_a_launcher(launcher, tiny_model_folder, tmp_path):
+    """SIGTERM to the launcher alone. All processes save, and none is left behind."""
+    settings = SFTSettings(
+        model={"path": str(tiny_model_folder), "random_init": True},
+        data={"train": ["quickstart"], "max_rank": 1, "max_length": 256},
+        training={"steps": 100_000, "tokens_per_micro_batch": 256, "micro_batches_per_step": 2, "log_every": 1},
+        output=str(tmp_path / "run"),
+    )
+    (tmp_path / "endless.yaml").write_text(to_yaml(settings))
+    command = [
+        sys.executable,
+        "-m",
+        *LAUNCHERS[launcher],
+        str(RECIPES.parent / "sft.py"),
+        str(tmp_path / "endless.yaml"),
+    ]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(RECIPES.parents[1])}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        until = time.monotonic() + 120
+        while steps_done(tmp_path / "run") < 3 and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert b"SIGTERM: finishing this step and saving" in said
+    found = None
+    while found is None and time.monotonic() < until + 60:  # the launcher of one process does not wait for it
+        found = checkpoint.find_newest(tmp_path / "run" / "checkpoints", verbose=False)
+        time.sleep(0.05)
+    state, _ = checkpoint.read_state(found)
+    assert state.step >= 3
+    assert process.returncode != 0
