@@ -124,6 +124,8 @@ class TrainingSettings(Section):
     """Gradients are scaled down to this norm."""
     max_skipped_steps: Positive = 10
     """Steps in a row with a gradient that is not finite, after which the run stops."""
+    activation_checkpointing: bool = False
+    """Keep less for the backward pass and compute it again: the same run in less memory, about a quarter slower."""
     deterministic: bool = False
     """On CUDA: only kernels that give the same bits every time (slower)."""
     sample_prompts: NotNegative = 3
@@ -289,6 +291,8 @@ class BenchmarkSettings(Section):
     attention: Literal["auto", "flex", "segments", "dense"] = "auto"
     """As in training."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """As in training."""
+    activation_checkpointing: bool = False
     """As in training."""
     seed: NotNegative = 0
     """Of the weights and the conversations."""

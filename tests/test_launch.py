@@ -22,16 +22,8 @@ model: {path: quickstart, random_init: true}
 data: {train: [quickstart], max_rank: 1, max_length: 256}
 training: {steps: 1, tokens_per_micro_batch: 256, micro_batches_per_step: 2, sample_prompts: 0}
 """
-TWO_ON_CPU = """
-compute_environment: LOCAL_MACHINE
-distributed_type: MULTI_GPU
-num_processes: 2
-num_machines: 1
-machine_rank: 0
-main_process_port: 0
-use_cpu: true
-mixed_precision: 'no'
-"""
+CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+TWO_ON_CPU = (ROOT / "accelerate_configs" / "cpu.yaml").read_text(encoding="utf-8")
 USE_THIS = f"use `ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 {SCRIPT}`"
 
 
@@ -148,6 +140,21 @@ def test_accelerate_with_two_processes_on_a_cpu(launch, config):
     code, printed, run = launch("accelerate", "launch", "--config_file", config(TWO_ON_CPU), ACCELERATE_USE_CPU="true")
     assert (code, errors(printed)) == (0, []), printed
     assert outcome(run)[0] == 2
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_configs_say_where_to_train_and_nothing_of_what(file):
+    """Read by accelerate's own loader, which refuses unknown keys; no hyper-parameter is among them."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(file))
+    assert config.num_processes == {"cpu": 2, "single_gpu": 1, "multi_gpu": 4, "multi_node": 16}[file.stem]
+    assert config.mixed_precision == ("no" if file.stem == "cpu" else "bf16")
+    keys = {line.partition(":")[0] for line in file.read_text().splitlines() if line and line[0].isalpha()}
+    assert keys <= {
+        "compute_environment", "distributed_type", "num_machines", "num_processes", "machine_rank", "mixed_precision",
+        "use_cpu", "gpu_ids", "main_process_ip", "main_process_port", "rdzv_backend", "same_network",
+    }  # fmt: skip
 
 
 # --- the same checks without starting anything ----------------------------------------------------------------------

@@ -42,6 +42,7 @@ def run(settings: BenchmarkSettings) -> None:
         apply_lora(gpt2, lora_config(settings.lora), range(VOCABULARY - 4, VOCABULARY), random)
         if accelerator.mixed_precision == "bf16":
             hold_frozen_matrices_in(gpt2, torch.bfloat16)
+    gpt2.recomputes = settings.activation_checkpointing
     gpt2.to(device)
     backend = default_backend(device, 0.0) if settings.attention == "auto" else settings.attention
     model = TargetLogProbs(gpt2, VOCABULARY, backend)

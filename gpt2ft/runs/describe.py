@@ -23,6 +23,7 @@ def describe(
     steps: int,
     devices: str,
     bf16: bool,
+    recomputes: bool = False,
 ) -> str:
     """Model, data, what was dropped and why, and the steps to come.
 
@@ -49,7 +50,9 @@ def describe(
         f"{plan.steps_per_epoch:,} to an epoch, {epochs:.3g} epochs"
     )
     lines.append(f"devices   {devices}, {'bf16' if bf16 else 'fp32'}")
-    lines.append(f"memory    about {memory_estimate(policy.gpt2, plan.capacity, bf16) / GIB:.1f} GiB per device")
+    lines.append(
+        f"memory    about {memory_estimate(policy.gpt2, plan.capacity, bf16, recomputes) / GIB:.1f} GiB per device"
+    )
     return "\n".join(lines)
 
 
@@ -59,19 +62,20 @@ def parameter_counts(gpt2: GPT2) -> tuple[int, int]:
     return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
 
 
-def memory_estimate(gpt2: GPT2, capacity: int, bf16: bool) -> float:
+def memory_estimate(gpt2: GPT2, capacity: int, bf16: bool, recomputes: bool = False) -> float:
     """Bytes for training on one device: a guide, the real peak is for the device to say.
 
     Weights, gradients and two Adam moments in float32 of what is trained, the weights alone of what is frozen; per
-    layer about 18 activations as wide as the embedding, 13 where its matrices are frozen; two copies of one chunk of
-    logits.
+    layer about 18 activations as wide as the embedding, 13 where its matrices are frozen (of one layer, and one of each
+    other, where they are computed again); two copies of one chunk of logits.
     """
     config = gpt2.config
     trained, parameters = parameter_counts(gpt2)
     width = 2 if bf16 else 4
     state = trained * (16 + (2 if bf16 else 0)) + (parameters - trained) * width
     per_layer = 18 if trained == parameters else 13
-    activations = capacity * config.n_embd * width * (per_layer * config.n_layer + 4)
+    layers = per_layer + config.n_layer if recomputes else per_layer * config.n_layer
+    activations = capacity * config.n_embd * width * (layers + 4)
     return state + activations + 2 * CHUNK * config.vocab_size * 4
 
 

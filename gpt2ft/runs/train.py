@@ -69,7 +69,8 @@ def train(settings: SFTSettings, objective: Objective) -> None:
     if main:
         devices = f"{accelerator.num_processes} x {accelerator.device.type}"
         bf16 = precision == "bf16"
-        print(describe(policy, corpus, held_out, plan, eval_plan, steps, devices, bf16), flush=True)
+        recomputes = training.activation_checkpointing
+        print(describe(policy, corpus, held_out, plan, eval_plan, steps, devices, bf16, recomputes), flush=True)
         if settings.show:
             print(show(plan, policy.tokenizer, settings.show, width=terminal_width()))
         if settings.dry_run:
@@ -77,6 +78,7 @@ def train(settings: SFTSettings, objective: Objective) -> None:
     if settings.looks_only:
         return
 
+    policy.gpt2.recomputes = training.activation_checkpointing
     model = TargetLogProbs(policy.gpt2, len(policy.tokenizer), backend_for(settings, accelerator.device))
     model.to(accelerator.device)
     check(model, plan, policy, verbose=main)

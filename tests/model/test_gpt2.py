@@ -9,6 +9,7 @@ import torch
 from gpt2ft.data.packing import build_stream
 from gpt2ft.model.attention import attention_for
 from gpt2ft.model.gpt2 import GPT2, GPT2Config, parameter_shapes
+from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.model.pretrained import HUB_MODELS
 
 # vocab_size, n_positions, n_embd, n_layer, n_head
@@ -146,3 +147,29 @@ class TestDropout:
 def test_the_shapes_told_are_those_built(shape):
     config = GPT2Config(*shape[:3], n_layer=shape[3], n_head=shape[4])
     assert parameter_shapes(config) == {name: tuple(p.shape) for name, p in GPT2(config).named_parameters()}
+
+
+def test_recomputing_gives_the_same_bits_and_keeps_less(random_stream):
+    """With dropout on, as it is drawn again."""
+    config = GPT2Config(128, 384, 64, 3, 4, dropout=0.3, attention_dropout=0.2)
+    stream = random_stream(np.random.default_rng(0), 100)
+
+    def run(recomputes):
+        """Log-probs, gradients, and how many numbers were kept for the backward pass."""
+        gpt2 = GPT2(config).initialize(torch.Generator().manual_seed(0)).train()
+        gpt2.recomputes = recomputes
+        kept = []
+
+        def keep(tensor):
+            kept.append(tensor.numel())
+            return tensor
+
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            log_probs = TargetLogProbs(gpt2, 100, "segments")(stream)
+        (log_probs * stream.weights).sum().backward()
+        return [log_probs.detach(), *(parameter.grad for parameter in gpt2.parameters())], sum(kept)
+
+    (expected, most), (found, least) = run(False), run(True)
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+    assert least < most / 2
