@@ -97,7 +97,7 @@ def _talk_through_pipe(session: Session, completes: bool, notice: str) -> bool:
 
 STYLE = Style.from_dict({"user": "bold", "assistant": "bold ansimagenta", "system": "bold", "problem": "ansired"})
 
-LONGEST_NAME = 24  # of a model on the status line, which must fit on 80 columns
+SHORTEST_NAME = 8  # of a model on the status line, whose other parts have the first claim on the width
 
 
 class Lines:
@@ -217,15 +217,18 @@ class Terminal:
             lines.write("\n")
 
     def status(self) -> str:
-        """The line below the prompt."""
+        """The line below the prompt, as wide as the screen at the most."""
         session, last = self.session, self.session.last
-        parts = [self.name if len(self.name) <= LONGEST_NAME else f"...{self.name[3 - LONGEST_NAME :]}"]
+        parts = []
         if last:
             parts.append(f"{last.tokens} tokens, {last.tokens_per_second:,.0f} tokens/s")
             parts.append(f"context {last.prompt_tokens + last.tokens:,}/{session.model.config.n_positions:,}")
         usual = asdict(Sampling())
         changed = {key: value for key, value in asdict(session.sampling).items() if value != usual[key]}
-        return visible(" " + " | ".join([*parts, *([spell(changed)] if changed else [])]))
+        rest = "".join(f" | {part}" for part in [*parts, *([spell(changed)] if changed else [])])
+        room = max(SHORTEST_NAME, self.output.get_size().columns - len(rest) - 2)
+        name = self.name if len(self.name) <= room else f"...{self.name[3 - room :]}"
+        return visible(f" {name}{rest}")
 
 
 class Completions(Completer):
