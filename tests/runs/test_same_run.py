@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from gpt2ft.data.packing import build_stream
 
@@ -25,11 +26,12 @@ def losses(folder):
     ]
 
 
-def train_with(processes, dropout, folder, cache):
+def train_with(processes, dropout, folder, cache, *settings):
     arguments = [str(LAUNCH), "quickstart", "--output", folder / "run", "--data.cache", cache]
     arguments += ["--training.steps", STEPS, "--training.log_every", 1, "--training.eval_every", 3]
     arguments += ["--training.micro_batches_per_step", 8, "--training.sample_prompts", 1, "--training.sample_tokens", 4]
     arguments += ["--model.dropout", dropout, "--model.attention_dropout", dropout, "--training.max_grad_norm", 0.5]
+    arguments += settings
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, *arguments]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True, timeout=600)
@@ -72,6 +74,18 @@ def test_any_number_of_processes_gives_the_same_losses(processes, dropout, alone
     found = train_with(processes, dropout, tmp_path, cache)
     assert found[0] == pytest.approx(train_losses, rel=1e-5)
     assert found[1] == pytest.approx(eval_losses, rel=1e-5)
+
+
+def test_adapters_learn_the_same_on_two_processes(tiny_weights_folder, cache, tmp_path):
+    settings = ["--model.path", tiny_weights_folder, "--model.random_init", "false"]
+    settings += ["--lora.rank", 4, "--lora.dropout", 0.2, "--lora.targets", "q", "v", "fc"]
+    one, two = (train_with(number, 0.1, tmp_path / str(number), cache, *settings) for number in (1, 2))
+    assert len(set(one[0])) == STEPS
+    assert two[0] == pytest.approx(one[0], rel=1e-5)
+    assert two[1] == pytest.approx(one[1], rel=1e-5)
+    adapters = [load_file(tmp_path / name / "run" / "adapter" / "adapter_model.safetensors") for name in "12"]
+    for name, tensor in adapters[0].items():
+        assert float((tensor - adapters[1][name]).abs().max()) < 1e-5
 
 
 class Regrouped:
