@@ -62,6 +62,8 @@ class LoRASettings(Section):
     """Multiply by alpha / sqrt(rank) instead, which suits high ranks."""
 
     def problems(self) -> Iterator[str]:
+        if not self.rank and self != type(self)():
+            yield "`lora.rank` must be set where other settings of `lora` are: without it all weights are trained"
         if self.rank and (not self.targets or len(set(self.targets)) < len(self.targets)):
             names = ", ".join(self.targets) or "nothing"
             yield f"`lora.targets` must name at least one of q, k, v, o, fc, proj, each once, but names {names}"

@@ -110,11 +110,15 @@ class AdaptedEmbedding(nn.Module):
         self.weight = base.weight
         self.register_buffer("row_ids", torch.tensor(row_ids, device=base.weight.device), persistent=False)
         self.rows = nn.Parameter(base.weight.detach()[self.row_ids].float())  # [n, E]
+        self._written = -1  # the version of the rows that stands in the table
 
     @torch.no_grad()
     def refresh(self) -> Tensor:
-        """The table [V, E] with the rows as they are now."""
-        self.weight[self.row_ids] = self.rows.to(self.weight.dtype)
+        """The table [V, E] with the rows as they are now. Written only when they have changed: a backward pass may
+        still need the table as it is."""
+        if self._written != self.rows._version:
+            self.weight[self.row_ids] = self.rows.to(self.weight.dtype)
+            self._written = self.rows._version
         return self.weight
 
     def forward(self, tokens: Tensor) -> Tensor:

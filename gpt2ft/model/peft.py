@@ -124,11 +124,16 @@ def merge_adapter(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Tens
     if unknown:
         raise ModelError(f"{folder / WEIGHTS}: `{unknown[0]}` is nothing that an adapter of GPT-2 can have here")
     for module, A, B in _pairs(folder, tensors):
+        if f"{module}.weight" not in merged:
+            raise ModelError(f"{folder / WEIGHTS}: the base has no {module}: the adapter is for another model")
         weight = merged[f"{module}.weight"].float()
         if (A.shape[1], B.shape[0]) != tuple(weight.shape) or A.shape[0] != B.shape[1]:
             shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
             raise ModelError(f"{folder / WEIGHTS}: the adapter of {module} has shapes {shapes}, which do not fit it")
-        merged[f"{module}.weight"] = weight + _scaling(config, module) * (B.float() @ A.float()).t()
+        rank, scaling = _rank_and_scaling(config, module)
+        if rank != len(A):
+            raise ModelError(f"{folder}: the rank of {module} must be {rank}, as its config says, but is {len(A)}")
+        merged[f"{module}.weight"] = weight + scaling * (B.float() @ A.float()).t()
     for name, tensor in merged.items():
         if not tensor.isfinite().all():
             raise ModelError(f"{folder}: the adapter makes `{name}` hold values that are not finite")
@@ -143,10 +148,20 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{file} must be a JSON file, but: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ModelError(f"{file}: `peft_type` must be LORA, but is not")
-    off = ("use_dora", "lora_bias", "modules_to_save", "use_qalora", "alora_invocation_tokens", "megatron_config")
+    off = (
+        "use_dora", "lora_bias", "modules_to_save", "use_qalora", "alora_invocation_tokens", "megatron_config",
+        "layer_replication", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
+    )  # fmt: skip
     for key in off:
         if config.get(key):
             raise ModelError(f"{file}: `{key}` must be off, as it is not supported here, but is {config[key]!r}")
+    if config.get("init_lora_weights") not in (None, True, False, "gaussian", "eva", "orthogonal"):
+        raise ModelError(
+            f"{file}: `init_lora_weights` must leave the base as it is, but is {config['init_lora_weights']!r}: "
+            "convert the adapter to plain LoRA with PEFT first"
+        )
+    if type(config.get("r")) is not int:
+        raise ModelError(f"{file}: `r` must be a whole number, but is {config.get('r')!r}")
     if config.get("bias", "none") != "none":
         raise ModelError(f"{file}: `bias` must be none, as biases are not adapted here, but is {config['bias']!r}")
     return config
@@ -163,7 +178,7 @@ def _pairs(folder: Path, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, T
         yield module, tensors[names[0]], tensors[names[1]]
 
 
-def _scaling(config: Mapping[str, Any], module: str) -> float:
+def _rank_and_scaling(config: Mapping[str, Any], module: str) -> tuple[int, float]:
     """As PEFT has it: patterns are for the end of a module's name."""
 
     def of(pattern_key: str, default: float) -> float:
@@ -173,7 +188,7 @@ def _scaling(config: Mapping[str, Any], module: str) -> float:
         return default
 
     rank, alpha = of("rank_pattern", config["r"]), of("alpha_pattern", config.get("lora_alpha", 8))
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _table(folder: Path, table: Tensor, tensors: Mapping[str, Tensor], row_ids: Any) -> Tensor:

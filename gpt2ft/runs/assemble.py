@@ -170,17 +170,24 @@ def _load_checkpoint(folder: Path) -> Policy:
     """What the run's recipe starts from, with the weights that the checkpoint has trained."""
     checkpoint.verify(folder)
     settings = SFTSettings(**read_yaml(SFTSettings, folder.parent.parent / "recipe.yaml"))
-    policy = plain_policy(settings, checkpoint.read_weights(folder))
+    _, identity = checkpoint.read_state(folder)
+    policy = plain_policy(settings, checkpoint.read_weights(folder), identity.get("initial_weights"))
     return replace(policy, source=str(folder))
 
 
-def plain_policy(settings: SFTSettings, trained: Mapping[str, Tensor]) -> Policy:
+def plain_policy(settings: SFTSettings, trained: Mapping[str, Tensor], initial_digest: str | None) -> Policy:
     """The plain model that trained weights make of what a run starts from: adapters merged, in float32.
 
+    Args:
+        initial_digest: of the weights that the run did start from.
+
     Raises:
-        ModelError: if the weights are of another run, or the merged model does not compute what the adapted one does.
+        ModelError: if what `model.path` names is not what it was, the weights are of another run, or the merged model
+            does not compute what the adapted one does.
     """
     policy = load_policy(settings.model, settings.training.seed)
+    if settings.lora.rank and policy.digest != initial_digest:
+        raise pretrained.ModelError(f"{settings.model.path} has changed since these adapters were trained on it")
     if settings.lora.rank:
         adapt(policy, settings.lora, settings.training.seed)
     try:

@@ -28,6 +28,10 @@ class Output:
         """
         if settings.resume == "auto" and (self.model / "config.json").is_file():
             raise SettingsError(f"the run in {self.folder} is finished: pass `--resume never` to train it anew")
+        if Path(settings.model.path).resolve().is_relative_to(self.folder.resolve()):
+            raise SettingsError(
+                f"`model.path` = {settings.model.path} must not lie in `output` = {self.folder}: train into another"
+            )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / ".writable", "")

@@ -32,7 +32,7 @@ from gpt2ft.runs.assemble import (
     versions,
 )
 from gpt2ft.runs.describe import describe, dropped, shares
-from gpt2ft.runs.export import write_adapter_folder, write_folder
+from gpt2ft.runs.export import check_adapter, write_adapter_folder, write_folder
 from gpt2ft.runs.inspection import show, statistics, terminal_width
 from gpt2ft.runs.output import Output
 from gpt2ft.runs.samples import Sample, answer, held_out_prompts
@@ -305,7 +305,7 @@ def export(output: Output, settings: SFTSettings, policy: Policy, state: TrainSt
     config, tokenizer = policy.gpt2.config, policy.tokenizer
 
     def plain(trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return plain_policy(settings, trained).weights() if settings.lora.rank else dict(trained)
+        return plain_policy(settings, trained, policy.digest).weights() if settings.lora.rank else dict(trained)
 
     if state.best_step is not None:
         folder = checkpoint.step_folder(output.checkpoints, state.best_step)
@@ -316,7 +316,10 @@ def export(output: Output, settings: SFTSettings, policy: Policy, state: TrainSt
             print(f"warning: best/ is not written: {error}", file=sys.stderr)
     if settings.lora.rank:
         write_adapter_folder(output.adapter, policy.gpt2, lora_config(settings.lora), settings.model.path, tokenizer)
-    write_folder(output.model, plain(trained_weights(policy.gpt2)), config, tokenizer)
+    merged = plain(trained_weights(policy.gpt2))
+    if settings.lora.rank:
+        check_adapter(output.adapter, load_policy(settings.model, settings.training.seed), merged)
+    write_folder(output.model, merged, config, tokenizer)
 
 
 def next_commands(settings: SFTSettings, policy: Policy, output: Output) -> Iterator[str]:

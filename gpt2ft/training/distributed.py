@@ -34,7 +34,7 @@ def start(precision: str, micro_batches_per_step: int | None = None, determinist
             together, or cannot share a step's micro-batches equally.
     """
     from accelerate import Accelerator
-    from accelerate.utils import GradientAccumulationPlugin
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
     _check_strategy()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -45,6 +45,7 @@ def start(precision: str, micro_batches_per_step: int | None = None, determinist
     accelerator = Accelerator(
         mixed_precision=_precision(precision),
         gradient_accumulation_plugin=plugin,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # a forward pass alone must not wait
         cpu=torch.backends.mps.is_available(),  # Apple's GPUs have no float64, in which losses are added up
     )
     _check_topology(accelerator, world_size, accumulation)

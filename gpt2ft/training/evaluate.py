@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gpt2ft.data.plan import Plan
+from gpt2ft.training.distributed import global_sum
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,14 @@ def evaluate(
     plan: Plan,
     byte_lengths: Sequence[int],
     accelerator: Any,
-    told_to_stop: Callable[[], bool] = lambda: False,
+    told_to_stop: Callable[[], bool] | None = None,
 ) -> list[Score]:
     """The score of each data source of the plan.
 
     Args:
         model: TargetLogProbs, prepared by the accelerator.
         byte_lengths: UTF-8 bytes of each id.
-        told_to_stop: asked before each stream.
+        told_to_stop: asked before each stream, of all processes together.
 
     Raises:
         EvaluationCut: if any process was told to stop meanwhile.
@@ -65,12 +66,12 @@ def evaluate(
     device = accelerator.device
     num_sources = len(plan.pieces.stores)
     bytes_of = torch.tensor(byte_lengths, dtype=torch.float64, device=device)
-    sums = torch.zeros(num_sources + 1, 3, dtype=torch.float64, device=device)  # nats, tokens, bytes; then who stops
+    sums = torch.zeros(num_sources, 3, dtype=torch.float64, device=device)  # nats, tokens, bytes
     with torch.no_grad():
         for micro_batch in _share(plan, accelerator.process_index, accelerator.num_processes):
-            if told_to_stop():
-                sums[-1] = 1
-                break
+            if told_to_stop is not None and any(global_sum(accelerator, float(told_to_stop()))):
+                model.train(was_training)
+                raise EvaluationCut
             stream = plan.stream(micro_batch).to(device)
             log_probs = model(stream)
             real = slice(stream.num_supervised)
@@ -80,9 +81,7 @@ def evaluate(
     if accelerator.num_processes > 1:
         sums = accelerator.reduce(sums, reduction="sum")
     model.train(was_training)
-    if sums[-1].any():
-        raise EvaluationCut
-    return [Score(nats, round(tokens), round(bytes)) for nats, tokens, bytes in sums[:-1].tolist()]
+    return [Score(nats, round(tokens), round(bytes)) for nats, tokens, bytes in sums.tolist()]
 
 
 def total(scores: Sequence[Score]) -> Score:

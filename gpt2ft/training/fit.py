@@ -55,13 +55,13 @@ def fit(job: Job, state: TrainState) -> TrainState:
     """
     job.model.train()
     recent = Recent(job)
-    state = evaluated(job, state, recent)  # a run that was told to stop may have left it undone
+    state = evaluated(job, state, recent, is_saved=True)  # a run that was told to stop may have left it undone
     for step, streams in step_streams(job, state.step):
         rate = learning_rate(step, job.steps, job.optimization)
         set_learning_rate(job.optimizer, rate)
         counted = sum(job.objective.count(stream) for _, stream in streams)
         tokens = sum(stream.num_tokens for _, stream in streams)
-        counted, tokens, told_to_stop = global_sum(job.accelerator, counted, tokens, float(bool(job.interruption)))
+        counted, tokens = global_sum(job.accelerator, counted, tokens)
         scale = loss_scale(job.accelerator, counted)
         step_loss = torch.zeros((), device=job.accelerator.device)
         for number, stream in streams:
@@ -84,7 +84,7 @@ def fit(job: Job, state: TrainState) -> TrainState:
             )
         if is_due(state.step, job.training.log_every, job.steps):
             recent.log(state, rate)
-        if told_to_stop:
+        if any(global_sum(job.accelerator, float(bool(job.interruption)))):  # wherever the signal has arrived
             stop(job, state)
         state = evaluated(job, state, recent)
         save_every = job.training.save_every or job.training.eval_every or job.plan.steps_per_epoch
@@ -94,8 +94,12 @@ def fit(job: Job, state: TrainState) -> TrainState:
     return state
 
 
-def evaluated(job: Job, state: TrainState, recent: "Recent") -> TrainState:
-    """The state after the evaluation that is due after its step, if there is one."""
+def evaluated(job: Job, state: TrainState, recent: "Recent", is_saved: bool = False) -> TrainState:
+    """The state after the evaluation that is due after its step, if there is one.
+
+    Args:
+        is_saved: whether there is a checkpoint of this step already.
+    """
     every = job.training.eval_every or job.plan.steps_per_epoch
     if state.step == 0 or state.evaluated_step == state.step or not is_due(state.step, every, job.steps):
         return state
@@ -103,13 +107,14 @@ def evaluated(job: Job, state: TrainState, recent: "Recent") -> TrainState:
         with recent.paused():
             loss = job.evaluate(state.step)
     except EvaluationCut:
-        stop(job, state)
+        stop(job, state, is_saved)
     return state.after_evaluation(loss)
 
 
-def stop(job: Job, state: TrainState) -> NoReturn:
+def stop(job: Job, state: TrainState, is_saved: bool = False) -> NoReturn:
     """Saves and ends the run; all processes come here together."""
-    job.save(state)
+    if not is_saved:
+        job.save(state)
     raise ToldToStop(f"told to stop, and has saved step {state.step}")
 
 

@@ -46,9 +46,8 @@ def send(number):
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
 def test_during_a_step(step, number, uninterrupted, run_sft, tmp_path, monkeypatch):
-    """An evaluation that is due is cut short and made up for; otherwise the next step is the one under way."""
+    """Just that step is saved; an evaluation that is due after it is left out and made up for."""
     done = []
-    saved = step if step in (3, 6, 7) else step + 1
 
     def advance(self):
         done.append(None)
@@ -58,9 +57,9 @@ def test_during_a_step(step, number, uninterrupted, run_sft, tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(Tracker, "advance", advance)
-        with pytest.raises(ToldToStop, match=f"has saved step {saved}"):
+        with pytest.raises(ToldToStop, match=f"has saved step {step}"):
             run_sft(tmp_path / "run", steps=STEPS)
-    assert checkpoint.find_newest(tmp_path / "run" / "checkpoints", verbose=True).name.endswith(str(saved))
+    assert checkpoint.find_newest(tmp_path / "run" / "checkpoints", verbose=True).name.endswith(str(step))
     assert not (tmp_path / "run" / "model").exists()
     run_sft(tmp_path / "run", steps=STEPS)
     same_end(uninterrupted, tmp_path / "run")

@@ -26,10 +26,11 @@ def test_a_signal_is_noted_while_listening_alone(number, capfd):
     assert f"{number.name}: finishing this step and saving" in capfd.readouterr().err
 
 
-def test_what_launchers_send_again_does_no_harm(capfd):
+def test_what_launchers_send_again_does_no_harm(capfd, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     told = Interruption()
     with told.listening():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR1):
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR1):
             os.kill(os.getpid(), number)
     assert told.signal == signal.SIGINT
     assert capfd.readouterr().err.count("finishing") == 1
@@ -42,11 +43,12 @@ def test_a_second_signal_ends_the_process_at_once(first, second, wait, monkeypat
     codes = []
     monkeypatch.setattr(interruption.os, "_exit", codes.append)
     monkeypatch.setattr(interruption.time, "monotonic", iter([0.0, wait]).__next__)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     with Interruption().listening():
         os.kill(os.getpid(), signal.Signals[first])
         assert not codes
         os.kill(os.getpid(), signal.Signals[second])
-    assert codes == [128 + signal.Signals[second]]
+    assert codes == [128 + signal.Signals[second]]  # listening ends when the thread has read all
 
 
 CHILD = """
@@ -75,3 +77,23 @@ def test_the_end_of_a_parent_that_passes_nothing_on_is_noted(tmp_path):
     while not (tmp_path / "told").exists() and time.monotonic() < until:
         time.sleep(0.02)
     assert (tmp_path / "told").read_text() in ("SIGTERM", "")
+
+
+BUSY = """
+import hashlib, os, signal
+from threading import Timer
+from gpt2ft.training.interruption import Interruption
+with Interruption().listening():
+    for seconds in (0.2, 0.6):
+        Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 200_000_000)  # one call of minutes, in which Python looks at no signal
+"""
+
+
+def test_a_second_ctrl_c_in_a_long_call_ends_it():
+    """In one that lets other threads run, as a backward pass does."""
+    environment = os.environ | {"PYTHONPATH": str(Path(interruption.__file__).parents[2])}
+    environment.pop("TORCHELASTIC_RUN_ID", None)
+    done = subprocess.run([sys.executable, "-c", BUSY], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 128 + signal.SIGINT
+    assert "SIGINT: finishing this step" in done.stderr
