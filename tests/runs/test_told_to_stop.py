@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -113,14 +114,22 @@ LAUNCHERS = {
 }
 
 
+def is_worker(process):
+    return str(RECIPES.parent / "sft.py") in process.cmdline() and not {"launch", "torch.distributed.run"} & set(
+        process.cmdline()
+    )
+
+
 def steps_done(run):
     file = run / "metrics.jsonl"
     return sum("train/loss" in line for line in file.read_text().splitlines()) if file.exists() else 0
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_under_a_launcher(launcher, tiny_model_folder, tmp_path):
-    """SIGTERM to the launcher alone. All processes save, and none is left behind."""
+@pytest.mark.parametrize(
+    ("launcher", "to_one_worker"), [("accelerate launch", False), ("torchrun", False), ("torchrun", True)]
+)
+def test_under_a_launcher(launcher, to_one_worker, tiny_model_folder, tmp_path):
+    """SIGTERM to the launcher alone, or to one process of two. All save, and none is left behind."""
     settings = SFTSettings(
         model={"path": str(tiny_model_folder), "random_init": True},
         data={"train": ["quickstart"], "max_rank": 1, "max_length": 256},
@@ -140,9 +149,11 @@ def test_under_a_launcher(launcher, tiny_model_folder, tmp_path):
         until = time.monotonic() + 120
         while steps_done(tmp_path / "run") < 3 and process.poll() is None and time.monotonic() < until:
             time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
+        workers = [child for child in psutil.Process(process.pid).children(recursive=True) if is_worker(child)]
+        assert len(workers) == (2 if launcher == "torchrun" else 1)
+        (workers[-1] if to_one_worker else process).send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=60)
-    assert b"SIGTERM: finishing this step and saving" in said
+    assert b"SIGTERM: finishing this step and saving" in said or to_one_worker
     found = None
     while found is None and time.monotonic() < until + 60:  # the launcher of one process does not wait for it
         found = checkpoint.find_newest(tmp_path / "run" / "checkpoints", verbose=False)
@@ -150,3 +161,5 @@ def test_under_a_launcher(launcher, tiny_model_folder, tmp_path):
     state, _ = checkpoint.read_state(found)
     assert state.step >= 3
     assert process.returncode != 0
+    psutil.wait_procs(workers, timeout=30)
+    assert not any(worker.is_running() for worker in workers)
