@@ -272,6 +272,8 @@ class EvaluateSettings(Section):
         yield from stream_problems(self.tokens_per_micro_batch, self.max_length or 0, "")
         if self.random_init and self.model is None:
             yield "`random_init` needs a model whose shape it takes: name one, for example quickstart"
+        if not self.topic and (self.topic_prompts, self.max_new_tokens) != (200, 100):
+            yield "`topic` must be set where `topic_prompts` or `max_new_tokens` is: nothing is answered without it"
         for word in self.topic:
             if not word.strip() or len(word.split()) > 1:
                 yield f"`topic` must be single words, but holds {word!r}"

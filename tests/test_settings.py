@@ -391,3 +391,8 @@ def test_a_process_that_does_not_speak_leaves_time_to_the_one_that_does(monkeypa
             settings_module.fail("it is so")
     assert capsys.readouterr().err == "error: it is so\n"
     assert slept == [settings_module.SECONDS_TO_SPEAK]
+
+
+def test_what_would_be_ignored_without_a_topic_is_refused():
+    (said,) = EvaluateSettings(data=("a",), topic_prompts=5).problems()
+    assert said.startswith("`topic` must be set where `topic_prompts` or `max_new_tokens` is")

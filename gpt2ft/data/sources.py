@@ -158,8 +158,9 @@ class Source:
             return
         reading = Reading(self.name, filters)
         records = (found for block in self.origin.blocks() for found in _of_format(block, format, reading))
-        for number, share in enumerate(format.gather(records, reading)):
-            yield _Share(share, reading if number == 0 else None)
+        shares = format.gather(records, reading)
+        for number, share in enumerate(shares):
+            yield _Share(share, reading if number == 0 else None, (self.origin.size or 0) // len(shares))
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ class _Records:
 class _Share:
     share: oasst.Share
     counted: Reading | None
-    size: int = 0
+    size: int
 
     def trees(self, reading: Reading) -> Iterator[MessageTree]:
         if self.counted:

@@ -35,7 +35,7 @@ from gpt2ft.settings import speaks_for_its_machine
 from gpt2ft.text.template import render_turn, template_digest
 from gpt2ft.text.tokenizer import ChatTokenizer
 
-FORMAT = 3  # of the stored columns, and of how a source is cut into parts
+FORMAT = 4  # of the stored columns, and of how a source is cut into parts
 
 Digests = NDArray[np.uint64]
 
@@ -56,7 +56,7 @@ class TokenStore:
     """The token trees of one source, read from the disk as they are asked for.
 
     Columns, a row a tree: `id`, `key`, `tokens`, and for each node `lengths`, `parents`, `roles`, `ranks` (-1:
-    unranked), `messages` (the node's place in the whole conversation) and `digests`.
+    unranked), `messages` (the node's place in the whole conversation) and `digests` (of its text).
     """
 
     def __init__(self, folder: Path, source: str) -> None:
@@ -189,14 +189,16 @@ def _build(work: _Work, folder: Path) -> None:
     """Tokenises what nobody else does; the last to be done puts the store together."""
     parts_folder = folder.with_name(f"{folder.name}.parts")
     lock = folder.with_name(f"{folder.name}.lock")
+    files: list[Path] = []
     with _locked(lock, fcntl.LOCK_SH):
         if not folder.is_dir():
             parts_folder.mkdir(exist_ok=True)
-            _tokenise(work, parts_folder)
+            files = _tokenise(work, parts_folder)
     with _locked(lock, fcntl.LOCK_EX):  # once nobody is at work any more
         if folder.is_dir():
             return
-        files = _tokenise(work, parts_folder)  # what was left by one that was killed meanwhile
+        if not files or not all(file.exists() for file in files):  # one that took a part was killed meanwhile
+            files = _tokenise(work, parts_folder)
         write_json(parts_folder / "ledger.json", asdict(_ledger(work.source, files)))
         for file in parts_folder.iterdir():
             if file not in files and file.name != "ledger.json":
@@ -310,7 +312,7 @@ class _Columns:
             self.parents.append(-1 if message.parent is None else place[message.parent])
             self.roles.append(_ROLE_NUMBERS[message.role])
             self.ranks.append(-1 if message.rank is None else message.rank)
-            self.digests.append(_digest(message.role, message.text))
+            self.digests.append(_digest(message.text))
         self.messages += useful
         self.ids.append(tree.id)
         self.keys.append(_digest(tree.id, tree.messages[0].text))

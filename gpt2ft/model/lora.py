@@ -158,10 +158,6 @@ def apply_lora(gpt2: GPT2, config: LoRAConfig, row_ids: Sequence[int], generator
     gpt2.wte = AdaptedEmbedding(gpt2.wte, sorted(row_ids))
 
 
-def is_adapted(gpt2: GPT2) -> bool:
-    return isinstance(gpt2.wte, AdaptedEmbedding)
-
-
 @torch.no_grad()
 def hold_frozen_matrices_in(gpt2: GPT2, dtype: torch.dtype) -> None:
     """Frozen matrices need no more precision than they are used in. Norms, biases and positions stay in float32."""
@@ -192,9 +188,7 @@ def trained_weights(gpt2: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def merged_weights(gpt2: GPT2) -> dict[str, Tensor]:
-    """The weights of the plain GPT-2 that computes the same, in float32 and by its names."""
-    if not is_adapted(gpt2):
-        return dict(gpt2.named_parameters())
+    """The weights of the plain GPT-2 that computes what an adapted one does, in float32 and by its names."""
     merged = {f"{name}.weight": module.merged() for name, module in adapted_projections(gpt2)}
     merged["wte.weight"] = gpt2.wte.refresh().float()
     own = (".adapters.", "wte.rows")

@@ -144,11 +144,11 @@ def _shape_and_tokenizer(settings: ModelSettings) -> tuple[GPT2Config, ChatToken
     return config, tokenizer, None if settings.random_init else folder
 
 
-def load_trained(path: str | None, random_init: bool = False) -> tuple[Policy, Path | None]:
+def load_trained(path: str | None, random_init: bool = False, seed: int = 0) -> tuple[Policy, Path | None]:
     """The model of a run, a model folder, a checkpoint or a published name; by default of the newest finished run.
 
     Args:
-        random_init: take the shape and the tokenizer only.
+        random_init: take the shape and the tokenizer only, and weights from `seed`.
 
     Returns:
         The model, and the folder that `path` stands for (None for a published name).
@@ -160,7 +160,7 @@ def load_trained(path: str | None, random_init: bool = False) -> tuple[Policy, P
         path = str(finished[-1].parent.parent)
     folder = Path(path)
     if random_init:
-        return load_policy(ModelSettings(path=path, random_init=True), seed=0), None
+        return load_policy(ModelSettings(path=path, random_init=True), seed), None
     if (folder / "state.json").is_file():
         return _load_checkpoint(folder), folder
     return load_policy(ModelSettings(path=path), seed=0), folder if folder.is_dir() else None
@@ -253,12 +253,10 @@ def load_corpora(settings: DataSettings, tokenizer: ChatTokenizer, seed: int = 0
     Args:
         seed: of what a source's factor leaves out or takes twice.
     """
-    held_out = None
+    held_out, nothing = None, np.zeros(0, np.uint64)
     if settings.eval:
-        held_out = _unique(
-            _open_stores(settings.eval, settings, tokenizer), np.zeros(0, np.uint64), "conversations met before"
-        )
-    seen = held_out.keys() if held_out else np.zeros(0, np.uint64)
+        held_out = _unique(_open_stores(settings.eval, settings, tokenizer), nothing, "conversations met before")
+    seen = held_out.keys() if held_out else nothing
     reason = "conversations met before" + (" or held out" if held_out else "")
     corpus = _unique(_open_stores(settings.train, settings, tokenizer), seen, reason)
     if settings.eval_fraction:

@@ -8,15 +8,15 @@ import torch
 from gpt2ft.data.store import cache_root
 from gpt2ft.inference.sampling import Sampling
 from gpt2ft.inference.session import ChatFrame, PlainFrame, Session, frame_for
-from gpt2ft.runs.assemble import Policy, load_policy, load_trained
+from gpt2ft.runs.assemble import load_trained
 from gpt2ft.serving.terminal import talk
-from gpt2ft.settings import ChatSettings, ModelSettings
+from gpt2ft.settings import ChatSettings
 
 UNTRAINED = "it was never trained to chat: it is asked in plain text, and may wander off"
 
 
 def run(settings: ChatSettings) -> None:
-    policy = _load(settings)
+    policy, _ = load_trained(settings.model, settings.random_init, settings.seed or 0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     half = settings.precision == "bf16" or (settings.precision == "auto" and device == "cuda")
     model = policy.gpt2.to(device, torch.bfloat16 if half else torch.float32).eval()
@@ -28,10 +28,3 @@ def run(settings: ChatSettings) -> None:
     name = f"random {settings.model}" if settings.random_init else policy.source
     if not talk(session, name, cache_root(None) / "chat_history", settings.complete, notice):
         sys.exit(1)
-
-
-def _load(settings: ChatSettings) -> Policy:
-    if settings.random_init:
-        return load_policy(ModelSettings(path=settings.model, random_init=True), settings.seed or 0)
-    policy, _ = load_trained(settings.model)
-    return policy

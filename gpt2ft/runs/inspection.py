@@ -187,7 +187,7 @@ class _Nodes:
     lengths: NDArray[np.int64]  # [n] tokens
     roles: NDArray[np.int8]  # [n]
     parents: NDArray[np.int64]  # [n] index among all messages, -1 for a root
-    digests: NDArray[np.uint64]  # [n] of role and text
+    digests: NDArray[np.uint64]  # [n] of the text
     firsts: NDArray[np.int64]  # [c] index of each root
 
     def counts(self) -> NDArray[np.int64]:

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gpt2ft.files import user_path, write_text
-from gpt2ft.inference.session import Session
-
-Turn = tuple[str, str]  # role, text
+from gpt2ft.inference.session import Session, Turn
 
 
 class Screen(Protocol):

@@ -17,6 +17,7 @@ class InMemory:
 
     records: list
     place: str = "test.jsonl"
+    size: None = None
 
     def blocks(self):
         places = [f"{self.place}:{number}" for number in range(1, len(self.records) + 1)]

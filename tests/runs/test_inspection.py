@@ -128,3 +128,12 @@ def test_a_long_talk_stays_in_its_column(plan_of, tokenizer, tmp_path):
     heads = [line for line in text.splitlines() if "positions" in line]
     assert [line[:3] for line in heads] == ["├─ "] * 11 + ["└─ "]
     assert "there are no more than these 1" in text
+
+
+def test_a_reply_that_leaks_from_a_plain_text_is_found(plan_of, tokenizer, tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("Tea leaks.", "Tea does not.")))
+    held_out = chats(tmp_path / "held.jsonl", ("Does tea leak?", "Tea leaks."))
+    text = statistics(*plan_of(train=(str(texts),), eval=(held_out,)), tokenizer)
+    assert "1 of 1 held-out learnt messages also occur in training" in text
+    assert f'"Tea leaks." in {held_out}' in text

@@ -5,17 +5,15 @@ from gpt2ft.data.formats.turns import Format, Turns
 from gpt2ft.data.reading import Record, value
 
 
-def instruction_and(context: str | None, record: Record) -> str:
-    """The user turn: what to do and, after a blank line, what to do it with."""
-    return "\n\n".join(filter(None, (value(record, "instruction", str, "a string"), context)))
+def instructed(record: Record, context_key: str, reply_key: str) -> Turns:
+    """What to do and, after a blank line, what to do it with; then what was made of it."""
+    context = value(record, context_key, str, "a string or null", optional=True)
+    prompt = "\n\n".join(filter(None, (value(record, "instruction", str, "a string"), context)))
+    return [("user", prompt), ("assistant", value(record, reply_key, str, "a string"))]
 
 
 def turns(record: Record) -> Turns:
-    context = value(record, "input", str, "a string or null", optional=True)
-    return [
-        ("user", instruction_and(context, record)),
-        ("assistant", value(record, "output", str, "a string")),
-    ]
+    return instructed(record, "input", "output")
 
 
 INSTRUCTIONS = Format("Alpaca `instruction`/`input`/`output`", ("instruction", "output"), turns, also=("input",))

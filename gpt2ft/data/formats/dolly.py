@@ -1,16 +1,12 @@
 """Databricks' Dolly: {instruction, context, response}; the context goes where Alpaca's input goes."""
 
-from gpt2ft.data.formats.alpaca import instruction_and
+from gpt2ft.data.formats.alpaca import instructed
 from gpt2ft.data.formats.turns import Format, Turns
-from gpt2ft.data.reading import Record, value
+from gpt2ft.data.reading import Record
 
 
 def turns(record: Record) -> Turns:
-    context = value(record, "context", str, "a string or null", optional=True)
-    return [
-        ("user", instruction_and(context, record)),
-        ("assistant", value(record, "response", str, "a string")),
-    ]
+    return instructed(record, "context", "response")
 
 
 RECORDS = Format("Dolly `instruction`/`context`/`response`", ("instruction", "response"), turns, also=("context",))
