@@ -13,13 +13,27 @@ replies A and B, then an unrelated conversation C, then one token of tail:
 That rule alone gives causal masking, isolation of packed conversations, a prompt shared by its replies
 and whole conversation trees.
 
-Shape letters: N tokens in the stream, S supervised targets.
+Shape letters: N tokens in the stream, S supervised targets, R replies, P pairs of replies.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Which replies of a stream are compared. `groups` of the stream are the numbers of its replies.
+
+    The tail keeps the shapes fixed: pairs of weight 0 and replies that no target belongs to.
+    """
+
+    index: Tensor  # [P, 2] numbers of the chosen and of the rejected reply
+    weights: Tensor  # [P] float32, how much each pair counts
+    reference: Tensor  # [R] float64, log-prob of each reply under the reference; NaN where none is known
+    lengths: Tensor  # [R] float32, targets of each reply; 1 in the tail
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,7 @@ class TokenStream:
     groups: Tensor  # [S] which source, conversation or reply a target belongs to
     num_tokens: int
     num_supervised: int
+    pairs: Pairs | None = None  # of preference data
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "TokenStream":
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -46,9 +61,15 @@ class TokenStream:
     def pin_memory(self) -> "TokenStream":
         return self._map(torch.Tensor.pin_memory)
 
-    def _map(self, function) -> "TokenStream":
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return TokenStream(**{k: function(v) if isinstance(v, Tensor) else v for k, v in values.items()})
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "TokenStream":
+        pairs = self.pairs and replace(self.pairs, **_mapped(self.pairs, function))
+        return replace(self, **_mapped(self, function), pairs=pairs)
+
+
+def _mapped(value: TokenStream | Pairs, function: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """The tensors among the fields of a dataclass, each handed to `function`."""
+    named = {field.name: getattr(value, field.name) for field in fields(value)}
+    return {name: function(held) for name, held in named.items() if isinstance(held, Tensor)}
 
 
 def visible(horizons: Tensor) -> Tensor:
