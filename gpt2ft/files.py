@@ -18,17 +18,22 @@ def user_path(name: str) -> Path:
         return Path(name)
 
 
-def write_text(file: Path, text: str) -> None:
-    """Writes a temporary file beside `file`, flushes it to the disk and renames it."""
+@contextmanager
+def synced(file: Path) -> Iterator[Path]:
+    """Yields a temporary file's name beside `file`; what is written there takes its name once it is on the disk."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
+        yield temporary
+        with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    with synced(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -44,19 +49,13 @@ def write_safetensors(file: Path, tensors: Mapping[str, Any]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
+    with synced(file) as temporary:
         try:
             contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(contiguous, temporary, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{file} could not be written: {error}") from error
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
         temporary.chmod(0o666 & ~_umask())  # the library lets the owner alone read it
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _umask() -> int:

@@ -187,8 +187,8 @@ def source_problems(sources: Sequence[str], key: str, factors: bool = False) -> 
             yield f"the factor of a data source in `{key}` must be above 0 and at most 100, but {source} has {factor:g}"
 
 
-class SFTSettings(Section):
-    """Fine-tunes GPT-2 on conversation trees."""
+class RunSettings(Section):
+    """What every training run is told."""
 
     model: ModelSettings = ModelSettings()
     lora: LoRASettings = LoRASettings()
@@ -229,6 +229,65 @@ class SFTSettings(Section):
             )
 
 
+class SFTSettings(RunSettings):
+    """Fine-tunes GPT-2 on conversation trees."""
+
+
+PairRule = Literal["all", "best_worst", "adjacent"]
+
+
+class PreferenceSettings(Section):
+    loss: Literal["sigmoid", "cdpo", "robust", "ipo", "hinge", "sigmoid_norm", "simpo", "orpo"] = "sigmoid"
+    """sigmoid is DPO's own; cdpo and robust smooth it for labels that are sometimes wrong; ipo, hinge, sigmoid_norm (by
+    length) bound or scale it otherwise; simpo and orpo need no reference."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How strongly the policy is held to the reference; of orpo, the weight of the odds ratio."""
+    pairs: PairRule = "all"
+    """Which replies to a prompt are compared: all of different rank, the best against the worst, or adjacent ranks."""
+    pair_weight: Literal["pair", "prompt"] = "pair"
+    """What counts the same: every pair, or every prompt, so that those with many replies do not dominate."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Of cdpo and robust: the share of pairs taken to be the wrong way round."""
+    gamma: Annotated[float, Field(ge=0)] = 0.0
+    """Of simpo: the margin to reach."""
+    rpo_alpha: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of an added negative log-likelihood of the chosen reply, per token."""
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.loss not in ("simpo", "orpo")
+
+    def problems(self) -> Iterator[str]:
+        smooths = self.loss in ("cdpo", "robust")
+        if self.label_smoothing and not smooths:
+            yield f"`dpo.label_smoothing` must be 0 with `dpo.loss` = {self.loss}: only cdpo and robust smooth labels"
+        if smooths and not self.label_smoothing:
+            yield f"`dpo.label_smoothing` must be above 0 with `dpo.loss` = {self.loss}, which is sigmoid otherwise"
+        if self.gamma and self.loss != "simpo":
+            yield f"`dpo.gamma` must be 0 with `dpo.loss` = {self.loss}: only simpo has a margin to reach"
+        if self.rpo_alpha and self.loss == "orpo":
+            yield "`dpo.rpo_alpha` must be 0 with `dpo.loss` = orpo, which holds that term already"
+
+
+class DPOSettings(RunSettings):
+    """Tunes a chat model on preferences, against reference log-probs that are computed once and kept."""
+
+    dpo: PreferenceSettings = PreferenceSettings()
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        yield from self.dpo.problems()
+        if self.model.dropout or self.model.attention_dropout or self.lora.dropout:
+            yield (
+                "`model.dropout`, `model.attention_dropout` and `lora.dropout` must be 0 in DPO: the reference has no "
+                "dropout, and what is compared with it may have none either"
+            )
+        if self.data.position_jitter or self.data.prompt_noise:
+            yield "`data.position_jitter` and `data.prompt_noise` must be 0 in DPO: the reference is computed without"
+        if self.data.message_weight != "once":
+            yield "`data.message_weight` must be once in DPO, where pairs are weighed: see `dpo.pair_weight`"
+
+
 class EvaluateSettings(Section):
     """Scores a model on held-out conversations: nats per token, perplexity, bits per byte."""
 
@@ -252,6 +311,12 @@ class EvaluateSettings(Section):
     """As in training."""
     random_init: bool = False
     """Take shape and tokenizer from `model` but weights from the seed 0: what a run from random weights starts from."""
+    pairs: PairRule | None = None
+    """Score preferences instead: compare the replies to a prompt as `dpo.pairs` does."""
+    beta: Annotated[float, Field(gt=0)] | None = None
+    """Of the rewards of preferences; default what the run was trained with, else 0.1."""
+    reference: str | None = None
+    """What rewards are measured against, named like `model`; default what a DPO run started from, else nothing."""
     topic: tuple[str, ...] = ()
     """Also answer held-out prompts, and count the replies in which one of these words occurs."""
     topic_prompts: Positive = 200
@@ -274,6 +339,8 @@ class EvaluateSettings(Section):
             yield "`random_init` needs a model whose shape it takes: name one, for example quickstart"
         if not self.topic and (self.topic_prompts, self.max_new_tokens) != (200, 100):
             yield "`topic` must be set where `topic_prompts` or `max_new_tokens` is: nothing is answered without it"
+        if self.pairs is None and (self.reference is not None or self.beta is not None):
+            yield "`pairs` must be set where `reference` or `beta` is: only preferences have rewards"
         for word in self.topic:
             if not word.strip() or len(word.split()) > 1:
                 yield f"`topic` must be single words, but holds {word!r}"
@@ -282,7 +349,7 @@ class EvaluateSettings(Section):
 class BenchmarkSettings(Section):
     """Measures training speed on made-up conversations: tokens/s, peak memory, time per phase."""
 
-    what: Literal["sft"] = "sft"
+    what: Literal["sft", "dpo"] = "sft"
     """Which kind of training."""
     model: Literal["distilgpt2", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"
     """Which shape. Weights are random, nothing is downloaded."""
@@ -418,6 +485,21 @@ def read_yaml(kind: type[Section], file: Path) -> dict[str, Any]:
     Raises:
         SettingsError: naming the file and every key that does not fit.
     """
+    values = read_sections(file)
+    if "dpo" in values and "dpo" not in kind.model_fields:
+        raise SettingsError(f"{file} is a recipe for launch/reference.py and launch/dpo.py: it has a section `dpo`")
+    try:
+        return kind.model_validate(values).model_dump()
+    except ValidationError as error:
+        raise SettingsError("\n".join(_explain(kind, str(file), error))) from error
+
+
+def read_sections(file: Path) -> dict[str, Any]:
+    """What a recipe holds, unchecked.
+
+    Raises:
+        SettingsError: if it cannot be read.
+    """
     import yaml
 
     try:
@@ -428,10 +510,7 @@ def read_yaml(kind: type[Section], file: Path) -> dict[str, Any]:
         raise SettingsError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise SettingsError(f"{file} must hold settings by section, but holds {type(values).__name__}")
-    try:
-        return kind.model_validate(values).model_dump()
-    except ValidationError as error:
-        raise SettingsError("\n".join(_explain(kind, str(file), error))) from error
+    return values
 
 
 def to_yaml(settings: Section) -> str:

@@ -11,6 +11,7 @@ import gpt2ft.settings as settings_module
 from gpt2ft.settings import (
     RECIPES,
     BenchmarkSettings,
+    DPOSettings,
     EvaluateSettings,
     SFTSettings,
     parse_recipe,
@@ -91,8 +92,9 @@ def test_a_script_without_recipes_takes_its_first_argument_bare():
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_recipe_is_sound(recipe):
-    settings = parse_recipe(SFTSettings, "", [recipe.stem])
-    assert settings == parse_recipe(SFTSettings, "", [str(recipe)])
+    kind = DPOSettings if "dpo" in recipe.stem else SFTSettings
+    settings = parse_recipe(kind, "", [recipe.stem])
+    assert settings == parse_recipe(kind, "", [str(recipe)])
     assert settings.output == f"runs/{recipe.stem}"
 
 

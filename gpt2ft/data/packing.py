@@ -1,16 +1,17 @@
 """Packing: which trees share a stream, and the stream that they become.
 
-Shape letters as in stream.py: N tokens, S supervised targets.
+Shape letters as in stream.py: N tokens, S supervised targets, R replies, P pairs.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from gpt2ft.data.token_tree import TokenTree
-from gpt2ft.stream import TokenStream
+from gpt2ft.stream import Pairs, TokenStream
 
 
 def pack(sizes: NDArray[np.int64], capacity: int, random: np.random.Generator) -> list[list[int]]:
@@ -87,3 +88,47 @@ def build_stream(
         at, scored = end, scored + len(index)
     arrays = (tokens, positions, horizons, supervised, targets, weights, groups)
     return TokenStream(*map(torch.from_numpy, arrays), num_tokens=num_tokens, num_supervised=num_supervised)
+
+
+def number_replies(trees: Sequence[TokenTree]) -> list[TokenTree]:
+    """The trees of a stream with the supervised nodes of all of them numbered through: the groups of their targets."""
+    numbered, first = [], 0
+    for tree in trees:
+        is_reply = tree.weights > 0
+        groups = np.where(is_reply, first + np.cumsum(is_reply) - 1, 0)
+        numbered.append(replace(tree, groups=groups.astype(np.int32)))
+        first += int(is_reply.sum())
+    return numbered
+
+
+def build_pairs(
+    trees: Sequence[TokenTree], reference: NDArray[np.float64], pair_capacity: int, reply_capacity: int
+) -> Pairs:
+    """The pairs of the trees of a stream.
+
+    Args:
+        trees: whose supervised nodes are numbered through.
+        reference: of the replies in their order.
+        pair_capacity: P, at least 1. The tail is filled with pairs of weight 0.
+        reply_capacity: R, at least 1.
+
+    Raises:
+        ValueError: if there is more than that.
+    """
+    num_pairs = sum(len(tree.pairs) for tree in trees)
+    if num_pairs > pair_capacity or len(reference) > reply_capacity:
+        raise ValueError(f"{num_pairs} pairs of {len(reference)} replies do not fit {pair_capacity}, {reply_capacity}")
+    index = np.zeros((pair_capacity, 2), np.int64)
+    weights = np.zeros(pair_capacity, np.float32)
+    padded = np.zeros(reply_capacity, np.float64)
+    lengths = np.ones(reply_capacity, np.float32)
+    padded[: len(reference)] = reference
+    at = 0
+    for tree in trees:
+        here = slice(at, at + len(tree.pairs))
+        index[here] = tree.groups[tree.pairs]
+        weights[here] = tree.pair_weights
+        is_reply = tree.weights > 0
+        lengths[tree.groups[is_reply]] = tree.lengths[is_reply] - 1
+        at = here.stop
+    return Pairs(*map(torch.from_numpy, (index, weights, padded, lengths)))

@@ -9,21 +9,67 @@ emptiest streams make up the last, short step of every epoch. Micro-batches miss
 streams, never repeated data.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpt2ft.data.augmentation import Augmentation, augment
-from gpt2ft.data.packing import build_stream, pack
+from gpt2ft.data.packing import build_pairs, build_stream, number_replies, pack
 from gpt2ft.data.reading import DataError
 from gpt2ft.data.store import TokenStore
-from gpt2ft.data.token_tree import TEXT, MessageWeight, TokenTree, fit_context, split, weigh
+from gpt2ft.data.token_tree import TEXT, MessageWeight, TokenTree, counts, fit_context, split, weigh
 from gpt2ft.random import generator
 from gpt2ft.stream import TokenStream
 
 Rows = NDArray[np.int64]  # [n, 2]: which store, which of its trees
+
+
+class Cutting(Protocol):
+    """How the trees of a store become pieces that fit context and streams."""
+
+    max_length: int
+    capacity: int
+
+    def survey(self, store: TokenStore) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """[rows, 5] the counts of each whole tree, and [rows] whether they hold: the tree is a piece as it is."""
+
+    def whole(self, store: TokenStore, row: int, group: int) -> TokenTree:
+        """The tree of a row, supervised and uncut."""
+
+    def cut(self, tree: TokenTree, left_out: Counter[str]) -> list[TokenTree]:
+        """Its parts. What is in none of them is counted, by reason.
+
+        Raises:
+            ValueError: if it cannot be cut to fit.
+        """
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """Trees in which every reply is learnt: re-rooted where a path exceeds the context, split at branches."""
+
+    weight: MessageWeight
+    max_length: int
+    capacity: int
+
+    def survey(self, store: TokenStore) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        tokens, scored = store.sizes()
+        none = np.zeros_like(tokens)
+        return np.stack([tokens, scored, none, none, none], axis=1), tokens <= min(self.max_length, self.capacity)
+
+    def whole(self, store: TokenStore, row: int, group: int) -> TokenTree:
+        return weigh(store.tree(row, group), self.weight)
+
+    def cut(self, tree: TokenTree, left_out: Counter[str]) -> list[TokenTree]:
+        fitting, _ = fit_context(tree, self.max_length)
+        parts = [part for tree in fitting for part in split(tree, self.capacity)]
+        shown = {message for part in parts for message in part.messages.tolist()}
+        left_out["messages that do not fit the context"] += len(tree.lengths) - len(shown)
+        return parts
 
 
 @dataclass(frozen=True)
@@ -34,18 +80,40 @@ class Pieces:
     """
 
     stores: Sequence[TokenStore]
-    weight: MessageWeight
+    cutting: Cutting
     rows: Rows
-    sizes: NDArray[np.int64]  # [n] tokens
-    scored: NDArray[np.int64]  # [n] supervised targets
+    counts: NDArray[np.int64]  # [n, 5] see token_tree.counts
     parts: NDArray[np.int64]  # [n] which part of its tree a piece is, -1 for the whole
-    max_length: int
-    capacity: int
-    left_out: int  # messages that are in no piece
+    left_out: Counter[str]  # what is in no piece, by reason
     repeated: int  # tokens that stand in a stream a second time, to give a later turn its context
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """[n] tokens."""
+        return self.counts[:, 0]
+
+    @property
+    def scored(self) -> NDArray[np.int64]:
+        """[n] supervised targets."""
+        return self.counts[:, 1]
+
+    @property
+    def replies(self) -> NDArray[np.int64]:
+        """[n] replies compared, of preference data."""
+        return self.counts[:, 2]
+
+    @property
+    def pairs(self) -> NDArray[np.int64]:
+        """[n] pairs of them."""
+        return self.counts[:, 3]
+
+    @property
+    def apart(self) -> NDArray[np.int64]:
+        """[n] tokens if each pair were two sequences of its own."""
+        return self.counts[:, 4]
 
     @property
     def is_cut(self) -> NDArray[np.bool_]:
@@ -53,55 +121,50 @@ class Pieces:
         return self.parts >= 0
 
     def tree(self, piece: int) -> TokenTree:
-        tree = whole_tree(self.stores, self.rows[piece], self.weight)
+        store, row = self.rows[piece].tolist()
+        tree = self.cutting.whole(self.stores[store], row, group=store)
         part = int(self.parts[piece])
-        return tree if part < 0 else _cut(tree, self.max_length, self.capacity)[part]
+        return tree if part < 0 else self.cutting.cut(tree, Counter())[part]
 
 
-def whole_tree(stores: Sequence[TokenStore], row: NDArray[np.int64], weight: MessageWeight) -> TokenTree:
-    """The tree of a row, uncut, in the group of its store."""
-    store, index = row.tolist()
-    return weigh(stores[store].tree(index, group=store), weight)
+def cut_to_fit(stores: Sequence[TokenStore], rows: Rows, cutting: Cutting) -> Pieces:
+    """Every tree in `rows`, in pieces.
 
-
-def cut_to_fit(
-    stores: Sequence[TokenStore], rows: Rows, weight: MessageWeight, max_length: int, capacity: int
-) -> Pieces:
-    """Every tree in `rows`, re-rooted where a path exceeds `max_length` and split where it exceeds `capacity`."""
-    sizes, scored = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
+    Raises:
+        DataError: if a tree cannot be cut to fit, or nothing fits.
+    """
+    counted, is_whole = np.zeros((len(rows), 5), np.int64), np.zeros(len(rows), bool)
     for number, store in enumerate(stores):
         here = rows[:, 0] == number
-        sizes[here], scored[here] = (values[rows[here, 1]] for values in store.sizes())
-    cuts: dict[int, list[tuple[int, int]]] = {}  # (tokens, targets) of the parts of a tree
-    left_out = repeated = 0
-    for index in np.flatnonzero(sizes > min(max_length, capacity)).tolist():
-        tree = whole_tree(stores, rows[index], weight)
-        parts = _cut(tree, max_length, capacity)
+        counted[here], is_whole[here] = (values[rows[here, 1]] for values in cutting.survey(store))
+    cuts: dict[int, list[tuple[int, ...]]] = {}  # the counts of the parts of a tree
+    left_out: Counter[str] = Counter()
+    repeated = 0
+    for index in np.flatnonzero(~is_whole).tolist():
+        store, row = rows[index].tolist()
+        tree = cutting.whole(stores[store], row, group=store)
+        try:
+            parts = cutting.cut(tree, left_out)
+        except ValueError as error:
+            raise DataError(f"{stores[store].source}, conversation {stores[store].id(row)}: {error}") from error
         if len(parts) == 1 and parts[0] is tree:
-            continue  # large, but no path is too long
-        cuts[index] = [(len(part.tokens), part.num_supervised) for part in parts]
-        left_out += len(tree.lengths) - len({message for part in parts for message in part.messages.tolist()})
+            counted[index] = counts(tree)
+            continue
+        cuts[index] = [counts(part) for part in parts]
         repeated += _repeated(parts)
-    counts = np.ones(len(rows), np.int64)
-    counts[list(cuts)] = [len(parts) for parts in cuts.values()]
-    firsts = np.cumsum(counts) - counts
-    rows, sizes, scored = (np.repeat(values, counts, axis=0) for values in (rows, sizes, scored))
+    times = np.ones(len(rows), np.int64)
+    times[list(cuts)] = [len(parts) for parts in cuts.values()]
+    firsts = np.cumsum(times) - times
+    rows, counted = (np.repeat(values, times, axis=0) for values in (rows, counted))
     part_numbers = np.full(len(rows), -1)
     for index, parts in cuts.items():
         here = slice(firsts[index], firsts[index] + len(parts))
         part_numbers[here] = np.arange(len(parts))
-        sizes[here], scored[here] = np.array(parts, np.int64).reshape(-1, 2).T
+        counted[here] = np.array(parts, np.int64).reshape(-1, 5)
     if not len(rows):
-        raise DataError(
-            f"no message fits `data.max_length` = {max_length} tokens together with the turn before it: "
-            f"all {left_out} are left out"
-        )
-    return Pieces(stores, weight, rows, sizes, scored, part_numbers, max_length, capacity, left_out, repeated)
-
-
-def _cut(tree: TokenTree, max_length: int, capacity: int) -> list[TokenTree]:
-    fitting, _ = fit_context(tree, max_length)
-    return [part for tree in fitting for part in split(tree, capacity)]
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in left_out.items())
+        raise DataError(f"nothing fits `data.max_length` = {cutting.max_length} tokens: left out are {reasons}")
+    return Pieces(stores, cutting, rows, counted, part_numbers, +left_out, repeated)
 
 
 def _repeated(parts: Sequence[TokenTree]) -> int:
@@ -142,6 +205,12 @@ class Plan:
         self.streams = sorted(bins, key=lambda bin: -pieces.sizes[bin].sum())  # fullest first
         most = max(int(pieces.scored[bin].sum()) for bin in self.streams)
         self.target_capacity = -(-most // 64) * 64
+        self.pair_capacity, self.reply_capacity = (
+            -(-max(int(number[bin].sum()) for bin in self.streams) // 8) * 8
+            for number in (pieces.pairs, pieces.replies)
+        )
+        self._first_replies = np.cumsum(pieces.replies) - pieces.replies  # [n] of each piece, among all
+        self.reference = np.full(int(pieces.replies.sum()), np.nan)  # log-prob of each reply, once it is known
         self.steps_per_epoch = -(-len(self.streams) // micro_batches_per_step)
 
     def micro_batches(self, step: int) -> list[list[int]]:
@@ -154,8 +223,7 @@ class Plan:
 
     def stream(self, micro_batch: Sequence[int]) -> TokenStream:
         """The trees of a micro-batch, each starting at position 0."""
-        trees = [self.pieces.tree(piece) for piece in micro_batch]
-        return build_stream(trees, self.capacity, self.target_capacity)
+        return self._laid_out(micro_batch, [self.pieces.tree(piece) for piece in micro_batch])
 
     def training_stream(self, step: int, number: int) -> TokenStream:
         """Micro-batch `number` of a step, augmented by what is drawn anew for each step."""
@@ -165,7 +233,22 @@ class Plan:
         trees = [self.pieces.tree(piece) for piece in micro_batch]
         random = generator(self.seed, "augmentation", step, number)
         trees, first_positions = augment(trees, self.augmentation, random)
-        return build_stream(trees, self.capacity, self.target_capacity, first_positions)
+        return self._laid_out(micro_batch, trees, first_positions)
+
+    def _laid_out(
+        self, micro_batch: Sequence[int], trees: Sequence[TokenTree], first_positions: Sequence[int] | None = None
+    ) -> TokenStream:
+        if not self.pair_capacity:
+            return build_stream(trees, self.capacity, self.target_capacity, first_positions)
+        trees = number_replies(trees)
+        stream = build_stream(trees, self.capacity, self.target_capacity, first_positions)
+        reference = self.reference[self.replies_of(micro_batch)]
+        return replace(stream, pairs=build_pairs(trees, reference, self.pair_capacity, self.reply_capacity))
+
+    def replies_of(self, micro_batch: Sequence[int]) -> NDArray[np.int64]:
+        """Where the replies of a micro-batch stand among all replies of the plan, in the order of its stream."""
+        firsts, numbers = self._first_replies, self.pieces.replies
+        return np.concatenate([np.zeros(0, np.int64), *(firsts[p] + np.arange(numbers[p]) for p in micro_batch)])
 
     def _order(self, epoch: int) -> list[int]:
         if not self.shuffle:

@@ -29,6 +29,9 @@ REASONS = (
     "joined to the turn above",  # of the same role: nothing of its text is lost
     "below a dropped message",
     "beside the path kept for the topic",
+    "does not end in a reply", "prompts that differ",  # of preferences, as all below but the last
+    "reply without a rank", "same text as a better reply", "tied with all others", "nothing to compare it with",
+    "in no pair",
     "no reply",  # what is left of a tree in which no assistant speaks
 )  # fmt: skip
 _HALF_SURROGATE = re.compile("[\ud800-\udfff]")

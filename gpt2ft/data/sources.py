@@ -15,7 +15,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from gpt2ft import quickstart
 from gpt2ft.conversation import MessageTree
 from gpt2ft.data.formats import AnyFormat, columns_to_read, detect, oasst
 from gpt2ft.data.reading import DataError, Filters, Malformed, Reading, show
-from gpt2ft.data.records import FILE_KINDS, Block, Parsed, read_file, read_table, stem
+from gpt2ft.data.records import FILE_KINDS, Block, Columns, Parsed, read_file, read_table, stem
 from gpt2ft.files import file_digest, user_path
 
 
@@ -51,8 +51,8 @@ class HubSource:
         config = f"/{self.config}" if self.config else ""
         return hashlib.sha256(f"{self.repo}{config}@{self.revision}:{self.split}".encode()).hexdigest()
 
-    def blocks(self) -> Iterator[Block]:
-        return read_table(_load(self), self.place, columns_to_read)
+    def blocks(self, columns: Columns) -> Iterator[Block]:
+        return read_table(_load(self), self.place, columns)
 
 
 SOURCES = {
@@ -78,6 +78,7 @@ BUNDLED = {
     "quickstart": quickstart.TREES,
     "quickstart:held_out": quickstart.HELD_OUT,
     "quickstart:replies": quickstart.REPLIES,  # on one topic, for `data.topic_replies`
+    "quickstart:rain": quickstart.RAIN,  # on another
 }
 
 
@@ -100,8 +101,8 @@ class Files:
         digests = [file_digest(file) for file in self.files]
         return digests[0] if len(digests) == 1 else hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
-    def blocks(self) -> Iterator[Block]:
-        return chain.from_iterable(read_file(file, columns_to_read) for file in self.files)
+    def blocks(self, columns: Columns) -> Iterator[Block]:
+        return chain.from_iterable(read_file(file, columns) for file in self.files)
 
 
 class Part(Protocol):
@@ -114,10 +115,11 @@ class Part(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """One data source: where it lies and what it is called."""
+    """One data source: where it lies, what it is called, and whether it is read as replies to compare."""
 
     name: str
     origin: HubSource | Files
+    as_preferences: bool = False
 
     @cached_property
     def format(self) -> AnyFormat:
@@ -130,7 +132,7 @@ class Source:
         problem = ""
         for where, record in self._records(lenient):
             try:
-                return detect(record)
+                return detect(record, self.as_preferences)
             except Malformed as malformed:
                 problem = problem or f"but at {where} it {malformed}"
         if lenient.dropped:
@@ -143,8 +145,11 @@ class Source:
         several = isinstance(self.origin, Files) and self.origin.is_folder
         return self.format.name + (f" in {len(self.origin.files)} files" if several else "")
 
+    def _blocks(self) -> Iterator[Block]:
+        return self.origin.blocks(partial(columns_to_read, as_preferences=self.as_preferences))
+
     def _records(self, reading: Reading) -> Parsed:
-        return chain.from_iterable(block.parse(reading) for block in self.origin.blocks())
+        return chain.from_iterable(block.parse(reading) for block in self._blocks())
 
     def parts(self, filters: Filters) -> Iterator[Part]:
         """The source in parts, the same whoever asks. What concerns them all is counted in the first.
@@ -154,10 +159,10 @@ class Source:
         """
         format = self.format
         if not isinstance(format, oasst.FlatMessages):
-            yield from (_Records(block, format) for block in self.origin.blocks())
+            yield from (_Records(block, format) for block in self._blocks())
             return
         reading = Reading(self.name, filters)
-        records = (found for block in self.origin.blocks() for found in _of_format(block, format, reading))
+        records = (found for block in self._blocks() for found in _of_format(block, format, reading))
         shares = format.gather(records, reading)
         for number, share in enumerate(shares):
             yield _Share(share, reading if number == 0 else None, (self.origin.size or 0) // len(shares))
@@ -204,21 +209,24 @@ def _of_format(block: Block, format: AnyFormat, reading: Reading) -> Parsed:
             reading.refuse(where, f"must be {format.name} like the first record, but holds {keys}")
 
 
-def open_source(name: str) -> Source:
+def open_source(name: str, as_preferences: bool = False) -> Source:
     """The source of that name.
+
+    Args:
+        as_preferences: whether its trees are to hold replies to compare, where there is a choice.
 
     Raises:
         DataError: if there is none.
     """
     key, _, split = name.partition(":")
     if key in SOURCES:
-        return Source(name, _hub_split(name, SOURCES[key], split))
+        return Source(name, _hub_split(name, SOURCES[key], split), as_preferences)
     if key in BUNDLED:
         if name not in BUNDLED:
             raise DataError(f"data source {name!r} must be one of {', '.join(BUNDLED)}")
-        return Source(name, Files(str(BUNDLED[name]), (BUNDLED[name],)))
+        return Source(name, Files(str(BUNDLED[name]), (BUNDLED[name],)), as_preferences)
     path = user_path(name)
-    return Source(stem(path), Files(str(path), _files(name, path), path.is_dir()))
+    return Source(stem(path), Files(str(path), _files(name, path), path.is_dir()), as_preferences)
 
 
 def read_trees(source: str, filters: Filters, dropped: Counter[str] | None = None) -> Iterator[MessageTree]:

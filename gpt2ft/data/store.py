@@ -1,7 +1,8 @@
 """Tokenised once: conversation trees as memory-mapped Arrow, in a cache folder by content.
 
-A store holds one data source after its filters, without what leads to no reply. Its folder is named by a digest
-of everything that determines the tokens: the data, the filters, the template and the tokenizer.
+A store holds one data source after its filters, without what leads to no reply; of preferences, a row for every
+prompt with replies to compare. Its folder is named by a digest of everything that determines the tokens: the data, the
+filters, the template and the tokenizer.
 
 All processes of a machine that ask for the same store build it together: each walks over the parts of the source
 and takes those that nobody has taken yet. A part is a file, complete or absent, so that whoever is killed loses
@@ -26,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2ft.conversation import ROLES, MessageTree
+from gpt2ft.data.preferences import groups
 from gpt2ft.data.reading import DataError, Filters, Reading, show
 from gpt2ft.data.sources import Part, Source, open_source
 from gpt2ft.data.token_tree import TokenTree, is_learnt
@@ -35,7 +37,7 @@ from gpt2ft.settings import speaks_for_its_machine
 from gpt2ft.text.template import render_turn, template_digest
 from gpt2ft.text.tokenizer import ChatTokenizer
 
-FORMAT = 4  # of the stored columns, and of how a source is cut into parts
+FORMAT = 5  # of the stored columns, and of how a source is cut into parts
 
 Digests = NDArray[np.uint64]
 
@@ -47,7 +49,7 @@ class Ledger:
     format: str  # what the source was taken for
     conversations: int  # read
     read: int
-    kept: int
+    kept: int  # in at least one row
     dropped: dict[str, int]  # by reason, largest first
     content: str  # digest of all tokens, to compare machines
 
@@ -55,8 +57,8 @@ class Ledger:
 class TokenStore:
     """The token trees of one source, read from the disk as they are asked for.
 
-    Columns, a row a tree: `id`, `key`, `tokens`, and for each node `lengths`, `parents`, `roles`, `ranks` (-1:
-    unranked), `messages` (the node's place in the whole conversation) and `digests` (of its text).
+    Columns, a row a tree: `id`, `key`, `conversation`, `tokens`, and for each node `lengths`, `parents`, `roles`,
+    `ranks` (-1: unranked), `messages` (the node's place in the whole conversation) and `digests` (of its text).
     """
 
     def __init__(self, folder: Path, source: str) -> None:
@@ -100,8 +102,18 @@ class TokenStore:
         return self._batches[number].column("id")[row_in_batch].as_py()
 
     def keys(self) -> Digests:
-        """What makes a conversation the same one wherever it is met: a digest of its id and its first message."""
+        """What makes a row the same one wherever it is met: of a conversation, a digest of its id and first message."""
         return self._column("key")
+
+    def conversations(self) -> Digests:
+        """The same of the whole conversation that a row is of: several preference groups may share one."""
+        return self._column("conversation")
+
+    def ranks(self, row: int) -> NDArray[np.int16]:
+        """[K] of the nodes of a row, -1 where unranked."""
+        number, row_in_batch = self._place(row)
+        offsets, ranks = self._lists(number, "ranks")
+        return ranks[offsets[row_in_batch] : offsets[row_in_batch + 1]]
 
     def sizes(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Tokens and supervised targets of each row."""
@@ -145,20 +157,27 @@ def cache_root(setting: str | None) -> Path:
 
 
 def open_store(
-    name: str, filters: Filters, tokenizer: ChatTokenizer, cache: Path, topic: Topic | None = None
+    name: str,
+    filters: Filters,
+    tokenizer: ChatTokenizer,
+    cache: Path,
+    topic: Topic | None = None,
+    as_preferences: bool = False,
 ) -> TokenStore:
     """The store of a source, from the cache or built now.
 
     Args:
-        topic: whose replies take the place of the source's own.
+        topic: whose replies take the place of the source's own; of preferences, are better than these.
+        as_preferences: whether a row is a prompt with replies to compare instead of a conversation.
 
     Raises:
         DataError: if the source cannot be read, or nothing of it is left to train on.
     """
-    source = open_source(name)
+    source = open_source(name, as_preferences)
     try:
         determined_by = [FORMAT, source.origin.digest(), asdict(filters), template_digest(), tokenizer.digest]
         determined_by += [topic.digest] if topic else []
+        determined_by += ["preferences"] if as_preferences else []
     except OSError as error:
         raise DataError(f"{name} cannot be read: {error}") from error
     digest = hashlib.sha256(json.dumps(determined_by).encode()).hexdigest()[:32]
@@ -183,6 +202,16 @@ class _Work:
     filters: Filters
     tokenizer: ChatTokenizer
     topic: Topic | None
+
+    def rows(self, tree: MessageTree, dropped: Counter[str]) -> tuple[MessageTree, list[list[int]]]:
+        """The tree as it is learnt from, and the messages of each row that it becomes; what is in none is counted."""
+        if self.source.as_preferences:
+            tree = self.topic.against_own(tree, dropped) if self.topic else tree
+            return tree, groups(tree, dropped)
+        tree = self.topic.applied_to(tree, dropped) if self.topic else tree
+        useful = tree.leading_to_reply()
+        dropped["no reply"] += len(tree.messages) - len(useful)
+        return tree, [useful] if useful else []
 
 
 def _build(work: _Work, folder: Path) -> None:
@@ -237,18 +266,22 @@ def _write_part(file: Path, part: Part, work: _Work) -> None:
     import pyarrow as pa
 
     reading = Reading(work.source.name, work.filters)
-    columns = _Columns(work.tokenizer)
+    columns = _Columns(work.tokenizer, work.source.as_preferences)
+    kept = 0
     for tree in part.trees(reading):
-        said = work.topic.applied_to(tree, reading.dropped) if work.topic else tree
+        said, rows = work.rows(tree, reading.dropped)
+        kept += len(set().union(*rows))
         try:
-            columns.add(said, reading.dropped)
+            for indices in rows:
+                columns.add(said, indices)
         except ValueError as error:
             opening = show(tree.messages[0].text)
             raise DataError(f"{work.source.origin.place}: a conversation that opens with {opening}: {error}") from error
     batch = columns.batch()
     counts = {
         "trees": reading.totals.trees,
-        "kept": len(columns.lengths),
+        "read": reading.totals.messages + reading.dropped["malformed line"],
+        "kept": kept,
         "dropped": dict(reading.dropped),
         "content": columns.content(),
     }
@@ -264,29 +297,33 @@ def _write_part(file: Path, part: Part, work: _Work) -> None:
 def _ledger(source: Source, files: Sequence[Path]) -> Ledger:
     import pyarrow as pa
 
-    trees, kept, dropped, contents = 0, 0, Counter[str](), []
+    trees, read, kept, dropped, contents = 0, 0, 0, Counter[str](), []
     for file in files:
         with pa.memory_map(str(file)) as handle:
             counts = json.loads(pa.ipc.open_file(handle).schema.metadata[b"ledger"])
         trees += counts["trees"]
+        read += counts["read"]
         kept += counts["kept"]
         dropped.update(counts["dropped"])
         contents.append(counts["content"])
     reasons = {reason: number for reason, number in dropped.most_common() if number}
     if not kept:
         told = ", ".join(f"{number:,} {reason}" for reason, number in reasons.items())
-        raise DataError(f"{source.origin.place} holds nothing to train on" + (f"; dropped: {told}" if told else ""))
+        wanted = "no replies that can be compared" if source.as_preferences else "nothing to train on"
+        raise DataError(f"{source.origin.place} holds {wanted}" + (f"; dropped: {told}" if told else ""))
     content = hashlib.sha256("".join(contents).encode()).hexdigest()
-    return Ledger(source.description, trees, kept + dropped.total(), kept, reasons, content)
+    return Ledger(source.description, trees, read, kept, reasons, content)
 
 
 class _Columns:
     """The columns of one part, in flat lists: a million tokens a second leave no time for an array per tree."""
 
-    def __init__(self, tokenizer: ChatTokenizer) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, by_group: bool) -> None:
         self.tokenizer = tokenizer
+        self.by_group = by_group  # whether several rows are of one conversation
         self.ids: list[str] = []
         self.keys: list[int] = []
+        self.conversations: list[int] = []
         self.tokens: list[int] = []
         self.lengths: list[int] = []
         self.parents: list[int] = []
@@ -297,14 +334,11 @@ class _Columns:
         self.tokens_until = [0]  # [rows + 1]
         self.nodes_until = [0]
 
-    def add(self, tree: MessageTree, dropped: Counter[str]) -> None:
-        """Takes a tree without what leads to no reply, which is counted."""
-        useful = tree.leading_to_reply()
-        dropped["no reply"] += len(tree.messages) - len(useful)
-        if not useful:
-            return
-        place = {index: node for node, index in enumerate(useful)}
-        for index in useful:
+    def add(self, tree: MessageTree, indices: Sequence[int]) -> None:
+        """Takes some messages of a tree as a row, each with the one above it."""
+        place = {index: node for node, index in enumerate(indices)}
+        first = len(self.digests)
+        for index in indices:
             message = tree.messages[index]
             ids = render_turn(self.tokenizer, message.role, message.text)
             self.tokens += ids
@@ -313,9 +347,11 @@ class _Columns:
             self.roles.append(_ROLE_NUMBERS[message.role])
             self.ranks.append(-1 if message.rank is None else message.rank)
             self.digests.append(_digest(message.text))
-        self.messages += useful
+        self.messages += indices
         self.ids.append(tree.id)
-        self.keys.append(_digest(tree.id, tree.messages[0].text))
+        conversation = _digest(tree.id, tree.messages[0].text)
+        self.conversations.append(conversation)
+        self.keys.append(_digest(str(conversation), *map(str, self.digests[first:])) if self.by_group else conversation)
         self.tokens_until.append(len(self.tokens))
         self.nodes_until.append(len(self.lengths))
 
@@ -338,6 +374,7 @@ class _Columns:
         first = {
             "id": pa.array(self.ids, pa.string()),
             "key": np.array(self.keys, np.uint64),
+            "conversation": np.array(self.conversations, np.uint64),
             "tokens": lists(self.tokens, id_type, self.tokens_until),
         }
         return pa.RecordBatch.from_pydict(first | by_node)

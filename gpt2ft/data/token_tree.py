@@ -4,10 +4,10 @@
     fit_context    re-roots what lies too deep under its most recent turns, cuts what is plain text
     split          cuts a tree that is larger than a stream at its branches
 
-Each returns new trees. Shape letters: n tokens, K nodes.
+Each returns new trees. Shape letters: n tokens, K nodes, P pairs of nodes.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -21,6 +21,7 @@ ASSISTANT = ROLES.index("assistant")
 TEXT = ROLES.index("text")
 
 MessageWeight = Literal["once", "leaves"]
+Counts = tuple[int, int, int, int, int]  # see `counts`
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class TokenTree:
     weights: NDArray[np.float32]  # [K] what each target of the node counts, 0 for unsupervised
     groups: NDArray[np.int32]  # [K] which source, conversation or reply
     messages: NDArray[np.int32]  # [K] index of each node's message in its whole conversation
+    pairs: NDArray[np.int32] = field(
+        default_factory=lambda: np.zeros((0, 2), np.int32)
+    )  # [P, 2] chosen, rejected nodes
+    pair_weights: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))  # [P]
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
@@ -74,7 +79,7 @@ class TokenTree:
         return path[::-1]
 
     def select(self, nodes: list[int], weights: NDArray[np.float32]) -> "TokenTree":
-        """The tree of these nodes alone, a node's parent being its nearest ancestor among them.
+        """The tree of these nodes alone, without pairs, a node's parent being its nearest ancestor among them.
 
         Args:
             nodes: ascending, with one root.
@@ -96,6 +101,13 @@ class TokenTree:
             groups=self.groups[nodes],
             messages=self.messages[nodes],
         )
+
+
+def counts(tree: TokenTree) -> Counts:
+    """Tokens, supervised targets, nodes in pairs, pairs, and tokens if each pair were two sequences of its own."""
+    ends = tree.depths + tree.lengths
+    nodes = len(np.unique(tree.pairs))
+    return len(tree.tokens), tree.num_supervised, nodes, len(tree.pairs), int(ends[tree.pairs].sum())
 
 
 def is_learnt(roles: NDArray[np.int8]) -> NDArray[np.bool_]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -52,6 +53,30 @@ class Topic:
         Raises:
             DataError: if the tree is a plain text, which has no prompt.
         """
+        messages = []
+        for turn, (message, reply) in enumerate(self._answered(tree, dropped)):
+            messages.append(Message(message.role, reply or message.text, turn - 1 if turn else None))
+        return MessageTree(tree.id, tree.source, tuple(messages))
+
+    def against_own(self, tree: MessageTree, dropped: Counter[str]) -> MessageTree:
+        """The same as preferences: each such reply is better than the one it would take the place of.
+
+        The conversation goes on below the better one.
+
+        Raises:
+            DataError: if the tree is a plain text.
+        """
+        messages: list[Message] = []
+        above = None
+        for message, reply in self._answered(tree, dropped):
+            if reply is not None:
+                messages.append(Message("assistant", message.text, above, rank=1))
+            messages.append(Message(message.role, reply or message.text, above, rank=None if reply is None else 0))
+            above = len(messages) - 1
+        return MessageTree(tree.id, tree.source, tuple(messages))
+
+    def _answered(self, tree: MessageTree, dropped: Counter[str]) -> Iterator[tuple[Message, str | None]]:
+        """The messages of the best-ranked path, and beside each assistant turn the topic's reply."""
         if tree.messages[0].role == "text":
             raise DataError(
                 f"{tree.source} holds plain text, which has no prompts that `data.topic_replies` could answer"
@@ -64,10 +89,6 @@ class Topic:
                 index = number
         dropped["beside the path kept for the topic"] += len(tree.messages) - len(path)
         number = seed_for(0, f"topic {tree.id}")
-        messages = []
         for turn, message in enumerate(path):
-            text = message.text
-            if message.role == "assistant":
-                text = self.replies[(number + turn) % len(self.replies)]
-            messages.append(Message(message.role, text, turn - 1 if turn else None))
-        return MessageTree(tree.id, tree.source, tuple(messages))
+            is_reply = message.role == "assistant"
+            yield message, self.replies[(number + turn) % len(self.replies)] if is_reply else None

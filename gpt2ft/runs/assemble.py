@@ -27,15 +27,20 @@ from gpt2ft.model.lora import LoRAConfig, apply_lora, load_trained_weights, merg
 from gpt2ft.random import seed_for
 from gpt2ft.settings import (
     DataSettings,
+    DPOSettings,
     LoRASettings,
     ModelSettings,
+    RunSettings,
     SettingsError,
     SFTSettings,
+    read_sections,
     read_yaml,
     split_factor,
 )
 from gpt2ft.text.tokenizer import ChatTokenizer
 from gpt2ft.training import checkpoint
+
+RECIPE = "recipe.yaml"  # of a run, in its folder
 
 
 @dataclass(frozen=True)
@@ -169,13 +174,24 @@ def load_trained(path: str | None, random_init: bool = False, seed: int = 0) -> 
 def _load_checkpoint(folder: Path) -> Policy:
     """What the run's recipe starts from, with the weights that the checkpoint has trained."""
     checkpoint.verify(folder)
-    settings = SFTSettings(**read_yaml(SFTSettings, folder.parent.parent / "recipe.yaml"))
+    settings = read_run(folder.parent.parent)
     _, identity = checkpoint.read_state(folder)
     policy = plain_policy(settings, checkpoint.read_weights(folder), identity.get("initial_weights"))
     return replace(policy, source=str(folder))
 
 
-def plain_policy(settings: SFTSettings, trained: Mapping[str, Tensor], initial_digest: str | None) -> Policy:
+def read_run(folder: Path) -> RunSettings:
+    """The settings of the run in a folder.
+
+    Raises:
+        SettingsError: if there are none.
+    """
+    recipe = folder / RECIPE
+    kind = DPOSettings if "dpo" in read_sections(recipe) else SFTSettings
+    return kind(**read_yaml(kind, recipe))
+
+
+def plain_policy(settings: RunSettings, trained: Mapping[str, Tensor], initial_digest: str | None) -> Policy:
     """The plain model that trained weights make of what a run starts from: adapters merged, in float32.
 
     Args:
@@ -239,28 +255,33 @@ class Corpus:
         parts = [*(store.ledger.content.encode() for store in self.stores), self.rows.tobytes()]
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
-    def keys(self) -> Keys:
-        """Of the trees used."""
-        by_store = [store.keys()[self.rows[self.rows[:, 0] == number, 1]] for number, store in enumerate(self.stores)]
-        return np.concatenate(by_store)
+    def conversations(self) -> Keys:
+        """Of which conversation each row is."""
+        of_stores = enumerate(store.conversations() for store in self.stores)
+        return np.concatenate([found[self.rows[self.rows[:, 0] == number, 1]] for number, found in of_stores])
 
 
-def load_corpora(settings: DataSettings, tokenizer: ChatTokenizer, seed: int = 0) -> tuple[Corpus, Corpus | None]:
+def load_corpora(
+    settings: DataSettings, tokenizer: ChatTokenizer, seed: int = 0, as_preferences: bool = False
+) -> tuple[Corpus, Corpus | None]:
     """The training and the held-out conversations, by whole trees, none in both.
 
     A conversation met twice counts once; one that is held out is dropped from training. Factors come last.
 
     Args:
         seed: of what a source's factor leaves out or takes twice.
+        as_preferences: whether they are read as prompts with replies to compare.
     """
     held_out, nothing = None, np.zeros(0, np.uint64)
+    unit = "prompts" if as_preferences else "conversations"
     if settings.eval:
-        held_out = _unique(_open_stores(settings.eval, settings, tokenizer), nothing, "conversations met before")
-    seen = held_out.keys() if held_out else nothing
-    reason = "conversations met before" + (" or held out" if held_out else "")
-    corpus = _unique(_open_stores(settings.train, settings, tokenizer), seen, reason)
+        stores = _open_stores(settings.eval, settings, tokenizer, as_preferences)
+        held_out = _unique(stores, nothing, f"{unit} met before")
+    kept_back = held_out.conversations() if held_out else nothing
+    reason = f"{unit} met before" + (" or held out" if held_out else "")
+    corpus = _unique(_open_stores(settings.train, settings, tokenizer, as_preferences), kept_back, reason)
     if settings.eval_fraction:
-        chosen = is_held_out(corpus.keys(), settings.eval_fraction)
+        chosen = is_held_out(corpus.conversations(), settings.eval_fraction)
         held_out = replace(corpus, rows=corpus.rows[chosen], dropped=Counter(), is_whole=False)
         corpus = replace(corpus, rows=corpus.rows[~chosen])
         if not len(held_out.rows):
@@ -270,19 +291,23 @@ def load_corpora(settings: DataSettings, tokenizer: ChatTokenizer, seed: int = 0
     return _sampled(corpus, [split_factor(source)[1] for source in settings.train], seed), held_out
 
 
-def _open_stores(sources: Sequence[str], settings: DataSettings, tokenizer: ChatTokenizer) -> list[TokenStore]:
+def _open_stores(
+    sources: Sequence[str], settings: DataSettings, tokenizer: ChatTokenizer, as_preferences: bool
+) -> list[TokenStore]:
     filters = Filters(settings.languages, settings.max_rank, settings.reviewed_only, settings.on_error)
     topic = Topic.read(settings.topic_replies) if settings.topic_replies else None
     names = [split_factor(source)[0] for source in sources]
-    return [open_store(name, filters, tokenizer, cache_root(settings.cache), topic) for name in names]
+    cache = cache_root(settings.cache)
+    return [open_store(name, filters, tokenizer, cache, topic, as_preferences) for name in names]
 
 
-def _unique(stores: list[TokenStore], seen: Keys, reason: str) -> Corpus:
-    rows = []
+def _unique(stores: list[TokenStore], kept_back: Keys, reason: str) -> Corpus:
+    """Every row once, none of a conversation that is kept back."""
+    rows, seen = [], np.zeros(0, np.uint64)
     dropped: Counter[str] = Counter()
     for number, store in enumerate(stores):
         keys = store.keys()
-        new = np.flatnonzero(first_of_each(keys, seen))
+        new = np.flatnonzero(first_of_each(keys, seen) & ~np.isin(store.conversations(), kept_back))
         dropped[reason] += len(keys) - len(new)
         seen = np.concatenate([seen, keys[new]])
         rows.append(np.stack([np.full(len(new), number), new], axis=1))

@@ -45,6 +45,12 @@ def describe(
         f"streams   {len(plan.streams):,} of {plan.capacity:,} tokens, {plan.fill:.1%} full; "
         f"{plan.supervised / plan.tokens:.0%} of the tokens are supervised"
     )
+    if plan.pair_capacity:
+        pairs, apart = int(plan.pieces.pairs.sum()), int(plan.pieces.apart.sum())
+        lines.append(
+            f"pairs     {pairs:,} of {int(plan.pieces.replies.sum()):,} replies; as {2 * pairs:,} sequences of their "
+            f"own they would be {apart:,} tokens, {apart / plan.tokens:.1f} times as many"
+        )
     lines.append(
         f"training  {steps:,} steps of {plan.micro_batches_per_step} x {plan.capacity:,} tokens, "
         f"{plan.steps_per_epoch:,} to an epoch, {epochs:.3g} epochs"
@@ -80,12 +86,11 @@ def memory_estimate(gpt2: GPT2, capacity: int, bf16: bool, recomputes: bool = Fa
 
 
 def dropped(corpus: Corpus, plan: Plan) -> Counter[str]:
-    """Everything left out by reason: messages by the sources and the context, conversations by the corpus."""
+    """Everything left out by reason: messages by the sources, conversations by the corpus, and by the context."""
     reasons: Counter[str] = Counter()
     for store in corpus.stores if corpus.is_whole else ():
         reasons.update(store.ledger.dropped)
-    reasons["do not fit the context"] += plan.pieces.left_out
-    return +(reasons + corpus.dropped)
+    return +(reasons + plan.pieces.left_out + corpus.dropped)
 
 
 @dataclass(frozen=True)
@@ -101,12 +106,18 @@ class SourceShare:
     conversations: int
     tokens: int  # in an epoch
     supervised: int
+    pairs: int  # of replies to compare, where that is what the data are read for
 
     def __str__(self) -> str:
         factor = f" x {self.factor:g}" if self.factor != 1 else ""
         read = "" if self.messages_read is None else f"; {self.messages_read:,} messages read"
+        used = (
+            f"{self.pairs:,} pairs of replies to {self.conversations:,} prompts in {self.conversations_read:,}"
+            if self.pairs
+            else f"{self.conversations:,} of {self.conversations_read:,}"
+        )
         return (
-            f"{self.source}{factor} ({self.format}): {self.conversations:,} of {self.conversations_read:,} "
+            f"{self.source}{factor} ({self.format}): {used} "
             f"conversations, {self.tokens:,} tokens, {self.supervised:,} supervised{read}"
         )
 
@@ -127,6 +138,7 @@ def shares(corpus: Corpus, plan: Plan) -> list[SourceShare]:
             conversations_read=store.ledger.conversations if corpus.is_whole else len(rows),
             tokens=int(plan.pieces.sizes[here].sum()),
             supervised=int(plan.pieces.scored[here].sum()),
+            pairs=int(plan.pieces.pairs[here].sum()),
         )
         found.append(share)
     return found
@@ -143,6 +155,6 @@ def _data_lines(label: str, corpus: Corpus, plan: Plan) -> Iterator[str]:
         label = ""
         if share.dropped:
             yield f"{'':<9} dropped: {listed(share.dropped)}"
-    reasons = +(corpus.dropped + Counter({"messages that do not fit the context": plan.pieces.left_out}))
+    reasons = +(corpus.dropped + plan.pieces.left_out)
     if reasons:
         yield f"{'':<9} left out: {listed(reasons)}"

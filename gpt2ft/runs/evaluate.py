@@ -1,19 +1,35 @@
 """The score of a finished model on held-out conversations, as text and as report.json."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt2ft.data.plan import Plan, cut_to_fit
+from gpt2ft.data.pairs import PreferencePairs
+from gpt2ft.data.plan import Conversations, Plan, cut_to_fit
 from gpt2ft.files import write_json
 from gpt2ft.model.attention import default_backend
 from gpt2ft.model.logprobs import TargetLogProbs
-from gpt2ft.runs.assemble import Corpus, Policy, load_corpora, load_trained
+from gpt2ft.model.pretrained import ModelError
+from gpt2ft.objectives.dpo import DPO, DPOConfig
+from gpt2ft.runs.assemble import RECIPE, Corpus, Policy, load_corpora, load_policy, load_trained, read_run
+from gpt2ft.runs.describe import listed
+from gpt2ft.runs.dpo import store_for
 from gpt2ft.runs.samples import Sample, Turns, answer, held_out_prompts
-from gpt2ft.settings import DataSettings, EvaluateSettings, SettingsError, refuse_problems, stream_problems
+from gpt2ft.settings import (
+    DataSettings,
+    DPOSettings,
+    EvaluateSettings,
+    PreferenceSettings,
+    SettingsError,
+    refuse_problems,
+    stream_problems,
+)
 from gpt2ft.training import distributed
-from gpt2ft.training.evaluate import Score, evaluate, total
+from gpt2ft.training.evaluate import Score, evaluate, evaluate_objective, total
+from gpt2ft.training.interruption import Interruption
+from gpt2ft.training.reference import attach
 
 
 def run(settings: EvaluateSettings) -> None:
@@ -34,23 +50,25 @@ def run(settings: EvaluateSettings) -> None:
         topic_replies=settings.topic_replies,
         cache=settings.cache,
     )
-    corpus, _ = load_corpora(data, policy.tokenizer)
+    corpus, _ = load_corpora(data, policy.tokenizer, as_preferences=settings.pairs is not None)
     distributed.check_agreement(accelerator, 0, corpus.content())
     prompts = topic_prompts(policy, corpus, settings) if settings.topic else []
-    pieces = cut_to_fit(corpus.stores, corpus.rows, "once", max_length, settings.tokens_per_micro_batch)
-    plan = Plan(pieces, settings.tokens_per_micro_batch, 1, seed=0, shuffle=False)
-    policy.gpt2.to(accelerator.device)
-    backend = default_backend(accelerator.device, attention_dropout=0.0)
-    model = TargetLogProbs(policy.gpt2, len(policy.tokenizer), backend)
-    with accelerator.autocast():
-        scores = evaluate(model, plan, policy.tokenizer.byte_lengths(), accelerator)
+    capacity = settings.tokens_per_micro_batch
+    cutting = (
+        PreferencePairs(settings.pairs, "pair", max_length, capacity)
+        if settings.pairs
+        else Conversations("once", max_length, capacity)
+    )
+    pieces = cut_to_fit(corpus.stores, corpus.rows, cutting)
+    plan = Plan(pieces, capacity, 1, seed=0, shuffle=False)
+    scored = preferences if settings.pairs else conversations
+    text, figures = scored(settings, policy, folder, corpus, plan, accelerator)
     if not accelerator.is_main_process:
         return
     adherence = Adherence(settings.topic, answer(policy, prompts, settings.max_new_tokens)) if prompts else None
-    by_source = {s.source: score for s, score in zip(corpus.stores, scores, strict=True) if score.tokens}
-    print(table(by_source | ({"total": total(scores)} if len(by_source) > 1 else {})))
+    print(text)
     if pieces.left_out:
-        print(f"{pieces.left_out:,} messages do not fit {max_length} tokens and are not in these figures")
+        print(f"not in these figures: {listed(pieces.left_out)} of {max_length} tokens")
     if adherence:
         print(adherence)
     report = {
@@ -58,16 +76,95 @@ def run(settings: EvaluateSettings) -> None:
         "weights": policy.digest,
         "precision": accelerator.mixed_precision,
         "max_length": max_length,
-        "left_out": pieces.left_out,
-        "total": _figures(total(scores)),
-        "by_source": {name: _figures(score) for name, score in by_source.items()},
+        "left_out": pieces.left_out.total(),
         "data": corpus.identity(),
-    }
+    } | figures
     if adherence:
         report["topic"] = adherence.figures()
     file = Path(settings.report) if settings.report else (folder or Path()) / "report.json"
     write_json(file, report)
     print(f"written to {file}")
+
+
+Scored = tuple[str, dict[str, Any]]  # for people, for the report
+
+
+def conversations(
+    settings: EvaluateSettings, policy: Policy, folder: Path | None, corpus: Corpus, plan: Plan, accelerator: Any
+) -> Scored:
+    """The score of every source and of all together."""
+    model = _on_device(policy, accelerator)
+    with accelerator.autocast():
+        scores = evaluate(model, plan, policy.tokenizer.byte_lengths(), accelerator)
+    by_source = {s.source: score for s, score in zip(corpus.stores, scores, strict=True) if score.tokens}
+    text = table(by_source | ({"total": total(scores)} if len(by_source) > 1 else {}))
+    figures = {name: _figures(score) for name, score in by_source.items()}
+    return text, {"total": _figures(total(scores)), "by_source": figures}
+
+
+def preferences(
+    settings: EvaluateSettings, policy: Policy, folder: Path | None, corpus: Corpus, plan: Plan, accelerator: Any
+) -> Scored:
+    """How often the better reply is rewarded more; without a reference, how often it is likelier."""
+    started_from, trained_beta = _reference(settings, policy, folder)
+    beta = settings.beta or trained_beta
+    if started_from is not None:
+        model = _on_device(started_from, accelerator)
+        store = store_for(started_from, model, accelerator, settings.cache)
+        interruption = Interruption()
+        with interruption.listening():
+            attach([plan], store, model, accelerator, interruption)
+        model.cpu()
+    config = DPOConfig("simpo" if started_from is None else "sigmoid", beta)
+    with accelerator.autocast():
+        means = evaluate_objective(_on_device(policy, accelerator), plan, DPO(config), accelerator)
+    pieces = plan.pieces
+    lines = [
+        f"pairs     {pieces.pairs.sum():,} of {pieces.replies.sum():,} replies to {len(pieces):,} prompts",
+        f"likelier  {means['likelier']:.1%} of chosen replies have the higher log-prob per token",
+    ]
+    if started_from is not None:
+        lines += [
+            f"accuracy  {means['accuracy']:.1%} of chosen replies have the higher reward against {started_from.source}",
+            f"margin    {means['margin']:.4f} (chosen {means['reward_chosen']:.4f}, rejected "
+            f"{means['reward_rejected']:.4f}; beta {beta:g})",
+        ]
+        means |= {"reference": started_from.source, "reference_weights": started_from.digest, "beta": beta}
+    else:
+        lines.append("rewards   none: they need `--reference`, the model that the policy started from")
+        means = {name: means[name] for name in ("likelier", "chosen_length", "rejected_length")}
+    return "\n".join(lines), {"preferences": means | {"pairs": int(pieces.pairs.sum())}}
+
+
+def _reference(settings: EvaluateSettings, policy: Policy, folder: Path | None) -> tuple[Policy | None, float]:
+    """What rewards are measured against, if there is anything, and the beta of the run.
+
+    Raises:
+        ModelError: if it is not what the run started from, or knows other ids.
+    """
+    homes = [home for home in (folder, *(folder.parents[:2] if folder else ())) if home and (home / RECIPE).is_file()]
+    trained = read_run(homes[0]) if homes else None
+    beta = trained.dpo.beta if isinstance(trained, DPOSettings) else PreferenceSettings().beta
+    if settings.reference is not None:
+        found, _ = load_trained(settings.reference)
+    elif isinstance(trained, DPOSettings):
+        found = load_policy(trained.model, trained.training.seed)
+        manifest = json.loads((homes[0] / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["identity"]["initial_weights"] != found.digest:
+            raise ModelError(
+                f"{trained.model.path} has changed since {homes[0]} was trained from it: name what it was with "
+                "`--reference`"
+            )
+    else:
+        return None, beta
+    if found.tokenizer.digest != policy.tokenizer.digest:
+        raise ModelError(f"the reference {found.source} must have the tokenizer of {policy.source}, but has another")
+    return found, beta
+
+
+def _on_device(policy: Policy, accelerator: Any) -> TargetLogProbs:
+    backend = default_backend(accelerator.device, attention_dropout=0.0)
+    return TargetLogProbs(policy.gpt2, len(policy.tokenizer), backend).to(accelerator.device)
 
 
 @dataclass(frozen=True)
@@ -103,7 +200,7 @@ def topic_prompts(policy: Policy, corpus: Corpus, settings: EvaluateSettings) ->
         SettingsError: if there is none.
     """
     longest = settings.max_new_tokens
-    prompts = held_out_prompts(corpus, policy, settings.topic_prompts, longest)
+    prompts = held_out_prompts(corpus, policy, settings.topic_prompts, longest, settings.pairs is not None)
     if not prompts:
         raise SettingsError(
             f"`topic` needs prompts that leave room for a reply of `max_new_tokens` = {longest}, but "

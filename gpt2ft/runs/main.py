@@ -21,6 +21,7 @@ def run(work: Callable[[Any], None], settings: Any) -> None:
     from gpt2ft.training.fit import TrainingDiverged
     from gpt2ft.training.interruption import EXIT_CODE, ToldToStop
     from gpt2ft.training.preflight import PreflightError
+    from gpt2ft.training.reference import ReferenceLogProbError
 
     resumes = getattr(settings, "resume", None) == "auto"
     again = "; the same command continues from the newest checkpoint" if resumes else ""
@@ -34,6 +35,7 @@ def run(work: Callable[[Any], None], settings: Any) -> None:
         LaunchError,
         CheckpointError,
         PreflightError,
+        ReferenceLogProbError,
     ) as error:
         fail(str(error))
     except ToldToStop as error:

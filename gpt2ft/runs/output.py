@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2ft.files import remove_leftovers, write_json, write_text
-from gpt2ft.settings import SettingsError, SFTSettings, to_yaml
+from gpt2ft.settings import RunSettings, SettingsError, to_yaml
 
 
 class Output:
@@ -20,7 +20,7 @@ class Output:
         self.best = self.folder / "best"
         self.adapter = self.folder / "adapter"
 
-    def claim(self, settings: SFTSettings) -> None:
+    def claim(self, settings: RunSettings) -> None:
         """Checks that this run may train here; moves and removes nothing yet. Main process only.
 
         Raises:
@@ -39,7 +39,7 @@ class Output:
         except OSError as error:
             raise SettingsError(f"`output` = {self.folder} cannot be written to: {error}") from error
 
-    def begin(self, settings: SFTSettings, manifest: dict[str, Any]) -> None:
+    def begin(self, settings: RunSettings, manifest: dict[str, Any]) -> None:
         """Makes the folder this run's, once it is sure that it will train. Main process only.
 
         The recipe is written with `resume: auto`: running it again continues.

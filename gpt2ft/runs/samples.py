@@ -18,12 +18,28 @@ class Sample:
     reply: str
     stopped: bool  # the model ended its turn by itself
 
+    def said(self) -> str:
+        return self.reply + ("" if self.stopped else " [cut off]")
+
     def __str__(self) -> str:
-        return f"> {self.prompt}\n{self.reply}{'' if self.stopped else ' [cut off]'}"
+        return f"> {self.prompt}\n{self.said()}"
 
 
-def held_out_prompts(corpus: Corpus, policy: Policy, number: int, longest: int) -> list[Turns]:
-    """What comes before the first assistant turn of the first conversations that leave `longest` tokens of room."""
+def beside(before: Sequence[Sample], now: Sequence[Sample]) -> list[str]:
+    """Replies as text, each below what was said to the same prompt before, if that is known."""
+    if not before:
+        return list(map(str, now))
+    return [f"> {new.prompt}\nbefore: {old.said()}\nnow:    {new.said()}" for old, new in zip(before, now, strict=True)]
+
+
+def held_out_prompts(
+    corpus: Corpus, policy: Policy, number: int, longest: int, preferences: bool = False
+) -> list[Turns]:
+    """What comes before the first assistant turn of the first conversations that leave `longest` tokens of room.
+
+    Args:
+        preferences: before the replies that are compared instead.
+    """
     prompts = []
     room = policy.gpt2.config.n_positions - longest - 1
     for store, row in corpus.rows.tolist():
@@ -32,7 +48,8 @@ def held_out_prompts(corpus: Corpus, policy: Policy, number: int, longest: int) 
         tree = corpus.stores[store].tree(row, group=store)
         if tree.roles[0] == TEXT:
             continue
-        path = tree.path_to(int((tree.roles == ASSISTANT).argmax()))[:-1]
+        reply = len(tree.roles) - 1 if preferences else int((tree.roles == ASSISTANT).argmax())
+        path = tree.path_to(reply)[:-1]
         if tree.lengths[path].sum() <= room:
             contents = (tree.tokens[tree.starts[n] + 1 : tree.starts[n] + tree.lengths[n] - 1] for n in path)
             texts = [policy.tokenizer.decode(content.tolist()) for content in contents]

@@ -5,16 +5,15 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gpt2ft.data.augmentation import Augmentation
-from gpt2ft.data.plan import Plan, cut_to_fit
+from gpt2ft.data.plan import Cutting, Plan, cut_to_fit
 from gpt2ft.model.attention import Backend, default_backend
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.model.lora import hold_frozen_matrices_in, load_trained_weights, trained_weights
@@ -35,18 +34,88 @@ from gpt2ft.runs.describe import describe, dropped, shares
 from gpt2ft.runs.export import check_adapter, write_adapter_folder, write_folder
 from gpt2ft.runs.inspection import show, statistics, terminal_width
 from gpt2ft.runs.output import Output
-from gpt2ft.runs.samples import Sample, answer, held_out_prompts
-from gpt2ft.settings import SettingsError, SFTSettings, TrainingSettings
+from gpt2ft.runs.progress import Evaluation, Scoring
+from gpt2ft.runs.samples import Sample, Turns, held_out_prompts
+from gpt2ft.settings import DPOSettings, RunSettings, SettingsError
 from gpt2ft.training import checkpoint, distributed, preflight
 from gpt2ft.training.checkpoint import TrainState
-from gpt2ft.training.evaluate import EvaluationCut, evaluate, total
 from gpt2ft.training.fit import Job, fit
 from gpt2ft.training.interruption import Interruption
 from gpt2ft.training.optimizer import adamw
 from gpt2ft.training.tracking import Tracker
 
 
-def train(settings: SFTSettings, objective: Objective) -> None:
+class Task(Protocol):
+    """What SFT and DPO do not share."""
+
+    objective: Objective
+    preferences: bool  # whether the data are to be read as replies to compare
+
+    def cutting(self, for_training: bool) -> Cutting:
+        """How trees become pieces."""
+
+    def ready(self, stage: "Stage", model: TargetLogProbs, interruption: Interruption) -> dict[str, Any]:
+        """Makes what must be there before training, by the model as it is at step 0; what the manifest says of it."""
+
+    def check_start(self, stage: "Stage", model: TargetLogProbs, step: int) -> None:
+        """Raises an error unless the model, still as at step 0, starts from where it should."""
+
+    def score(self, stage: "Stage") -> Scoring:
+        """What held-out data are scored by."""
+
+    def before(self, stage: "Stage", prompts: list[Turns]) -> list[Sample]:
+        """Replies of the model at step 0, to be shown beside later ones."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a run trains, on what, and where."""
+
+    settings: RunSettings
+    accelerator: Any
+    policy: Policy
+    corpus: Corpus
+    held_out: Corpus | None
+    plan: Plan
+    eval_plan: Plan | None
+    steps: int
+
+
+def set_up(settings: RunSettings, task: Task, accelerator: Any) -> Stage:
+    """Loads model and data, and says what is to be done."""
+    training = settings.training
+    policy = load_policy(settings.model, training.seed)
+    check_length(settings, policy)
+    if settings.lora.rank:
+        if is_adapter(settings.model.path):
+            raise SettingsError("`model.path` must be a whole model where `lora.rank` is set: take the merged one")
+        adapt(policy, settings.lora, training.seed)
+    corpus, held_out = load_corpora(settings.data, policy.tokenizer, training.seed, task.preferences)
+    plan = plan_for(corpus, settings, task.cutting(for_training=True), for_training=True)
+    eval_plan = plan_for(held_out, settings, task.cutting(for_training=False), for_training=False) if held_out else None
+    steps = training.steps or training.epochs * plan.steps_per_epoch
+    stage = Stage(settings, accelerator, policy, corpus, held_out, plan, eval_plan, steps)
+    if accelerator.is_main_process:
+        devices = f"{accelerator.num_processes} x {accelerator.device.type}"
+        bf16 = accelerator.mixed_precision == "bf16"
+        recomputes = training.activation_checkpointing
+        print(describe(policy, corpus, held_out, plan, eval_plan, steps, devices, bf16, recomputes), flush=True)
+        if settings.show:
+            print(show(plan, policy.tokenizer, settings.show, width=terminal_width()))
+        if settings.dry_run:
+            print(statistics(corpus, held_out, plan, policy.tokenizer))
+    return stage
+
+
+def model_of(stage: Stage) -> TargetLogProbs:
+    """The policy as the loop asks it, on the device."""
+    policy, settings = stage.policy, stage.settings
+    policy.gpt2.recomputes = settings.training.activation_checkpointing
+    model = TargetLogProbs(policy.gpt2, len(policy.tokenizer), backend_for(settings, stage.accelerator.device))
+    return model.to(stage.accelerator.device)
+
+
+def train(settings: RunSettings, task: Task) -> None:
     """Trains from the start or from the newest checkpoint, or only shows the plan and the data."""
     training = settings.training
     accelerator = distributed.start(training.precision, training.micro_batches_per_step, training.deterministic)
@@ -56,40 +125,31 @@ def train(settings: SFTSettings, objective: Objective) -> None:
         output.claim(settings)
     accelerator.wait_for_everyone()
 
-    policy = load_policy(settings.model, training.seed)
-    check_length(settings, policy)
-    if settings.lora.rank:
-        if is_adapter(settings.model.path):
-            raise SettingsError("`model.path` must be a whole model where `lora.rank` is set: take the merged one")
-        adapt(policy, settings.lora, training.seed)
-    corpus, held_out = load_corpora(settings.data, policy.tokenizer, training.seed)
-    plan = plan_for(corpus, settings, shuffle=True)
-    eval_plan = plan_for(held_out, settings, shuffle=False) if held_out else None
-    steps = training.steps or training.epochs * plan.steps_per_epoch
-    if main:
-        devices = f"{accelerator.num_processes} x {accelerator.device.type}"
-        bf16 = precision == "bf16"
-        recomputes = training.activation_checkpointing
-        print(describe(policy, corpus, held_out, plan, eval_plan, steps, devices, bf16, recomputes), flush=True)
-        if settings.show:
-            print(show(plan, policy.tokenizer, settings.show, width=terminal_width()))
-        if settings.dry_run:
-            print(statistics(corpus, held_out, plan, policy.tokenizer))
+    stage = set_up(settings, task, accelerator)
     if settings.looks_only:
         return
-
-    policy.gpt2.recomputes = training.activation_checkpointing
-    model = TargetLogProbs(policy.gpt2, len(policy.tokenizer), backend_for(settings, accelerator.device))
-    model.to(accelerator.device)
-    check(model, plan, policy, verbose=main)
-    identity = what_must_not_change(settings, policy, corpus, held_out, steps, precision)
+    policy, corpus, held_out, plan = stage.policy, stage.corpus, stage.held_out, stage.plan
+    model = model_of(stage)
+    check(model, plan, policy, settings, verbose=main)
+    identity = what_must_not_change(stage)
     state, found = (TrainState(), None) if settings.resume == "never" else resume(output, identity, verbose=main)
     contents = [part.content() for part in (corpus, held_out) if part]
     distributed.check_agreement(accelerator, state.step, *contents)
-    if found:
-        load_trained_weights(policy.gpt2, checkpoint.read_weights(found))
+    interruption = Interruption()
+    with interruption.listening():
+        made_ready = task.ready(stage, model, interruption)
     if settings.lora.rank and precision == "bf16":
         hold_frozen_matrices_in(policy.gpt2, torch.bfloat16)
+    task.check_start(stage, model, state.step)
+    longest = training.sample_tokens
+    prompts = (
+        held_out_prompts(held_out, policy, training.sample_prompts, longest, task.preferences)
+        if held_out and main
+        else []
+    )
+    before = task.before(stage, prompts)
+    if found:
+        load_trained_weights(policy.gpt2, checkpoint.read_weights(found))
     optimizer = adamw(policy.gpt2, settings.optimizer, fused=accelerator.device.type == "cuda")
     prepared, optimizer = accelerator.prepare(model, optimizer)
     preflight.check_same_parameters(model, prepared)
@@ -105,15 +165,31 @@ def train(settings: SFTSettings, objective: Objective) -> None:
         "identity": identity,
         "sources": [asdict(share) for share in shares(corpus, plan)],
         "dropped": dropped(corpus, plan),
-        "dropped_held_out": dropped(held_out, eval_plan) if held_out and eval_plan else {},
-        "plan": {"streams": len(plan.streams), "steps": steps, "tokens": plan.tokens, "supervised": plan.supervised},
-    }
+        "dropped_held_out": dropped(held_out, stage.eval_plan) if held_out and stage.eval_plan else {},
+        "plan": {
+            "streams": len(plan.streams),
+            "steps": stage.steps,
+            "tokens": plan.tokens,
+            "supervised": plan.supervised,
+        },
+    } | made_ready
     if main:
         output.begin(settings, manifest)
     accelerator.wait_for_everyone()
-    tracker = Tracker(output.folder, state.step, steps, settings.model_dump(mode="json"), active=main)
-    interruption = Interruption()
-    evaluation = Evaluation(accelerator, prepared, policy, held_out, eval_plan, tracker, training, interruption)
+    tracker = Tracker(output.folder, state.step, stage.steps, settings.model_dump(mode="json"), active=main)
+    evaluation = Evaluation(
+        accelerator=accelerator,
+        model=prepared,
+        policy=policy,
+        held_out=held_out,
+        plan=stage.eval_plan,
+        score=task.score(stage),
+        tracker=tracker,
+        training=training,
+        interruption=interruption,
+        prompts=prompts,
+        before=before,
+    )
 
     def save(state: TrainState) -> None:
         if main:
@@ -125,9 +201,9 @@ def train(settings: SFTSettings, objective: Objective) -> None:
         accelerator=accelerator,
         model=prepared,
         optimizer=optimizer,
-        objective=objective,
+        objective=task.objective,
         plan=plan,
-        steps=steps,
+        steps=stage.steps,
         training=training,
         optimization=settings.optimizer,
         tracker=tracker,
@@ -152,61 +228,7 @@ def train(settings: SFTSettings, objective: Objective) -> None:
     accelerator.end_training()
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Held-out loss and sample replies at a step. All processes call it together."""
-
-    accelerator: Any
-    model: nn.Module  # prepared
-    policy: Policy
-    held_out: Corpus | None
-    plan: Plan | None
-    tracker: Tracker
-    training: TrainingSettings
-    interruption: Interruption
-
-    def of_the_start(self) -> None:
-        """Of step 0. If it is cut short, the first step still follows and is saved."""
-        with suppress(EvaluationCut):
-            self(0)
-
-    def __call__(self, step: int) -> float | None:
-        """The held-out loss, logged and said; None without held-out data."""
-        if self.held_out is None or self.plan is None:
-            return None
-        byte_lengths = self.policy.tokenizer.byte_lengths()
-        told_to_stop = self.interruption.__bool__
-        scores = evaluate(self.model, self.plan, byte_lengths, self.accelerator, told_to_stop)
-        score = total(scores)
-        metrics = {f"eval/{name}": value for name, value in score.figures().items()}
-        if len(scores) > 1:
-            scored = [pair for pair in zip(self.held_out.stores, scores, strict=True) if pair[1].tokens]
-            for store, part in scored:
-                metrics[f"eval/loss/{store.source}"] = part.nats_per_token
-        self.tracker.log(step, metrics)
-        self.tracker.say(
-            f"step {step}: held-out loss {score.nats_per_token:.4f} nats/token, "
-            f"perplexity {score.perplexity:,.2f}, {score.bits_per_byte:.4f} bits/byte"
-        )
-        for number, sample in enumerate(self.samples()):
-            self.tracker.text(step, f"samples/{number}", str(sample))
-        return score.nats_per_token
-
-    def samples(self) -> list[Sample]:
-        if self.held_out is None or not self.accelerator.is_main_process:
-            return []
-        longest = self.training.sample_tokens
-        prompts = held_out_prompts(self.held_out, self.policy, self.training.sample_prompts, longest)
-        with self.accelerator.autocast():
-            return answer(self.policy, prompts, longest)
-
-    def transcript(self) -> str:
-        samples = self.samples()
-        title = ["\nReplies to prompts it has never seen:"] if samples else []
-        return "\n\n".join([*title, *map(str, samples), ""])
-
-
-def check_length(settings: SFTSettings, policy: Policy) -> None:
+def check_length(settings: RunSettings, policy: Policy) -> None:
     context = policy.gpt2.config.n_positions
     if settings.training.sample_tokens >= context - 2:
         raise SettingsError(
@@ -219,7 +241,7 @@ def check_length(settings: SFTSettings, policy: Policy) -> None:
         )
 
 
-def backend_for(settings: SFTSettings, device: torch.device) -> Backend:
+def backend_for(settings: RunSettings, device: torch.device) -> Backend:
     chosen = settings.model.attention
     backend = default_backend(device, settings.model.attention_dropout) if chosen == "auto" else chosen
     compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
@@ -230,24 +252,24 @@ def backend_for(settings: SFTSettings, device: torch.device) -> Backend:
     return backend
 
 
-def plan_for(corpus: Corpus, settings: SFTSettings, shuffle: bool) -> Plan:
+def plan_for(corpus: Corpus, settings: RunSettings, cutting: Cutting, for_training: bool) -> Plan:
     data, training = settings.data, settings.training
-    weight = data.message_weight if shuffle else "once"  # evaluation counts every message once
-    pieces = cut_to_fit(corpus.stores, corpus.rows, weight, data.max_length, training.tokens_per_micro_batch)
-    augmentation = Augmentation(data.position_jitter, data.prompt_noise, data.max_length) if shuffle else None
+    pieces = cut_to_fit(corpus.stores, corpus.rows, cutting)
+    augmentation = Augmentation(data.position_jitter, data.prompt_noise, data.max_length) if for_training else None
     micro_batches = training.micro_batches_per_step
-    return Plan(pieces, training.tokens_per_micro_batch, micro_batches, training.seed, shuffle, augmentation)
+    return Plan(pieces, training.tokens_per_micro_batch, micro_batches, training.seed, for_training, augmentation)
 
 
-def check(model: TargetLogProbs, plan: Plan, policy: Policy, verbose: bool) -> None:
+def check(model: TargetLogProbs, plan: Plan, policy: Policy, settings: RunSettings, verbose: bool) -> None:
     """Everything that can be known to be wrong before step 1.
 
     Raises:
         PreflightError: and nothing is trained.
     """
     turns = 0
+    cut_at = settings.data.max_length if plan.pair_capacity else None
     for number, pieces in enumerate(plan.micro_batches(0)):
-        found = preflight.check_supervision(plan.training_stream(0, number), policy.tokenizer)
+        found = preflight.check_supervision(plan.training_stream(0, number), policy.tokenizer, cut_at)
         expected = sum(int((plan.pieces.tree(piece).weights > 0).sum()) for piece in pieces)
         if found != expected or (pieces and not found):
             raise preflight.PreflightError(f"{expected} turns of a stream should be supervised, but {found} are")
@@ -259,22 +281,19 @@ def check(model: TargetLogProbs, plan: Plan, policy: Policy, verbose: bool) -> N
         print(f"checked   {turns} supervised turns all stop; {isolation}", flush=True)
 
 
-def what_must_not_change(
-    settings: SFTSettings, policy: Policy, corpus: Corpus, held_out: Corpus | None, steps: int, precision: str
-) -> dict:
+def what_must_not_change(stage: Stage) -> dict[str, Any]:
     """What a run must share with its checkpoint to continue from it."""
+    settings, held_out = stage.settings, stage.held_out
     training = {"tokens_per_micro_batch", "micro_batches_per_step", "seed", "max_grad_norm", "deterministic"}
-    return {
-        "model": settings.model.model_dump(mode="json"),
-        "lora": settings.lora.model_dump(mode="json"),
-        "data": settings.data.model_dump(mode="json", exclude={"cache"}),
+    sections = settings.model_dump(mode="json", exclude={"training", "output", "resume", "dry_run", "show"})
+    del sections["data"]["cache"]
+    return sections | {
         "training": settings.training.model_dump(mode="json", include=training),
-        "optimizer": settings.optimizer.model_dump(mode="json"),
-        "steps": steps,
-        "precision": precision,
-        "tokenised_data": corpus.identity(),
+        "steps": stage.steps,
+        "precision": stage.accelerator.mixed_precision,
+        "tokenised_data": stage.corpus.identity(),
         "held_out_data": held_out.identity() if held_out else {},
-        "initial_weights": policy.digest,
+        "initial_weights": stage.policy.digest,
     }
 
 
@@ -300,7 +319,7 @@ def resume(output: Output, identity: dict, verbose: bool) -> tuple[TrainState, P
     return state, found
 
 
-def export(output: Output, settings: SFTSettings, policy: Policy, state: TrainState) -> None:
+def export(output: Output, settings: RunSettings, policy: Policy, state: TrainState) -> None:
     """Writes `best/` where evaluation ran, `adapter/` for LoRA, and `model/` last: it makes the run finished."""
     config, tokenizer = policy.gpt2.config, policy.tokenizer
 
@@ -322,7 +341,7 @@ def export(output: Output, settings: SFTSettings, policy: Policy, state: TrainSt
     write_folder(output.model, merged, config, tokenizer)
 
 
-def next_commands(settings: SFTSettings, policy: Policy, output: Output) -> Iterator[str]:
+def next_commands(settings: RunSettings, policy: Policy, output: Output) -> Iterator[str]:
     """A talk with the model, and the same evaluation as during training where there was one."""
     yield shlex.join(["python", "launch/chat.py", str(output.folder)])
     data = settings.data
@@ -341,4 +360,6 @@ def next_commands(settings: SFTSettings, policy: Policy, output: Output) -> Iter
         words += ["--reviewed_only", "false"]
     if data.topic_replies:
         words += ["--topic_replies", data.topic_replies]
+    if isinstance(settings, DPOSettings):
+        words += ["--pairs", settings.dpo.pairs]
     yield shlex.join(words)

@@ -3,13 +3,17 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gpt2ft.data.plan import Plan
+from gpt2ft.objectives.objective import Objective
+from gpt2ft.stream import TokenStream
 from gpt2ft.training.distributed import global_sum
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -61,36 +65,68 @@ def evaluate(
     Raises:
         EvaluationCut: if any process was told to stop meanwhile.
     """
+    bytes_of = torch.tensor(byte_lengths, dtype=torch.float64, device=accelerator.device)
+    num_sources = len(plan.pieces.stores)
+
+    def sums(log_probs: Tensor, stream: TokenStream) -> Tensor:
+        real = slice(stream.num_supervised)
+        columns = [-log_probs[real].double(), torch.ones_like(log_probs[real], dtype=torch.float64)]
+        columns.append(bytes_of[stream.targets[real]])
+        by_source = torch.zeros(num_sources, 3, dtype=torch.float64, device=log_probs.device)  # nats, tokens, bytes
+        return by_source.index_add_(0, stream.groups[real], torch.stack(columns, dim=1))
+
+    scores = _summed(model, plan, sums, accelerator, told_to_stop)
+    return [Score(nats, round(tokens), round(bytes)) for nats, tokens, bytes in scores.tolist()]
+
+
+def evaluate_objective(
+    model: nn.Module,
+    plan: Plan,
+    objective: Objective,
+    accelerator: Any,
+    told_to_stop: Callable[[], bool] | None = None,
+) -> dict[str, float]:
+    """The mean loss over the whole plan, and of whatever else the objective measures. Arguments as above."""
+
+    def sums(log_probs: Tensor, stream: TokenStream) -> Tensor:
+        first = torch.stack([objective.loss(log_probs, stream).double()])
+        count = torch.full_like(first, objective.count(stream))
+        return torch.cat([first, objective.measure(log_probs, stream), count])
+
+    *totals, count = _summed(model, plan, sums, accelerator, told_to_stop).tolist()
+    return {name: value / count for name, value in zip(("loss", *objective.names), totals, strict=True)}
+
+
+def _summed(
+    model: nn.Module,
+    plan: Plan,
+    sums: Callable[[Tensor, TokenStream], Tensor],
+    accelerator: Any,
+    told_to_stop: Callable[[], bool] | None,
+) -> Tensor:
+    """`sums` of log-probs [S] and their stream, added up over all streams of a plan and all processes."""
     was_training = model.training
     model.eval()
-    device = accelerator.device
-    num_sources = len(plan.pieces.stores)
-    bytes_of = torch.tensor(byte_lengths, dtype=torch.float64, device=device)
-    sums = torch.zeros(num_sources, 3, dtype=torch.float64, device=device)  # nats, tokens, bytes
+    added = None
     with torch.no_grad():
-        for micro_batch in _share(plan, accelerator.process_index, accelerator.num_processes):
+        for micro_batch in share(plan.streams, accelerator.process_index, accelerator.num_processes):
             if told_to_stop is not None and any(global_sum(accelerator, float(told_to_stop()))):
                 model.train(was_training)
                 raise EvaluationCut
-            stream = plan.stream(micro_batch).to(device)
-            log_probs = model(stream)
-            real = slice(stream.num_supervised)
-            columns = [-log_probs[real].double(), torch.ones_like(log_probs[real], dtype=torch.float64)]
-            columns.append(bytes_of[stream.targets[real]])
-            sums.index_add_(0, stream.groups[real], torch.stack(columns, dim=1))
-    if accelerator.num_processes > 1:
-        sums = accelerator.reduce(sums, reduction="sum")
+            stream = plan.stream(micro_batch or []).to(accelerator.device)
+            found = sums(model(stream), stream)
+            added = found if added is None else added + found
     model.train(was_training)
-    return [Score(nats, round(tokens), round(bytes)) for nats, tokens, bytes in sums.tolist()]
+    return accelerator.reduce(added, reduction="sum") if accelerator.num_processes > 1 else added
 
 
 def total(scores: Sequence[Score]) -> Score:
     return Score(sum(s.nats for s in scores), sum(s.tokens for s in scores), sum(s.bytes for s in scores))
 
 
-def _share(plan: Plan, rank: int, num_processes: int) -> Iterator[list[int]]:
-    """This process's streams; the same number for every process, the missing ones empty."""
-    rounds = -(-len(plan.streams) // num_processes)
+def share(items: Sequence[Item], rank: int, num_processes: int) -> Iterator[Item | None]:
+    """This process's items; the same number for every process, None where one is missing."""
+    rounds = -(-len(items) // num_processes)
     for turn in range(rounds):
         index = turn * num_processes + rank
-        yield plan.streams[index] if index < len(plan.streams) else []
+        yield items[index] if index < len(items) else None

@@ -64,18 +64,21 @@ def fit(job: Job, state: TrainState) -> TrainState:
         counted, tokens = global_sum(job.accelerator, counted, tokens)
         scale = loss_scale(job.accelerator, counted)
         step_loss = torch.zeros((), device=job.accelerator.device)
+        measured = torch.zeros(len(job.objective.names), dtype=torch.float64, device=job.accelerator.device)
         for number, stream in streams:
             with job.accelerator.accumulate(job.model):
                 torch.manual_seed(seed_for(job.training.seed, "dropout", step, number))
-                loss = job.objective.loss(job.model(stream), stream)
+                log_probs = job.model(stream)
+                loss = job.objective.loss(log_probs, stream)
                 job.accelerator.backward(loss * scale)
                 step_loss += loss.detach()
+                measured += job.objective.measure(log_probs.detach(), stream)
         norm = float(job.accelerator.clip_grad_norm_(job.model.parameters(), job.training.max_grad_norm))
         if math.isfinite(norm):
             job.optimizer.step()
         job.optimizer.zero_grad()
         state = state.after_step(updated=math.isfinite(norm))
-        recent.add(step_loss, counted, tokens, norm)
+        recent.add(step_loss, measured, counted, tokens, norm)
         job.tracker.advance()
         if state.skipped_in_a_row >= job.training.max_skipped_steps:
             raise TrainingDiverged(
@@ -149,13 +152,15 @@ class Recent:
         self._clear()
 
     def _clear(self) -> None:
-        self.loss = torch.zeros((), device=self.job.accelerator.device)  # of this process
+        device = self.job.accelerator.device
+        self.loss = torch.zeros((), device=device)  # of this process, as is what is measured
+        self.measured = torch.zeros(len(self.job.objective.names), dtype=torch.float64, device=device)
         self.steps, self.updates = 0, 0
         self.counted, self.tokens, self.norms = 0.0, 0.0, 0.0
         self.seconds, self.since = 0.0, time.perf_counter()
 
-    def add(self, loss: Tensor, counted: float, tokens: float, norm: float) -> None:
-        """One step: this process's sum of losses; what was counted and read by all; the gradient norm before clipping.
+    def add(self, loss: Tensor, measured: Tensor, counted: float, tokens: float, norm: float) -> None:
+        """One step: this process's sums; what was counted and read by all; the gradient norm before clipping.
 
         A step that was skipped adds its tokens alone: its loss is not one.
         """
@@ -164,6 +169,7 @@ class Recent:
         if math.isfinite(norm):
             self.updates += 1
             self.loss += loss
+            self.measured += measured
             self.counted += counted
             self.norms += norm
 
@@ -177,10 +183,14 @@ class Recent:
             self.since = time.perf_counter()
 
     def log(self, state: TrainState, rate: float) -> None:
-        (loss,) = global_sum(self.job.accelerator, float(self.loss))
+        sums = global_sum(self.job.accelerator, float(self.loss), *self.measured.tolist())
         seconds = self.seconds + time.perf_counter() - self.since
-        metrics = {
-            "train/loss": loss / self.counted if self.counted else math.nan,
+        names = ("loss", *self.job.objective.names)
+        means = {
+            f"train/{name}": total / self.counted if self.counted else math.nan
+            for name, total in zip(names, sums, strict=True)
+        }
+        metrics = means | {
             "train/grad_norm": self.norms / self.updates if self.updates else math.nan,
             "train/learning_rate": rate,
             "train/tokens_per_second": self.tokens / seconds,

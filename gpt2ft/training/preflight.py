@@ -16,8 +16,11 @@ class PreflightError(RuntimeError):
     """What would be trained is not what should be."""
 
 
-def check_supervision(stream: TokenStream, tokenizer: ChatTokenizer) -> int:
+def check_supervision(stream: TokenStream, tokenizer: ChatTokenizer, cut_at: int | None = None) -> int:
     """Every supervised target is assistant or plain text, and every assistant turn teaches its `<|end|>`.
+
+    Args:
+        cut_at: the length of the context where turns may be cut by it: a turn that fills it has no `<|end|>`.
 
     Returns:
         The number of supervised turns.
@@ -47,8 +50,10 @@ def check_supervision(stream: TokenStream, tokenizer: ChatTokenizer) -> int:
             raise PreflightError(f"the {role} token at {index} of a stream is supervised; only assistant turns may be")
         taught.add((turn_of[index], target == tokenizer.end_id))
     supervised_turns = {turn for turn, _ in taught}
+    last = {turn: index for index, turn in enumerate(turn_of)}
     for turn in sorted(supervised_turns):
-        if turns[turn] == "assistant" and (turn, True) not in taught:
+        is_cut = cut_at is not None and int(stream.positions[last[turn]]) == cut_at - 1
+        if turns[turn] == "assistant" and (turn, True) not in taught and not is_cut:
             raise PreflightError(f"assistant turn {turn} of a stream teaches no <|end|>: the model would not stop")
     return len(supervised_turns)
 

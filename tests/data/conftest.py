@@ -19,7 +19,7 @@ class InMemory:
     place: str = "test.jsonl"
     size: None = None
 
-    def blocks(self):
+    def blocks(self, columns):
         places = [f"{self.place}:{number}" for number in range(1, len(self.records) + 1)]
         yield Block(0, lambda reading: zip(places, self.records, strict=True))
 

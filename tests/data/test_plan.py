@@ -1,14 +1,16 @@
 """The plan is a pure function of data, settings, seed and epoch: of nothing else, so of no number of processes."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
 
 from gpt2ft.data.augmentation import Augmentation
-from gpt2ft.data.plan import Pieces, Plan, cut_to_fit
+from gpt2ft.data.plan import Conversations, Pieces, Plan, cut_to_fit
 from gpt2ft.data.reading import DataError, Filters
 from gpt2ft.data.store import open_store
-from gpt2ft.data.token_tree import ASSISTANT, fit_context, split, weigh
+from gpt2ft.data.token_tree import ASSISTANT, counts, fit_context, split, weigh
 
 CAPACITY = 256
 
@@ -25,11 +27,11 @@ class Held:
 
 def pieces_of(trees, repeated=0):
     """Of trees that need no store."""
-    sizes = np.array([len(tree.tokens) for tree in trees])
-    scored = np.array([tree.num_supervised for tree in trees])
+    counted = np.array([counts(tree) for tree in trees])
     rows = np.stack([np.zeros(len(trees), np.int64), np.arange(len(trees))], axis=1)
     whole = np.full(len(trees), -1)
-    return Pieces([Held(trees)], "once", rows, sizes, scored, whole, 1 << 20, 1 << 20, left_out=0, repeated=repeated)
+    cutting = Conversations("once", 1 << 20, 1 << 20)
+    return Pieces([Held(trees)], cutting, rows, counted, whole, left_out=Counter(), repeated=repeated)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +163,7 @@ def test_fill_leaves_the_last_stream_out(make_tree):
 
 class TestCutToFit:
     def test_what_fits_stays_in_the_store(self, store):
-        pieces = cut_to_fit([store], rows_of(store), "once", max_length=512, capacity=1024)
+        pieces = cut_to_fit([store], rows_of(store), Conversations("once", max_length=512, capacity=1024))
         assert np.array_equal(pieces.rows, rows_of(store))
         assert not pieces.is_cut.any()
         assert not pieces.left_out
@@ -175,8 +177,8 @@ class TestCutToFit:
         trees = [store.tree(row, 0) for row in range(len(store))]
         longest = max(int((tree.depths + tree.lengths).max()) for tree in trees)
         assert longest < store.sizes()[0].max()
-        assert not cut_to_fit([store], rows_of(store), "once", longest, 4096).is_cut.any()
-        assert cut_to_fit([store], rows_of(store), "once", longest - 1, 4096).is_cut.any()
+        assert not cut_to_fit([store], rows_of(store), Conversations("once", longest, 4096)).is_cut.any()
+        assert cut_to_fit([store], rows_of(store), Conversations("once", longest - 1, 4096)).is_cut.any()
 
     @pytest.mark.parametrize("weight", ["once", "leaves"])
     @pytest.mark.parametrize(
@@ -186,7 +188,7 @@ class TestCutToFit:
         """Of two sources out of order, some of whose trees are taken twice."""
         rows = rows_of(store, texts)
         rows = np.random.default_rng(0).permutation(np.concatenate([rows, rows[::3]]))
-        pieces = cut_to_fit([store, texts], rows, weight, max_length, capacity)
+        pieces = cut_to_fit([store, texts], rows, Conversations(weight, max_length, capacity))
         expected, left_out, repeated = [], 0, 0
         for number, row in rows.tolist():
             whole = weigh([store, texts][number].tree(row, group=number), weight)
@@ -208,13 +210,13 @@ class TestCutToFit:
                 np.array_equal(getattr(tree, name), getattr(part, name))
                 for name in ("tokens", "lengths", "parents", "roles", "weights", "groups", "messages")
             )
-        assert (pieces.left_out, pieces.repeated) == (left_out, repeated)
+        assert (pieces.left_out.total(), pieces.repeated) == (left_out, repeated)
         assert pieces.is_cut.any() == (max_length < 512)
         assert bool(left_out) == (max_length < 48)
 
     @pytest.mark.parametrize(("max_length", "capacity"), [(64, 64), (64, 128), (128, 128), (48, 512)])
     def test_every_reply_is_supervised_once_or_counted(self, store, max_length, capacity):
-        pieces = cut_to_fit([store], rows_of(store), "once", max_length, capacity)
+        pieces = cut_to_fit([store], rows_of(store), Conversations("once", max_length, capacity))
         assert pieces.is_cut.any()
         assert pieces.repeated or capacity == 512
         replies = 0
@@ -229,13 +231,13 @@ class TestCutToFit:
             total += len(tree.tokens)
         in_store = [store.tree(row, 0) for row in range(len(store))]
         lost = sum(len(tree.roles) for tree in in_store) - len(unique)
-        assert pieces.left_out == lost
+        assert pieces.left_out.total() == lost
         assert replies >= sum(int((tree.roles == ASSISTANT).sum()) for tree in in_store) - lost
         kept = sum(int(in_store[row].lengths[message]) for row, message in unique)
         assert total - pieces.repeated == kept
 
     def test_a_text_longer_than_the_context_is_a_target_once_token_by_token(self, texts, tokenizer):
-        pieces = cut_to_fit([texts], rows_of(texts), "once", max_length=32, capacity=64)
+        pieces = cut_to_fit([texts], rows_of(texts), Conversations("once", max_length=32, capacity=64))
         assert len(pieces) > len(texts)
         assert (pieces.sizes <= 32).all()
         assert pieces.scored.sum() == (texts.sizes()[0] - 1).sum()
@@ -251,15 +253,17 @@ class TestCutToFit:
         assert sum(stream.num_supervised for stream in streams) == pieces.scored.sum()
 
     def test_the_group_is_the_number_of_the_source(self, store):
-        pieces = cut_to_fit([store, store], np.array([(1, 0), (0, 0)]), "once", 128, 128)
+        pieces = cut_to_fit([store, store], np.array([(1, 0), (0, 0)]), Conversations("once", 128, 128))
         groups = {
             number: set(pieces.tree(piece).groups.tolist()) for piece, (number, _) in enumerate(pieces.rows.tolist())
         }
         assert groups == {1: {1}, 0: {0}}
 
     def test_nothing_that_fits_is_refused(self, store):
-        with pytest.raises(DataError, match=r"no message fits `data.max_length` = 3 tokens .*: all \d+ are left out"):
-            cut_to_fit([store], rows_of(store), "once", 3, 128)
+        with pytest.raises(
+            DataError, match=r"nothing fits `data.max_length` = 3 tokens: left out are [\d,]+ messages that do not"
+        ):
+            cut_to_fit([store], rows_of(store), Conversations("once", 3, 128))
 
 
 def test_position_jitter_moves_whole_trees_within_the_context(pieces):

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from gpt2ft import quickstart
-from gpt2ft.objectives.sft import SFT
 from gpt2ft.settings import SFTSettings
 from gpt2ft.training import distributed
 
@@ -58,6 +57,7 @@ def run_sft(tiny_model_folder, tmp_path_factory):
     ):
         from accelerate.state import AcceleratorState, GradientState
 
+        from gpt2ft.runs.sft import FineTuning
         from gpt2ft.runs.train import train
 
         settings = SFTSettings(
@@ -96,6 +96,6 @@ def run_sft(tiny_model_folder, tmp_path_factory):
         torch.manual_seed(int.from_bytes(str(output).encode()[-4:], "big"))  # what was drawn before must not matter
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(distributed, "_cores", lambda: 1)  # threads only get in each other's way at this size
-            train(settings, objective or SFT())
+            train(settings, FineTuning(settings, objective))
 
     return run

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gpt2ft import quickstart
-from gpt2ft.data.plan import Plan, cut_to_fit
+from gpt2ft.data.plan import Conversations, Plan, cut_to_fit
 from gpt2ft.data.reading import DataError
 from gpt2ft.runs.assemble import load_corpora
 from gpt2ft.runs.describe import dropped, shares
@@ -37,7 +37,7 @@ def test_everything_is_trained_on_by_default(load):
     corpus, held_out = load(train=("quickstart",))
     assert held_out is None
     assert corpus.rows.tolist() == [[0, row] for row in range(len(corpus.stores[0]))]
-    assert corpus.keys().tolist() == corpus.stores[0].keys().tolist()
+    assert corpus.conversations().tolist() == corpus.stores[0].conversations().tolist()
     assert not corpus.dropped
     assert corpus.identity() == {"quickstart": corpus.stores[0].digest, "conversations": 150}
 
@@ -223,7 +223,10 @@ def test_a_source_that_is_not_there_is_refused(load):
 def test_what_a_source_dropped_is_told_once(load):
     corpus, held_out = load(train=("quickstart",), eval_fraction=0.2)
     assert (corpus.is_whole, held_out.is_whole) == (True, False)
-    plans = [Plan(cut_to_fit(part.stores, part.rows, "once", 256, 512), 512, 1, seed=0) for part in (corpus, held_out)]
+    plans = [
+        Plan(cut_to_fit(part.stores, part.rows, Conversations("once", 256, 512)), 512, 1, seed=0)
+        for part in (corpus, held_out)
+    ]
     told = [shares(part, plan) for part, plan in zip((corpus, held_out), plans, strict=True)]
     assert [share.messages_read for (share,) in told] == [1011, None]
     assert [share.conversations for (share,) in told] == [len(corpus.rows), len(held_out.rows)]

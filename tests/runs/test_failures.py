@@ -128,7 +128,7 @@ def test_nothing_held_out(failure):
 
 
 def test_a_context_that_nothing_fits(failure):
-    assert "no message fits `data.max_length` = 4" in failure("--data.max_length", "4")
+    assert "nothing fits `data.max_length` = 4 tokens: left out are" in failure("--data.max_length", "4")
 
 
 def test_a_cache_that_cannot_be_written(failure, tmp_path):

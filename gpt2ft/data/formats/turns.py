@@ -22,6 +22,7 @@ Turns = Sequence[tuple[Role, str]]
 
 _SYSTEM = ("system", "system_prompt")
 _NOT_READ = ("history", "tools", "functions")
+BESIDE_THE_TURNS = _SYSTEM + _NOT_READ
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Format:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return self.keys + self.also + _SYSTEM + _NOT_READ
+        return self.keys + self.also + BESIDE_THE_TURNS
 
     def matches(self, record: Record) -> bool:
         return all(key in record for key in self.keys)
@@ -50,18 +51,23 @@ class Format:
         Raises:
             Malformed: if the record cannot be read.
         """
-        for key in _NOT_READ:
-            if record.get(key):
-                raise Malformed(f"`{key}` must be empty or absent, as it is not read and would be lost")
-        turns = [(role, tidy(text)) for role, text in (*_system(record), *self.turns(record))] or [("user", "")]
+        beside = beside_the_turns(record)
+        turns = [(role, tidy(text)) for role, text in (*beside, *self.turns(record))] or [("user", "")]
         reading.totals.trees += 1
         reading.totals.messages += len(turns)
         kept = clean(turns, reading)
         return MessageTree.from_turns(content_id(kept), reading.source, kept) if kept else None
 
 
-def _system(record: Record) -> Turns:
-    """The system text that stands beside the turns, if there is one."""
+def beside_the_turns(record: Record) -> Turns:
+    """The system turn that stands beside the others, if there is one.
+
+    Raises:
+        Malformed: if something else stands there that no format reads.
+    """
+    for key in _NOT_READ:
+        if record.get(key):
+            raise Malformed(f"`{key}` must be empty or absent, as it is not read and would be lost")
     texts = (value(record, key, str, "a string or null", optional=True) for key in _SYSTEM)
     return [("system", text) for text in texts if text]
 

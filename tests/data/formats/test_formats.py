@@ -190,7 +190,7 @@ def test_of_a_table_only_what_its_format_reads():
 def test_preferences_are_refused_by_name(record, kind, error, write, tmp_path):
     found = error(write(tmp_path / kind, [record] * 2), on_error="skip")
     assert found.startswith(f"{tmp_path / kind}: must hold conversations, but at {tmp_path / kind}:")
-    assert "is a preference (`chosen` and `rejected`)" in found
+    assert "is a preference (`chosen` and `rejected`" in found
 
 
 def test_real_preferences_are_refused_by_name(test_data, error):

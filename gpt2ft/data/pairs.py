@@ -1,0 +1,169 @@
+"""Which replies to a prompt are compared, and what is done to a preference group before it is packed.
+
+A group is a token tree with one path, the prompt, and its ranked replies below it:
+
+    0 user        What is tea?        parent -1
+    1   assistant   A hot drink.      parent 0     rank 0
+    2   assistant   Leaves in water.  parent 0     rank 1      pairs (1, 2), (1, 3), (2, 3)
+    3   assistant   Okay.             parent 0     rank 2
+
+So a prompt is computed once, and so is each reply, however many pairs they are in.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from itertools import combinations, pairwise, product
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt2ft.conversation import ROLES
+from gpt2ft.data.store import TokenStore
+from gpt2ft.data.token_tree import TokenTree
+from gpt2ft.settings import PairRule
+from gpt2ft.text.context import kept_turns
+
+PairWeight = Literal["pair", "prompt"]
+
+LEAST_REPLY = 16  # tokens that a prompt must leave to a reply that is cut
+
+
+@dataclass(frozen=True)
+class PreferencePairs:
+    """How stored groups become pieces: replies compared by `rule`, cut to the context, split by pairs.
+
+    `weight`: whether every pair counts 1, or every prompt, whose pairs share it.
+    """
+
+    rule: PairRule
+    weight: PairWeight
+    max_length: int
+    capacity: int
+
+    def survey(self, store: TokenStore) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """[rows, 5] counts of each group, and [rows] whether they hold: of two replies that fit as they are."""
+        (lengths, firsts), (parents, _) = store.nodes("lengths"), store.nodes("parents")
+        rows = np.repeat(np.arange(len(store)), np.diff(firsts))
+        is_reply = np.ones(len(lengths), bool)
+        is_reply[(parents + firsts[rows])[parents >= 0]] = False
+        tokens = np.bincount(rows, lengths, len(store)).astype(np.int64)
+        replies = np.bincount(rows, is_reply, len(store)).astype(np.int64)
+        of_replies = np.bincount(rows, lengths * is_reply, len(store)).astype(np.int64)
+        apart = 2 * tokens - of_replies
+        columns = [tokens, of_replies - replies, replies, np.ones_like(tokens), apart]
+        return np.stack(columns, axis=1), (replies == 2) & (tokens <= min(self.max_length, self.capacity))
+
+    def whole(self, store: TokenStore, row: int, group: int) -> TokenTree:
+        """The group of a row with its pairs, without the replies that are in none."""
+        tree, ranks = store.tree(row, group), store.ranks(row)
+        replies = np.setdiff1d(np.arange(len(tree.parents)), tree.parents)
+        pairs = [(int(replies[a]), int(replies[b])) for a, b in compared(ranks[replies].tolist(), self.rule)]
+        prompt = sorted(set(range(len(tree.parents))) - set(replies.tolist()))
+        weight = 1.0 if self.weight == "pair" else 1 / len(pairs)
+        return _of_pairs(tree, prompt, pairs, [weight] * len(pairs))
+
+    def cut(self, tree: TokenTree, left_out: Counter[str]) -> list[TokenTree]:
+        """The group in parts that fit context and streams; what is left out is counted.
+
+        Raises:
+            ValueError: if a prompt with two of its replies does not fit a stream.
+        """
+        fitting = fit_replies(tree, self.max_length, left_out)
+        return split_by_pairs(fitting, self.capacity) if fitting else []
+
+
+def compared(ranks: list[int], rule: PairRule) -> list[tuple[int, int]]:
+    """(better, worse) indices into `ranks`; what shares a rank is never compared.
+
+    `all` compares every reply with every worse one, `best_worst` those of the best rank with those of the worst,
+    `adjacent` those of each rank with those of the next.
+    """
+    levels = [[index for index, other in enumerate(ranks) if other == rank] for rank in sorted(set(ranks))]
+    chosen = {
+        "all": combinations(levels, 2),
+        "best_worst": [(levels[0], levels[-1])] if len(levels) > 1 else [],
+        "adjacent": pairwise(levels),
+    }[rule]
+    return [pair for better, worse in chosen for pair in product(better, worse)]
+
+
+def fit_replies(tree: TokenTree, limit: int, left_out: Counter[str]) -> TokenTree | None:
+    """The group with prompt and longest reply within `limit` tokens; None if that leaves nothing to compare.
+
+    The oldest whole turns of the prompt give way, as everywhere. Where the last turn alone leaves too little room,
+    replies are cut at its end: a cut reply has no `<|end|>`.
+    """
+    if (tree.depths + tree.lengths).max() <= limit:
+        return tree
+    replies = np.unique(tree.pairs).tolist()
+    prompt = tree.path_to(replies[0])[:-1]
+    longest = int(tree.lengths[replies].max())
+    roles = [ROLES[role] for role in tree.roles[prompt]]
+    kept = kept_turns([*roles, "assistant"], [*tree.lengths[prompt].tolist(), longest], limit)
+    if kept is not None:
+        return _of_pairs(tree, [prompt[i] for i in kept[:-1]], tree.pairs.tolist(), tree.pair_weights.tolist())
+    shortest = [node for i, node in enumerate(prompt) if i == len(prompt) - 1 or roles[i] == "system"]
+    room = limit - int(tree.lengths[shortest].sum())
+    if room < LEAST_REPLY:
+        left_out["prompts that leave no room for a reply"] += 1
+        return None
+    tokens = {
+        node: tree.tokens[tree.starts[node] : tree.starts[node] + min(tree.lengths[node], room)] for node in replies
+    }
+    differ = [not np.array_equal(tokens[a], tokens[b]) for a, b in tree.pairs.tolist()]
+    left_out["pairs whose replies are alike once cut"] += len(differ) - sum(differ)
+    if not any(differ):
+        return None
+    shorter = _of_pairs(tree, shortest, tree.pairs[differ].tolist(), tree.pair_weights[differ].tolist())
+    return _shortened(shorter, room)
+
+
+def split_by_pairs(tree: TokenTree, capacity: int) -> list[TokenTree]:
+    """Groups of at most `capacity` tokens under the same prompt, each pair in one of them.
+
+    Raises:
+        ValueError: if the prompt and the two replies of a pair are more.
+    """
+    if len(tree.tokens) <= capacity:
+        return [tree]
+    pairs = tree.pairs.tolist()
+    prompt = tree.path_to(pairs[0][0])[:-1]
+    room = capacity - int(tree.lengths[prompt].sum())
+    parts: list[tuple[set[int], list[int]]] = []  # replies, numbers of their pairs
+    for number, pair in enumerate(pairs):
+        if int(tree.lengths[pair].sum()) > room:
+            needed = int(tree.lengths[[*prompt, *pair]].sum())
+            raise ValueError(
+                f"a prompt and the two replies of a pair are {needed:,} tokens, but a stream holds {capacity:,}: "
+                f"`tokens_per_micro_batch` must be at least {-(-needed // 128) * 128}"
+            )
+        for replies, numbers in parts:
+            if int(tree.lengths[sorted(replies | set(pair))].sum()) <= room:
+                replies.update(pair)
+                numbers.append(number)
+                break
+        else:
+            parts.append((set(pair), [number]))
+    return [
+        _of_pairs(tree, prompt, [pairs[i] for i in numbers], tree.pair_weights[numbers].tolist())
+        for _, numbers in parts
+    ]
+
+
+def _of_pairs(tree: TokenTree, prompt: list[int], pairs: list[tuple[int, int]], weights: list[float]) -> TokenTree:
+    """The group of these pairs: the nodes of `prompt` and the replies compared, which alone are supervised."""
+    replies = sorted({node for pair in pairs for node in pair})
+    supervised = np.zeros(len(tree.parents), np.float32)
+    supervised[replies] = 1
+    nodes = [*prompt, *replies]
+    place = {node: new for new, node in enumerate(nodes)}
+    index = np.array([[place[a], place[b]] for a, b in pairs], np.int32).reshape(-1, 2)
+    return replace(tree.select(nodes, supervised), pairs=index, pair_weights=np.array(weights, np.float32))
+
+
+def _shortened(tree: TokenTree, room: int) -> TokenTree:
+    """The group with every reply cut after `room` tokens."""
+    lengths = np.where(tree.weights > 0, np.minimum(tree.lengths, room), tree.lengths).astype(np.int32)
+    within = np.arange(len(tree.tokens)) - np.repeat(tree.starts, tree.lengths)
+    return replace(tree, tokens=tree.tokens[within < np.repeat(lengths, tree.lengths)], lengths=lengths)

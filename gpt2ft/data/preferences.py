@@ -1,0 +1,52 @@
+"""Preference groups in message trees: a prompt, all that stands above it, and those replies to it that have a rank."""
+
+from collections import Counter
+
+from gpt2ft.conversation import MessageTree
+
+
+def groups(tree: MessageTree, dropped: Counter[str]) -> list[list[int]]:
+    """The messages of each group as ascending indices: the path to the prompt, then at least two replies.
+
+    Only replies of different rank can be compared. Of replies with the same text the better one stays. Every message
+    that is in no group is counted in `dropped`, under one reason.
+    """
+    replies: dict[int, list[int]] = {}
+    for index, message in enumerate(tree.messages):
+        if message.role == "assistant" and message.parent is not None:
+            replies.setdefault(message.parent, []).append(index)
+    found, used, reasons = [], set(), {}
+    for prompt, siblings in sorted(replies.items()):
+        comparable = _comparable(tree, siblings, reasons)
+        if comparable:
+            found.append([*_path(tree, prompt), *comparable])
+            used.update(found[-1])
+    for index in range(len(tree.messages)):
+        if index not in used:
+            dropped[reasons.get(index, "in no pair")] += 1
+    return found
+
+
+def _comparable(tree: MessageTree, siblings: list[int], reasons: dict[int, str]) -> list[int]:
+    """The replies that can be compared with another, ascending; for all others, why not."""
+    best: dict[str, int] = {}  # text -> the best reply with it
+    ranks: dict[int, int] = {}
+    ranked = [(tree.messages[index].rank, index) for index in siblings]
+    reasons.update({index: "reply without a rank" for rank, index in ranked if rank is None})
+    for rank, index in sorted((rank, index) for rank, index in ranked if rank is not None):
+        if best.setdefault(tree.messages[index].text, index) != index:
+            reasons[index] = "same text as a better reply"
+        else:
+            ranks[index] = rank
+    if len(set(ranks.values())) > 1:
+        return sorted(ranks)
+    reasons.update(dict.fromkeys(ranks, "tied with all others" if len(ranks) > 1 else "nothing to compare it with"))
+    return []
+
+
+def _path(tree: MessageTree, index: int | None) -> list[int]:
+    path = []
+    while index is not None:
+        path.append(index)
+        index = tree.messages[index].parent
+    return path[::-1]

@@ -1,0 +1,97 @@
+"""Direct Preference Optimization: which of two replies is better, against what the model said at step 0.
+
+No second model is in memory: the log-probs of the reference are computed once, before training, and kept.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from gpt2ft.data.pairs import PreferencePairs
+from gpt2ft.data.plan import Cutting, Plan
+from gpt2ft.data.store import cache_root
+from gpt2ft.model.logprobs import TargetLogProbs
+from gpt2ft.objectives.dpo import DPO, DPOConfig, start_loss
+from gpt2ft.runs.assemble import Corpus, Policy, versions
+from gpt2ft.runs.progress import Scoring, Standing
+from gpt2ft.runs.samples import Sample, Turns, answer
+from gpt2ft.runs.train import Stage, train
+from gpt2ft.settings import DPOSettings
+from gpt2ft.text.template import template_digest
+from gpt2ft.training import reference
+from gpt2ft.training.evaluate import evaluate_objective
+from gpt2ft.training.interruption import Interruption
+from gpt2ft.training.reference import ReferenceStore
+
+
+def run(settings: DPOSettings) -> None:
+    train(settings, PreferenceTuning(settings))
+
+
+class PreferenceTuning:
+    """DPO as a task: pairs of replies, and what the reference says to them."""
+
+    preferences = True
+
+    def __init__(self, settings: DPOSettings) -> None:
+        self.settings = settings
+        dpo = settings.dpo
+        self.config = DPOConfig(dpo.loss, dpo.beta, dpo.label_smoothing, dpo.gamma, dpo.rpo_alpha)
+        self.objective = DPO(self.config)
+
+    def cutting(self, for_training: bool) -> Cutting:
+        """Evaluation counts every pair once."""
+        dpo, data = self.settings.dpo, self.settings.data
+        weight = dpo.pair_weight if for_training else "pair"
+        return PreferencePairs(dpo.pairs, weight, data.max_length, self.settings.training.tokens_per_micro_batch)
+
+    def ready(self, stage: Stage, model: TargetLogProbs, interruption: Interruption) -> dict[str, Any]:
+        """The reference, read from the store; what is missing there is computed first."""
+        if not self.settings.dpo.needs_reference:
+            return {}
+        store = store_for(stage.policy, model, stage.accelerator, self.settings.data.cache)
+        plans = [plan for plan in (stage.plan, stage.eval_plan) if plan]
+        computed = reference.attach(plans, store, model, stage.accelerator, interruption)
+        replies = sum(len(plan.reference) for plan in plans)
+        if stage.accelerator.is_main_process:
+            print(f"reference {replies:,} replies, {computed:,} of them computed now; {store.folder}", flush=True)
+        return {"reference": {"folder": str(store.folder), "computed_by": store.computed_by, "replies": replies}}
+
+    def check_start(self, stage: Stage, model: TargetLogProbs, step: int) -> None:
+        if not self.settings.dpo.needs_reference:
+            return
+        store = store_for(stage.policy, model, stage.accelerator, self.settings.data.cache)
+        expected = start_loss(self.config)
+        worst = reference.check_start(model, stage.plan, step, store, stage.accelerator, self.objective, expected)
+        if stage.accelerator.is_main_process:
+            loss = "" if expected is None else f", loss {expected:.4f}"
+            print(f"checked   the start is the reference within {worst:.1g} nats/token{loss}", flush=True)
+
+    def before(self, stage: Stage, prompts: list[Turns]) -> list[Sample]:
+        with stage.accelerator.autocast():
+            return answer(stage.policy, prompts, self.settings.training.sample_tokens)
+
+    def score(self, stage: Stage) -> Scoring:
+        def scoring(model: nn.Module, held_out: Corpus, plan: Plan, told_to_stop: Callable[[], bool]) -> Standing:
+            metrics = evaluate_objective(model, plan, self.objective, stage.accelerator, told_to_stop)
+            line = (
+                f"held-out loss {metrics['loss']:.4f}, {metrics['accuracy']:.1%} of pairs the right way round, "
+                f"margin {metrics['margin']:.3f}"
+            )
+            return Standing(metrics["loss"], metrics, line)
+
+        return scoring
+
+
+def store_for(policy: Policy, model: TargetLogProbs, accelerator: Any, cache: str | None) -> ReferenceStore:
+    """Where the log-probs of a policy are, as computed on this device in this precision."""
+    computed_by = {
+        "weights": policy.digest,
+        "tokenizer": policy.tokenizer.digest,
+        "template": template_digest(),
+        "precision": accelerator.mixed_precision,
+        "attention": model.backend,
+        "device": accelerator.device.type,
+    }
+    return ReferenceStore(cache_root(cache), computed_by, versions())

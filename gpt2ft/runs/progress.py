@@ -1,0 +1,73 @@
+"""How a run is doing: held-out scores and sample replies while it trains."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from gpt2ft.data.plan import Plan
+from gpt2ft.runs.assemble import Corpus, Policy
+from gpt2ft.runs.samples import Sample, Turns, answer, beside
+from gpt2ft.settings import TrainingSettings
+from gpt2ft.training.evaluate import EvaluationCut
+from gpt2ft.training.interruption import Interruption
+from gpt2ft.training.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The held-out loss, everything that is logged with it, and one line for people."""
+
+    loss: float
+    metrics: dict[str, float]
+    line: str
+
+
+Scoring = Callable[[nn.Module, Corpus, Plan, Callable[[], bool]], Standing]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out loss and sample replies at a step. All processes call it together."""
+
+    accelerator: Any
+    model: nn.Module  # prepared
+    policy: Policy
+    held_out: Corpus | None
+    plan: Plan | None
+    score: Scoring
+    tracker: Tracker
+    training: TrainingSettings
+    interruption: Interruption
+    prompts: list[Turns]  # to be answered; none on other processes than the main one
+    before: list[Sample]  # what the start answered, where that is of interest
+
+    def of_the_start(self) -> None:
+        """Of step 0. If it is cut short, the first step still follows and is saved."""
+        with suppress(EvaluationCut):
+            self(0)
+
+    def __call__(self, step: int) -> float | None:
+        """The held-out loss, logged and said; None without held-out data."""
+        if self.held_out is None or self.plan is None:
+            return None
+        standing = self.score(self.model, self.held_out, self.plan, self.interruption.__bool__)
+        samples = self.samples()
+        stopped = {"stopped": sum(sample.stopped for sample in samples) / len(samples)} if samples else {}
+        metrics = standing.metrics | stopped
+        self.tracker.log(step, {f"eval/{name}": value for name, value in metrics.items()})
+        self.tracker.say(f"step {step}: {standing.line}")
+        for number, text in enumerate(beside(self.before, samples)):
+            self.tracker.text(step, f"samples/{number}", text)
+        return standing.loss
+
+    def samples(self) -> list[Sample]:
+        with self.accelerator.autocast():
+            return answer(self.policy, self.prompts, self.training.sample_tokens)
+
+    def transcript(self) -> str:
+        samples = self.samples()
+        title = ["\nReplies to prompts it has never seen:"] if samples else []
+        return "\n\n".join([*title, *beside(self.before, samples), ""])

@@ -1,0 +1,11 @@
+"""Tuning on preferences: accelerate launch launch/dpo.py [RECIPE] [--section.key value ...]"""
+
+import sys
+
+from gpt2ft.settings import DPOSettings, parse_recipe
+
+if __name__ == "__main__":
+    settings = parse_recipe(DPOSettings, "quickstart-dpo", sys.argv[1:])
+    from gpt2ft.runs import dpo, main
+
+    main.run(dpo.run, settings)
