@@ -1,24 +1,27 @@
 """How fast a shape trains on this machine: tokens/s, peak memory, and where the time goes.
 
 Conversations are made up (random tokens, trees in the proportions of OASST), so nothing is downloaded, and
-neither `datasets` nor a tokenizer is needed.
+neither `datasets` nor a tokenizer is needed. Of DPO it is a step that is measured, not the pass before it: the
+reference is made up too.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 import torch
 
-from gpt2ft.data.packing import build_stream, pack
-from gpt2ft.data.token_tree import TokenTree, split, weigh
+from gpt2ft.data.packing import build_pairs, build_stream, number_replies, pack
+from gpt2ft.data.token_tree import ASSISTANT, TokenTree, counts, split, weigh
 from gpt2ft.model.attention import default_backend
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.model.lora import apply_lora, hold_frozen_matrices_in
 from gpt2ft.model.pretrained import HUB_MODELS
+from gpt2ft.objectives.dpo import DPO, DPOConfig
 from gpt2ft.objectives.sft import SFT
 from gpt2ft.random import generator, seed_for
 from gpt2ft.runs.assemble import lora_config
@@ -48,7 +51,7 @@ def run(settings: BenchmarkSettings) -> None:
     model = TargetLogProbs(gpt2, VOCABULARY, backend)
     model, optimizer = accelerator.prepare(model, adamw(gpt2, OptimizerSettings(), fused=device.type == "cuda"))
     streams = Streams(settings, accelerator.process_index)
-    objective = SFT()
+    objective = DPO(DPOConfig()) if settings.what == "dpo" else SFT()
     seconds = dict.fromkeys(PHASES, 0.0)
     tokens = 0
     for step in range(settings.steps + 1):
@@ -93,7 +96,7 @@ def report(
     trained, parameters = parameter_counts(gpt2)
     lora = f", {trained:,} of them trained (LoRA, rank {settings.lora.rank})" if settings.lora.rank else ""
     print(
-        f"{settings.model}, {parameters / 1e6:.0f}M parameters{lora}, "
+        f"{settings.what}, {settings.model}, {parameters / 1e6:.0f}M parameters{lora}, "
         f"{accelerator.num_processes} x {accelerator.device.type}, {precision}, {backend} attention, "
         f"{settings.micro_batches} x {settings.tokens_per_micro_batch:,} tokens a step"
     )
@@ -114,26 +117,33 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Streams:
-    """An endless supply of full streams."""
+    """An endless supply of full streams, with pairs for DPO."""
 
     def __init__(self, settings: BenchmarkSettings, rank: int) -> None:
         self.capacity = settings.tokens_per_micro_batch
+        self.compares = settings.what == "dpo"
         random = generator(settings.seed, "conversations", rank)
         needed = settings.micro_batches * self.capacity * 3
         trees: list[TokenTree] = []
         while sum(len(tree.tokens) for tree in trees) < needed:
             whole = weigh(made_up_tree(random), "once")
-            trees += split(whole, self.capacity)
+            trees += [made_up_group(random)] if self.compares else split(whole, self.capacity)
         sizes = np.array([len(tree.tokens) for tree in trees])
         bins = sorted(pack(sizes, self.capacity, random), key=lambda bin: -sizes[bin].sum())[:-1]
         self.bins = [[trees[i] for i in bin] for bin in bins]
-        self.targets = max(sum(tree.num_supervised for tree in bin) for bin in self.bins)
+        of_bins = [np.sum([counts(tree) for tree in bin], axis=0) for bin in self.bins]
+        _, self.targets, self.replies, self.pairs, _ = np.max(of_bins, axis=0).tolist()
         self.at = 0
 
     def next(self) -> TokenStream:
-        stream = build_stream(self.bins[self.at % len(self.bins)], self.capacity, self.targets)
+        trees = self.bins[self.at % len(self.bins)]
         self.at += 1
-        return stream
+        if not self.compares:
+            return build_stream(trees, self.capacity, self.targets)
+        trees = number_replies(trees)
+        lengths = np.concatenate([tree.lengths[tree.weights > 0] - 1 for tree in trees])
+        pairs = build_pairs(trees, -np.log(VOCABULARY) * lengths, self.pairs, self.replies)
+        return replace(build_stream(trees, self.capacity, self.targets), pairs=pairs)
 
 
 def made_up_tree(random: np.random.Generator) -> TokenTree:
@@ -147,6 +157,21 @@ def made_up_tree(random: np.random.Generator) -> TokenTree:
             parents += [len(lengths) - 1, len(lengths)]
             roles += [1, 2]
             lengths += [int(random.integers(10, 60)), int(random.integers(40, 320))]
+    return _of_random_tokens(random, lengths, parents, roles)
+
+
+def made_up_group(random: np.random.Generator) -> TokenTree:
+    """One prompt of about 30 tokens and two or three replies of about 180, all compared."""
+    replies = int(random.integers(2, 4))
+    lengths = [int(random.integers(10, 60)), *random.integers(40, 320, replies).tolist()]
+    tree = _of_random_tokens(random, lengths, [-1] + [0] * replies, [1] + [ASSISTANT] * replies)
+    pairs = np.array(list(combinations(range(1, replies + 1), 2)), np.int32)
+    return replace(weigh(tree, "once"), pairs=pairs, pair_weights=np.ones(len(pairs), np.float32))
+
+
+def _of_random_tokens(
+    random: np.random.Generator, lengths: list[int], parents: list[int], roles: list[int]
+) -> TokenTree:
     size = len(lengths)
     return TokenTree(
         tokens=random.integers(0, VOCABULARY, sum(lengths)),

@@ -8,7 +8,7 @@ from gpt2ft.settings import RunSettings, SettingsError, to_yaml
 
 
 class Output:
-    """recipe.yaml, manifest.json, metrics.jsonl, tensorboard/, checkpoints/, adapter/, best/ and model/.
+    """recipe.yaml, manifest.json, metrics.jsonl, tensorboard/, checkpoints/, start/, adapter/, best/ and model/.
 
     `model/` is the last thing a run writes, so a folder with it is a finished run.
     """
@@ -19,6 +19,7 @@ class Output:
         self.model = self.folder / "model"
         self.best = self.folder / "best"
         self.adapter = self.folder / "adapter"
+        self.start = self.folder / "start"
 
     def claim(self, settings: RunSettings) -> None:
         """Checks that this run may train here; moves and removes nothing yet. Main process only.

@@ -87,8 +87,6 @@ def set_up(settings: RunSettings, task: Task, accelerator: Any) -> Stage:
     policy = load_policy(settings.model, training.seed)
     check_length(settings, policy)
     if settings.lora.rank:
-        if is_adapter(settings.model.path):
-            raise SettingsError("`model.path` must be a whole model where `lora.rank` is set: take the merged one")
         adapt(policy, settings.lora, training.seed)
     corpus, held_out = load_corpora(settings.data, policy.tokenizer, training.seed, task.preferences)
     plan = plan_for(corpus, settings, task.cutting(for_training=True), for_training=True)
@@ -320,7 +318,10 @@ def resume(output: Output, identity: dict, verbose: bool) -> tuple[TrainState, P
 
 
 def export(output: Output, settings: RunSettings, policy: Policy, state: TrainState) -> None:
-    """Writes `best/` where evaluation ran, `adapter/` for LoRA, and `model/` last: it makes the run finished."""
+    """Writes `best/` where evaluation ran, `adapter/` for LoRA, and `model/` last: it makes the run finished.
+
+    An adapter needs a whole model to stand on: where the run started from another adapter, that is `start/`.
+    """
     config, tokenizer = policy.gpt2.config, policy.tokenizer
 
     def plain(trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -333,11 +334,14 @@ def export(output: Output, settings: RunSettings, policy: Policy, state: TrainSt
             write_folder(output.best, plain(checkpoint.read_weights(folder)), config, tokenizer)
         except checkpoint.CheckpointError as error:
             print(f"warning: best/ is not written: {error}", file=sys.stderr)
-    if settings.lora.rank:
-        write_adapter_folder(output.adapter, policy.gpt2, lora_config(settings.lora), settings.model.path, tokenizer)
     merged = plain(trained_weights(policy.gpt2))
     if settings.lora.rank:
-        check_adapter(output.adapter, load_policy(settings.model, settings.training.seed), merged)
+        start, base = load_policy(settings.model, settings.training.seed), settings.model.path
+        if is_adapter(base):
+            write_folder(output.start, start.weights(), config, tokenizer)
+            base = str(output.start)
+        write_adapter_folder(output.adapter, policy.gpt2, lora_config(settings.lora), base, tokenizer)
+        check_adapter(output.adapter, start, merged)
     write_folder(output.model, merged, config, tokenizer)
 
 

@@ -37,6 +37,7 @@ from gpt2ft.training.interruption import Interruption, ToldToStop
 
 SECONDS_TO_A_SHARD = 10.0
 TOLERANCES = {"no": 1e-4, "bf16": 0.02}  # nats per token of a reply, by precision: what rounding may do
+LOSS_TOLERANCES = {"no": 1e-3, "bf16": 0.05}  # of the loss of the first step, relative where it is above 1
 
 Key = bytes  # 16 of them
 
@@ -203,7 +204,6 @@ def attach(
     model: nn.Module,
     accelerator: Any,
     interruption: Interruption,
-    seconds_to_a_shard: float = SECONDS_TO_A_SHARD,
 ) -> int:
     """Puts the reference into the plans, after computing what the store lacks. All processes come here together.
 
@@ -227,7 +227,7 @@ def attach(
             store.begin()
         accelerator.wait_for_everyone()
         todo = _streams_to_run(plans, asked, missing)
-        _Pass(store, model, accelerator, interruption, seconds_to_a_shard).run(todo)
+        _Pass(store, model, accelerator, interruption).run(todo)
         accelerator.wait_for_everyone()
         known = [_agreed(store.read(want.keys, want.tokens), accelerator) for want in asked]
         left = sum(len(_absent(want, found)) for want, found in zip(asked, known, strict=True))
@@ -284,7 +284,6 @@ class _Pass:
     model: nn.Module
     accelerator: Any
     interruption: Interruption
-    seconds_to_a_shard: float
 
     @torch.no_grad()
     def run(self, todo: list[_StreamToRun]) -> None:
@@ -297,14 +296,17 @@ class _Pass:
         since = time.monotonic()
         rounds = list(share(todo, accelerator.process_index, accelerator.num_processes))
         silent = not (accelerator.is_main_process and sys.stderr.isatty())
-        for mine in tqdm(rounds, desc="reference", unit="stream", disable=silent, leave=False):
+        bar = tqdm(rounds, desc="reference", unit="stream", disable=silent, leave=False)
+        for number, mine in enumerate(bar, start=1):
             if any(global_sum(accelerator, float(bool(self.interruption)))):
                 break
             if mine is not None:
                 held += self._rows(mine)
-            if held and time.monotonic() - since > self.seconds_to_a_shard:
+            if held and time.monotonic() - since > SECONDS_TO_A_SHARD:
                 self.store.write(held)
                 held, since = [], time.monotonic()
+                if silent and accelerator.is_main_process:
+                    print(f"reference {number:,}/{len(rounds):,} streams", flush=True)
         if held:
             self.store.write(held)
         self.model.train(was_training)
@@ -373,7 +375,8 @@ def check_start(
             f"reply, more than {tolerance}: {why or 'all digests and versions are the same, so the store is damaged'}; "
             f"remove {store.folder}, and they are computed again"
         )
-    if start_loss is not None and abs(loss / counted - start_loss) > 100 * tolerance * max(1.0, start_loss):
+    allowed = LOSS_TOLERANCES[accelerator.mixed_precision]
+    if start_loss is not None and abs(loss / counted - start_loss) > allowed * max(1.0, start_loss):
         raise ReferenceLogProbError(
             f"the first step must have the loss {start_loss:.4f}, as policy and reference are equal there, but has "
             f"{loss / counted:.4f}"

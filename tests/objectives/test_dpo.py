@@ -222,7 +222,7 @@ def test_metrics_by_hand():
 
 
 def make_stream(groups, num_pairs=6, num_replies=8, num_targets=64):
-    """A stream of groups: lengths of replies, reference of each, pairs of them, weight. Positions do not matter here."""
+    """A stream of groups: lengths of replies, reference of each, pairs of them, weight. Positions do not matter."""
     index, weights = torch.zeros(num_pairs, 2, dtype=torch.long), torch.zeros(num_pairs)
     reference, lengths = torch.zeros(num_replies, dtype=torch.float64), torch.ones(num_replies)
     targets = []

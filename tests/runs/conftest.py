@@ -1,4 +1,4 @@
-"""A small training run in this process: the quickstart's data, a model of one tenth, a few seconds."""
+"""Small training runs in this process: the quickstart's data, a model of one tenth, a few seconds."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gpt2ft import quickstart
-from gpt2ft.settings import SFTSettings
+from gpt2ft.settings import DPOSettings, SFTSettings
 from gpt2ft.training import distributed
 
 
@@ -55,10 +55,7 @@ def run_sft(tiny_model_folder, tmp_path_factory):
         lora=None,
         **training,
     ):
-        from accelerate.state import AcceleratorState, GradientState
-
         from gpt2ft.runs.sft import FineTuning
-        from gpt2ft.runs.train import train
 
         settings = SFTSettings(
             model={
@@ -68,34 +65,87 @@ def run_sft(tiny_model_folder, tmp_path_factory):
                 "attention_dropout": dropout,
             },
             lora=lora or {},
-            data={
-                "train": ["quickstart"],
-                "eval": ["quickstart:held_out"],
-                "max_rank": max_rank,
-                "max_length": 256,
-                "cache": str(cache),
-            },
-            training={
-                "steps": steps,
-                "seed": seed,
-                "tokens_per_micro_batch": 1024,
-                "micro_batches_per_step": 6,
-                "eval_every": 3,
-                "save_every": 2,
-                "log_every": 1,
-                "sample_prompts": 1,
-                "sample_tokens": 8,
-            }
-            | training,
+            data=quickstart_data(cache) | {"max_rank": max_rank},
+            training=SMALL_STEPS | {"steps": steps, "seed": seed} | training,
             optimizer={"learning_rate": learning_rate},
             output=str(output),
             resume=resume,
         )
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        torch.manual_seed(int.from_bytes(str(output).encode()[-4:], "big"))  # what was drawn before must not matter
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(distributed, "_cores", lambda: 1)  # threads only get in each other's way at this size
-            train(settings, FineTuning(settings, objective))
+        train_here(settings, FineTuning(settings, objective))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def run_dpo(tiny_weights_folder, tmp_path_factory):
+    """Tunes on preferences: run_dpo(output, steps=4, path=..., dpo={...}, lora={...}, data={...}, ...).
+
+    All runs share a cache, and with it the reference, unless `data` names another.
+    """
+    cache = tmp_path_factory.mktemp("cache")
+
+    def run(
+        output,
+        steps,
+        resume="auto",
+        seed=0,
+        learning_rate=1e-3,
+        path=None,
+        dpo=None,
+        lora=None,
+        data=None,
+        only_reference=False,
+        **training,
+    ):
+        from gpt2ft.runs import reference
+        from gpt2ft.runs.dpo import PreferenceTuning
+
+        settings = DPOSettings(
+            model={"path": str(path or tiny_weights_folder)},
+            lora=lora or {},
+            data=quickstart_data(cache) | (data or {}),
+            training=SMALL_STEPS | {"steps": steps, "seed": seed} | training,
+            optimizer={"learning_rate": learning_rate},
+            dpo=dpo or {},
+            output=str(output),
+            resume=resume,
+        )
+        if only_reference:
+            in_one_thread(reference.run, settings)
+        else:
+            train_here(settings, PreferenceTuning(settings))
+
+    return run
+
+
+SMALL_STEPS = {
+    "tokens_per_micro_batch": 1024,
+    "micro_batches_per_step": 6,
+    "eval_every": 3,
+    "save_every": 2,
+    "log_every": 1,
+    "sample_prompts": 1,
+    "sample_tokens": 8,
+}
+
+
+def quickstart_data(cache):
+    return {"train": ["quickstart"], "eval": ["quickstart:held_out"], "max_length": 256, "cache": str(cache)}
+
+
+def train_here(settings, task):
+    from gpt2ft.runs.train import train
+
+    torch.manual_seed(int.from_bytes(settings.output.encode()[-4:], "big"))  # what was drawn before must not matter
+    in_one_thread(train, settings, task)
+
+
+def in_one_thread(work, *arguments):
+    """Threads only get in each other's way at this size."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "_cores", lambda: 1)
+        work(*arguments)

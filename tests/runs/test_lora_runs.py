@@ -121,9 +121,20 @@ def test_a_stopped_run_ends_in_the_same_bits(
         assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_what_cannot_be_adapted_is_refused(run_folder, run_sft, tmp_path):
-    with pytest.raises(SettingsError, match=r"`model.path` must be a whole model where `lora.rank` is set"):
-        run_sft(tmp_path / "run", 1, path=run_folder / "adapter", lora=LORA)
+def test_an_adapter_is_merged_before_it_is_adapted_again(run_folder, run_sft, tmp_path):
+    """`start/` is the whole model that the new adapter stands on."""
+    run_sft(tmp_path / "run", 2, path=run_folder / "adapter", lora=LORA)
+    ids = torch.arange(40)
+    first, start, adapter, merged = (
+        logits(load_trained(str(folder))[0].gpt2, ids)
+        for folder in (run_folder, *(tmp_path / "run" / name for name in ("start", "adapter", "model")))
+    )
+    torch.testing.assert_close(start, first, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(adapter, merged, atol=1e-5, rtol=1e-5)
+    assert (merged - first).abs().max() > 1e-3
+
+
+def test_what_cannot_be_adapted_is_refused():
     settings = SFTSettings(model={"random_init": True}, lora={"rank": 4, "targets": []}, data={"train": ["quickstart"]})
     assert [problem.split(",")[0] for problem in settings.problems()] == [
         "`lora.targets` must name at least one of q",
