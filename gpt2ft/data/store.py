@@ -37,7 +37,7 @@ from gpt2ft.settings import speaks_for_its_machine
 from gpt2ft.text.template import render_turn, template_digest
 from gpt2ft.text.tokenizer import ChatTokenizer
 
-FORMAT = 5  # of the stored columns, and of how a source is cut into parts
+FORMAT = 6  # of the stored columns, and of how a source is read and cut into parts
 
 Digests = NDArray[np.uint64]
 
