@@ -69,10 +69,11 @@ class PreferencePairs:
     def whole(self, store: TokenStore, row: int, group: int) -> TokenTree:
         """The group of a row with its pairs, without the replies that are in none."""
         tree, ranks = store.tree(row, group), store.ranks(row)
-        replies = np.setdiff1d(np.arange(len(tree.parents)), tree.parents)
+        is_reply = np.ones(len(tree.parents), bool)
+        is_reply[tree.parents[1:]] = False
+        replies = np.flatnonzero(is_reply)
         pairs = [(int(replies[a]), int(replies[b])) for a, b in compared(ranks[replies].tolist(), self.rule)]
-        prompt = sorted(set(range(len(tree.parents))) - set(replies.tolist()))
-        return self._weighed(_of_pairs(tree, prompt, pairs, [1.0] * len(pairs)))
+        return self._weighed(_of_pairs(tree, np.flatnonzero(~is_reply).tolist(), pairs, [1.0] * len(pairs)))
 
     def cut(self, tree: TokenTree, left_out: Counter[str]) -> list[TokenTree]:
         """The group in parts that fit context and streams; what is left out is counted.
