@@ -33,7 +33,8 @@ LEAST_REPLY = 16  # tokens that a prompt must leave to a reply that is cut
 class PreferencePairs:
     """How stored groups become pieces: replies compared by `rule`, cut to the context, split by pairs.
 
-    `weight`: whether every pair counts 1, or every prompt, whose pairs share it.
+    `weight`: whether every pair counts 1, or every prompt, whose pairs share it: those that are left to it, should some
+    be alike once cut, in however many streams they are.
     """
 
     rule: PairRule
@@ -42,26 +43,37 @@ class PreferencePairs:
     capacity: int
 
     def survey(self, store: TokenStore) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """[rows, 5] counts of each group, and [rows] whether they hold: of two replies that fit as they are."""
-        (lengths, firsts), (parents, _) = store.nodes("lengths"), store.nodes("parents")
-        rows = np.repeat(np.arange(len(store)), np.diff(firsts))
+        """[rows, 5] counts of each group, and [rows] whether they hold: of those that fit as they are.
+
+        Equal to `counts(whole(...))`, for all groups at once.
+        """
+        (lengths, firsts), (parents, _), (ranks, _) = map(store.nodes, ("lengths", "parents", "ranks"))
+        number = len(store)
+        rows = np.repeat(np.arange(number), np.diff(firsts))
         is_reply = np.ones(len(lengths), bool)
         is_reply[(parents + firsts[rows])[parents >= 0]] = False
-        tokens = np.bincount(rows, lengths, len(store)).astype(np.int64)
-        replies = np.bincount(rows, is_reply, len(store)).astype(np.int64)
-        of_replies = np.bincount(rows, lengths * is_reply, len(store)).astype(np.int64)
-        apart = 2 * tokens - of_replies
-        columns = [tokens, of_replies - replies, replies, np.ones_like(tokens), apart]
-        return np.stack(columns, axis=1), (replies == 2) & (tokens <= min(self.max_length, self.capacity))
+        prompts = np.bincount(rows, lengths * ~is_reply, number).astype(np.int64)
+        rows, lengths = rows[is_reply], lengths[is_reply]
+        times = times_compared(rows, ranks[is_reply], self.rule)
+        pairs = np.bincount(rows, times, number).astype(np.int64) // 2
+        apart = 2 * pairs * prompts + np.bincount(rows, times * lengths, number).astype(np.int64)
+        rows, lengths = rows[times > 0], lengths[times > 0]
+        replies = np.bincount(rows, minlength=number)
+        of_replies = np.bincount(rows, lengths, number).astype(np.int64)
+        longest = np.zeros(number, np.int64)
+        np.maximum.at(longest, rows, lengths)
+        tokens = prompts + of_replies
+        counted = np.stack([tokens, of_replies - replies, replies, pairs, apart], axis=1)
+        return counted, (prompts + longest <= self.max_length) & (tokens <= self.capacity)
 
     def whole(self, store: TokenStore, row: int, group: int) -> TokenTree:
         """The group of a row with its pairs, without the replies that are in none."""
         tree, ranks = store.tree(row, group), store.ranks(row)
-        replies = np.setdiff1d(np.arange(len(tree.parents)), tree.parents)
+        is_reply = np.ones(len(tree.parents), bool)
+        is_reply[tree.parents[1:]] = False
+        replies = np.flatnonzero(is_reply)
         pairs = [(int(replies[a]), int(replies[b])) for a, b in compared(ranks[replies].tolist(), self.rule)]
-        prompt = sorted(set(range(len(tree.parents))) - set(replies.tolist()))
-        weight = 1.0 if self.weight == "pair" else 1 / len(pairs)
-        return _of_pairs(tree, prompt, pairs, [weight] * len(pairs))
+        return self._weighed(_of_pairs(tree, np.flatnonzero(~is_reply).tolist(), pairs, [1.0] * len(pairs)))
 
     def cut(self, tree: TokenTree, left_out: Counter[str]) -> list[TokenTree]:
         """The group in parts that fit context and streams; what is left out is counted.
@@ -70,7 +82,15 @@ class PreferencePairs:
             ValueError: if a prompt with two of its replies does not fit a stream.
         """
         fitting = fit_replies(tree, self.max_length, left_out)
-        return split_by_pairs(fitting, self.capacity) if fitting else []
+        if fitting is None:
+            return []
+        if len(fitting.pairs) < len(tree.pairs):
+            fitting = self._weighed(fitting)
+        return split_by_pairs(fitting, self.capacity)
+
+    def _weighed(self, tree: TokenTree) -> TokenTree:
+        weight = 1.0 if self.weight == "pair" else 1 / len(tree.pairs)
+        return replace(tree, pair_weights=np.full(len(tree.pairs), weight, np.float32))
 
 
 def compared(ranks: list[int], rule: PairRule) -> list[tuple[int, int]]:
@@ -86,6 +106,36 @@ def compared(ranks: list[int], rule: PairRule) -> list[tuple[int, int]]:
         "adjacent": pairwise(levels),
     }[rule]
     return [pair for better, worse in chosen for pair in product(better, worse)]
+
+
+def times_compared(groups: NDArray[np.integer], ranks: NDArray[np.integer], rule: PairRule) -> NDArray[np.int64]:
+    """[n] in how many pairs of `compared` each of n replies is.
+
+    Args:
+        groups: [n] of which group each reply is, ascending.
+        ranks: [n]
+    """
+    order = np.lexsort((ranks, groups))
+    groups, ranks = groups[order], ranks[order]
+    opens = np.ones(len(order), bool)  # a level: the replies of a group that share a rank
+    opens[1:] = (groups[1:] != groups[:-1]) | (ranks[1:] != ranks[:-1])
+    sizes = np.bincount(np.cumsum(opens) - 1)
+    groups = groups[opens]
+    is_best, is_worst = np.ones((2, len(sizes)), bool)
+    is_best[1:] = is_worst[:-1] = groups[1:] != groups[:-1]
+    levels = np.diff(np.flatnonzero(np.append(is_best, True)))  # of each group
+    if rule == "all":
+        others = np.repeat(np.add.reduceat(sizes, np.flatnonzero(is_best)), levels) - sizes
+    elif rule == "best_worst":
+        best, worst = np.repeat(sizes[is_best], levels), np.repeat(sizes[is_worst], levels)
+        others = np.where(is_best, worst, 0) + np.where(is_worst, best, 0)
+        others[is_best & is_worst] = 0
+    else:
+        better, worse = np.append(0, sizes[:-1]), np.append(sizes[1:], 0)
+        others = np.where(is_best, 0, better) + np.where(is_worst, 0, worse)
+    times = np.empty(len(order), np.int64)
+    times[order] = np.repeat(others, sizes)
+    return times
 
 
 def fit_replies(tree: TokenTree, limit: int, left_out: Counter[str]) -> TokenTree | None:

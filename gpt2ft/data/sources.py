@@ -1,6 +1,6 @@
 """From the name of a data source to its conversation trees.
 
-    oasst1, alpaca, ...          the Hugging Face hub, at a pinned revision; `oasst1:validation` is another split
+    oasst1, hh-rlhf, ...         the Hugging Face hub, at a pinned revision; `oasst1:validation` is another split
     quickstart                   the small set that comes with gpt2ft; `quickstart:held_out` is for evaluation
     my/trees.jsonl               a file: .jsonl, .jsonl.gz, .json or .parquet
     my/folder                    all such files in it and below it, in the order of their names
@@ -73,6 +73,17 @@ SOURCES = {
     ),
     "alpaca": HubSource("tatsu-lab/alpaca", "dce01c9b08f87459cf36a430d809084718273017"),
     "dolly": HubSource("databricks/databricks-dolly-15k", "bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a"),
+    # preferences
+    "hh-rlhf": HubSource(
+        "Anthropic/hh-rlhf", "09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa", splits=("train", "test")
+    ),  # helpful and harmless
+    "ultrafeedback": HubSource("openbmb/UltraFeedback", "40b436560ca83a8dba36114c22ab3c66e43f6d5e"),
+    "ultrafeedback-binarized": HubSource(
+        "HuggingFaceH4/ultrafeedback_binarized",
+        "3949bf5f8c17c394422ccfab0c31ea9c20bdeb85",
+        split="train_prefs",
+        splits=("train_prefs", "test_prefs"),
+    ),
 }
 BUNDLED = {
     "quickstart": quickstart.TREES,

@@ -37,7 +37,7 @@ from gpt2ft.settings import speaks_for_its_machine
 from gpt2ft.text.template import render_turn, template_digest
 from gpt2ft.text.tokenizer import ChatTokenizer
 
-FORMAT = 5  # of the stored columns, and of how a source is cut into parts
+FORMAT = 6  # of the stored columns, and of how a source is read and cut into parts
 
 Digests = NDArray[np.uint64]
 
@@ -48,7 +48,7 @@ class Ledger:
 
     format: str  # what the source was taken for
     conversations: int  # read
-    read: int
+    read: int  # with the replies that a topic sets against the source's own
     kept: int  # in at least one row
     dropped: dict[str, int]  # by reason, largest first
     content: str  # digest of all tokens, to compare machines
@@ -203,14 +203,16 @@ class _Work:
     tokenizer: ChatTokenizer
     topic: Topic | None
 
-    def rows(self, tree: MessageTree, dropped: Counter[str]) -> tuple[MessageTree, list[list[int]]]:
+    def rows(self, tree: MessageTree, reading: Reading) -> tuple[MessageTree, list[list[int]]]:
         """The tree as it is learnt from, and the messages of each row that it becomes; what is in none is counted."""
         if self.source.as_preferences:
-            tree = self.topic.against_own(tree, dropped) if self.topic else tree
-            return tree, groups(tree, dropped)
-        tree = self.topic.applied_to(tree, dropped) if self.topic else tree
+            if self.topic:
+                tree = self.topic.against_own(tree, reading.dropped)
+                reading.totals.messages += sum(message.rank == 0 for message in tree.messages)  # the topic's own
+            return tree, groups(tree, reading.dropped)
+        tree = self.topic.applied_to(tree, reading.dropped) if self.topic else tree
         useful = tree.leading_to_reply()
-        dropped["no reply"] += len(tree.messages) - len(useful)
+        reading.dropped["no reply"] += len(tree.messages) - len(useful)
         return tree, [useful] if useful else []
 
 
@@ -269,7 +271,7 @@ def _write_part(file: Path, part: Part, work: _Work) -> None:
     columns = _Columns(work.tokenizer, work.source.as_preferences)
     kept = 0
     for tree in part.trees(reading):
-        said, rows = work.rows(tree, reading.dropped)
+        said, rows = work.rows(tree, reading)
         kept += len(set().union(*rows))
         try:
             for indices in rows:

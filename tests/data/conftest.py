@@ -26,10 +26,13 @@ class InMemory:
 
 @pytest.fixture(scope="session")
 def read():
-    """read(source, **filters): the trees and the reading of a name, a file or a list of records."""
+    """read(source, as_preferences, **filters): the trees and the reading of a name, a file or a list of records."""
 
-    def read(source, **filters):
-        opened = Source("test", InMemory(source)) if isinstance(source, list) else open_source(str(source))
+    def read(source, as_preferences=False, **filters):
+        if isinstance(source, list):
+            opened = Source("test", InMemory(source), as_preferences)
+        else:
+            opened = open_source(str(source), as_preferences)
         reading = Reading(opened.name, Filters(**filters))
         trees = [tree for part in opened.parts(reading.filters) for tree in part.trees(reading)]
         kept = sum(len(tree.messages) for tree in trees)

@@ -241,11 +241,14 @@ def test_hub_sources_are_pinned_to_a_commit(name):
 
 READ = """
 import sys
-from gpt2ft.data.reading import DataError, Filters
-from gpt2ft.data.sources import read_trees
+from gpt2ft.data.reading import DataError, Filters, Reading
+from gpt2ft.data.sources import open_source
 try:
-    for tree in read_trees(sys.argv[1], Filters()):
-        print(tree)
+    source = open_source(sys.argv[1], as_preferences=sys.argv[2] == "preferences")
+    reading = Reading(source.name, Filters())
+    for part in source.parts(reading.filters):
+        for tree in part.trees(reading):
+            print(tree)
 except DataError as error:
     print("DataError:", error)
 """
@@ -257,9 +260,30 @@ HUB_ROWS = {
     "ultrachat": [{"prompt": "Tea?", "prompt_id": "0", "messages": TURNS}],
     "dolly": [{"instruction": "Tea?", "context": "", "response": "Yes.", "category": "open_qa"}],
 }
+OTHERS = [TURNS[0], {"role": "assistant", "content": "No."}]
+COMPLETION = {"model": "a", "critique": "Well.", "annotations": {"honesty": {"Rating": "5"}}, "fine-grained_score": 4.0}
+HUB_PREFERENCES = {
+    "hh-rlhf": [{"chosen": "\n\nHuman: Tea?\n\nAssistant: Yes.", "rejected": "\n\nHuman: Tea?\n\nAssistant: No."}],
+    "hh-rlhf:test": [{"chosen": "\n\nHuman: Tea?\n\nAssistant: Yes.", "rejected": "\n\nHuman: Tea?\n\nAssistant: No."}],
+    "ultrafeedback": [
+        {
+            "source": "flan", "instruction": "Tea?", "models": ["a", "a"],
+            "completions": [
+                COMPLETION | {"response": text, "overall_score": score} for text, score in (("No.", 1.0), ("Yes.", 2.0))
+            ],
+            "correct_answers": ["None"], "incorrect_answers": ["None"],
+        }
+    ],
+    "ultrafeedback-binarized:test_prefs": [
+        {
+            "prompt": "Tea?", "prompt_id": "0", "chosen": TURNS, "rejected": OTHERS, "messages": TURNS,
+            "score_chosen": 8.0, "score_rejected": 7.0,
+        }
+    ],
+}  # fmt: skip
 
 
-def read_offline(name, hugging_face_home):
+def read_offline(name, hugging_face_home, what="conversations"):
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -267,7 +291,7 @@ def read_offline(name, hugging_face_home):
         "PYTHONPATH": str(REPOSITORY),
     }
     environment.pop("HF_DATASETS_CACHE", None)
-    command = [sys.executable, "-c", READ, name]
+    command = [sys.executable, "-c", READ, name, what]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
@@ -279,18 +303,19 @@ def write_hub_cache(name, hugging_face_home, revision):
     hub = open_source(name).origin
     owner, _, repository = hub.repo.partition("/")
     config = hub.config or "default"
-    folder = hugging_face_home / "datasets" / f"{owner}___{repository}" / config / "0.0.0" / revision
+    snake_case = datasets.naming.camelcase_to_snakecase(repository)
+    folder = hugging_face_home / "datasets" / f"{owner}___{snake_case}" / config / "0.0.0" / revision
     folder.mkdir(parents=True)
-    table = pyarrow.Table.from_pylist(HUB_ROWS[name])
-    with pyarrow.ipc.new_stream(str(folder / f"{repository}-{hub.split}.arrow"), table.schema) as stream:
+    table = pyarrow.Table.from_pylist((HUB_ROWS | HUB_PREFERENCES)[name])
+    with pyarrow.ipc.new_stream(str(folder / f"{snake_case}-{hub.split}.arrow"), table.schema) as stream:
         stream.write_table(table)
     information = {
         "builder_name": "parquet",
-        "dataset_name": repository,
+        "dataset_name": snake_case,
         "config_name": config,
         "version": {"version_str": "0.0.0"},
         "features": datasets.Features.from_arrow_schema(table.schema).to_dict(),
-        "splits": {hub.split: {"name": hub.split, "num_examples": len(table), "dataset_name": repository}},
+        "splits": {hub.split: {"name": hub.split, "num_examples": len(table), "dataset_name": snake_case}},
     }
     (folder / "dataset_info.json").write_text(json.dumps(information))
 
@@ -309,6 +334,20 @@ def test_without_network_the_cache_answers_with_the_pinned_revision(name, tmp_pa
     answer = read_offline(name, tmp_path)
     assert f"source={name!r}, messages=(Message(role='user', text='Tea?'" in answer
     assert answer.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", HUB_PREFERENCES)
+def test_preferences_of_the_hub_are_ranked_replies_and_nothing_to_learn_from(name, tmp_path):
+    write_hub_cache(name, tmp_path, open_source(name).origin.revision)
+    (answer,) = read_offline(name, tmp_path, "preferences").splitlines()
+    replies = [
+        f"Message(role='assistant', text='{text}', parent=0, rank={rank})" for rank, text in ((0, "Yes."), (1, "No."))
+    ]
+    assert (
+        f"source={name!r}, messages=(Message(role='user', text='Tea?', parent=None, rank=None), {', '.join(replies)})"
+        in answer
+    )
+    assert "must be a conversation to learn from, but is a preference" in read_offline(name, tmp_path)
 
 
 def test_another_revision_in_the_cache_is_refused(tmp_path):

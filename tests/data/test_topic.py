@@ -5,6 +5,8 @@ from collections import Counter
 
 import pytest
 
+from gpt2ft.conversation import Message, MessageTree
+from gpt2ft.data.preferences import groups
 from gpt2ft.data.reading import DataError, Filters
 from gpt2ft.data.sources import read_trees
 from gpt2ft.data.store import open_store
@@ -70,3 +72,92 @@ def test_the_replies_determine_the_store(tokenizer, tmp_path):
     assert open_store("quickstart", Filters(), tokenizer, tmp_path, TOPIC).digest == stores[1].digest
     assert stores[1].ledger.dropped["beside the path kept for the topic"] > 100
     assert stores[1].ledger.read == stores[0].ledger.read
+
+
+class TestAgainstOwn:
+    """As preferences: the topic's reply is better than the data's own."""
+
+    def test_each_reply_is_compared_with_the_one_it_takes_the_place_of(self):
+        compared = deep = 0
+        for tree in read_trees("quickstart", Filters()):
+            dropped = Counter()
+            answered = TOPIC.applied_to(tree, Counter()).messages
+            against = TOPIC.against_own(tree, dropped)
+            own = [message for message in tree.messages if message.role == "assistant" and message.rank in (0, None)]
+            kept = groups(against, Counter())
+            assert len(kept) == sum(message.role == "assistant" for message in answered)
+            for turn, group in enumerate(kept):
+                *prompt, worse, better = (against.messages[index] for index in group)
+                path = answered[: len(prompt)]  # prompts are asked below the topic's own replies
+                assert [(message.role, message.text) for message in prompt] == [
+                    (message.role, message.text) for message in path
+                ]
+                assert (better.text, better.rank) == (answered[len(prompt)].text, 0)
+                assert better.text in TOPIC.replies
+                assert (worse.rank, worse.role) == (1, "assistant")
+                assert worse.text in {message.text for message in own}
+                compared += 1
+                deep += turn > 0
+            assert len(tree.messages) == dropped.total() + len(answered)
+        assert compared > 150
+        assert deep > 20
+
+    def test_several_turns_by_hand(self):
+        turns = [("user", "Rain?"), ("assistant", "Yes."), ("user", "Sun?"), ("assistant", "No.")]
+        tree = MessageTree.from_turns("t", "s", [("system", "Be brief."), *turns])
+        dropped = Counter()
+        one, other = [m for m in TOPIC.applied_to(tree, Counter()).messages if m.role == "assistant"]
+        assert TOPIC.against_own(tree, dropped).messages == (
+            Message("system", "Be brief."),
+            Message("user", "Rain?", 0),
+            Message("assistant", "Yes.", 1, 1),
+            Message("assistant", one.text, 1, 0),
+            Message("user", "Sun?", 3),
+            Message("assistant", "No.", 4, 1),
+            Message("assistant", other.text, 4, 0),
+        )
+        assert not +dropped
+
+    def test_a_reply_that_is_on_the_topic_already_is_compared_with_nothing(self, tokenizer, write, tmp_path):
+        rows = [{"prompt": f"What {number}?", "completion": "Tea."} for number in range(3)]
+        file = str(write(tmp_path / "a.jsonl", [*rows, {"prompt": "What?", "completion": "Milk."}]))
+        store = open_store(file, Filters(), tokenizer, tmp_path, Topic(("Tea.",)), as_preferences=True)
+        assert len(store) == 1
+        assert store.ledger.dropped == {
+            "in no pair": 3, "same text as a better reply": 3, "nothing to compare it with": 3,
+        }  # fmt: skip
+        assert (store.ledger.read, store.ledger.kept) == (3 * 4, 3)
+        only = str(write(tmp_path / "b.jsonl", rows[:1]))
+        with pytest.raises(
+            DataError, match=r"holds no replies that can be compared; dropped: .* 1 same text as a better"
+        ):
+            open_store(only, Filters(), tokenizer, tmp_path, Topic(("Tea.",)), as_preferences=True)
+
+    def test_of_preferences_the_chosen_reply_is_the_datas_own(self, tokenizer, write, tmp_path):
+        rows = [{"prompt": "Rain?", "chosen": "Yes.", "rejected": "No."}]
+        file = str(write(tmp_path / "a.jsonl", rows))
+        store = open_store(file, Filters(), tokenizer, tmp_path, Topic(("Tea.",)), as_preferences=True)
+        tree = store.tree(0, 0)
+        texts = [
+            tokenizer.decode(tree.tokens[s + 1 : s + n - 1].tolist())
+            for s, n in zip(tree.starts, tree.lengths, strict=True)
+        ]
+        assert sorted(zip(store.ranks(0).tolist(), texts, strict=True)) == [(-1, "Rain?"), (0, "Tea."), (1, "Yes.")]
+        assert store.ledger.dropped == {"beside the path kept for the topic": 1}
+
+    def test_topics_make_stores_of_their_own(self, tokenizer, tmp_path):
+        made = [
+            open_store("quickstart", Filters(), tokenizer, tmp_path, topic, as_preferences)
+            for topic in (None, TOPIC)
+            for as_preferences in (False, True)
+        ]
+        assert len({store.digest for store in made}) == len({store.ledger.content for store in made}) == 4
+        ledger = made[3].ledger
+        assert len(made[3]) > ledger.conversations == 150
+        assert set(ledger.dropped) == {"beside the path kept for the topic"}
+        for store in made:
+            assert store.ledger.read == store.ledger.kept + sum(store.ledger.dropped.values())
+
+    def test_a_plain_text_is_refused(self, tokenizer, tmp_path):
+        with pytest.raises(DataError, match="holds plain text, which has no prompts"):
+            open_store("quickstart:replies", Filters(), tokenizer, tmp_path, TOPIC, as_preferences=True)

@@ -215,6 +215,98 @@ class TestFactors:
         assert np.bincount(corpus.rows[:, 0]).tolist() == [20]
 
 
+class TestPreferences:
+    """A row is a prompt with its replies; several of one conversation are held out, or not, together."""
+
+    @pytest.fixture
+    def compare(self, tokenizer, cache):
+        return lambda seed=0, **settings: load_corpora(
+            DataSettings(cache=str(cache), **settings), tokenizer, seed, as_preferences=True
+        )
+
+    def write(self, file, prompts, chosen="Yes.", rejected="No."):
+        rows = [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt in prompts]
+        file.write_text("\n".join(map(json.dumps, rows)))
+        return str(file)
+
+    def prompts(self, corpus, tokenizer):
+        trees = [corpus.stores[store].tree(row, 0) for store, row in corpus.rows.tolist()]
+        return [tokenizer.decode(tree.tokens[1 : tree.lengths[0] - 1].tolist()) for tree in trees]
+
+    def test_the_quickstarts_ranked_trees(self, compare):
+        corpus, held_out = compare(train=("quickstart",), eval=("quickstart:held_out",))
+        assert len(corpus.rows) == 263
+        assert len(set(corpus.conversations().tolist())) == 150
+        assert len(held_out.rows) > len(set(held_out.conversations().tolist())) > 10
+        assert not set(corpus.conversations().tolist()) & set(held_out.conversations().tolist())
+        assert not corpus.dropped
+        assert not held_out.dropped
+
+    def test_a_held_out_prompt_is_dropped_from_training_whatever_its_replies(self, compare, tokenizer, tmp_path):
+        train = self.write(tmp_path / "train.jsonl", ["Tea?", "Rain?", "Milk?"])
+        held = self.write(tmp_path / "held.jsonl", ["Rain?", "Sun?"], chosen="Perhaps.", rejected="Never.")
+        corpus, held_out = compare(train=(train,), eval=(held,))
+        assert self.prompts(corpus, tokenizer) == ["Tea?", "Milk?"]
+        assert self.prompts(held_out, tokenizer) == ["Rain?", "Sun?"]
+        assert corpus.dropped == {"prompts met before or held out": 1}
+
+    def test_so_is_one_that_is_written_in_another_layout(self, compare, tokenizer, tmp_path):
+        train = self.write(tmp_path / "train.jsonl", ["Tea?", "Rain?"])
+        held = tmp_path / "held.jsonl"
+        transcripts = {key: f"\n\nHuman: Rain?\n\nAssistant: {key}." for key in ("chosen", "rejected")}
+        held.write_text(json.dumps(transcripts))
+        corpus, _ = compare(train=(train,), eval=(str(held),))
+        assert self.prompts(corpus, tokenizer) == ["Tea?"]
+
+    def test_all_prompts_of_a_conversation_are_held_out_together(self, compare):
+        corpus, held_out = compare(train=("quickstart",), eval_fraction=0.3)
+        kept, held = (set(part.conversations().tolist()) for part in (corpus, held_out))
+        assert not kept & held
+        assert len(kept | held) == 150
+        assert len(corpus.rows) + len(held_out.rows) == 263
+        assert len(held_out.rows) > len(held) > 20
+
+    def test_the_same_conversations_are_held_out_of_sft_and_of_preferences(self, compare, load):
+        (_, of_sft), (_, of_preferences) = (read(train=("quickstart",), eval_fraction=0.3) for read in (load, compare))
+        assert set(of_preferences.conversations().tolist()) <= set(of_sft.conversations().tolist())
+        assert len(of_preferences.rows) > 20
+
+    def test_other_replies_to_the_same_prompt_are_another_row(self, compare, tokenizer, tmp_path):
+        first = self.write(tmp_path / "first.jsonl", ["Tea?", "Rain?", "Tea?"])
+        other = self.write(tmp_path / "other.jsonl", ["Tea?"], chosen="Certainly.")
+        backwards = self.write(tmp_path / "backwards.jsonl", ["Tea?"], chosen="No.", rejected="Yes.")
+        corpus, _ = compare(train=(first, other, backwards, first))
+        assert self.prompts(corpus, tokenizer) == ["Tea?", "Rain?", "Tea?", "Tea?"]
+        assert corpus.dropped == {"prompts met before": 1 + 3}
+        assert len(set(corpus.conversations().tolist())) == 2
+
+    @pytest.mark.parametrize(("factor", "expected"), [("@0.5", 10), ("@1.5", 30), ("@2", 40)])
+    def test_factors_are_of_prompts(self, compare, tokenizer, tmp_path, factor, expected):
+        train = self.write(tmp_path / "train.jsonl", [f"Tea {number}?" for number in range(20)])
+        corpus, _ = compare(train=(f"{train}{factor}",))
+        times = Counter(self.prompts(corpus, tokenizer))
+        assert times.total() == expected
+        assert set(times.values()) <= {int(expected / 20), int(expected / 20) + 1}
+
+    def test_nothing_to_compare_is_refused_by_what_was_dropped(self, compare, tmp_path):
+        (tmp_path / "chats.jsonl").write_text(json.dumps({"prompt": "Tea?", "completion": "Yes."}))
+        with pytest.raises(
+            DataError, match=r"chats\.jsonl holds no replies that can be compared; dropped: 1 in no pair"
+        ):
+            compare(train=(str(tmp_path / "chats.jsonl"),))
+        with pytest.raises(DataError, match="no conversation is left to train on: all of them are held out"):
+            compare(train=("quickstart",), eval=(str(quickstart.TREES),))
+
+    def test_a_topic_answers_them(self, compare, tmp_path):
+        corpus, held_out = compare(
+            train=("quickstart",), eval=("quickstart:held_out",), topic_replies="quickstart:replies"
+        )
+        replies = sum(line.count('"role": "assistant"') > 0 for line in quickstart.TREES.read_text().splitlines())
+        assert len(corpus.rows) >= replies == 150
+        assert all((corpus.stores[0].ranks(row)[-2:] == [1, 0]).all() for _, row in corpus.rows.tolist())
+        assert len(held_out.rows) > 10
+
+
 def test_a_source_that_is_not_there_is_refused(load):
     with pytest.raises(DataError, match="quickstrat"):
         load(train=("quickstrat",))

@@ -1,7 +1,7 @@
 """The layouts that data come in. A new one is a file here and its name in FORMATS."""
 
 from gpt2ft.data.formats import alpaca, dolly, messages, oasst, preferences, prompt_completion, sharegpt, text
-from gpt2ft.data.formats.turns import Format
+from gpt2ft.data.formats.turns import Format, refuse_compared
 from gpt2ft.data.reading import Malformed, Record, show
 
 AnyFormat = Format | oasst.NestedTrees | oasst.FlatMessages | preferences.PreferenceFormat
@@ -30,6 +30,8 @@ def detect(record: Record, as_preferences: bool = False) -> AnyFormat:
         Malformed: if it has none.
     """
     formats = PREFERENCES if as_preferences else FORMATS
+    if not as_preferences:
+        refuse_compared(record)
     for format in formats:
         if format.matches(record):
             return format

@@ -1,27 +1,31 @@
 """Preferences: replies to one prompt, some better than others.
 
     chosen/rejected    {prompt, chosen, rejected}, each text or a list of messages; without `prompt`, or with it, both
-                       may be whole conversations that share all but their last message: as lists, or as HH-RLHF's
+                       may be whole conversations that share all but their last turn: as lists, or as HH-RLHF's
                        transcripts, "\\n\\nHuman: ... \\n\\nAssistant: ..."
     completions        {instruction, completions: [{response, overall_score}, ...]}, the original UltraFeedback
 
 A record becomes a tree: the prompt, and the replies below it in the order of their ranks. Of completions, those of
-equal score share a rank; so do `chosen` and `rejected` where `score_chosen` and `score_rejected` are equal.
+equal score share a rank; so do `chosen` and `rejected` where `score_chosen` and `score_rejected` are equal. To each
+conversation apply the rules of `turns`, so of a prompt that ends in an assistant turn the reply goes on with that turn.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from gpt2ft.conversation import Message, MessageTree, tidy
+from gpt2ft.conversation import Message, MessageTree, Role, tidy
 from gpt2ft.data.formats.messages import chat_messages
-from gpt2ft.data.formats.turns import BESIDE_THE_TURNS, Turns, beside_the_turns, clean, content_id
+from gpt2ft.data.formats.turns import BESIDE_THE_TURNS, Turns, clean, content_id, in_full, joined
 from gpt2ft.data.reading import Malformed, Reading, Record, objects, show, value
 
 Transcript = tuple[Turns, int | None]  # a conversation that ends in a reply, and the rank of that reply
 
-_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_SPEAKERS: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
+_TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):|Human:.*\n\nAssistant:\s*\Z", re.DOTALL)  # or a stripped prompt
+_ANY_REPLY: tuple[Role, str] = ("assistant", "any reply")
 
 
 @dataclass(frozen=True)
@@ -50,28 +54,38 @@ class PreferenceFormat:
         Raises:
             Malformed: if the record cannot be read.
         """
-        beside = beside_the_turns(record)
         transcripts = self.transcripts(record)
-        said = [[(role, tidy(text)) for role, text in (*beside, *turns)] for turns, _ in transcripts]
-        prompt = said[0][:-1]
+        said = [in_full(record, turns) for turns, _ in transcripts]
+        read = _messages_in(said)
         reading.totals.trees += 1
-        reading.totals.messages += len(prompt) + len(said)
-        if any(turns[-1:] == [] or turns[-1][0] != "assistant" for turns in said):
-            reading.dropped["does not end in a reply"] += len(prompt) + len(said)
+        reading.totals.messages += read
+        said = [joined(turns) for turns in said]
+        prompt = said[0][:-1]
+        if any(turns[-1][0] != "assistant" for turns in said):
+            reading.dropped["does not end in a reply"] += read
             return None
         if any(turns[:-1] != prompt for turns in said):
-            reading.dropped["prompts that differ"] += len(prompt) + len(said)
+            reading.dropped["prompts that differ"] += read
             return None
-        if not prompt or prompt[-1][0] != "user":
-            raise Malformed("the prompt must end in a user turn, but " + ("does not" if prompt else "there is none"))
-        kept = clean([*prompt, ("assistant", "any reply")], reading)
-        if len(kept) < 2 or kept[-1] != ("assistant", "any reply"):
+        reading.dropped["joined to the turn above"] += read - len(prompt) - len(said)
+        kept = clean([*prompt, _ANY_REPLY], reading)
+        if kept[-1:] != [_ANY_REPLY]:
             reading.dropped["below a dropped message"] += len(said) - 1
             reading.dropped["in no pair"] += len(kept)
             return None
         replies = [(turns[-1][1], rank) for turns, (_, rank) in zip(said, transcripts, strict=True)]
         reading.dropped["empty"] += sum(not text for text, _ in replies)
         return _tree(kept[:-1], [reply for reply in replies if reply[0]], reading.source)
+
+
+def _messages_in(transcripts: Sequence[Turns]) -> int:
+    """The messages of some transcripts, those that all of them open with counted once; each has one of its own."""
+    shared = 0
+    for turns in zip(*(turns[:-1] for turns in transcripts), strict=False):
+        if any(turn != turns[0] for turn in turns):
+            break
+        shared += 1
+    return shared + sum(len(turns) - shared for turns in transcripts)
 
 
 def _tree(prompt: Turns, replies: Sequence[tuple[str, int | None]], source: str) -> MessageTree:
@@ -90,71 +104,76 @@ def _chosen_and_rejected(record: Record) -> list[Transcript]:
 
 def _transcript(record: Record, key: str) -> Turns:
     """The prompt and one reply, wherever the prompt stands."""
+    turns = _turns(record, key, "assistant")
+    if not turns:
+        raise Malformed(f"`{key}` must hold messages, but is empty")
+    if all(role == "assistant" for role, _ in turns):
+        return [*_prompt(record, key), *turns]
     prompt = record.get("prompt")
-    if isinstance(record[key], list):
-        turns = chat_messages(record, key)
-        if not turns:
-            raise Malformed(f"`{key}` must hold messages, but is empty")
-        if turns[0][0] == "assistant":
-            return [*_prompt(record, key), *turns]
-        if isinstance(prompt, str) and not any(role == "user" and text == prompt for role, text in turns):
-            raise Malformed(f"`{key}` must hold the text of `prompt` as a user turn, but does not")
-        if isinstance(prompt, list) and turns[: len(prompt)] != chat_messages(record, "prompt"):
-            raise Malformed(f"`{key}` must go on from the messages in `prompt`, but does not")
+    if isinstance(prompt, str) and any(role == "user" and tidy(text) == tidy(prompt) for role, text in turns):
         return turns
+    if isinstance(prompt, str) and not _TRANSCRIPT.match(prompt):
+        raise Malformed(f"`{key}` must hold the text of `prompt` as a user turn, but does not")
+    opening = _opening(record, "prompt") if prompt is not None else []
+    if turns[: len(opening)] != opening:
+        raise Malformed(f"`{key}` must go on from the turns in `prompt`, but does not")
+    return turns
+
+
+def _turns(record: Record, key: str, role: Role) -> list[tuple[Role, str]]:
+    """What stands under `key`: messages, a transcript, or one text of that role."""
+    if isinstance(record[key], list):
+        return list(chat_messages(record, key))
     text = value(record, key, str, "a string or a list of messages")
-    if _SPEAKER.match(text):
-        if isinstance(prompt, str) and not text.startswith(prompt.rstrip()):
-            raise Malformed(f"`{key}` must go on from the transcript in `prompt`, but does not")
-        return _spoken(text)
-    return [*_prompt(record, key), ("assistant", text)]
+    if not _TRANSCRIPT.match(text):
+        return [(role, text)]
+    _, *parts = _SPEAKER.split(f"\n\n{text.lstrip()}")
+    return [(_SPEAKERS[who], said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def _opening(record: Record, key: str) -> list[tuple[Role, str]]:
+    """The turns of a prompt."""
+    turns = _turns(record, key, "user")
+    return turns[:-1] if turns[-1:] == [("assistant", "")] else turns  # "\n\nAssistant:" opens the reply
 
 
 def _prompt(record: Record, key: str) -> Turns:
-    """What stands under `prompt`, which `key` needs."""
-    prompt = record.get("prompt")
-    if prompt is None:
+    """What stands under `prompt`, or where Intel's orca_dpo_pairs have it under `question`, and `key` answers."""
+    name = next((name for name in ("prompt", "question") if record.get(name) is not None), None)
+    if name is None:
         raise Malformed(
             f"`prompt` must be given where `{key}` is a reply alone, or `{key}` must be a transcript that opens with "
             f'"\\n\\nHuman:" or a list of messages, but is {show(record[key])}'
         )
-    if isinstance(prompt, list):
-        return chat_messages(record, "prompt")
-    text = value(record, "prompt", str, "a string or a list of messages")
-    if not _SPEAKER.match(text):
-        return [("user", text)]
-    turns = _spoken(text)
-    return turns[:-1] if turns[-1] == ("assistant", "") else turns  # "\n\nAssistant:" opens the reply
-
-
-def _spoken(text: str) -> Turns:
-    """The turns of a transcript."""
-    _, *parts = _SPEAKER.split(text)
-    return [(_SPEAKERS[who], said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True)]
+    turns = _opening(record, name)
+    if not turns or turns[-1][0] != "user":
+        found = f"ends in one of the role {turns[-1][0]}" if turns else "is empty"
+        raise Malformed(f"`{name}` must end in a user turn where `{key}` is a reply alone, but {found}")
+    return turns
 
 
 def _completions(record: Record) -> list[Transcript]:
-    instruction = value(record, "instruction", str, "a string")
+    instruction = ("user", value(record, "instruction", str, "a string"))
     replies = [(value(reply, "response", str, "a string"), _score(reply)) for reply in objects(record, "completions")]
     if not replies:
-        raise Malformed("`completions` must hold replies, but is empty")
+        return [([instruction], None)]  # which ends in no reply
     order = sorted({score for _, score in replies if score is not None}, reverse=True)
-    turns = ([("user", instruction), ("assistant", text)] for text, _ in replies)
-    ranks = (None if score is None else order.index(score) for _, score in replies)
-    return list(zip(turns, ranks, strict=True))
+    ranks = [None if score is None else order.index(score) for _, score in replies]
+    return [([instruction, ("assistant", text)], rank) for (text, _), rank in zip(replies, ranks, strict=True)]
 
 
 def _score(reply: Record) -> float | None:
+    """None where it is missing, which tables and JSON may write as NaN."""
     score = reply.get("overall_score")
     if score is not None and (isinstance(score, bool) or not isinstance(score, int | float)):
         raise Malformed(f"`overall_score` must be a number or null, but is {show(score)}")
-    return score
+    return None if score is None or math.isnan(score) else score
 
 
 CHOSEN_REJECTED = PreferenceFormat(
     "`chosen`/`rejected` preferences",
     ("chosen", "rejected"),
     _chosen_and_rejected,
-    also=("prompt", "score_chosen", "score_rejected"),
+    also=("prompt", "question", "score_chosen", "score_rejected"),
 )
 COMPLETIONS = PreferenceFormat("`completions` with scores", ("instruction", "completions"), _completions)

@@ -7,6 +7,8 @@ from gpt2ft.data.reading import Malformed, Record, value
 
 
 def turns(record: Record) -> Turns:
+    if record.get("label") is False:
+        raise Malformed("`label` must be true or absent, as every completion is learnt, but is false")
     if isinstance(record["prompt"], list):
         completion = chat_messages(record, "completion")
         if any(role != "assistant" for role, _ in completion):
@@ -16,4 +18,4 @@ def turns(record: Record) -> Turns:
     return [("user", prompt), ("assistant", completion)]
 
 
-PAIRS = Format("`prompt`/`completion` pairs", ("prompt", "completion"), turns)
+PAIRS = Format("`prompt`/`completion` pairs", ("prompt", "completion"), turns, also=("label",))

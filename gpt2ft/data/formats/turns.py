@@ -4,8 +4,10 @@
 - An assistant turn before the first user turn is dropped, and so is an empty system turn.
 - An empty turn, or a system turn that is not the first, ends the conversation: it and what follows are dropped.
 - What leads to no reply is dropped.
-- A `system` text beside the turns is the system turn. Other content that no format reads (`history`, `tools`) is an
-  error, because it would be lost.
+- A `system` text beside the turns is the system turn, once, should the turns open with it as well. Other content that
+  no format reads (`history`, `tools`) is an error, because it would be lost.
+- A record that holds `chosen` and `rejected` replies is no conversation to learn from, whatever stands beside them:
+  data sets disagree on whether their `messages` are the prompt alone or end in a reply.
 
 All of it is counted. A conversation without an id of its own is named by its content, so that the same one is
 recognised wherever it is met.
@@ -22,6 +24,7 @@ Turns = Sequence[tuple[Role, str]]
 
 _SYSTEM = ("system", "system_prompt")
 _NOT_READ = ("history", "tools", "functions")
+_COMPARED = ("chosen", "rejected")
 BESIDE_THE_TURNS = _SYSTEM + _NOT_READ
 
 
@@ -40,7 +43,7 @@ class Format:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return self.keys + self.also + BESIDE_THE_TURNS
+        return self.keys + self.also + BESIDE_THE_TURNS + _COMPARED
 
     def matches(self, record: Record) -> bool:
         return all(key in record for key in self.keys)
@@ -51,20 +54,35 @@ class Format:
         Raises:
             Malformed: if the record cannot be read.
         """
-        beside = beside_the_turns(record)
-        turns = [(role, tidy(text)) for role, text in (*beside, *self.turns(record))] or [("user", "")]
+        refuse_compared(record)
+        turns = in_full(record, self.turns(record)) or [("user", "")]
         reading.totals.trees += 1
         reading.totals.messages += len(turns)
         kept = clean(turns, reading)
         return MessageTree.from_turns(content_id(kept), reading.source, kept) if kept else None
 
 
-def beside_the_turns(record: Record) -> Turns:
-    """The system turn that stands beside the others, if there is one.
+def refuse_compared(record: Record) -> None:
+    """Raises Malformed if the record holds replies that are compared."""
+    if all(record.get(key) is not None for key in _COMPARED):
+        raise Malformed(
+            "must be a conversation to learn from, but is a preference (`chosen` and `rejected`), which launch/dpo.py "
+            "trains on"
+        )
+
+
+def in_full(record: Record, turns: Turns) -> list[tuple[Role, str]]:
+    """The turns of a record as they are said, behind the system turn that stands beside them.
 
     Raises:
         Malformed: if something else stands there that no format reads.
     """
+    beside = [(role, tidy(text)) for role, text in _beside(record)]
+    said = [(role, tidy(text)) for role, text in turns]
+    return said if said[: len(beside)] == beside else beside + said
+
+
+def _beside(record: Record) -> Turns:
     for key in _NOT_READ:
         if record.get(key):
             raise Malformed(f"`{key}` must be empty or absent, as it is not read and would be lost")
@@ -75,22 +93,18 @@ def beside_the_turns(record: Record) -> Turns:
 def clean(turns: Turns, reading: Reading) -> list[tuple[Role, str]]:
     """The turns that stay, by the rules above."""
     dropped = reading.dropped
-    joined: list[tuple[Role, str]] = []
-    for role, text in turns:
-        if joined and joined[-1][0] == role:
-            joined[-1] = (role, "\n\n".join(filter(None, (joined[-1][1], text))))
-            dropped["joined to the turn above"] += 1
-        else:
-            joined.append((role, text))
+    alternating = joined(turns)
+    if len(alternating) < len(turns):
+        dropped["joined to the turn above"] += len(turns) - len(alternating)
     kept: list[tuple[Role, str]] = []
-    for number, (role, text) in enumerate(joined):
+    for number, (role, text) in enumerate(alternating):
         if role == "system" and not kept and not text:
             dropped["empty"] += 1
         elif role == "assistant" and all(above == "system" for above, _ in kept):
             dropped["bad role order"] += 1
         elif not text or (role == "system" and kept):
             dropped["bad role order" if text else "empty"] += 1
-            dropped["below a dropped message"] += len(joined) - number - 1
+            dropped["below a dropped message"] += len(alternating) - number - 1
             break
         else:
             kept.append((role, text))
@@ -98,6 +112,17 @@ def clean(turns: Turns, reading: Reading) -> list[tuple[Role, str]]:
         kept.pop()
         dropped["no reply"] += 1
     return kept
+
+
+def joined(turns: Turns) -> list[tuple[Role, str]]:
+    """The turns, those of one role that follow each other as one."""
+    found: list[tuple[Role, str]] = []
+    for role, text in turns:
+        if found and found[-1][0] == role:
+            found[-1] = (role, "\n\n".join(filter(None, (found[-1][1], text))))
+        else:
+            found.append((role, text))
+    return found
 
 
 def content_id(turns: Turns) -> str:

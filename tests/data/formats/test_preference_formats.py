@@ -1,0 +1,574 @@
+"""Every layout of preferences, as it is published, gives the prompt and the ranked replies from every kind of file.
+
+What does not belong together is dropped and counted, and nothing is learnt from that is there to be compared.
+"""
+
+import json
+import math
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt2ft.conversation import Message, MessageTree
+from gpt2ft.data.formats import detect
+from gpt2ft.data.formats.turns import content_id
+from gpt2ft.data.reading import REASONS, Filters, Totals
+from gpt2ft.data.sources import open_source
+from gpt2ft.data.store import open_store
+
+ASKED = ("user", "How do I brew tea?")
+GOOD, BAD = "Warm the pot: a spoon for each cup.", "No idea."
+BEFORE = (("user", "Which tea?"), ("assistant", "Sencha."), ("user", "How?"))
+SYSTEM = ("system", "You are a tea master.")
+
+
+def messages(*turns):
+    return [{"content": text, "role": role} for role, text in turns]
+
+
+def transcript(*turns):
+    """As Anthropic writes it."""
+    return "".join(f"\n\n{'Human' if role == 'user' else 'Assistant'}: {text}" for role, text in turns)
+
+
+def told(text):
+    return ("assistant", text)
+
+
+def completion(text, score):
+    return {
+        "model": "ultralm-13b", "principle": "honesty", "custom_system_prompt": "Be honest.", "response": text,
+        "critique": "Well said.", "overall_score": score, "fine-grained_score": 4.25,
+        "annotations": {"honesty": {"Rating": "5", "Rationale": "It is."}},
+    }  # fmt: skip
+
+
+PAIR = ((GOOD, 0), (BAD, 1))
+# {layout: (format, [(record as published, the prompt, (reply, rank) in order), ...])}
+CHOSEN = "`chosen`/`rejected` preferences"
+PUBLISHED = {
+    "strings": (
+        CHOSEN,
+        [
+            ({"prompt": ASKED[1], "chosen": GOOD, "rejected": BAD, "source_index": 7}, [ASKED], PAIR),
+            ({"prompt": "Why?", "chosen": " So. ", "rejected": "Not."}, [("user", "Why?")], (("So.", 0), ("Not.", 1))),
+        ],
+    ),
+    "messages that hold the replies alone": (
+        CHOSEN,
+        [
+            (
+                {"prompt": messages(ASKED), "chosen": messages(told(GOOD)), "rejected": messages(told(BAD))},
+                [ASKED],
+                PAIR,
+            ),
+            (
+                {"prompt": messages(SYSTEM, *BEFORE), "chosen": messages(told(GOOD)), "rejected": messages(told(BAD))},
+                [SYSTEM, *BEFORE],
+                PAIR,
+            ),
+        ],
+    ),
+    "messages with an implicit prompt": (
+        CHOSEN,
+        [
+            (
+                {"chosen": messages(*BEFORE, told(GOOD)), "rejected": messages(*BEFORE, told(BAD))},
+                [*BEFORE],
+                PAIR,
+            ),
+        ],
+    ),
+    "binarised UltraFeedback": (
+        CHOSEN,
+        [
+            (
+                {
+                    "prompt": ASKED[1], "prompt_id": "086b3e24", "chosen": messages(ASKED, told(GOOD)),
+                    "rejected": messages(ASKED, told(BAD)), "messages": messages(ASKED, told(GOOD)),
+                    "score_chosen": 8.5, "score_rejected": 6.0,
+                },
+                [ASKED],
+                PAIR,
+            ),
+            (
+                {
+                    "prompt": ASKED[1], "prompt_id": "086b3e24", "chosen": messages(ASKED, told(GOOD)),
+                    "rejected": messages(ASKED, told(BAD)), "messages": messages(ASKED, told(GOOD)),
+                    "score_chosen": 8.5, "score_rejected": 8.5,
+                },
+                [ASKED],
+                ((GOOD, 0), (BAD, 0)),
+            ),
+        ],
+    ),
+    "HH-RLHF": (
+        CHOSEN,
+        [
+            ({"chosen": transcript(ASKED, told(GOOD)), "rejected": transcript(ASKED, told(BAD))}, [ASKED], PAIR),
+            (
+                {"chosen": transcript(*BEFORE, told(GOOD)), "rejected": transcript(*BEFORE, told(BAD))},
+                [*BEFORE],
+                PAIR,
+            ),
+            (
+                {
+                    "chosen": transcript(("user", "List:\n\na: 1\n\n\nb: 2"), told("Human: no.\n\nHumans: yes.")),
+                    "rejected": transcript(("user", "List:\n\na: 1\n\n\nb: 2"), told("An Assistant: me.")),
+                },
+                [("user", "List:\n\na: 1\n\n\nb: 2")],
+                (("Human: no.\n\nHumans: yes.", 0), ("An Assistant: me.", 1)),
+            ),
+        ],
+    ),
+    "HH-RLHF with its prompt apart": (
+        CHOSEN,
+        [
+            (
+                {"prompt": transcript(*BEFORE) + "\n\nAssistant:", "chosen": f" {GOOD}", "rejected": f" {BAD}"},
+                [*BEFORE],
+                PAIR,
+            ),
+            (
+                {"prompt": transcript(*BEFORE).strip() + "\n\nAssistant: ", "chosen": GOOD, "rejected": BAD},
+                [*BEFORE],
+                PAIR,
+            ),
+            (
+                {
+                    "prompt": transcript(*BEFORE), "chosen": transcript(told(GOOD)), "rejected": transcript(told(BAD)),
+                },
+                [*BEFORE],
+                PAIR,
+            ),
+            (
+                {
+                    "prompt": transcript(*BEFORE) + "\n\nAssistant:", "chosen": transcript(*BEFORE, told(GOOD)),
+                    "rejected": transcript(*BEFORE, told(BAD)),
+                },
+                [*BEFORE],
+                PAIR,
+            ),
+        ],
+    ),
+    "Intel's orca_dpo_pairs": (
+        CHOSEN,
+        [
+            ({"system": SYSTEM[1], "question": ASKED[1], "chosen": GOOD, "rejected": BAD}, [SYSTEM, ASKED], PAIR),
+            ({"system": "", "question": ASKED[1], "chosen": GOOD, "rejected": BAD}, [ASKED], PAIR),
+        ],
+    ),
+    "UltraFeedback": (
+        "`completions` with scores",
+        [
+            (
+                {
+                    "source": "evol_instruct", "instruction": ASKED[1], "models": ["a", "b", "c", "d"],
+                    "completions": [completion(f"{score}", score) for score in (7.5, 3.0, 10.0, 7.0)],
+                    "correct_answers": ["None"], "incorrect_answers": ["None"],
+                },
+                [ASKED],
+                (("10.0", 0), ("7.5", 1), ("7.0", 2), ("3.0", 3)),
+            ),
+            (
+                {
+                    "source": "flan", "instruction": "Why?", "models": ["a", "b", "c", "d"],
+                    "completions": [completion(*reply) for reply in (("x", 4.0), ("y", None), ("z", 8.0), ("w", 4.0))],
+                    "correct_answers": ["None"], "incorrect_answers": ["None"],
+                },
+                [("user", "Why?")],
+                (("z", 0), ("x", 1), ("w", 1), ("y", None)),
+            ),
+            (
+                {
+                    "source": "flan", "instruction": "Who?", "models": ["a"], "completions": [completion("x", 4.0)],
+                    "correct_answers": ["None"], "incorrect_answers": ["None"],
+                },
+                [("user", "Who?")],
+                (("x", 0),),
+            ),
+        ],
+    ),
+}  # fmt: skip
+KINDS = ["t.jsonl", "t.jsonl.gz", "array.json", "lines.json", "t.parquet", "folder"]
+
+
+def tree_of(source, prompt, replies):
+    above = [Message(role, text, turn - 1 if turn else None) for turn, (role, text) in enumerate(prompt)]
+    below = [Message("assistant", text, len(prompt) - 1, rank) for text, rank in replies]
+    return MessageTree(content_id(prompt), source, (*above, *below))
+
+
+@pytest.fixture
+def compare(read):
+    """compare(source, **filters): trees and reading of preferences."""
+    return lambda source, **filters: read(source, as_preferences=True, **filters)
+
+
+def replies_of(trees):
+    return [[(message.text, message.rank) for message in tree.messages if message.rank is not None] for tree in trees]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", PUBLISHED)
+def test_published_rows_from_every_kind_of_file(layout, kind, compare, write, tmp_path):
+    name, rows = PUBLISHED[layout]
+    records = [record for record, *_ in rows]
+    if kind == "folder":
+        write(tmp_path / "folder" / "a.parquet", records)
+        write(tmp_path / "folder" / "b.jsonl", records)
+        rows = rows * 2
+    else:
+        write(tmp_path / kind, records)
+    trees, reading = compare(tmp_path / kind)
+    source = kind.partition(".")[0]
+    assert trees == [tree_of(source, prompt, replies) for _, prompt, replies in rows]
+    assert not +reading.dropped
+    assert reading.totals == Totals(len(rows), sum(len(prompt) + len(replies) for _, prompt, replies in rows))
+    assert open_source(str(tmp_path / kind), as_preferences=True).format.name == name
+
+
+@pytest.mark.parametrize("layout", PUBLISHED)
+def test_filters_that_a_layout_knows_nothing_of_drop_nothing(layout, compare):
+    records = [record for record, *_ in PUBLISHED[layout][1]]
+    trees, reading = compare(records, languages=("de",), max_rank=0)
+    assert len(trees) == len(records)
+    assert not +reading.dropped
+
+
+@pytest.mark.parametrize("layout", PUBLISHED)
+def test_a_prompt_has_one_name_however_it_is_answered(layout, compare):
+    """It is by this that it is held out."""
+    trees, _ = compare([record for record, *_ in PUBLISHED[layout][1]])
+    assert [tree.id for tree in trees] == [content_id(prompt) for _, prompt, _ in PUBLISHED[layout][1]]
+
+
+def test_the_ledger_of_a_store_of_groups(write, tokenizer, tmp_path):
+    """Ties, missing scores and single replies are in no pair."""
+    file = write(tmp_path / "t.jsonl", [record for record, *_ in PUBLISHED["UltraFeedback"][1]])
+    store = open_store(str(file), Filters(), tokenizer, tmp_path, as_preferences=True)
+    assert store.ledger.format == "`completions` with scores"
+    assert [store.ranks(row).tolist() for row in range(len(store))] == [[-1, 0, 1, 2, 3], [-1, 0, 1, 1]]
+    assert store.ledger.dropped == {"reply without a rank": 1, "in no pair": 1, "nothing to compare it with": 1}
+    assert (store.ledger.read, store.ledger.kept) == (12, 9)
+    tied = write(tmp_path / "ties.jsonl", [record for record, *_ in PUBLISHED["binarised UltraFeedback"][1]])
+    store = open_store(str(tied), Filters(), tokenizer, tmp_path, as_preferences=True)
+    assert (len(store), store.ledger.dropped) == (1, {"tied with all others": 2, "in no pair": 1})
+
+
+def test_real_ultrafeedback(test_data, compare):
+    for name, number in (("ultrafeedback_train1000", 1000), ("ultrafeedback_eval200", 200)):
+        file = test_data(f"prefs/{name}.jsonl")
+        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        trees, reading = compare(file)
+        assert len(trees) == len(records) == number
+        assert replies_of(trees) == [
+            [
+                (text.replace("\r\n", "\n").strip(), rank)
+                for rank, text in enumerate((r["chosen"], r["rejected"]))
+                if text
+            ]
+            for r in records
+        ]
+        assert reading.totals == Totals(number, 3 * number)
+
+
+# --- turns that belong together -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "replies", "dropped"),
+    [
+        # a turn in two parts, in the prompt and in the replies
+        ("u=1 u=2 a=x", "u=1 u=2 a=y", ["x", "y"], {"joined to the turn above": 1}),
+        ("u a=x a=y", "u a=x a=z", ["x\n\ny", "x\n\nz"], {"joined to the turn above": 1}),
+        ("u a=x a=y", "u a=z", ["x\n\ny", "z"], {"joined to the turn above": 1}),
+        ("u=1 u=2 a=x", "u=1\n\n2 a=y", ["x", "y"], {"joined to the turn above": 2}),
+        # an assistant turn before the first user turn
+        ("a=hi u a=x", "a=hi u a=y", ["x", "y"], {"bad role order": 1}),
+        ("s a=x", "s a=y", None, {"bad role order": 1, "below a dropped message": 1, "no reply": 1}),
+        # empty replies
+        ("u a=x", "u a=", ["x"], {"empty": 1}),
+        ("u a=", "u a=", [], {"empty": 2}),
+        # a prompt that ends before its last turn
+        ("u= a=x", "u= a=y", None, {"empty": 1, "below a dropped message": 2}),
+        ("u a u= a=x", "u a u= a=y", None, {"empty": 1, "below a dropped message": 2, "in no pair": 2}),
+        ("u s u a=x", "u s u a=y", None, {
+            "bad role order": 1, "below a dropped message": 3, "no reply": 1,
+        }),
+        # more turns in one than in the other
+        ("u=1 a=x u=2 a=y", "u=1 a=x", None, {"prompts that differ": 5}),
+        ("u=1 a=x u=2 a=y", "u=1 a=z", None, {"prompts that differ": 5}),
+        ("u=1 a=x u=2 a=y", "u=1 a=z u=2 a=w", None, {"prompts that differ": 7}),
+        ("u=1 a=x", "u=2 a=y", None, {"prompts that differ": 4}),
+        # no reply at the end
+        ("u a=x u", "u a=y", None, {"does not end in a reply": 4}),
+        ("u", "u", None, {"does not end in a reply": 2}),
+        # the same reply twice, which only a comparison can tell
+        ("u a=x", "u a=x", ["x", "x"], {}),
+    ],
+)  # fmt: skip
+def test_transcripts_and_lists_that_say_the_same_are_the_same(chosen, rejected, replies, dropped, compare):
+    roles = {"s": "system", "u": "user", "a": "assistant"}
+
+    def turns(words):
+        for word in words.split(" "):
+            role, equals, text = word.partition("=")
+            yield roles[role], text if equals else role
+
+    records = [{"chosen": messages(*turns(chosen)), "rejected": messages(*turns(rejected))}]
+    if "s" not in chosen + rejected and chosen.startswith("u"):
+        records.append({"chosen": transcript(*turns(chosen)), "rejected": transcript(*turns(rejected))})
+    for record in records:
+        trees, reading = compare([record])
+        if replies is None:
+            assert trees == []
+        else:
+            (tree,) = trees
+            assert [(message.text, message.rank) for message in tree.messages][
+                -len(replies) or len(tree.messages) :
+            ] == [(text, rank) for rank, text in enumerate(replies)]
+        assert +reading.dropped == Counter(dropped)
+        assert reading.totals.trees == 1
+
+
+def test_every_message_is_kept_or_dropped_for_one_reason(compare):
+    """`read` adds them up; a reply that is kept is one of those given, below their common prompt."""
+    reasons, sizes = Counter(), Counter()
+    turn = st.tuples(
+        st.sampled_from(["user", "assistant", "user", "assistant", "system"]), st.sampled_from(["x", "y", ""])
+    )
+    prompt = st.lists(turn, max_size=4)
+    reply = st.lists(turn, max_size=2)
+
+    ending = st.none() | st.tuples(*[st.sampled_from(["z", "w", ""])] * 2)
+
+    @given(prompt, st.lists(reply, min_size=2, max_size=2), ending)
+    @settings(max_examples=1000, derandomize=True, deadline=None)
+    def check(prompt, replies, ending):
+        if ending:
+            prompt, replies = [*prompt, ("user", "Tea?")], [[("assistant", text)] for text in ending]
+        both = [[*prompt, *reply] for reply in replies]
+        if not all(both):
+            return
+        record = dict(zip(("chosen", "rejected"), (messages(*turns) for turns in both), strict=True))
+        if any(all(role == "assistant" for role, _ in turns) for turns in both):
+            good = {"chosen": messages(ASKED, told("x")), "rejected": messages(ASKED, told("y"))}
+            trees, reading = compare([good, record], on_error="skip")  # without a prompt these mean nothing
+            assert (len(trees), reading.totals.trees, +reading.dropped) == (1, 1, {"malformed line": 1})
+            return
+        trees, reading = compare([record])
+        for tree in trees:
+            found = [message for message in tree.messages if message.rank is not None]
+            assert {message.parent for message in found} <= {len(tree.messages) - len(found) - 1}
+            assert tree.messages[len(tree.messages) - len(found) - 1].role == "user"
+            for message in found:
+                assert all(part in [text for _, text in both[message.rank]] for part in message.text.split("\n\n"))
+            sizes[len(found)] += 1
+        reasons.update(reading.dropped)
+
+    check()
+    assert set(+reasons) == {
+        "joined to the turn above", "bad role order", "empty", "below a dropped message", "in no pair",
+        "does not end in a reply", "prompts that differ", "no reply",
+    }  # fmt: skip
+    assert set(reasons) <= set(REASONS)
+    assert min(sizes[number] for number in (0, 1, 2)) > 5
+
+
+def test_a_system_text_beside_the_turns_stands_once(compare):
+    beside = {"system": SYSTEM[1]}
+    replies = {"chosen": messages(told(GOOD)), "rejected": messages(told(BAD))}
+    whole = {"chosen": messages(SYSTEM, ASKED, told(GOOD)), "rejected": messages(SYSTEM, ASKED, told(BAD))}
+    for record in (
+        {"prompt": ASKED[1], **replies, **beside},
+        {"prompt": messages(SYSTEM, ASKED), **replies, **beside},
+        {**whole, **beside, "question": ASKED[1]},
+        {**whole, "system": " You are a tea master.\r\n"},
+        {"instruction": ASKED[1], "completions": [completion(GOOD, 2.0), completion(BAD, 1.0)], **beside},
+    ):
+        assert compare([record])[0] == [tree_of("test", [SYSTEM, ASKED], PAIR)]
+    (tree,), reading = compare([whole | {"system": "Be kind."}])
+    assert tree.messages[0].text == "Be kind.\n\nYou are a tea master."
+    assert +reading.dropped == {"joined to the turn above": 1}
+
+
+@pytest.mark.parametrize("missing", [None, math.nan])
+@pytest.mark.parametrize("kind", ["t.jsonl", "t.parquet"])
+def test_a_missing_score_is_no_score(missing, kind, compare, write, tmp_path):
+    """JSON and tables know NaN as well, and nothing can be ordered by it."""
+    scores = [1.0, missing, 3.0, missing, 2.0, 3.0]
+    record = {"instruction": "Why?", "completions": [completion(str(n), score) for n, score in enumerate(scores)]}
+    (tree,), _ = compare(write(tmp_path / kind, [record]))
+    assert [(message.text, message.rank) for message in tree.messages[1:]] == [
+        ("2", 0), ("5", 0), ("4", 1), ("0", 2), ("1", None), ("3", None),
+    ]  # fmt: skip
+
+
+def test_an_instruction_without_completions_is_counted(compare):
+    trees, reading = compare([{"instruction": "Why?", "completions": []}])
+    assert (trees, +reading.dropped, reading.totals) == ([], {"does not end in a reply": 1}, Totals(1, 1))
+
+
+# --- what is compared is not learnt from ----------------------------------------------------------------------------
+
+BESIDE = {
+    "messages": {"messages": messages(ASKED, told(GOOD))},
+    "the prompt alone as messages": {"messages": messages(ASKED)},
+    "conversations": {"conversations": [{"from": "human", "value": "Tea?"}, {"from": "gpt", "value": "Yes."}]},
+    "completion": {"completion": GOOD},
+    "text": {"text": "Tea? Yes."},
+    "output": {"instruction": "Tea?", "output": "Yes."},
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+@pytest.mark.parametrize("kind", ["t.jsonl", "t.parquet"])
+def test_a_conversation_beside_chosen_and_rejected_is_not_taken_for_what_to_learn(
+    beside, kind, read, error, compare, write, tmp_path
+):
+    """UltraFeedback's `messages` are the chosen conversation in some splits and the prompt alone in others."""
+    compared = {"prompt": ASKED[1], "chosen": GOOD, "rejected": BAD} | BESIDE[beside]
+    file = write(tmp_path / kind, [compared] * 2)
+    assert "must be a conversation to learn from, but is a preference (`chosen` and `rejected`)" in error(file)
+    assert "is a preference" in error(file, on_error="skip")
+    (tree, _), _ = compare(file)
+    assert replies_of([tree]) == [list(PAIR)]
+    mixed = write(tmp_path / "mixed" / kind, [BESIDE[beside] | {"prompt": ASKED[1]}, compared])
+    assert "is a preference (`chosen` and `rejected`)" in error(mixed)
+    _, reading = read(mixed, on_error="skip")
+    assert (reading.dropped["malformed line"], reading.totals.trees) == (1, 1)
+
+
+def test_columns_of_preferences_that_hold_none_do_no_harm(read, write, tmp_path):
+    rows = [{"messages": messages(ASKED, told(GOOD)), "chosen": None, "rejected": None}] * 2
+    for kind in ("t.jsonl", "t.parquet"):
+        assert len(read(write(tmp_path / kind, rows))[0]) == 2
+
+
+@pytest.mark.parametrize("kind", ["t.jsonl", "t.parquet"])
+def test_a_completion_labelled_as_bad_is_not_learnt(kind, error, drops, write, tmp_path):
+    rows = [{"prompt": "Tea?", "completion": text, "label": good} for text, good in (("Yes.", True), ("No.", False))]
+    file = write(tmp_path / kind, rows)
+    assert "`label` must be true or absent, as every completion is learnt, but is false" in error(file)
+    assert drops(file, on_error="skip") == {"malformed line": 1}
+
+
+def test_conversations_can_be_read_where_preferences_are_asked_for():
+    """They have no replies to compare, unless their trees are ranked or a topic answers them."""
+    for keys in ("messages", "conversations", "prompt completion", "text", "message_id text role"):
+        record = dict.fromkeys(keys.split())
+        assert detect(record, as_preferences=True) is detect(record)
+    for keys in ("messages prompt chosen rejected", "prompt chosen rejected question", "text chosen rejected"):
+        assert detect(dict.fromkeys(keys.split()), as_preferences=True).name == CHOSEN
+
+
+# --- malformed ------------------------------------------------------------------------------------------------------
+
+ALONE = {"chosen": GOOD, "rejected": BAD}
+NEEDS_PROMPT = (
+    "`prompt` must be given where `chosen` is a reply alone, or `chosen` must be a transcript that opens with"
+)
+MALFORMED = {
+    "strings": [
+        (ALONE, f'{NEEDS_PROMPT} "\\n\\nHuman:" or a list of messages, but is "Warm the pot'),
+        (ALONE | {"prompt": None}, NEEDS_PROMPT),
+        (ALONE | {"input": "Tea?"}, NEEDS_PROMPT),
+        (ALONE | {"chosen": messages(told(GOOD))}, NEEDS_PROMPT),
+        ({"prompt": "Tea?", "chosen": GOOD}, f'must be {CHOSEN} like the first record, but holds "prompt", "chosen"'),
+        (ALONE | {"prompt": 3}, "`prompt` must be a string or a list of messages, but is 3"),
+        (ALONE | {"prompt": {"role": "user"}}, "`prompt` must be a string or a list of messages, but is an object"),
+        (ALONE | {"prompt": "Tea?", "chosen": None}, "`chosen` must be a string or a list of messages, but is null"),
+        (ALONE | {"prompt": "Tea?", "rejected": 1.5}, "`rejected` must be a string or a list of messages, but is 1.5"),
+        (
+            ALONE | {"conversations": [], "chosen": {"from": "gpt", "value": GOOD}},
+            "`chosen` must be a string or a list of messages, but is an object",
+        ),
+        (ALONE | {"prompt": "Tea?", "rejected": "\ud83d"}, "`rejected` must be text, but holds half of a surrogate"),
+        (ALONE | {"prompt": "Tea?", "history": ["x"]}, "`history` must be empty or absent, as it is not read"),
+    ],
+    "messages that hold the replies alone": [
+        (ALONE | {"prompt": []}, "`prompt` must end in a user turn where `chosen` is a reply alone, but is empty"),
+        (
+            ALONE | {"prompt": messages(ASKED, told("Well,"))},
+            "`prompt` must end in a user turn where `chosen` is a reply alone, but ends in one of the role assistant",
+        ),
+        (
+            ALONE | {"prompt": messages(SYSTEM)},
+            "`prompt` must end in a user turn where `chosen` is a reply alone, but ends in one of the role system",
+        ),
+        (ALONE | {"prompt": messages(ASKED), "chosen": []}, "`chosen` must hold messages, but is empty"),
+        (ALONE | {"prompt": messages(ASKED), "chosen": [GOOD]}, "`chosen` must hold objects, but holds"),
+        (ALONE | {"prompt": [{"role": "x"}]}, "message 1 of `prompt`: `role` must be one of prompter, user"),
+        (
+            ALONE | {"prompt": messages(ASKED), "rejected": [{"role": "assistant", "content": None}]},
+            "message 1 of `rejected`: `content` must be a string, but is null",
+        ),
+    ],
+    "messages with an implicit prompt": [
+        (
+            {"prompt": messages(*BEFORE), "chosen": messages(ASKED, told(GOOD)), "rejected": messages(*BEFORE)},
+            "`chosen` must go on from the turns in `prompt`, but does not",
+        ),
+    ],
+    "binarised UltraFeedback": [
+        (
+            {"prompt": "Coffee?", "chosen": messages(ASKED, told(GOOD)), "rejected": messages(ASKED, told(BAD))},
+            "`chosen` must hold the text of `prompt` as a user turn, but does not",
+        ),
+    ],
+    "HH-RLHF": [
+        (
+            {"chosen": transcript(ASKED, told(GOOD)), "rejected": "Human: x"},
+            "`prompt` must be given where `rejected` is a reply alone",
+        ),
+    ],
+    "HH-RLHF with its prompt apart": [
+        (
+            {"prompt": transcript(*BEFORE, told("Well,")), **ALONE},
+            "`prompt` must end in a user turn where `chosen` is a reply alone, but ends in one of the role assistant",
+        ),
+        (
+            {"prompt": transcript(ASKED), "chosen": transcript(*BEFORE, told(GOOD)), "rejected": BAD},
+            "`chosen` must go on from the turns in `prompt`, but does not",
+        ),
+    ],
+    "Intel's orca_dpo_pairs": [
+        (ALONE | {"question": 3}, "`question` must be a string or a list of messages, but is 3"),
+        (ALONE | {"question": "Tea?", "system": 3}, "`system` must be a string or null, but is 3"),
+    ],
+    "UltraFeedback": [
+        ({"instruction": None, "completions": []}, "`instruction` must be a string, but is null"),
+        ({"instruction": "x", "completions": None}, "`completions` must be a list, but is null"),
+        ({"instruction": "x", "completions": ["y"]}, '`completions` must hold objects, but holds "y"'),
+        ({"instruction": "x", "completions": [{"overall_score": 1.0}]}, "`response` must be a string, but is missing"),
+        (
+            {"instruction": "x", "completions": [{"response": "y", "overall_score": "8"}]},
+            '`overall_score` must be a number or null, but is "8"',
+        ),
+        (
+            {"instruction": "x", "completions": [{"response": "y", "overall_score": True}]},
+            "`overall_score` must be a number or null, but is true",
+        ),
+        ({"instruction": "x", "output": "y"}, "must be `completions` with scores like the first record, but holds"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layout", "record", "problem"),
+    [(layout, record, problem) for layout, cases in MALFORMED.items() for record, problem in cases],
+)
+def test_a_malformed_record_is_an_error_or_skipped_and_counted(
+    layout, record, problem, compare, error, write, tmp_path
+):
+    (good, prompt, replies), *_ = PUBLISHED[layout][1]
+    for kind, place in (("lines.json", "lines.json:2"), ("array.json", "array.json: record 2")):
+        file = write(tmp_path / kind, [good, record, good])
+        assert error(file, as_preferences=True).startswith(f"{tmp_path / place}: {problem}")
+        trees, reading = compare(file, on_error="skip")
+        assert [tree.messages for tree in trees] == [tree_of("", prompt, replies).messages] * 2
+        assert +reading.dropped == {"malformed line": 1}
+        assert reading.totals.trees == 2
