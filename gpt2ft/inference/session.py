@@ -12,83 +12,19 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-from gpt2ft.conversation import Role, tidy
-from gpt2ft.inference.generate import Decoder, StopStrings, TextStream, unsayable
+from gpt2ft.conversation import tidy
+from gpt2ft.inference.frame import Frame, Prompt, TooLong, Turn, chat_prompt, prompt_limit, text_prompt
+from gpt2ft.inference.generate import Decoder, refuse_broken, unsayable
 from gpt2ft.inference.sampling import Sampling
+from gpt2ft.inference.text_stream import ReplyText
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.random import seed_for
-from gpt2ft.text.context import kept_turns
-from gpt2ft.text.template import render_prompt, render_turn
 from gpt2ft.text.tokenizer import ChatTokenizer
 
-Turn = tuple[Role, str]
 Pieces = Generator[str, None, None]  # pieces of text as they come; to close it is to interrupt
 Finish = Literal["stop", "length", "context", "interrupted"]
-
-
-class Frame(Protocol):
-    """How turns become a prompt, and what ends a reply.
-
-    Attributes:
-        opening: the ids after the turns, which ask for the reply.
-        stop_ids, stop_strings: end a reply and are not part of it.
-        opens_with_space: white space at the beginning of a reply belongs to the frame.
-    """
-
-    opening: list[int]
-    stop_ids: list[int]
-    stop_strings: tuple[str, ...]
-    opens_with_space: bool
-
-    def render(self, turns: Sequence[Turn]) -> list[list[int]]:
-        """The ids of each turn."""
-
-
-class ChatFrame:
-    """The chat template, for models that were trained with it."""
-
-    stop_strings = ()
-    opens_with_space = False
-
-    def __init__(self, tokenizer: ChatTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self.opening = render_prompt(tokenizer, [])
-        self.stop_ids = [tokenizer.end_id, tokenizer.end_of_text_id]
-
-    def render(self, turns: Sequence[Turn]) -> list[list[int]]:
-        return [render_turn(self._tokenizer, role, text) for role, text in turns]
-
-
-class PlainFrame:
-    """Turns as plain text, for base models, whose chat tokens mean nothing yet. Unlike the template it can be forged.
-
-    Answer in rhyme.
-
-    User: What is tea?
-    Assistant: A friend to me.
-    User: And cold?
-    Assistant:
-    """
-
-    stop_strings = ("\nUser:",)
-    opens_with_space = True  # a word has its space before it: "Assistant: A" is "Assistant", ":", " A"
-
-    def __init__(self, tokenizer: ChatTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self.opening = tokenizer.encode("Assistant:")
-        self.stop_ids = [tokenizer.end_of_text_id]
-
-    def render(self, turns: Sequence[Turn]) -> list[list[int]]:
-        before = {"system": "", "user": "User: ", "assistant": "Assistant: "}
-        after = {"system": "\n\n", "user": "\n", "assistant": "\n"}
-        return [self._tokenizer.encode(before[role] + text + after[role]) for role, text in turns]
-
-
-def frame_for(tokenizer: ChatTokenizer) -> Frame:
-    """The chat template if the model was trained with its tokens, plain text if not."""
-    return ChatFrame(tokenizer) if tokenizer.has_chat_tokens else PlainFrame(tokenizer)
 
 
 @dataclass(frozen=True)
@@ -178,8 +114,7 @@ class Session:
         self._settle()
         if not self._awaits_reply():
             raise ValueError("there must be a message to reply to, but there is none: say something first")
-        prompt_ids, dropped_turns = self._prompt()
-        self._under_way = self._reply(prompt_ids, dropped_turns, should_stop)
+        self._under_way = self._reply(self._prompt(), should_stop)
         return self._under_way
 
     def complete(self, text: str, should_stop: Callable[[], bool] = lambda: False) -> Pieces:
@@ -190,13 +125,12 @@ class Session:
         """
         self._settle()
         end = self.tokenizer.end_of_text_id
-        prompt_ids = self.tokenizer.encode(text) or [end]
-        if len(prompt_ids) > self._limit():
-            raise ValueError(
-                f"the text must have at most {self._limit()} tokens, but has {len(prompt_ids)}: shorten it"
-            )
+        try:
+            prompt = text_prompt(self.tokenizer, text, self._limit())
+        except TooLong as error:
+            raise ValueError(f"{error}: shorten it") from error
         decoder = Decoder(self.model, [end], unsayable(self.tokenizer, self.model.wte.weight, [end]), 1)
-        self._under_way = self._pieces(decoder, prompt_ids, 0, (), should_stop)
+        self._under_way = self._pieces(decoder, prompt, ReplyText(self.tokenizer), should_stop)
         return self._under_way
 
     def undo(self) -> None:
@@ -265,41 +199,27 @@ class Session:
         return [*([] if self.system is None else [("system", tidy(self.system))]), *self.turns]
 
     def _limit(self) -> int:
-        """Tokens that a prompt may have: the rest of the context is for what comes."""
-        n_positions = self.model.config.n_positions
-        return n_positions - min(self.max_new_tokens, n_positions // 4)
+        return prompt_limit(self.model.config.n_positions, self.max_new_tokens)
 
-    def _prompt(self) -> tuple[list[int], int]:
-        """The ids, and how many of the oldest turns had to give way."""
-        turns = self._all_turns()
-        rendered = self.frame.render(turns)
-        lengths = [len(ids) for ids in rendered]
-        room = self._limit() - len(self.frame.opening)
-        kept = kept_turns([role for role, _ in turns], lengths, room)
-        if kept is None:
+    def _prompt(self) -> Prompt:
+        try:
+            return chat_prompt(self.frame, self._all_turns(), self._limit())
+        except TooLong as error:
             self._take_back()
-            beside = f" beside the system text of {lengths[0]}" if self.system is not None else ""
-            fitting = max(0, room - (lengths[0] if beside else 0))
-            raise ValueError(
-                f"a message must have at most {fitting} tokens{beside}, but this one has {lengths[-1]}: it is taken "
-                "back, shorten it"
-            )
-        return [*(id for turn in kept for id in rendered[turn]), *self.frame.opening], len(turns) - len(kept)
+            raise ValueError(f"{error}: it is taken back, shorten it") from error
 
-    def _reply(self, prompt_ids: list[int], dropped_turns: int, should_stop: Callable[[], bool]) -> Pieces:
+    def _reply(self, prompt: Prompt, should_stop: Callable[[], bool]) -> Pieces:
         said = []
         if self._decoder is None:
             forbidden = unsayable(self.tokenizer, self.model.wte.weight, self.frame.stop_ids)
             self._decoder = Decoder(self.model, self.frame.stop_ids, forbidden, 1)
-        pieces = self._pieces(self._decoder, prompt_ids, dropped_turns, self.frame.stop_strings, should_stop)
+        text = ReplyText(self.tokenizer, self.frame.stop_strings, self.frame.opens_with_space)
+        pieces = self._pieces(self._decoder, prompt, text, should_stop)
         try:
             with closing(pieces):
                 for piece in pieces:
-                    if self.frame.opens_with_space and not said:
-                        piece = piece.lstrip()
-                    if piece:
-                        said.append(piece)
-                        yield piece
+                    said.append(piece)
+                    yield piece
         except (Exception, KeyboardInterrupt):
             self._decoder = None  # which may have been left half-way
             raise
@@ -307,39 +227,32 @@ class Session:
             if said or (self.last is not None and self.last.finish != "interrupted"):
                 self.turns.append(("assistant", "".join(said)))
 
-    def _pieces(
-        self,
-        decoder: Decoder,
-        prompt_ids: list[int],
-        dropped_turns: int,
-        stop_strings: tuple[str, ...],
-        should_stop: Callable[[], bool],
-    ) -> Pieces:
+    def _pieces(self, decoder: Decoder, prompt: Prompt, text: ReplyText, should_stop: Callable[[], bool]) -> Pieces:
         """What the model says to a prompt. Sets `last`, whatever ends it."""
-        text, stop = TextStream(self.tokenizer), StopStrings(stop_strings)
-        most, tokens, finish = self.max_new_tokens, 0, None
+        most, tokens, finish, seconds = self.max_new_tokens, 0, None, 0.0
         self.last = None
-        began = perf_counter()
-        slot = decoder.join(prompt_ids, self._next_sampling(), most)
-        seconds = perf_counter() - began
+        slot = decoder.join(prompt.ids, self._next_sampling(), most)
         try:
             while finish is None and not should_stop():
                 began = perf_counter()
-                [(_, id, finish)] = decoder.step()
+                steps = decoder.step()
                 seconds += perf_counter() - began
-                if id is not None:
-                    tokens += 1
-                    piece = stop.push(text.push(id))
-                    finish = "stop" if stop.found else finish
-                    if piece:
-                        yield piece
-            if rest := stop.push(text.finish()) + stop.finish():
+                for _, id, finish in steps:  # none while a long prompt is read
+                    refuse_broken(finish, self.model)
+                    if id is not None:
+                        tokens += 1
+                        piece = text.push(id)
+                        finish = "stop" if text.is_stopped else finish
+                        if piece:
+                            yield piece
+            if rest := text.finish():
                 yield rest
         finally:
             decoder.leave(slot)
             if finish == "length" and tokens < most:
                 finish = "context"
-            self.last = Statistics(tokens, seconds, finish or "interrupted", len(prompt_ids), dropped_turns)
+            finish = "interrupted" if finish in (None, "broken") else finish
+            self.last = Statistics(tokens, seconds, finish, len(prompt.ids), prompt.dropped_turns)
 
     def _next_sampling(self) -> Sampling:
         """Each reply, a repeated one too, has its own random numbers."""

@@ -6,8 +6,9 @@ from dataclasses import fields
 import torch
 
 from gpt2ft.data.store import cache_root
+from gpt2ft.inference.frame import ChatFrame, PlainFrame, frame_for
 from gpt2ft.inference.sampling import Sampling
-from gpt2ft.inference.session import ChatFrame, PlainFrame, Session, frame_for
+from gpt2ft.inference.session import Session
 from gpt2ft.runs.assemble import load_trained
 from gpt2ft.serving.terminal import talk
 from gpt2ft.settings import ChatSettings

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gpt2ft.files import user_path, write_text
-from gpt2ft.inference.session import Session, Turn
+from gpt2ft.inference.frame import Turn
+from gpt2ft.inference.session import Session
 
 
 class Screen(Protocol):

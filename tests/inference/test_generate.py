@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from gpt2ft.inference.generate import GROWTH, MOST_TOGETHER, Decoder, KeyValueCache, Reply, generate, unsayable
+from gpt2ft.inference.cache import GROWTH, KeyValueCache
+from gpt2ft.inference.generate import MOST_TOGETHER, Decoder, Reply, generate, unsayable
 from gpt2ft.inference.sampling import GREEDY, Sampling
 from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.gpt2 import GPT2, GPT2Config
@@ -167,9 +168,11 @@ class TestPrefix:
         read = count_read(model)
         again = then(prompt, reply)
         slot = decoder.join(again, SAMPLED, 8)
-        assert sum(read) == num_read
+        (first,) = decoder.step()
+        assert read == [num_read + 1]  # the last id of a prompt always is
         fresh = Decoder(model, [], forbidden(), 1)
-        assert finished(decoder, slot) == finished(fresh, fresh.join(again, SAMPLED, 8))
+        ids, finish = finished(decoder, slot)
+        assert ([first.id, *ids], finish) == finished(fresh, fresh.join(again, SAMPLED, 8))
 
     def test_a_sequence_goes_where_most_of_it_is_cached(self, model):
         decoder = Decoder(model, [], forbidden(), 3)
@@ -185,6 +188,7 @@ class TestPrefix:
         decoder = Decoder(model, [], forbidden(), 3)
         for prompt in ([1] * 9, [2] * 4, [3] * 7):
             decoder.join(prompt, GREEDY, 1)
+        decoder.step()
         for slot in range(3):
             decoder.leave(slot)
         assert decoder.join([4] * 9, GREEDY, 1) == 1

@@ -5,9 +5,10 @@ import random
 import pytest
 import torch
 
+from gpt2ft.inference.frame import ChatFrame, PlainFrame, frame_for
 from gpt2ft.inference.generate import generate, unsayable
 from gpt2ft.inference.sampling import GREEDY, Sampling
-from gpt2ft.inference.session import ChatFrame, PlainFrame, Session, frame_for
+from gpt2ft.inference.session import Session
 from gpt2ft.model.gpt2 import GPT2, GPT2Config
 from gpt2ft.text.context import kept_turns
 from gpt2ft.text.template import render_prompt, render_turn

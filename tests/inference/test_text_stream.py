@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as some
 
-from gpt2ft.inference.generate import StopStrings, TextStream
+from gpt2ft.inference.text_stream import StopStrings, TextStream
 
 MIXED = "A 🙂 é 日本 👨‍👩‍👧 \u2028\ufeff tea"
 

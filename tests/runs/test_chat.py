@@ -14,8 +14,9 @@ import pyte
 import pytest
 import torch
 
+from gpt2ft.inference.frame import ChatFrame, PlainFrame
 from gpt2ft.inference.sampling import Sampling
-from gpt2ft.inference.session import ChatFrame, PlainFrame, Session
+from gpt2ft.inference.session import Session
 from gpt2ft.model.pretrained import write_model
 from gpt2ft.runs import chat
 from gpt2ft.runs.assemble import load_policy

@@ -1,0 +1,84 @@
+"""Keys and values of what sequences have read, and the attention over them.
+
+Shape letters: B sequences, N new tokens, T cached tokens, H heads, D head width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from gpt2ft.model.attention import Attention
+from gpt2ft.model.gpt2 import GPT2
+
+GROWTH = 128  # tokens by which the cache grows
+
+
+class KeyValueCache:
+    """Keys and values of every layer for a number of slots, each of its own length; room is made as it is needed."""
+
+    def __init__(self, model: GPT2, num_slots: int) -> None:
+        config, like = model.config, model.wte.weight
+        self.n_positions = config.n_positions
+        kind = like.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
+        empty = like.new_zeros(num_slots, config.n_head, 0, config.n_embd // config.n_head, dtype=dtype)
+        self.keys, self.values = [empty] * config.n_layer, [empty] * config.n_layer  # [slots, H, T, D] for each layer
+
+    def make_room(self, num_tokens: int) -> None:
+        capacity = self.keys[0].shape[2]
+        if num_tokens > capacity:
+            more = min(-(-num_tokens // GROWTH) * GROWTH, self.n_positions) - capacity
+            for tensors in (self.keys, self.values):
+                for layer, tensor in enumerate(tensors):
+                    tensors[layer] = pad(tensor, (0, 0, 0, more))
+
+    def prefill(self, slot: int, start: int) -> Attention:
+        """The tokens of one sequence from `start` on: they see what is cached before it and, causally, each other."""
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+            end = start + len(k)
+            self.keys[layer][slot, :, start:end] = k.transpose(0, 1)
+            self.values[layer][slot, :, start:end] = v.transpose(0, 1)
+            keys, values = self.keys[layer][slot, :, :end], self.values[layer][slot, :, :end]  # [H, T, D]
+            mask = torch.ones(len(q), end, dtype=torch.bool, device=q.device).tril(start) if start else None
+            mixed = scaled_dot_product_attention(
+                q.transpose(0, 1)[None], keys[None], values[None], attn_mask=mask, is_causal=mask is None
+            )
+            return mixed[0].transpose(0, 1)
+
+        return attend
+
+    def step(self, slots: Sequence[int], lengths: Sequence[int]) -> Attention:
+        """One new token in each of `slots` (ascending), behind the `lengths` tokens that are cached: N is B."""
+        device, most = self.keys[0].device, max(lengths) + 1
+        index, ends = torch.tensor([slots, lengths], device=device)
+        seen = torch.arange(most, device=device) <= ends[:, None]  # [B, T]
+        is_run = len(slots) == slots[-1] - slots[0] + 1
+        rows = slice(slots[0], slots[-1] + 1) if is_run else index  # a run of slots is read in place, others are copied
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+            self.keys[layer][index, :, ends] = k
+            self.values[layer][index, :, ends] = v
+            keys, values = self.keys[layer][rows, :, :most], self.values[layer][rows, :, :most]  # [B, H, T, D]
+            return scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=seen[:, None, None])[:, :, 0]
+
+        return attend
+
+    def forget(self, slot: int) -> None:
+        """Zeros in place of what a slot holds: what is masked must be finite all the same, as 0 times NaN is NaN."""
+        for tensor in (*self.keys, *self.values):
+            tensor[slot] = 0
+
+
+def side_by_side(attentions: Sequence[Attention], sizes: Sequence[int]) -> Attention:
+    """Each attention on its own run of the stream."""
+    if len(attentions) == 1:
+        return attentions[0]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        runs = zip(attentions, *(x.split(list(sizes)) for x in (q, k, v)), strict=True)
+        return torch.cat([attention(*run, layer) for attention, *run in runs])
+
+    return attend

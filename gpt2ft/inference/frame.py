@@ -1,0 +1,122 @@
+"""How a conversation becomes a prompt: rendered as the model knows it, and made to fit its context."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from gpt2ft.conversation import Role
+from gpt2ft.text.context import kept_turns
+from gpt2ft.text.template import render_prompt, render_turn
+from gpt2ft.text.tokenizer import ChatTokenizer
+
+Turn = tuple[Role, str]
+
+
+class Frame(Protocol):
+    """How turns become a prompt, and what ends a reply.
+
+    Attributes:
+        opening: the ids after the turns, which ask for the reply.
+        stop_ids, stop_strings: end a reply and are not part of it.
+        opens_with_space: white space at the beginning of a reply belongs to the frame.
+    """
+
+    opening: list[int]
+    stop_ids: list[int]
+    stop_strings: tuple[str, ...]
+    opens_with_space: bool
+
+    def render(self, turns: Sequence[Turn]) -> list[list[int]]:
+        """The ids of each turn."""
+
+
+class ChatFrame:
+    """The chat template, for models that were trained with it."""
+
+    stop_strings = ()
+    opens_with_space = False
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.opening = render_prompt(tokenizer, [])
+        self.stop_ids = [tokenizer.end_id, tokenizer.end_of_text_id]
+
+    def render(self, turns: Sequence[Turn]) -> list[list[int]]:
+        return [render_turn(self._tokenizer, role, text) for role, text in turns]
+
+
+class PlainFrame:
+    """Turns as plain text, for base models, whose chat tokens mean nothing yet. Unlike the template it can be forged.
+
+    Answer in rhyme.
+
+    User: What is tea?
+    Assistant: A friend to me.
+    User: And cold?
+    Assistant:
+    """
+
+    stop_strings = ("\nUser:",)
+    opens_with_space = True  # a word has its space before it: "Assistant: A" is "Assistant", ":", " A"
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.opening = tokenizer.encode("Assistant:")
+        self.stop_ids = [tokenizer.end_of_text_id]
+
+    def render(self, turns: Sequence[Turn]) -> list[list[int]]:
+        before = {"system": "", "user": "User: ", "assistant": "Assistant: "}
+        after = {"system": "\n\n", "user": "\n", "assistant": "\n"}
+        return [self._tokenizer.encode(before[role] + text + after[role]) for role, text in turns]
+
+
+def frame_for(tokenizer: ChatTokenizer) -> Frame:
+    """The chat template if the model was trained with its tokens, plain text if not."""
+    return ChatFrame(tokenizer) if tokenizer.has_chat_tokens else PlainFrame(tokenizer)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model is given; `dropped_turns` of the oldest turns had to give way."""
+
+    ids: list[int]
+    dropped_turns: int = 0
+
+
+class TooLong(ValueError):
+    """A text that cannot be made to fit. Says what must hold and what was found, not what to do."""
+
+
+def prompt_limit(n_positions: int, max_new_tokens: int) -> int:
+    """Tokens that a prompt may have: the rest of the context, a quarter at most, is kept for what comes."""
+    return n_positions - min(max_new_tokens, n_positions // 4)
+
+
+def chat_prompt(frame: Frame, turns: Sequence[Turn], limit: int) -> Prompt:
+    """Asks for a reply to `turns`, the last of which is the user's, within `limit` tokens.
+
+    Raises:
+        TooLong: if not even the last message fits, beside the system text.
+    """
+    rendered = frame.render(turns)
+    lengths = [len(ids) for ids in rendered]
+    room = limit - len(frame.opening)
+    kept = kept_turns([role for role, _ in turns], lengths, room)
+    if kept is None:
+        has_system = turns[0][0] == "system"
+        beside = f" beside the system text of {lengths[0]}" if has_system else ""
+        fitting = max(0, room - (lengths[0] if has_system else 0))
+        raise TooLong(f"a message must have at most {fitting} tokens{beside}, but this one has {lengths[-1]}")
+    return Prompt([*(id for turn in kept for id in rendered[turn]), *frame.opening], len(turns) - len(kept))
+
+
+def text_prompt(tokenizer: ChatTokenizer, text: str, limit: int) -> Prompt:
+    """The beginning of a document, within `limit` tokens.
+
+    Raises:
+        TooLong: if it has more.
+    """
+    ids = tokenizer.encode(text) or [tokenizer.end_of_text_id]
+    if len(ids) > limit:
+        raise TooLong(f"the text must have at most {limit} tokens, but has {len(ids)}")
+    return Prompt(ids)
