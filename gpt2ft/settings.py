@@ -409,6 +409,24 @@ class ChatSettings(Section):
             yield "`system` must not be set with `complete`, which knows no conversation"
 
 
+class ExportSettings(Section):
+    """Writes a model as others read it, reads it back and compares."""
+
+    model: str | None = None
+    """A run, a model folder, a checkpoint, an adapter or a published name; default the newest finished run in runs/."""
+    format: Literal["hf", "adapter", "gguf"]
+    """hf: a folder for transformers, vLLM and lm-evaluation-harness, adapters merged; adapter: of a LoRA run, for PEFT;
+    gguf: for llama.cpp and Ollama."""
+    output: str
+    """Folder to write, which must not exist yet."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Precision of the weights, in gguf of the matrices; default float32 in hf, float16 in gguf."""
+
+    def problems(self) -> Iterator[str]:
+        if self.format == "adapter" and self.dtype:
+            yield "`dtype` must not be set where `format` is adapter: adapters are written as they were trained"
+
+
 Settings = TypeVar("Settings", bound=Section)
 
 

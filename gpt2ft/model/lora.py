@@ -198,3 +198,7 @@ def merged_weights(gpt2: GPT2) -> dict[str, Tensor]:
 
 def adapted_projections(gpt2: GPT2) -> Iterator[tuple[str, AdaptedProjection]]:
     return ((name, module) for name, module in gpt2.named_modules() if isinstance(module, AdaptedProjection))
+
+
+def is_adapted(gpt2: GPT2) -> bool:
+    return isinstance(gpt2.wte, AdaptedEmbedding)

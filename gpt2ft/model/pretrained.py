@@ -213,22 +213,34 @@ def extend_vocabulary(
 
 
 def write_model(
-    folder: Path, weights: Mapping[str, Tensor], config: GPT2Config, vocabulary: int, token_ids: Mapping[str, int]
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    config: GPT2Config,
+    vocabulary: int,
+    token_ids: Mapping[str, int],
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes `model.safetensors` and `config.json` as transformers, vLLM and llama.cpp read them.
+    """Writes `model.safetensors` and `config.json` as transformers, vLLM and llama.cpp read them, and reads them back.
 
-    The table is cropped to the ids in use and the tied head is not written again. `token_ids` holds
-    `bos_token_id`, `eos_token_id` and `pad_token_id`.
+    The tied head is not written again.
+
+    Args:
+        vocabulary: how many ids are in use; the table is cropped to them.
+        token_ids: holds `bos_token_id`, `eos_token_id` and `pad_token_id`.
+
+    Raises:
+        ModelError: if a weight is too large for `dtype`.
+        OSError: if what is read back is not what was written.
     """
-    tensors = {PREFIX + name: tensor for name, tensor in weights.items()}
-    tensors[PREFIX + "wte.weight"] = weights["wte.weight"][:vocabulary]
-    write_safetensors(folder / "model.safetensors", tensors)
+    cropped = dict(weights) | {"wte.weight": weights["wte.weight"][:vocabulary]}
+    tensors = {name: in_precision(name, tensor.detach().cpu(), dtype) for name, tensor in cropped.items()}
+    write_safetensors(folder / "model.safetensors", {PREFIX + name: tensor for name, tensor in tensors.items()})
     hugging_face = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "activation_function": "gelu_new",
         "attn_pdrop": config.attention_dropout,
-        "dtype": "float32",
+        "dtype": name_of(dtype),
         "embd_pdrop": config.dropout,
         "layer_norm_epsilon": config.layer_norm_epsilon,
         "n_ctx": config.n_positions,  # llama.cpp reads this one
@@ -243,6 +255,30 @@ def write_model(
         "vocab_size": vocabulary,
     }
     write_json(folder / "config.json", hugging_face | dict(token_ids))
+    found = read_weights(folder, read_config(folder))
+    wrong = [name for name, tensor in tensors.items() if not torch.equal(found[name], tensor.float())]
+    if wrong:
+        raise OSError(f"{folder} could not be written: `{wrong[0]}` is not what was written when read back")
+
+
+def in_precision(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in another precision.
+
+    Raises:
+        ModelError: if it holds values that are too large for it.
+    """
+    converted = tensor.to(dtype)
+    if not converted.isfinite().all():
+        raise ModelError(
+            f"`{name}` must fit into {name_of(dtype)}, but holds {float(tensor.abs().max()):g}: "
+            "export with --dtype float32 or bfloat16"
+        )
+    return converted
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """`float16` for torch.float16."""
+    return str(dtype).removeprefix("torch.")
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:

@@ -23,7 +23,7 @@ from gpt2ft.data.topic import Topic
 from gpt2ft.model import peft, pretrained
 from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.gpt2 import GPT2, GPT2Config
-from gpt2ft.model.lora import LoRAConfig, apply_lora, load_trained_weights, merged_weights
+from gpt2ft.model.lora import LoRAConfig, apply_lora, is_adapted, load_trained_weights, merged_weights
 from gpt2ft.random import seed_for
 from gpt2ft.settings import (
     DataSettings,
@@ -86,7 +86,7 @@ def load_policy(settings: ModelSettings, seed: int) -> Policy:
     return Policy(gpt2, tokenizer, source, pretrained.weights_digest(dict(gpt2.named_parameters())))
 
 
-def is_adapter(path: str) -> bool:
+def is_adapter(path: str | Path) -> bool:
     return (Path(path) / peft.CONFIG).is_file()
 
 
@@ -158,11 +158,7 @@ def load_trained(path: str | None, random_init: bool = False, seed: int = 0) -> 
     Returns:
         The model, and the folder that `path` stands for (None for a published name).
     """
-    if path is None:
-        finished = sorted(Path("runs").glob("*/model/config.json"), key=lambda file: file.stat().st_mtime)
-        if not finished:
-            raise pretrained.ModelError("there is no finished run in runs/: name a model, or train one first")
-        path = str(finished[-1].parent.parent)
+    path = path or newest_run()
     folder = Path(path)
     if random_init:
         return load_policy(ModelSettings(path=path, random_init=True), seed), None
@@ -171,13 +167,35 @@ def load_trained(path: str | None, random_init: bool = False, seed: int = 0) -> 
     return load_policy(ModelSettings(path=path), seed=0), folder if folder.is_dir() else None
 
 
+def newest_run() -> str:
+    """The folder of the run in runs/ that finished last.
+
+    Raises:
+        ModelError: if there is none.
+    """
+    finished = sorted(Path("runs").glob("*/model/config.json"), key=lambda file: file.stat().st_mtime)
+    if not finished:
+        raise pretrained.ModelError("there is no finished run in runs/: name a model, or train one first")
+    return str(finished[-1].parent.parent)
+
+
 def _load_checkpoint(folder: Path) -> Policy:
     """What the run's recipe starts from, with the weights that the checkpoint has trained."""
+    adapted, _ = load_adapted(folder)
+    return _plain(adapted)
+
+
+def load_adapted(folder: Path) -> tuple[Policy, RunSettings]:
+    """The model of a checkpoint as the run trains it, adapters apart, and the settings of the run.
+
+    Raises:
+        CheckpointError, SettingsError, ModelError: if it is damaged or what it starts from is not what it was.
+    """
     checkpoint.verify(folder)
     settings = read_run(folder.parent.parent)
     _, identity = checkpoint.read_state(folder)
-    policy = plain_policy(settings, checkpoint.read_weights(folder), identity.get("initial_weights"))
-    return replace(policy, source=str(folder))
+    policy = _with_weights(settings, checkpoint.read_weights(folder), identity.get("initial_weights"))
+    return replace(policy, source=str(folder), tokenizer=policy.tokenizer.as_trained()), settings
 
 
 def read_run(folder: Path) -> RunSettings:
@@ -201,6 +219,11 @@ def plain_policy(settings: RunSettings, trained: Mapping[str, Tensor], initial_d
         ModelError: if what `model.path` names is not what it was, the weights are of another run, or the merged model
             does not compute what the adapted one does.
     """
+    return _plain(_with_weights(settings, trained, initial_digest))
+
+
+def _with_weights(settings: RunSettings, trained: Mapping[str, Tensor], initial_digest: str | None) -> Policy:
+    """What a run starts from, adapted if it adapts, with the weights that it has trained; arguments as above."""
     policy = load_policy(settings.model, settings.training.seed)
     if settings.lora.rank and policy.digest != initial_digest:
         raise pretrained.ModelError(f"{settings.model.path} has changed since these adapters were trained on it")
@@ -210,8 +233,13 @@ def plain_policy(settings: RunSettings, trained: Mapping[str, Tensor], initial_d
         load_trained_weights(policy.gpt2, trained)
     except ValueError as error:
         raise pretrained.ModelError(f"these weights do not belong to this run: {error}") from error
+    return policy
+
+
+def _plain(policy: Policy) -> Policy:
+    """The same model with its adapters merged, if it has any."""
     adapted = policy.gpt2
-    if settings.lora.rank:
+    if is_adapted(adapted):
         plain = GPT2(adapted.config)
         plain.load_state_dict(merged_weights(adapted))
         check_merged(plain, adapted, len(policy.tokenizer))

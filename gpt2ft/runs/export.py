@@ -1,53 +1,163 @@
-"""Model and adapter folders in Hugging Face layout: weights, tokenizer, chat template and generation settings.
+"""Models and adapters as others read them: weights, tokenizer, chat template and generation settings.
 
-They load in transformers, and in what reads its folders, with nothing of this package installed.
+Folders in Hugging Face layout load in transformers, and in what reads its folders, with nothing of this package
+installed; adapters in PEFT; GGUF files in llama.cpp and Ollama. Each is read back and compared before it gets its name.
 """
 
+import importlib.util
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from gpt2ft.files import complete_folder, write_json
-from gpt2ft.model.gpt2 import GPT2, GPT2Config
-from gpt2ft.model.lora import LoRAConfig
+from gpt2ft.files import complete_folder, write_json, write_text
+from gpt2ft.model.gguf import SHORT_NAMES, Vocabulary, write_gguf
+from gpt2ft.model.gpt2 import GPT2Config
+from gpt2ft.model.lora import is_adapted, merged_weights
 from gpt2ft.model.peft import merge_adapter, write_adapter
-from gpt2ft.model.pretrained import HUB_MODELS, find_folder, write_model
-from gpt2ft.runs.assemble import Policy
+from gpt2ft.model.pretrained import HUB_MODELS, ModelError, find_folder, write_model
+from gpt2ft.runs.assemble import (
+    Policy,
+    is_adapter,
+    load_adapted,
+    load_policy,
+    load_trained,
+    lora_config,
+    newest_run,
+    read_run,
+)
+from gpt2ft.settings import ExportSettings, RunSettings, SettingsError
+from gpt2ft.text.template import CHAT_TEMPLATE, END, OLLAMA_TEMPLATE
 from gpt2ft.text.tokenizer import ChatTokenizer
 
+MODELFILE = '''\
+# ollama create NAME -f Modelfile
+FROM ./{file}
+TEMPLATE """{template}"""
+PARAMETER stop "{stop}"
+PARAMETER num_ctx {context}
+'''
 
-def write_adapter_folder(folder: Path, gpt2: GPT2, lora: LoRAConfig, model_path: str, tokenizer: ChatTokenizer) -> None:
+
+def run(settings: ExportSettings) -> None:
+    output = Path(settings.output)
+    if os.path.lexists(output):
+        raise SettingsError(f"`output` = {output} must not exist yet, but does: name another folder, or remove it")
+    if output.suffix == ".gguf":
+        folder = output.with_suffix("")
+        raise SettingsError(f"`output` must be a folder for the .gguf file to lie in, but is {output}: give {folder}")
+    if settings.format == "gguf" and importlib.util.find_spec("gguf") is None:
+        raise SettingsError("`format` = gguf needs the package gguf: pip install -e '.[gguf]'")
+    {"hf": _export_folder, "adapter": _export_adapter, "gguf": _export_gguf}[settings.format](settings, output)
+    print(f"exported  {output}, read back and compared")
+
+
+def _export_folder(settings: ExportSettings, output: Path) -> None:
+    policy = _chat_model(settings.model)
+    dtype = getattr(torch, settings.dtype or "float32")
+    write_folder(output, policy.weights(), policy.gpt2.config, policy.tokenizer, dtype)
+
+
+def _export_gguf(settings: ExportSettings, output: Path) -> None:
+    policy = _chat_model(settings.model)
+    tokenizer, config, dtype = policy.tokenizer, policy.gpt2.config, getattr(torch, settings.dtype or "float16")
+    names, merges = tokenizer.names_and_merges()
+    vocabulary = Vocabulary(
+        names, merges, tokenizer.control_ids, tokenizer.end_id, tokenizer.end_of_text_id, CHAT_TEMPLATE
+    )
+    file = f"{output.name}-{SHORT_NAMES[dtype]}.gguf"
+    with complete_folder(output) as temporary:
+        write_gguf(temporary / file, policy.weights(), config, vocabulary, dtype)
+        modelfile = MODELFILE.format(file=file, template=OLLAMA_TEMPLATE, stop=END, context=config.n_positions)
+        write_text(temporary / "Modelfile", modelfile)
+
+
+def _export_adapter(settings: ExportSettings, output: Path) -> None:
+    """From a checkpoint, or a copy of what a finished run holds; either way it is compared with the merged model."""
+    folder = Path(settings.model or newest_run())
+    if (folder / "state.json").is_file():
+        adapted, run_settings = load_adapted(folder)
+        if is_adapted(adapted.gpt2):
+            base = run_settings.model.path
+            if is_adapter(base):
+                raise ModelError(f"the run started from the adapter {base}: export the finished run, or use --format hf")
+            write_adapter_folder(output, adapted, run_settings, merged_weights(adapted.gpt2), base)
+            return
+    elif is_adapter(folder):
+        raise ModelError(f"{folder} is an adapter already: copy the folder")
+    else:
+        policy, _ = load_trained(str(folder))
+        if is_adapter(folder / "adapter"):
+            run_settings = read_run(folder)
+            with complete_folder(output) as temporary:
+                shutil.copytree(folder / "adapter", temporary, dirs_exist_ok=True)
+                _check_adapter(temporary, run_settings, policy.weights())
+            return
+    raise ModelError(
+        f"`format` = adapter needs a LoRA run or one of its checkpoints, but {folder} has no adapter: use --format hf"
+    )
+
+
+def _chat_model(model: str | None) -> Policy:
+    """What is exported, adapters merged.
+
+    Raises:
+        ModelError: if it cannot be had, or knows no chat tokens: their rows would be noise.
+    """
+    policy, _ = load_trained(model)
+    if not policy.tokenizer.has_chat_tokens:
+        raise ModelError(f"only chat models can be exported, but {policy.source} was never trained with chat tokens")
+    return policy
+
+
+def write_adapter_folder(
+    folder: Path, adapted: Policy, settings: RunSettings, merged: Mapping[str, Tensor], base: str
+) -> None:
     """Writes a complete adapter folder in the layout of PEFT, with the tokenizer, or none.
 
     Args:
-        gpt2: adapted.
-        model_path: what was adapted: a published model or a folder.
+        settings: of the run that trained the adapters.
+        merged: the weights that the adapter must make of its base.
+        base: the whole model that it stands on: what `model.path` names, or a folder with the same weights.
+
+    Raises:
+        OSError: if it could not be written, or does not.
     """
-    published = HUB_MODELS.get(model_path) if not Path(model_path).is_dir() else None
-    base = published.repository if published else str(find_folder(model_path).resolve())
+    published = HUB_MODELS.get(base) if not Path(base).is_dir() else None
+    place = published.repository if published else str(find_folder(base).resolve())
     with complete_folder(folder) as temporary:
-        tokenizer.save(temporary, model_max_length=gpt2.config.n_positions)
-        write_adapter(temporary, gpt2, lora, base)
+        adapted.tokenizer.save(temporary, model_max_length=adapted.gpt2.config.n_positions)
+        write_adapter(temporary, adapted.gpt2, lora_config(settings.lora), place)
+        _check_adapter(temporary, settings, merged)
 
 
-def check_adapter(folder: Path, base: Policy, merged: Mapping[str, Tensor]) -> None:
-    """Reads an adapter folder back: on its base it must make the merged weights.
+def _check_adapter(folder: Path, settings: RunSettings, merged: Mapping[str, Tensor]) -> None:
+    """Reads an adapter folder back: on the base of its run it must make the merged weights.
 
     Raises:
         OSError: if it does not.
     """
+    base = load_policy(settings.model, settings.training.seed)
     for name, weight in merge_adapter(folder, base.weights()).items():
         if not torch.allclose(weight, merged[name], atol=1e-5, rtol=1e-4):
-            raise OSError(f"{folder} was written, but does not give `{name}` as it was trained")
+            raise OSError(f"the adapter does not make of {settings.model.path} what was trained: `{name}` differs")
 
 
-def write_folder(folder: Path, weights: Mapping[str, Tensor], config: GPT2Config, tokenizer: ChatTokenizer) -> None:
+def write_folder(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    config: GPT2Config,
+    tokenizer: ChatTokenizer,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Writes a complete model folder, or none.
 
     Raises:
-        OSError: if it could not be written.
+        ModelError: if a weight is too large for `dtype`.
+        OSError: if it could not be written, or is not what was written when read back.
     """
     eos, pad = tokenizer.end_id, tokenizer.end_of_text_id
     token_ids = {"bos_token_id": pad, "eos_token_id": eos, "pad_token_id": pad}
@@ -55,4 +165,6 @@ def write_folder(folder: Path, weights: Mapping[str, Tensor], config: GPT2Config
         tokenizer.save(temporary, model_max_length=config.n_positions)
         generation = token_ids | {"eos_token_id": [eos, pad], "do_sample": False}
         write_json(temporary / "generation_config.json", generation)
-        write_model(temporary, weights, config, len(tokenizer), token_ids)
+        write_model(temporary, weights, config, len(tokenizer), token_ids, dtype)
+        if ChatTokenizer.from_folder(temporary).digest != tokenizer.digest:
+            raise OSError(f"{folder} could not be written: the tokenizer is another when read back")

@@ -26,12 +26,11 @@ from gpt2ft.runs.assemble import (
     is_adapter,
     load_corpora,
     load_policy,
-    lora_config,
     plain_policy,
     versions,
 )
 from gpt2ft.runs.describe import describe, dropped, shares
-from gpt2ft.runs.export import check_adapter, write_adapter_folder, write_folder
+from gpt2ft.runs.export import write_adapter_folder, write_folder
 from gpt2ft.runs.inspection import show, statistics, terminal_width
 from gpt2ft.runs.output import Output
 from gpt2ft.runs.progress import Evaluation, Scoring
@@ -336,12 +335,12 @@ def export(output: Output, settings: RunSettings, policy: Policy, state: TrainSt
             print(f"warning: best/ is not written: {error}", file=sys.stderr)
     merged = plain(trained_weights(policy.gpt2))
     if settings.lora.rank:
-        start, base = load_policy(settings.model, settings.training.seed), settings.model.path
+        base = settings.model.path
         if is_adapter(base):
+            start = load_policy(settings.model, settings.training.seed)
             write_folder(output.start, start.weights(), config, tokenizer)
             base = str(output.start)
-        write_adapter_folder(output.adapter, policy.gpt2, lora_config(settings.lora), base, tokenizer)
-        check_adapter(output.adapter, start, merged)
+        write_adapter_folder(output.adapter, policy, settings, merged, base)
     write_folder(output.model, merged, config, tokenizer)
 
 

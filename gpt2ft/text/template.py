@@ -23,7 +23,8 @@ ROLE_TOKENS: dict[Role, str] = {role: f"<|{role}|>" for role in CHAT_ROLES}
 END = "<|end|>"
 
 # The same in Jinja, for the readers of an export. One line, without anything between the tags, so that it
-# renders alike under every setting of trim_blocks and lstrip_blocks.
+# renders alike under every setting of trim_blocks and lstrip_blocks. `<|assistant|>` is never spelled whole:
+# without Jinja llama.cpp guesses a template from such names, and would take this one for Phi-3's, which has newlines.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
@@ -34,8 +35,11 @@ CHAT_TEMPLATE = (
     "{% endif %}"
     "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|' + 'assistant' + '|>' }}{% endif %}"
 )
+
+# And in the template language of Ollama, which reads no Jinja.
+OLLAMA_TEMPLATE = "{{ range .Messages }}<|{{ .Role }}|>{{ .Content }}<|end|>{{ end }}<|assistant|>"
 
 
 def render_turn(tokenizer: "ChatTokenizer", role: Role, text: str) -> list[int]:

@@ -17,7 +17,12 @@ from typing import Any
 from gpt2ft.conversation import Role
 from gpt2ft.files import write_json, write_text
 from gpt2ft.text.template import CHAT_TEMPLATE, END, ROLE_TOKENS
-from gpt2ft.text.vocabulary import listed_control_tokens, read_vocabulary, write_vocabulary
+from gpt2ft.text.vocabulary import (
+    listed_control_tokens,
+    names_and_merges,
+    read_vocabulary,
+    write_vocabulary,
+)
 
 END_OF_TEXT = "<|endoftext|>"
 CHAT_TOKENS = (*ROLE_TOKENS.values(), END)
@@ -158,6 +163,14 @@ class ChatTokenizer:
     def byte_lengths(self) -> list[int]:
         """How many UTF-8 bytes each id adds to the text, 0 for a control id."""
         return [len(self.token_bytes(id)) for id in range(len(self))]
+
+    def names_and_merges(self) -> tuple[list[str], list[str]]:
+        """The name of every id, by id, and the merges by rank, as vocab.json and merges.txt spell them."""
+        return names_and_merges(self._tokens, self._ids, self._control_ids)
+
+    def as_trained(self) -> "ChatTokenizer":
+        """The same tokenizer, once its chat tokens have been trained: what reading it back from `save` gives."""
+        return ChatTokenizer(self._tokens, self._ids, self._control_ids)
 
     def save(self, folder: Path, model_max_length: int = 1024) -> None:
         """Writes what transformers, and older readers of its layout, need to load this tokenizer without us.

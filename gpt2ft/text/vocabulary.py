@@ -58,14 +58,26 @@ def write_vocabulary(folder: Path, tokens: Sequence[bytes], ids: Sequence[int], 
     Raises:
         ValueError: if a token beyond the bytes does not join two of lower rank.
     """
-    merges = [f"{_symbols(left)} {_symbols(right)}" for left, right in _merges_of(tokens)]
-    names = {id: _symbols(token) for id, token in zip(ids, tokens, strict=True)}
-    names |= {id: name for name, id in control_ids.items()}
-    vocabulary = {names[id]: id for id in sorted(names)}
+    names, merges = names_and_merges(tokens, ids, control_ids)
+    vocabulary = {name: id for id, name in enumerate(names)}
     write_json(folder / "vocab.json", vocabulary)
     write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
     write_json(folder / "tokenizer.json", _pipeline(vocabulary, merges, listed_control_tokens(control_ids)))
     (folder / "added_tokens.json").unlink(missing_ok=True)  # would be stale: vocab.json holds every name
+
+
+def names_and_merges(
+    tokens: Sequence[bytes], ids: Sequence[int], control_ids: Mapping[str, int]
+) -> tuple[list[str], list[str]]:
+    """The name of every id, by id, and the merges by rank, as these files spell them; arguments as in `Vocabulary`.
+
+    Raises:
+        ValueError: if a token beyond the bytes does not join two of lower rank.
+    """
+    names = {id: _symbols(token) for id, token in zip(ids, tokens, strict=True)}
+    names |= {id: name for name, id in control_ids.items()}
+    merges = [f"{_symbols(left)} {_symbols(right)}" for left, right in _merges_of(tokens)]
+    return [names[id] for id in range(len(names))], merges
 
 
 def listed_control_tokens(control_ids: Mapping[str, int]) -> list[dict[str, Any]]:
