@@ -427,6 +427,67 @@ class ExportSettings(Section):
             yield "`dtype` must not be set where `format` is adapter: adapters are written as they were trained"
 
 
+class ServeSettings(Section):
+    """Serves a model to programs that speak OpenAI's API, and a page to talk with it in a browser."""
+
+    model: str | None = None
+    """A run, a model folder, a checkpoint or a published name; default the newest finished run in runs/."""
+    random_init: bool = False
+    """Take shape and tokenizer from `model` but weights from the seed 0."""
+    model_name: str | None = None
+    """What clients call the model; default the last part of `model`."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Any other than this machine's own to itself needs a key (see `api_key_file`)."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port to listen on; 0 takes a free one. It is printed."""
+    api_key_file: str | None = None
+    """File with the key that clients must give; default the environment variable GPT2FT_API_KEY, else none."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names by which clients may know this server, beside localhost and its addresses."""
+    slots: Positive = 16
+    """Replies that are decoded together. Each can take the memory of one full context."""
+    queue: NotNegative = 64
+    """Requests that may wait for a slot; further ones are answered with 429."""
+    read_per_step: Positive = 256
+    """Tokens of new prompts that are read between two tokens of the others: fewer keeps those flowing."""
+    connections: Positive = 512
+    """Connections that may be open at once."""
+    body_bytes: Positive = 262_144
+    """Largest request."""
+    body_seconds: Annotated[float, Field(gt=0)] = 10.0
+    """Longest time that a request may take to arrive: its head, and then its body."""
+    reader_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """Longest time that a client may leave what is sent to it unread before it is hung up on."""
+    reply_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """Longest time that a reply may take, waiting included; it ends there as at its longest length."""
+    drain_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """Longest time that replies are given to finish after SIGTERM or Ctrl-C."""
+    messages: Positive = 256
+    """Most messages in a request."""
+    max_tokens: Positive | None = None
+    """Most tokens that a request may ask for; default the model's context."""
+    max_new_tokens: Positive = 256
+    """Longest reply in tokens where a request does not say."""
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
+    """As in a chat, where a request does not say; so are the four below."""
+    top_k: NotNegative = 0
+    """Choose among this many of the likeliest tokens; 0 among all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Choose among the likeliest tokens that together are this probable."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Leave out tokens less probable than this share of the likeliest one's probability."""
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    """Above 1 makes tokens that have already appeared less likely."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto is bf16 on CUDA and fp32 on CPU."""
+
+    def problems(self) -> Iterator[str]:
+        if self.random_init and self.model is None:
+            yield "`random_init` needs a model whose shape it takes: name one, for example quickstart"
+        if self.model_name is not None and not self.model_name.strip():
+            yield "`model_name` must not be empty"
+
+
 Settings = TypeVar("Settings", bound=Section)
 
 

@@ -1,0 +1,96 @@
+"""A finished model behind a door: for programs that speak OpenAI's API, and for a browser."""
+
+import logging
+import os
+import socket
+from collections.abc import Callable
+from ipaddress import ip_address
+from pathlib import Path
+
+from gpt2ft.model.pretrained import ModelError
+from gpt2ft.runs.speaker import load_speaker
+from gpt2ft.settings import ServeSettings, SettingsError
+
+EXTRA = ("fastapi", "starlette", "uvicorn", "h11")
+KEY = "GPT2FT_API_KEY"
+SHORTEST_KEY = 16  # characters
+
+
+def run(settings: ServeSettings) -> None:
+    try:
+        from gpt2ft.serving import connection, service
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA:
+            raise
+        install = "pip install -e '.[serve]'"
+        raise SettingsError(f"serving needs {error.name}, which is not installed: {install}") from error
+    key = read_key(settings)
+    refuse_open_door(settings.host, key)
+    with _listening(settings, connection.listen) as listening:
+        speaker = load_speaker(settings, seed=0)
+        name = settings.model_name or Path(settings.model or speaker.source).resolve().name
+        speaking = (speaker.model, speaker.tokenizer, speaker.frame)
+        server = service.create(settings, speaking, service.Served.now(name, speaker.digest), key)
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
+        print(f"{speaker.source} is served at {address(listening)} as {name}; Ctrl-C ends it", flush=True)
+        server.run(sockets=[listening])
+    if server.has_failed:
+        raise ModelError(f"{speaker.source} cannot say a single token: its weights are damaged")
+
+
+def read_key(settings: ServeSettings) -> str | None:
+    """The key from the file or the environment; it never stands on the command line, which others can see.
+
+    Raises:
+        SettingsError: if there are two, or one that would be easy to guess or hard to send.
+    """
+    file, key = settings.api_key_file, os.environ.get(KEY)
+    if file is not None and key is not None:
+        raise SettingsError(f"the key must come from `api_key_file` or from {KEY}, but both are set")
+    if file is not None:
+        try:
+            key = Path(file).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f"`api_key_file` = {file} cannot be read: {error}") from error
+    if key is None:
+        return None
+    if len(key) < SHORTEST_KEY or not (key.isascii() and key.isprintable()) or " " in key:
+        raise SettingsError(
+            f"the key must be at least {SHORTEST_KEY} letters, digits or signs without a space: make one with "
+            "`openssl rand -hex 32`"
+        )
+    return key
+
+
+def refuse_open_door(host: str, key: str | None) -> None:
+    """Raises SettingsError if others could come in without a key."""
+    if key is None and not is_own(host):
+        raise SettingsError(
+            f"`host` = {host} lets other machines in, so there must be a key: put one into {KEY} or a file that "
+            "`api_key_file` names"
+        )
+
+
+def is_own(host: str) -> bool:
+    """Whether only this machine can reach it."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _listening(settings: ServeSettings, listen: Callable[[str, int, float], socket.socket]) -> socket.socket:
+    try:
+        return listen(settings.host, settings.port, settings.reader_seconds)
+    except OSError as error:
+        raise SettingsError(
+            f"`host` = {settings.host} and `port` = {settings.port} cannot be listened on: {error.strerror or error}; "
+            "--port 0 takes a free port"
+        ) from error
+
+
+def address(listening: socket.socket) -> str:
+    """http://127.0.0.1:8000, as it is listened on."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

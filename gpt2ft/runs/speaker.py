@@ -1,0 +1,38 @@
+"""A finished model as chat and server use it: on its device, in its precision, with the frame that it knows."""
+
+from dataclasses import dataclass
+
+import torch
+
+from gpt2ft.inference.frame import ChatFrame, Frame, frame_for
+from gpt2ft.model.gpt2 import GPT2
+from gpt2ft.runs.assemble import load_trained
+from gpt2ft.settings import ChatSettings, ServeSettings
+from gpt2ft.text.tokenizer import ChatTokenizer
+
+
+@dataclass(frozen=True)
+class Speaker:
+    model: GPT2
+    tokenizer: ChatTokenizer
+    frame: Frame
+    source: str  # what the weights came from, for people
+    digest: str  # of the weights
+
+
+def load_speaker(settings: ChatSettings | ServeSettings, seed: int) -> Speaker:
+    """The model that `settings` name.
+
+    Args:
+        seed: of random weights, which are asked with the chat template as if they had been trained with it.
+    Raises:
+        ModelError, ConnectionError: if it cannot be had.
+    """
+    policy, _ = load_trained(settings.model, settings.random_init, seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    half = settings.precision == "bf16" or (settings.precision == "auto" and device == "cuda")
+    model = policy.gpt2.to(device, torch.bfloat16 if half else torch.float32).eval()
+    tokenizer = policy.tokenizer
+    frame = ChatFrame(tokenizer) if settings.random_init else frame_for(tokenizer)
+    source = f"random {settings.model}" if settings.random_init else policy.source
+    return Speaker(model, tokenizer, frame, source, policy.digest)
