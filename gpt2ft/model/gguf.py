@@ -179,4 +179,4 @@ def _check(file: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor
         if not torch.equal(values, tensors[name].float()):
             wrong.append(name)
     if wrong:
-        raise OSError(f"{file.parent} could not be written: `{wrong[0]}` is not what was written when read back")
+        raise OSError(f"the GGUF file is not kept: `{wrong[0]}` is not what was written when read back")

@@ -258,17 +258,17 @@ def write_model(
     found = read_weights(folder, read_config(folder))
     wrong = [name for name, tensor in tensors.items() if not torch.equal(found[name], tensor.float())]
     if wrong:
-        raise OSError(f"{folder} could not be written: `{wrong[0]}` is not what was written when read back")
+        raise OSError(f"the model folder is not kept: `{wrong[0]}` is not what was written when read back")
 
 
 def in_precision(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in another precision.
+    """The tensor in float32 or in half precision.
 
     Raises:
         ModelError: if it holds values that are too large for it.
     """
     converted = tensor.to(dtype)
-    if not converted.isfinite().all():
+    if dtype != torch.float32 and not converted.isfinite().all():
         raise ModelError(
             f"`{name}` must fit into {name_of(dtype)}, but holds {float(tensor.abs().max()):g}: "
             "export with --dtype float32 or bfloat16"

@@ -167,4 +167,4 @@ def write_folder(
         write_json(temporary / "generation_config.json", generation)
         write_model(temporary, weights, config, len(tokenizer), token_ids, dtype)
         if ChatTokenizer.from_folder(temporary).digest != tokenizer.digest:
-            raise OSError(f"{folder} could not be written: the tokenizer is another when read back")
+            raise OSError(f"{folder} is not kept: its tokenizer is another when read back")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2ft.inference.session import ChatFrame
+from gpt2ft.inference.frame import ChatFrame
 from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.gguf import Vocabulary, write_gguf
 from gpt2ft.runs import export
