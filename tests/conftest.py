@@ -66,6 +66,21 @@ def tiny_gpt2():
 
 
 @pytest.fixture(scope="session")
+def lively(tiny_gpt2):
+    """lively(vocab_size, n_positions): what it says depends on all before; float64, so rounding decides nothing."""
+    import torch
+
+    def make(vocab_size, n_positions, scale=12.0):
+        model = tiny_gpt2(vocab_size, n_positions, n_embd=32).double().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(scale)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def make_tree():
     """make_tree(("user", 3, -1), ("assistant", 4, 0)): nodes of (role, tokens, parent), unsupervised."""
     from gpt2ft.conversation import ROLES

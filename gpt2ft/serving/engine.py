@@ -12,7 +12,7 @@ import logging
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import NamedTuple
@@ -230,18 +230,22 @@ class Engine:
             log_failure(error)
             self._set_state("damaged")
 
-    def _rehearse(self) -> None:
-        """One token, beside whatever else is decoded. A model that cannot say it is damaged, and not just a reply."""
-        rehearsal = self._decoder.join([self._rehearsal_id], GREEDY, 1)
-        for step in self._decoder.step():
-            if step.slot != rehearsal:
-                self._deliver(step)
-            elif step.finish == "broken":
-                log.error(BROKEN)
-                self._set_state("damaged")
-            else:
-                self._set_state("ready")
-        self._decoder.leave(rehearsal)
+    def _rehearse(self) -> list[Reply]:
+        """One token, beside whatever else is decoded. A model that cannot say it is damaged, and not just a reply.
+
+        Returns the replies that broke meanwhile.
+        """
+        slot = self._decoder.join([self._rehearsal_id], GREEDY, 1)
+        steps = self._decoder.step()
+        [rehearsal] = [step for step in steps if step.slot == slot]
+        self._decoder.leave(slot)
+        broken = self._deliver(step for step in steps if step is not rehearsal)
+        if rehearsal.finish == "broken":
+            log.error(BROKEN)
+            self._set_state("damaged")
+        else:
+            self._set_state("ready")
+        return broken
 
     def _set_state(self, state: str) -> None:
         with self._changed:
@@ -277,21 +281,24 @@ class Engine:
             self._running[slot] = reply
 
     def _step(self) -> None:
-        has_broken = False
-        for step in self._decoder.step():
-            has_broken |= step.finish == "broken"
-            self._deliver(step)
-        if has_broken:
-            self._rehearse()
-
-    def _deliver(self, step: Step) -> None:
-        reply = self._running[step.slot]
-        if step.finish == "broken":
+        broken = self._deliver(self._decoder.step())
+        if broken:
+            broken += self._rehearse()
+        for reply in broken:  # after the rehearsal: whoever is told so may ask whether the model is still ready
             reply.fail(ApiError(500, BROKEN, "model_damaged"))
-        else:
-            reply.push(step.id, step.finish)
-        if reply.has_ended:
-            self._leave(step.slot)
+
+    def _deliver(self, steps: Iterable[Step]) -> list[Reply]:
+        """Hands on what was said, and frees the slots of what has ended. Returns the replies that broke."""
+        broken = []
+        for slot, id, finish in steps:
+            reply = self._running[slot]
+            if finish == "broken":
+                broken.append(reply)
+            else:
+                reply.push(id, finish)
+            if finish == "broken" or reply.has_ended:
+                self._leave(slot)
+        return broken
 
     def _leave(self, slot: int) -> None:
         self._decoder.leave(slot)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from gpt2ft.conversation import tidy
 from gpt2ft.inference.frame import Frame, TooLong, Turn, chat_prompt, prompt_limit, text_prompt
@@ -54,7 +54,22 @@ class StreamOptions(Body):
     include_obfuscation: Literal[False] = False
 
 
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
 StopString = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
+StopStrings = Annotated[list[StopString], Field(max_length=4), BeforeValidator(_listed)]  # or one that is no list
+Content = Annotated[list[TextPart], BeforeValidator(_as_parts)]  # or text
 
 
 class Asked(Body):
@@ -69,31 +84,22 @@ class Asked(Body):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
+    stop: StopStrings = []
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     user: str | None = None  # who asks: it has no bearing on the reply
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def includes_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class TextPart(Body):
-    type: Literal["text"]
-    text: str
-
-
 class ChatMessage(Body):
     role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Content
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return "".join(part.text for part in self.content)
 
 
 class ChatRequest(Asked):
@@ -213,7 +219,7 @@ class Interpreter:
         except ValueError as error:
             raise _too_long(error, "messages") from None
         frame = self.frame
-        text = ReplyText(self.tokenizer, (*frame.stop_strings, *request.stop_strings), frame.opens_with_space)
+        text = ReplyText(self.tokenizer, (*frame.stop_strings, *request.stop), frame.opens_with_space)
         return Order(prompt, self._sampling(request), most, tuple(frame.stop_ids), text)
 
     def completion(self, request: CompletionRequest) -> Order:
@@ -223,7 +229,7 @@ class Interpreter:
             prompt = text_prompt(self.tokenizer, request.prompt, prompt_limit(self.n_positions, most))
         except ValueError as error:
             raise _too_long(error, "prompt") from None
-        text = ReplyText(self.tokenizer, request.stop_strings)
+        text = ReplyText(self.tokenizer, request.stop)
         return Order(prompt, self._sampling(request), most, (self.tokenizer.end_of_text_id,), text)
 
     def _sampling(self, request: Asked) -> Sampling:

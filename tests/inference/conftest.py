@@ -1,21 +1,6 @@
-"""What the tests of generation share: a model whose likeliest token depends on all that came before."""
+"""What the tests of generation share."""
 
 import pytest
-import torch
-
-
-@pytest.fixture(scope="session")
-def lively(tiny_gpt2):
-    """lively(vocab_size, n_positions): large weights, and float64, so that rounding decides nothing."""
-
-    def make(vocab_size, n_positions, scale=12.0):
-        model = tiny_gpt2(vocab_size, n_positions, n_embd=32).double().eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(scale)
-        return model
-
-    return make
 
 
 @pytest.fixture

@@ -102,9 +102,9 @@ class TestSchedule:
         sequences = [self.random_sequence(draw) for _ in range(60)]
         sequences += [([*prompt[:-1], 1, 2], *others) for prompt, *others in draw.sample(sequences, 20)]
         draw.shuffle(sequences)
-        decoder = Decoder(model, [STOP], forbidden(), 5)
+        decoder = Decoder(model, [STOP], forbidden(), 5, read_per_step=7)
         present, said = {}, [[] for _ in sequences]  # slot -> number
-        joined = left_early = joined_midway = gaps = 0
+        joined = left_early = joined_midway = gaps = waited = 0
         while joined < len(sequences) or present:
             while joined < len(sequences) and decoder.num_free and draw.random() < 0.6:
                 joined_midway += any(said[number] for number in present.values())
@@ -113,7 +113,9 @@ class TestSchedule:
                 present[slot] = joined
                 joined += 1
             gaps += any(b - a > 1 for a, b in pairwise(sorted(present)))
-            for slot, id, finish in decoder.step():
+            steps = decoder.step()
+            waited += len(present) > len(steps) > 0
+            for slot, id, finish in steps:
                 number = present[slot]
                 said[number] += [] if id is None else [id]
                 gives_up = draw.random() < 0.05
@@ -126,6 +128,7 @@ class TestSchedule:
         assert left_early > 10
         assert joined_midway > 30
         assert gaps > 10
+        assert waited > 30  # whose prompt was not read to its end while others went on
 
     def random_sequence(self, draw):
         prompt = [draw.randrange(VOCABULARY) for _ in range(draw.randrange(1, 25))]
@@ -192,6 +195,93 @@ class TestPrefix:
         for slot in range(3):
             decoder.leave(slot)
         assert decoder.join([4] * 9, GREEDY, 1) == 1
+
+
+class TestReading:
+    def test_a_long_prompt_is_read_between_the_tokens_of_others(self, model, count_read):
+        decoder = Decoder(model, [], forbidden(), 3, read_per_step=8)
+        first = decoder.join([5], GREEDY, 30)
+        decoder.step()
+        long, after = decoder.join([1] * 20, GREEDY, 30), decoder.join([2] * 6, GREEDY, 30)
+        read = count_read(model)
+        slots = [[step.slot for step in decoder.step()] for _ in range(4)]
+        assert slots == [[first], [first], [first, long], [first, long, after]]
+        assert read == [8 + 1, 8 + 1, 4 + 4 + 1, 2 + 2]
+
+    def test_whatever_is_read_at_once_the_replies_are_the_same(self, model):
+        prompts = [[1, 2, 3] * 7, [4] * 20, [5]]
+        expected = [uncached(model, prompt, 9, forbidden()).ids for prompt in prompts]
+        for read_per_step in range(1, 25):
+            decoder = Decoder(model, [STOP], forbidden(), 3, read_per_step)
+            slots = [decoder.join(prompt, GREEDY, 9) for prompt in prompts]
+            said = {slot: [] for slot in slots}
+            finishes = {}
+            while len(finishes) < 3:
+                for slot, id, finish in decoder.step():
+                    said[slot] += [] if id is None else [id]
+                    finishes |= {slot: finish} if finish else {}
+            assert [said[slot] for slot in slots] == expected
+
+    def test_nothing_read_per_step_is_refused(self, model):
+        with pytest.raises(ValueError, match="`read_per_step` must be at least 1, but is 0"):
+            Decoder(model, [STOP], forbidden(), 1, read_per_step=0)
+
+
+class TestStops:
+    def test_each_sequence_has_stops_of_its_own_and_never_says_those_of_others(self, model):
+        """The ids that end one kind of sequence are padding to another."""
+        likely = generate(model, PROMPTS, 12, [STOP], forbidden(STOP))
+        other = likely[0].ids[2]
+        decoder = Decoder(model, [STOP, other], forbidden(), 4)
+        ended = {decoder.join(prompt, GREEDY, 12, [other]): prompt for prompt in PROMPTS}
+        replies = {slot: [] for slot in ended}
+        finishes = {}
+        while len(finishes) < len(ended):
+            for slot, id, finish in decoder.step():
+                replies[slot] += [] if id is None else [id]
+                finishes |= {slot: finish} if finish else {}
+        for slot, prompt in ended.items():
+            alone = generate(model, [prompt], 12, [other], forbidden(STOP))[0]
+            assert (replies[slot], finishes[slot] == "stop") == (alone.ids, alone.stopped)
+        assert set(finishes.values()) == {"stop", "length"}
+
+
+class TestBroken:
+    @pytest.fixture
+    def fragile(self, lively):
+        """Any sequence with the id 7 has logits that are not finite."""
+        model = lively(64, 32)
+        with torch.no_grad():
+            model.wte.weight[7] = torch.nan
+        return model
+
+    def test_a_broken_sequence_ends_alone(self, fragile):
+        mask = forbidden(7)
+        expected = uncached(fragile, [1, 2, 3], 10, mask)
+        decoder = Decoder(fragile, [STOP], mask, 3)
+        good = decoder.join([1, 2, 3], GREEDY, 10)
+        said = [step.id for step in decoder.step()]
+        bad = decoder.join([4, 7, 5], GREEDY, 10)
+        steps = decoder.step()
+        assert (bad, None, "broken") in steps
+        assert decoder.step() != []
+        said += [step.id for step in steps if step.slot == good]
+        assert said == expected.ids[:2]
+
+    def test_whoever_comes_next_into_its_slot_is_as_if_alone(self, fragile):
+        """What is masked is multiplied by zero, which does not make zero of everything."""
+        mask = forbidden(7)
+        for steps_before_leaving, read_per_step in ((1, 100), (1, 4), (3, 100)):
+            decoder = Decoder(fragile, [], mask, 2, read_per_step)
+            bad = decoder.join([4, 5, 7, 7, 7, 7, 7, 6], GREEDY, 10)
+            for _ in range(steps_before_leaving):
+                decoder.step()
+            decoder.leave(bad)
+            slot = decoder.join([4, 5, 6], GREEDY, 5)
+            assert slot == bad
+            decoder.join([1] * 12, GREEDY, 100)  # longer, so that more of every slot is looked at
+            ids, _ = finished(decoder, slot)
+            assert ids == generate(fragile, [[4, 5, 6]], 5, [], mask)[0].ids
 
 
 class TestEnds:
