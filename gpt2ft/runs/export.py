@@ -83,7 +83,7 @@ def _export_adapter(settings: ExportSettings, output: Path) -> None:
         if is_adapted(adapted.gpt2):
             base = run_settings.model.path
             if is_adapter(base):
-                raise ModelError(f"the run started from the adapter {base}: export the finished run, or use --format hf")
+                raise ModelError(f"{folder} stands on the adapter {base}: export the finished run, or use --format hf")
             write_adapter_folder(output, adapted, run_settings, merged_weights(adapted.gpt2), base)
             return
     elif is_adapter(folder):

@@ -180,7 +180,7 @@ def test_a_folder_under_the_wrong_name_is_refused(make_store):
     other = make_store(COMPUTED_BY | {"weights": "other"})
     other.folder.parent.mkdir(exist_ok=True)
     store.folder.rename(other.folder)
-    with pytest.raises(ReferenceLogProbError, match=r"of another reference: `weights` was 'w' and is now 'other'; remove"):
+    with pytest.raises(ReferenceLogProbError, match=r"another reference: `weights` was 'w' and is now 'other'; remove"):
         make_store(COMPUTED_BY | {"weights": "other"})
 
 
