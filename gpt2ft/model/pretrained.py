@@ -55,7 +55,9 @@ def find_folder(path: str) -> Path:
             return candidate
     if not folder.exists():
         names = ", ".join(HUB_MODELS)
-        raise ModelError(f"the model must be a folder or one of {names}, but {path!r} is neither")
+        raise ModelError(
+            f"the model must be a folder or one of {names}, but {path!r} is neither (a run must be trained first)"
+        )
     if (folder / "checkpoints").is_dir():
         raise ModelError(f"{folder} is a run that has not finished: run the same command again to finish it")
     raise ModelError(f"{folder} holds no config.json, so it is not a model folder")
