@@ -54,7 +54,7 @@ def create_app(engine: Engine, interpreter: Interpreter, served: Served, access:
     """The whole application. The open paths of `access` are completed here: the page, health and readiness."""
     page = read_page()
     open_paths = frozenset({*OPEN, *page})
-    api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     for router in (_states(engine), _models(served), _replies(engine, interpreter, served), _files(page)):
         api.include_router(router)
     api.add_exception_handler(ApiError, _refused)

@@ -29,6 +29,7 @@ class Patience:
 class Connection(H11Protocol):
     def __init__(self, *arguments: Any, patience: Patience, **named: Any) -> None:
         super().__init__(*arguments, **named)
+        self.access_log = False  # it would hold whatever stands in a path; the door writes the log
         self._patience = patience
         self._head: asyncio.TimerHandle | None = None
         self._reader: asyncio.TimerHandle | None = None

@@ -40,6 +40,7 @@ NOTHING_TO_DO: dict[str, tuple[Any, ...]] = {
     "store": (False,),
     "service_tier": ("auto", "default"),
 }
+JSON = "invalid_json"
 UNSUPPORTED = "unsupported_parameter"
 LONGEST_STOP = 200  # characters
 INT64 = 2**63
@@ -139,7 +140,7 @@ def parse(kind: type[Kind], content_types: Sequence[str], body: bytes) -> Kind:
     except ValidationError as error:
         raise unfit(error) from None
     except RecursionError:
-        raise invalid("the body must not be nested this deeply", None, "invalid_json") from None
+        raise invalid("the body must not be nested this deeply", None, JSON) from None
     if request.stream_options is not None and not request.stream:
         raise invalid("`stream_options` needs `stream` = true", "stream_options")
     return request
@@ -148,28 +149,32 @@ def parse(kind: type[Kind], content_types: Sequence[str], body: bytes) -> Kind:
 def _object(body: bytes) -> dict[str, Any]:
     try:
         found = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique)
+        if b"\\u" in body:
+            json.dumps(found, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise invalid("the body must hold whole characters, but one is half a surrogate pair", None, JSON) from None
     except UnicodeDecodeError as error:
-        raise invalid(f"the body must be UTF-8, but is not from byte {error.start} on", None, "invalid_json") from None
+        raise invalid(f"the body must be UTF-8, but is not from byte {error.start} on", None, JSON) from None
     except RecursionError:
-        raise invalid("the body must not be nested this deeply", None, "invalid_json") from None
+        raise invalid("the body must not be nested this deeply", None, JSON) from None
     except json.JSONDecodeError as error:
         place = f"line {error.lineno} column {error.colno}"
-        raise invalid(f"the body must be JSON, but is not: {error.msg} at {place}", None, "invalid_json") from None
+        raise invalid(f"the body must be JSON, but is not: {error.msg} at {place}", None, JSON) from None
     except ValueError as error:  # a number of thousands of digits
-        raise invalid(f"the body must be JSON that can be read: {error}", None, "invalid_json") from None
+        raise invalid(f"the body must be JSON that can be read: {error}", None, JSON) from None
     if not isinstance(found, dict):
-        raise invalid("the body must be a JSON object", None, "invalid_json")
+        raise invalid("the body must be a JSON object", None, JSON)
     return found
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise invalid(f"the body must be JSON, which knows no {name}", None, "invalid_json")
+    raise invalid(f"the body must be JSON, which knows no {name}", None, JSON)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise invalid("the body must name each parameter once", None, "invalid_json")
+        raise invalid("the body must name each parameter once", None, JSON)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Requests that are wrong in many ways, as the bytes that go over the wire: from a seed, so that any can be repeated."""
+"""Requests that are wrong in many ways, as bytes on the wire: made from a seed, so that each can be made again."""
 
 import json
 import random
@@ -10,6 +10,12 @@ TEXT = "/v1/completions"
 PATHS = (CHAT, TEXT)
 CONTROLS = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|endoftext|>")
 SCALARS = (None, True, False, -1, 0, 3.5, 10**30, -(10**400), "", "x", "0.7", [], {}, [[]], [None], {"a": 1})
+
+PARAMETERS = (
+    *("messages", "model", "stream", "stream_options", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+    *("seed", "stop", "max_tokens", "max_completion_tokens", "user", "n", "tools", "logprobs", "response_format"),
+    *("logit_bias", "best_of", "unheard_of"),
+)
 
 
 @dataclass(frozen=True)
@@ -42,11 +48,7 @@ def valid(draw: random.Random) -> dict:
 
 def wrong_value(draw: random.Random) -> bytes:
     """One parameter with a value of the wrong kind or size."""
-    names = (
-        "temperature top_p top_k min_p repetition_penalty seed stop max_tokens n tools logprobs stream_options".split()
-    )
-    names += "messages model stream user response_format logit_bias best_of max_completion_tokens nonsense".split()
-    asked = valid(draw) | {draw.choice(names): draw.choice(SCALARS)}
+    asked = valid(draw) | {draw.choice(PARAMETERS): draw.choice(SCALARS)}
     return request(json.dumps(asked).encode())
 
 
@@ -74,7 +76,7 @@ def too_long(draw: random.Random) -> bytes:
 
 
 def lone_surrogate(draw: random.Random) -> bytes:
-    surrogate = "\\ud8%02x" % draw.randrange(256)
+    surrogate = f"\\ud8{draw.randrange(256):02x}"
     places = [
         '{"messages":[{"role":"user","content":"%s"}]}',
         '{"messages":[{"role":"user","content":"x"}],"stop":"%s"}',
@@ -185,7 +187,7 @@ def no_http(draw: random.Random) -> bytes:
         b"GET / HTTP/1.1\r\nHost: localhost\r\nBad Header\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 100_000 + b"\r\n\r\n",
         b"GET /\x00\xff HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
         draw.randbytes(draw.randrange(1, 200)) + b"\r\n\r\n",
     ]
     return draw.choice(lines)
@@ -201,7 +203,7 @@ KINDS: dict[Callable[[random.Random], bytes], dict[str, bool]] = {
     wrong_value: {"may_succeed": True},
     wrong_message: {"may_succeed": True},
     not_finite: {},
-    too_long: {},
+    too_long: {"may_succeed": True},  # white space around a message is not counted
     lone_surrogate: {},
     not_utf8: {},
     deep: {},

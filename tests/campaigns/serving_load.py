@@ -1,6 +1,6 @@
 """Puts a real server under load: many clients that stream, then thousands of malformed requests.
 
-    python tests/campaigns/serving_load.py [--seconds 300] [--clients 64] [--malformed 10000] [-- settings of the server]
+    python tests/campaigns/serving_load.py [--seconds 300] [--clients 64] [--malformed 10000] [-- SETTINGS]
 
 It stands among the tests because it asserts, and exits with 1 where something did not hold; it is no test of its own
 because it takes minutes and its figures are those of the machine. tests/campaigns/test_serving_load.py runs a sample.
@@ -22,9 +22,7 @@ from pathlib import Path
 from time import monotonic
 
 import psutil
-
-sys.path.insert(0, str(Path(__file__).parent))
-from malformed import Malformed, malformed  # noqa: E402
+from malformed import Malformed, malformed
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 60.0  # seconds for one answer
@@ -179,10 +177,11 @@ def report_streams(clients: list[Client], samples: list, seconds: float) -> list
     gaps = [value for client in clients for value in client.gaps]
     middle = [sample for sample in samples if sample[0] >= seconds / 2]
     memory = [sample[1] / 2**20 for sample in samples]
-    print(f"{len(clients)} clients, {seconds:.0f} s: {len(problems)} errors, {sum(c.replies for c in clients)} replies")
+    replies, left = sum(client.replies for client in clients), sum(client.left for client in clients)
     print(
-        f"  hung up on purpose {sum(c.left for c in clients)}; {sum(tokens)} tokens, {sum(tokens) / seconds:.1f} tokens/s"
+        f"{len(clients)} clients, {seconds:.0f} s: {len(problems)} errors, {replies} replies, {left} hung up on purpose"
     )
+    print(f"  {sum(tokens)} tokens, {sum(tokens) / seconds:.1f} tokens/s")
     print(f"  tokens per client: min {min(tokens)}, median {quantile(tokens, 0.5)}, max {max(tokens)}")
     print(f"  first text: p50 {quantile(first, 0.5):.2f} s, p99 {quantile(first, 0.99):.2f} s")
     print(f"  between pieces: p50 {quantile(gaps, 0.5):.3f} s, p99 {quantile(gaps, 0.99):.3f} s")
