@@ -1,0 +1,213 @@
+"""The server as a person starts and stops it: a process of its own."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpt2ft.runs import serve
+from gpt2ft.settings import ChatSettings, ServeSettings, SettingsError
+
+pytest.importorskip("uvicorn", reason="needs the extra [serve]")
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 60  # seconds until a test gives up
+KEY = "0123456789abcdef"
+
+
+@pytest.fixture
+def environment():
+    kept = {name: value for name, value in os.environ.items() if name != serve.KEY}
+    return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture
+def start(environment, tiny_weights_folder):
+    """start(settings..., KEY=...): the process, and the address that it prints."""
+    started = []
+
+    def start(*settings, **more):
+        command = [sys.executable, "launch/serve.py", str(tiny_weights_folder), "--port", "0", *settings]
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        return process, re.search(r"http://([\d.]+):(\d+)", process.stdout.readline())
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def refused(environment, *settings, **more):
+    """What a server that does not start says."""
+    command = [sys.executable, "launch/serve.py", *map(str, settings)]
+    ended = subprocess.run(
+        command, cwd=ROOT, env=environment | more, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    [line] = ended.stderr.splitlines()
+    return line
+
+
+def ask(address, request):
+    """The answer, up to its end."""
+    connection = socket.create_connection((address[1], int(address[2])), timeout=PATIENCE)
+    connection.sendall(request)
+    received = b""
+    while data := connection.recv(65536):
+        received += data
+    return received
+
+
+def get(path):
+    return f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+
+
+def wait_until_ready(address):
+    while b"200 OK" not in ask(address, get("/ready")):
+        pass
+
+
+def asking_for_a_stream():
+    body = b'{"prompt": "Once", "max_tokens": 200, "stream": true}'
+    lines = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
+    return "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_told_to_stop_it_finishes_its_replies_and_ends_well(start, signal_):
+    process, address = start()
+    wait_until_ready(address)
+    connection = socket.create_connection((address[1], int(address[2])), timeout=PATIENCE)
+    connection.sendall(asking_for_a_stream())
+    received = connection.recv(65536)
+    process.send_signal(signal_)
+    while data := connection.recv(65536):
+        received += data
+    assert b"data: [DONE]" in received
+    assert process.wait(PATIENCE) == 0
+    assert "Traceback" not in process.stderr.read()
+
+
+def test_a_second_signal_does_not_wait(start):
+    process, address = start("--drain_seconds", "1000")
+    wait_until_ready(address)
+    connection = socket.create_connection((address[1], int(address[2])), timeout=PATIENCE)
+    connection.sendall(asking_for_a_stream())
+    connection.recv(65536)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE) == 0
+
+
+def test_other_machines_are_let_in_with_a_key_alone(start, environment, tiny_weights_folder, tmp_path):
+    line = refused(environment, tiny_weights_folder, "--host", "0.0.0.0")
+    assert line.startswith("error: `host` = 0.0.0.0 lets other machines in, so there must be a key")
+    file = tmp_path / "key"
+    file.write_text(f"{KEY}\n")
+    _, address = start("--host", "0.0.0.0", "--api_key_file", str(file))
+    assert b"401 Unauthorized" in ask(address, get("/v1/models"))
+    with_key = get("/v1/models").replace(b"\r\n\r\n", f"\r\nAuthorization: Bearer {KEY}\r\n\r\n".encode())
+    assert b"200 OK" in ask(address, with_key)
+
+
+def test_a_port_that_is_taken_is_said(environment, tiny_weights_folder):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = refused(environment, tiny_weights_folder, "--port", port)
+    assert line.startswith(
+        f"error: `host` = 127.0.0.1 and `port` = {port} cannot be listened on: Address already in use"
+    )
+
+
+def test_a_model_that_cannot_say_a_token_is_not_served(environment, tiny_weights_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    for file in tiny_weights_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    weights = load_file(folder / "model.safetensors")
+    next(tensor for name, tensor in weights.items() if name.endswith("ln_f.weight")).fill_(
+        3e38
+    )  # finite, as every folder must be
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    command = [sys.executable, "launch/serve.py", str(folder), "--port", "0"]
+    ended = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].endswith("cannot say a single token: its weights are damaged")
+
+
+def test_what_is_not_installed_is_said(environment, tmp_path):
+    """FastAPI hidden from this process, as if it had never been installed."""
+    (tmp_path / "fastapi.py").write_text("raise ModuleNotFoundError(name='fastapi')")
+    line = refused(environment, "quickstart", "--random_init", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert line == "error: serving needs fastapi, which is not installed: pip install -e '.[serve]'"
+
+
+@pytest.mark.parametrize(
+    ("in_file", "in_environment", "message"),
+    [
+        (None, "short", "must be at least 16 letters"),
+        (None, "x" * 15 + " " + "y", "without a space"),
+        (None, "ü" * 20, "must be at least 16 letters"),
+        ("", None, "must be at least 16 letters"),
+        (KEY, KEY, "both are set"),
+    ],
+)
+def test_keys_that_protect_nothing_are_refused(tmp_path, monkeypatch, in_file, in_environment, message):
+    file = tmp_path / "key"
+    monkeypatch.delenv(serve.KEY, raising=False)
+    if in_environment is not None:
+        monkeypatch.setenv(serve.KEY, in_environment)
+    if in_file is not None:
+        file.write_text(in_file)
+    settings = ServeSettings(api_key_file=None if in_file is None else str(file))
+    with pytest.raises(SettingsError, match=message):
+        serve.read_key(settings)
+
+
+def test_a_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
+    monkeypatch.delenv(serve.KEY, raising=False)
+    assert serve.read_key(ServeSettings()) is None
+    (tmp_path / "key").write_text(f" {KEY}\n")
+    assert serve.read_key(ServeSettings(api_key_file=str(tmp_path / "key"))) == KEY
+    with pytest.raises(SettingsError, match="cannot be read"):
+        serve.read_key(ServeSettings(api_key_file=str(tmp_path / "missing")))
+    monkeypatch.setenv(serve.KEY, KEY)
+    assert serve.read_key(ServeSettings()) == KEY
+    assert not [name for name in ServeSettings.model_fields if name in ("key", "api_key")]  # others can read argv
+
+
+@pytest.mark.parametrize(
+    ("host", "is_own"),
+    [
+        *((host, True) for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost")),
+        *((host, False) for host in ("0.0.0.0", "::", "192.168.1.5", "8.8.8.8", "my-machine", "localhost.example", "")),
+    ],
+)
+def test_which_addresses_are_this_machine_s_own(host, is_own):
+    assert serve.is_own(host) == is_own
+
+
+def test_the_defaults_of_sampling_are_those_of_a_chat():
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "precision")
+    chat, served = ChatSettings(), ServeSettings()
+    assert [getattr(chat, name) for name in names] == [getattr(served, name) for name in names]
+
+
+def test_serving_imports_nothing_that_only_training_needs():
+    code = "import sys; from gpt2ft.runs import main, serve; from gpt2ft.serving import service; print(*sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    modules = set(printed.split())
+    assert {"torch", "fastapi", "uvicorn"} <= modules
+    assert not modules & {"accelerate", "datasets", "deepspeed", "pyarrow", "transformers", "prompt_toolkit"}
