@@ -131,8 +131,8 @@ def chances(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
 def _kept(scores: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     """bool [B, V]: what top-k, top-p and min-p leave of each row. Of equal scores the lower ids come first.
 
-    Only the scores are sorted, and not the ids with them: what is kept of a sorted row is its beginning, so that the
-    last score that is kept, and how often it is, say it all.
+    Only the scores are sorted, and not the ids with them: what is kept of a sorted row is its beginning, so that its
+    length and the last score in it say it all.
     """
     most = scores.shape[-1]
     ordered = _descending(scores)
@@ -141,10 +141,14 @@ def _kept(scores: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     masses = ordered.masked_fill(ordered < ordered.gather(-1, last_kept), -torch.inf).softmax(-1)
     above = masses.cumsum(-1) - masses  # how probable the likelier ones are together
     is_kept = (masses > 0) & (above < top_p) & (masses >= min_p * masses[:, :1])
-    last = ordered.gather(-1, is_kept.sum(-1, keepdim=True) - 1)
-    num_last = (is_kept & (ordered == last)).sum(-1, keepdim=True)
-    ties = scores == last
-    return (scores > last) | (ties & (ties.cumsum(-1) <= num_last))
+    num_kept = is_kept.sum(-1, keepdim=True)
+    last = ordered.gather(-1, num_kept - 1)
+    kept = scores >= last
+    surplus = kept.sum(-1) - num_kept[:, 0]
+    for row in surplus.nonzero()[:, 0].tolist():
+        ties = (scores[row] == last[row]).nonzero()[:, 0]
+        kept[row, ties[len(ties) - int(surplus[row]) :]] = False
+    return kept
 
 
 def _descending(scores: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ class Server(uvicorn.Server):
 
     Args:
         drain_seconds: the longest time that replies are given to finish.
+    Attributes:
+        has_failed: it has ended because of that rehearsal.
     """
 
     def __init__(self, app: App, engine: Engine, patience: Patience, drain_seconds: float) -> None:
@@ -42,11 +44,7 @@ class Server(uvicorn.Server):
         self._num_signals = 0
         self._drain_ends: float | None = None
         self._was_ready = False
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether the model never answered."""
-        return self._engine.is_damaged and not self._was_ready
+        self.has_failed = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._engine.start()
@@ -58,6 +56,7 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         self._was_ready |= self._engine.is_ready
+        self.has_failed = self._engine.is_damaged and not self._was_ready
         if self._num_signals and self._drain_ends is None:
             self._engine.drain()
             self._drain_ends = monotonic() + self._drain_seconds
