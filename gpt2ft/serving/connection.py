@@ -108,6 +108,10 @@ def listen(host: str, port: int, reader_seconds: float) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(reader_seconds * 1000))
+        if family == socket.AF_INET6:
+            listening.setsockopt(
+                socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1
+            )  # addresses then look as the Host gives them
         listening.bind(address)
         listening.listen(1024)
     except OSError:

@@ -25,6 +25,7 @@ import psutil
 from malformed import Malformed, malformed
 
 ROOT = Path(__file__).parents[2]
+DEFAULT = ["gpt2", "--random_init", "--slots", "64"]  # a slot for each client: see the README
 PATIENCE = 60.0  # seconds for one answer
 WORDS = ["tea", "cup", "hot", "rain", "leaf", "water", "kettle", "cold", "sugar", "milk", "lemon", "why", "how", "when"]
 
@@ -282,9 +283,9 @@ def main() -> None:
     parser.add_argument("--malformed", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log", type=Path, help="where the server's log goes")
-    parser.add_argument("settings", nargs="*", help="of the server; default a random model in the shape of GPT-2")
+    parser.add_argument("settings", nargs="*", help=f"of the server; default {' '.join(DEFAULT)}")
     asked = parser.parse_args()
-    server = start(asked.settings or ["gpt2", "--random_init"], asked.log)
+    server = start(asked.settings or DEFAULT, asked.log)
     problems = []
     try:
         if asked.clients and asked.seconds:
