@@ -22,8 +22,9 @@ from gpt2ft.serving.answers import Envelope, Json, Shape, model_object
 from gpt2ft.serving.door import Access, App, Door
 from gpt2ft.serving.engine import Engine, Order
 from gpt2ft.serving.errors import FAILED, ApiError
+from gpt2ft.serving.orders import Interpreter
 from gpt2ft.serving.page_files import read_page
-from gpt2ft.serving.requests import Asked, ChatRequest, CompletionRequest, Interpreter, parse
+from gpt2ft.serving.requests import Asked, ChatRequest, CompletionRequest, parse
 from gpt2ft.serving.responses import Listener, ReplyResponse, ReplyStream
 
 OPEN = ("/health", "/ready")

@@ -62,10 +62,11 @@ class News(NamedTuple):
 
 @dataclass(eq=False)
 class Reply:
-    """One reply on its way from the engine to its reader.
+    """One reply on its way from the engine, which pushes, to its reader, who takes.
 
     Args:
         wake: called by the engine's thread whenever there is something to `take`.
+        deadline: of the monotonic clock; set by `Engine.submit`.
     """
 
     order: Order
@@ -73,7 +74,6 @@ class Reply:
     tokens: int = 0
     finish: str | None = None
     failure: ApiError | None = None
-    slot: int | None = None
     deadline: float = 0.0
     is_abandoned: bool = False
     _texts: deque[str] = field(default_factory=deque)
@@ -85,7 +85,7 @@ class Reply:
         return News("".join(texts), finish, failure)
 
     def push(self, id: int | None, finish: str | None) -> None:
-        """By the engine: a step of the decoder."""
+        """What a step of the decoder brought."""
         text = self.order.text
         if id is not None:
             self.tokens += 1
@@ -97,6 +97,7 @@ class Reply:
             self.wake()
 
     def end(self, finish: str) -> None:
+        """No more ids come."""
         self._add(self.order.text.finish())
         self.finish = finish
         self.wake()
@@ -148,6 +149,7 @@ class Engine:
 
     @property
     def is_damaged(self) -> bool:
+        """Whether the model has failed a rehearsal, as it then would any other."""
         return self._state == "damaged"
 
     @property
@@ -275,10 +277,14 @@ class Engine:
             with self._changed:
                 if not self._waiting:
                     return
-                reply = self._waiting.popleft()
+                reply = self._waiting[0]
             order = reply.order
             slot = self._decoder.join(order.prompt.ids, order.sampling, order.max_new_tokens, order.stop_ids)
-            self._running[slot] = reply
+            with self._changed:  # it is in one of the two at any time, as others count them
+                if reply.is_abandoned:
+                    self._decoder.leave(slot)
+                else:
+                    self._running[slot] = self._waiting.popleft()
 
     def _step(self) -> None:
         broken = self._deliver(self._decoder.step())

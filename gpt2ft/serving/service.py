@@ -10,7 +10,7 @@ from gpt2ft.serving.api import Served, create_app
 from gpt2ft.serving.connection import Patience
 from gpt2ft.serving.door import Access, host_of
 from gpt2ft.serving.engine import Engine
-from gpt2ft.serving.requests import Interpreter, Limits
+from gpt2ft.serving.orders import Interpreter, Limits
 from gpt2ft.serving.server import Server
 from gpt2ft.settings import ServeSettings
 from gpt2ft.text.tokenizer import ChatTokenizer

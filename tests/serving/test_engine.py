@@ -26,6 +26,15 @@ def say_in_thread(running, answers, **asked):
     return thread
 
 
+def in_this_order(running, number, **asked):
+    """Streams of which each has come to the engine before the next one is asked for."""
+    connections = []
+    for count in range(1, number + 1):
+        connections.append(running.stream(**asked))
+        eventually(lambda count=count: running.engine.num_unfinished == count)
+    return connections
+
+
 def test_tokens_are_sent_one_by_one_as_they_are_said(small, alone):
     _, _, tokens, _ = alone([("user", "What is tea?")], 20, temperature=0)
     assert tokens > 3
@@ -36,6 +45,16 @@ def test_tokens_are_sent_one_by_one_as_they_are_said(small, alone):
         received += read_until(connection, b'"delta":{"content":')
     assert small.engine.num_running == 1
     assert END not in received
+    small.gate.open()
+    read_until(connection, END)
+
+
+def test_nobody_on_the_way_loses_patience_while_nothing_is_said(small, monkeypatch):
+    monkeypatch.setattr("gpt2ft.serving.responses.KEEP_ALIVE", 0.05)
+    connection = small.stream(max_tokens=2)
+    received = read_until(connection, b": keep-alive\n\n")
+    assert b"text/event-stream" in received
+    assert b"X-Accel-Buffering: no" in received.replace(b"x-accel-buffering", b"X-Accel-Buffering")
     small.gate.open()
     read_until(connection, END)
 
@@ -55,8 +74,7 @@ def test_a_full_queue_is_answered_with_429_and_when_to_try_again(small):
 
 
 def test_a_reader_that_leaves_frees_its_slot_before_the_next_token(small):
-    staying, leaving, waiting = (small.stream(temperature=0, max_tokens=100) for _ in range(3))
-    eventually(lambda: small.engine.num_unfinished == 3)
+    staying, leaving, waiting = in_this_order(small, 3, temperature=0, max_tokens=100)
     small.gate.let_pass()
     eventually(lambda: small.engine.num_running == 2)
     present = list(small.engine._running.values())
@@ -74,10 +92,7 @@ def test_a_reader_that_leaves_frees_its_slot_before_the_next_token(small):
 
 
 def test_a_reader_that_leaves_while_it_waits_frees_its_place(small):
-    running = [small.stream(), small.stream()]
-    eventually(lambda: small.engine.num_unfinished == 2)
-    waiting = small.stream()
-    eventually(lambda: small.engine.num_unfinished == 3)
+    *running, waiting = in_this_order(small, 3)
     waiting.close()
     eventually(lambda: small.engine.num_unfinished == 2, "a free place")  # though the model has not moved
     small.gate.open()
@@ -97,14 +112,16 @@ def test_a_reader_that_leaves_while_its_prompt_is_read_frees_its_slot(small):
     assert (reply.tokens, small.gate.num_passed <= 3) == (0, True)
 
 
-def test_a_reader_that_never_reads_holds_up_nobody_and_is_hung_up_on(serving, alone):
+def test_a_reader_that_never_reads_holds_up_nobody(serving, alone):
     """Its reply is complete while it has read nothing; the slot is another's then."""
     expected = alone([("user", "What is tea?")], 5, temperature=0)[0]
-    with serving(slots=1, queue=1, reader_seconds=0.5) as running:
-        lazy = running.stream(max_tokens=100)
+    with serving(slots=1, queue=1) as running:
+        running.gate.shut()
+        [lazy] = in_this_order(running, 1, max_tokens=100)
+        running.gate.open()
         answer = running.say(max_tokens=5, temperature=0)
         assert answer["choices"][0]["message"]["content"] == expected
-        assert running.engine.num_unfinished == 0
+        eventually(lambda: running.engine.num_unfinished == 0)
         lazy.close()
 
 
