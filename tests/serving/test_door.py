@@ -107,6 +107,7 @@ class TestBody:
             assert error_of(read_until(running.raw(b"POST / HTTP/1.1\r\nHost:"), b"")) == (408, "request_timeout")
             assert read_until(running.raw(), b"") == b""
 
+    @pytest.mark.long
     def test_a_second_head_that_is_too_slow_is_hung_up_on(self, serving):
         with serving(body_seconds=0.2) as running:
             whole = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
