@@ -1,6 +1,7 @@
 """Small training runs in this process: the quickstart's data, a model of one tenth, a few seconds."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -116,6 +117,32 @@ def run_dpo(tiny_weights_folder, tmp_path_factory):
             train_here(settings, PreferenceTuning(settings))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def stopped_after():
+    """`with stopped_after(step):` a run that must stop dead after that step, as by a kill between two."""
+
+    class Interrupted(Exception):
+        pass
+
+    @contextmanager
+    def stopped_after(step):
+        from gpt2ft.training.tracking import Tracker
+
+        done = []
+
+        def advance(self):
+            done.append(None)
+            if len(done) == step:
+                raise Interrupted
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Tracker, "advance", advance)
+            with pytest.raises(Interrupted):
+                yield
+
+    return stopped_after
 
 
 SMALL_STEPS = {

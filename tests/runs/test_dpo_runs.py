@@ -117,25 +117,12 @@ def test_the_output_is_a_run_like_any(run_folder):
         pytest.param(LORA, 3, id="lora, 3", marks=pytest.mark.long),
     ],
 )
-def test_a_stopped_run_ends_in_the_same_bits(lora, stop_after, run_dpo, tmp_path, monkeypatch):
+def test_a_stopped_run_ends_in_the_same_bits(lora, stop_after, run_dpo, stopped_after, tmp_path):
     """And never takes the reference from the policy it has come to: that is still the start's."""
-
-    class Interrupted(Exception):
-        pass
-
-    done = []
-
-    def advance(self):
-        done.append(None)
-        if len(done) == stop_after:
-            raise Interrupted
-
     caches = [{"cache": str(tmp_path / name)} for name in ("one", "two")]
     run_dpo(tmp_path / "whole", STEPS, lora=lora, data=caches[0], learning_rate=1e-2)
-    with monkeypatch.context() as patch:
-        patch.setattr(Tracker, "advance", advance)
-        with pytest.raises(Interrupted):
-            run_dpo(tmp_path / "run", STEPS, lora=lora, data=caches[1], learning_rate=1e-2)
+    with stopped_after(stop_after):
+        run_dpo(tmp_path / "run", STEPS, lora=lora, data=caches[1], learning_rate=1e-2)
     for file in (tmp_path / "two" / "reference").glob("*/*"):
         file.unlink()  # what is missing is computed again, from the start
     run_dpo(tmp_path / "run", STEPS, lora=lora, data=caches[1], learning_rate=1e-2)

@@ -11,7 +11,6 @@ from gpt2ft.runs import evaluate
 from gpt2ft.runs.assemble import load_policy, load_trained
 from gpt2ft.settings import EvaluateSettings, ModelSettings, SettingsError, SFTSettings
 from gpt2ft.training import checkpoint
-from gpt2ft.training.tracking import Tracker
 
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": ["q", "v", "o", "fc"]}
 STEPS = 6
@@ -96,24 +95,12 @@ def test_checkpoints_hold_what_is_trained_alone(run_folder, tiny_weights_folder)
 
 @pytest.mark.parametrize("stop_after", [1, 4])
 def test_a_stopped_run_ends_in_the_same_bits(
-    stop_after, run_folder, run_sft, tiny_weights_folder, tmp_path, monkeypatch
+    stop_after, run_folder, run_sft, tiny_weights_folder, stopped_after, tmp_path
 ):
-    class Interrupted(Exception):
-        pass
-
-    done = []
-
-    def advance(self):
-        done.append(None)
-        if len(done) == stop_after:
-            raise Interrupted
-
     precision = json.loads((run_folder / "manifest.json").read_text())["precision"].replace("no", "fp32")
     settings = {"steps": STEPS, "path": tiny_weights_folder, "lora": LORA, "precision": precision}
-    with monkeypatch.context() as patch:
-        patch.setattr(Tracker, "advance", advance)
-        with pytest.raises(Interrupted):
-            run_sft(tmp_path / "run", **settings)
+    with stopped_after(stop_after):
+        run_sft(tmp_path / "run", **settings)
     run_sft(tmp_path / "run", **settings)
     for file in ("model/model.safetensors", "adapter/adapter_model.safetensors", "best/model.safetensors"):
         expected, found = load_file(run_folder / file), load_file(tmp_path / "run" / file)

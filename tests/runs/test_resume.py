@@ -12,30 +12,8 @@ from gpt2ft.settings import SettingsError
 from gpt2ft.training import checkpoint
 from gpt2ft.training.checkpoint import CheckpointError
 from gpt2ft.training.fit import TrainingDiverged
-from gpt2ft.training.tracking import Tracker
 
 STEPS = 7  # 3 steps to an epoch: the run ends in the third
-
-
-class Interrupted(Exception):
-    pass
-
-
-@pytest.fixture
-def interrupt_after(monkeypatch):
-    """Makes training stop dead after a step, as a kill between two steps would."""
-
-    def set_up(step):
-        done = []
-
-        def advance(self):
-            done.append(None)
-            if len(done) == step:
-                raise Interrupted
-
-        monkeypatch.setattr(Tracker, "advance", advance)
-
-    return set_up
 
 
 def weights(folder):
@@ -56,14 +34,11 @@ def uninterrupted(run_sft, tmp_path_factory):
 
 @pytest.mark.parametrize("stop_after", range(1, STEPS))
 def test_a_run_stopped_after_any_step_ends_in_the_same_bits(
-    stop_after, uninterrupted, run_sft, interrupt_after, tmp_path, monkeypatch
+    stop_after, uninterrupted, run_sft, stopped_after, tmp_path
 ):
     """With dropout on, over epoch ends, saving every second step: so also from work that is done again."""
-    with monkeypatch.context():
-        interrupt_after(stop_after)
-        with pytest.raises(Interrupted):
-            run_sft(tmp_path / "run", steps=STEPS)
-        monkeypatch.undo()
+    with stopped_after(stop_after):
+        run_sft(tmp_path / "run", steps=STEPS)
     run_sft(tmp_path / "run", steps=STEPS)
     expected, found = weights(uninterrupted), weights(tmp_path / "run")
     assert expected.keys() == found.keys()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from gpt2ft.data.packing import build_stream
 
-LAUNCH = Path(__file__).parent.parent.parent / "launch" / "sft.py"
+LAUNCH = Path(__file__).parent.parent.parent / "launch"
 STEPS = 5  # 3 steps to an epoch, the last one short: 18 streams in steps of 8
 
 
@@ -27,11 +27,15 @@ def losses(folder):
 
 
 def train_with(processes, dropout, folder, cache, *settings):
-    arguments = [str(LAUNCH), "quickstart", "--output", folder / "run", "--data.cache", cache]
-    arguments += ["--training.steps", STEPS, "--training.log_every", 1, "--training.eval_every", 3]
-    arguments += ["--training.micro_batches_per_step", 8, "--training.sample_prompts", 1, "--training.sample_tokens", 4]
-    arguments += ["--model.dropout", dropout, "--model.attention_dropout", dropout, "--training.max_grad_norm", 0.5]
-    arguments += settings
+    settings += ("--training.eval_every", 3, "--training.max_grad_norm", 0.5)
+    settings += ("--model.dropout", dropout, "--model.attention_dropout", dropout)
+    return launched(processes, "sft.py", "quickstart", folder, cache, *settings)
+
+
+def launched(processes, script, recipe, folder, cache, *settings):
+    arguments = [LAUNCH / script, recipe, "--output", folder / "run", "--data.cache", cache]
+    arguments += ["--training.steps", STEPS, "--training.log_every", 1, "--training.micro_batches_per_step", 8]
+    arguments += ["--training.sample_prompts", 1, "--training.sample_tokens", 4, *settings]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, *arguments]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True, timeout=600)
@@ -86,6 +90,19 @@ def test_adapters_learn_the_same_on_two_processes(tiny_weights_folder, cache, tm
     adapters = [load_file(tmp_path / name / "run" / "adapter" / "adapter_model.safetensors") for name in "12"]
     for name, tensor in adapters[0].items():
         assert float((tensor - adapters[1][name]).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("recipe", ["single-topic-dpo", pytest.param("quickstart-dpo", marks=pytest.mark.long)])
+def test_preferences_are_learnt_the_same_on_two_processes(recipe, tiny_weights_folder, tmp_path):
+    """All weights and adapters alone, each run with a reference of its own, computed by as many processes."""
+    settings = ["--model.path", tiny_weights_folder, "--dpo.pairs", "all", "--dpo.pair_weight", "prompt"]
+    one, two = (
+        launched(number, "dpo.py", recipe, tmp_path / str(number), tmp_path / f"cache {number}", *settings)
+        for number in (1, 2)
+    )
+    assert len(set(one[0])) == STEPS
+    assert two[0] == pytest.approx(one[0], rel=1e-5)
+    assert two[1] == pytest.approx(one[1], rel=1e-5)
 
 
 class Regrouped:
