@@ -251,7 +251,7 @@ def asked_for(monkeypatch, bare_environment):
     import psutil
     from accelerate.commands.config import config_args
 
-    from gpt2ft.training import distributed
+    from gpt2ft.training import topology
 
     monkeypatch.setattr(config_args, "default_config_file", f"{bare_environment['HF_HOME']}/none.yaml")
 
@@ -267,7 +267,7 @@ def asked_for(monkeypatch, bare_environment):
         monkeypatch.setattr(psutil, "Process", Parent)
         if default_config:
             monkeypatch.setattr(config_args, "default_config_file", default_config)
-        return distributed._processes_asked_for()
+        return topology._processes_asked_for()
 
     return asked_for
 
