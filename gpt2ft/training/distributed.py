@@ -13,6 +13,7 @@ import torch
 
 from gpt2ft.training import topology
 from gpt2ft.training.interruption import end_with_parent
+from gpt2ft.training.launcher import is_launched
 from gpt2ft.training.topology import LaunchError
 
 
@@ -24,17 +25,16 @@ def start(precision: str, micro_batches_per_step: int | None = None, determinist
         micro_batches_per_step: over all processes; None where nothing is accumulated.
 
     Raises:
-        LaunchError: if the launch runs fewer processes than it was told to, runs them side by side instead of
-            together, or cannot share a step's micro-batches equally.
+        LaunchError: if what was launched is not what would train, or cannot share a step's micro-batches equally.
     """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    micro_batches_per_step = micro_batches_per_step or world_size
+    topology.check(micro_batches_per_step, world_size)  # before Accelerate and DeepSpeed are loaded
+    accumulation = micro_batches_per_step // world_size
+
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
-    topology.check_strategy()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    micro_batches_per_step = micro_batches_per_step or world_size
-    topology.check_accumulation(micro_batches_per_step, world_size)
-    accumulation = micro_batches_per_step // world_size
     plugin = GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False)
     accelerator = Accelerator(
         mixed_precision=_precision(precision),
@@ -42,8 +42,8 @@ def start(precision: str, micro_batches_per_step: int | None = None, determinist
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # a forward pass alone must not wait
         cpu=torch.backends.mps.is_available(),  # Apple's GPUs have no float64, in which losses are added up
     )
-    topology.check_topology(accelerator, world_size, accumulation)
-    if world_size == 1 and topology.is_launched():
+    topology.check_given(accelerator, world_size)
+    if world_size == 1 and is_launched():
         end_with_parent()  # accelerate launch does not pass SIGTERM on to a single process
     torch.set_num_threads(max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     if deterministic:
@@ -97,8 +97,6 @@ def _precision(setting: str) -> Literal["no", "bf16"] | None:
     if setting != "auto":
         return {"fp32": "no", "bf16": "bf16"}[setting]
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launcher not in ("no", "bf16"):
-        raise LaunchError(f"the launcher's mixed_precision must be no or bf16, but is {launcher}")
     return "bf16" if launcher == "bf16" or topology.on_cuda() else "no"
 
 
