@@ -37,11 +37,12 @@ class TargetLogProbs(nn.Module):
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         table = self.gpt2.wte
+        weight = table.weight  # of every process, whether it scores anything or not: shards are gathered for it
         rows = (getattr(table, "rows", None), getattr(table, "row_ids", None))  # trained alone, see lora.py
         parts = []
         for start in range(0, stream.num_supervised, CHUNK):
             chunk = slice(start, start + CHUNK)
-            parts.append(_LogProbs.apply(hidden[chunk], table.weight, *rows, stream.targets[chunk], self.vocabulary))
+            parts.append(_LogProbs.apply(hidden[chunk], weight, *rows, stream.targets[chunk], self.vocabulary))
         scored = sum(len(part) for part in parts)
         # The rest are entries of weight 0. They stay connected, so that a stream without supervision takes part
         # in the gradient all-reduce like any other.
@@ -67,15 +68,16 @@ class _LogProbs(torch.autograd.Function):
         targets: Tensor,
         vocabulary: int,
     ) -> Tensor:
-        logits = head_logits(hidden, weight, vocabulary)
+        logits = head_logits(hidden, with_rows(weight, rows, row_ids), vocabulary)
         normalizer = logits.logsumexp(-1)  # [C]
-        ctx.save_for_backward(hidden, weight, row_ids, targets, normalizer)
+        ctx.save_for_backward(hidden, weight, rows, row_ids, targets, normalizer)
         ctx.vocabulary = vocabulary
         return logits.gather(-1, targets[:, None])[:, 0] - normalizer
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        hidden, weight, row_ids, targets, normalizer = ctx.saved_tensors
+        hidden, weight, rows, row_ids, targets, normalizer = ctx.saved_tensors
+        weight = with_rows(weight, rows, row_ids)
         d_logits = head_logits(hidden, weight, ctx.vocabulary).sub_(normalizer[:, None]).exp_()  # softmax [C, V]
         d_logits.mul_(-gradient[:, None])
         d_logits.scatter_add_(-1, targets[:, None], gradient[:, None])
@@ -84,6 +86,17 @@ class _LogProbs(torch.autograd.Function):
         d_weight = (d_logits.t() @ hidden).to(weight.dtype) if ctx.needs_input_grad[1] else None
         d_rows = (d_logits[:, row_ids].t() @ hidden).float() if ctx.needs_input_grad[2] else None
         return d_hidden, d_weight, d_rows, None, None, None
+
+
+def with_rows(weight: Tensor, rows: Tensor | None, row_ids: Tensor | None) -> Tensor:
+    """The table with the rows that are trained alone written into it, if there are any.
+
+    Before each use: where the table lies in shards, it was gathered for this use alone and lacks them. What is written
+    is what an earlier use has written, so autograd, which keeps the table for the backward pass, need not know.
+    """
+    if rows is not None:
+        weight.data[row_ids] = rows.data.to(weight.dtype)
+    return weight
 
 
 def head_logits(hidden: Tensor, weight: Tensor, vocabulary: int) -> Tensor:

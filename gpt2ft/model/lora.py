@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, embedding, linear
 
 from gpt2ft.model.gpt2 import GPT2, Projection
+from gpt2ft.model.logprobs import with_rows
 
 # A target is some columns of a matrix: (module of a block, which of how many equal parts).
 TARGETS = {
@@ -110,16 +111,10 @@ class AdaptedEmbedding(nn.Module):
         self.weight = base.weight
         self.register_buffer("row_ids", torch.tensor(row_ids, device=base.weight.device), persistent=False)
         self.rows = nn.Parameter(base.weight.detach()[self.row_ids].float())  # [n, E]
-        self._written = -1  # the version of the rows that stands in the table
 
-    @torch.no_grad()
     def refresh(self) -> Tensor:
-        """The table [V, E] with the rows as they are now. Written only when they have changed: a backward pass may
-        still need the table as it is."""
-        if self._written != self.rows._version:
-            self.weight[self.row_ids] = self.rows.to(self.weight.dtype)
-            self._written = self.rows._version
-        return self.weight
+        """The table [V, E] with the rows as they are now."""
+        return with_rows(self.weight, self.rows, self.row_ids)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return _Embedded.apply(self.rows, self.refresh(), self.row_ids, tokens)

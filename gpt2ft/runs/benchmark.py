@@ -29,7 +29,10 @@ from gpt2ft.runs.describe import parameter_counts
 from gpt2ft.settings import BenchmarkSettings, OptimizerSettings
 from gpt2ft.stream import TokenStream
 from gpt2ft.training import distributed
+from gpt2ft.training.distributed import precision_of
 from gpt2ft.training.optimizer import adamw
+from gpt2ft.training.rehearsal import peak_memory
+from gpt2ft.training.strategy import prepare
 
 VOCABULARY = 50261  # GPT-2's tokens and the chat tokens
 ROWS = 50304
@@ -43,13 +46,15 @@ def run(settings: BenchmarkSettings) -> None:
     gpt2 = GPT2(replace(HUB_MODELS[settings.model].config(), vocab_size=ROWS)).initialize(random)
     if settings.lora.rank:
         apply_lora(gpt2, lora_config(settings.lora), range(VOCABULARY - 4, VOCABULARY), random)
-        if accelerator.mixed_precision == "bf16":
+        if precision_of(accelerator) == "bf16":
             hold_frozen_matrices_in(gpt2, torch.bfloat16)
     gpt2.recomputes = settings.activation_checkpointing
     gpt2.to(device)
     backend = default_backend(device, 0.0) if settings.attention == "auto" else settings.attention
     model = TargetLogProbs(gpt2, VOCABULARY, backend)
-    model, optimizer = accelerator.prepare(model, adamw(gpt2, OptimizerSettings(), fused=device.type == "cuda"))
+    optimizer = adamw(gpt2, OptimizerSettings(), fused=device.type == "cuda")
+    strategy = prepare(accelerator, model, optimizer, max_grad_norm=1.0)
+    model = strategy.model
     streams = Streams(settings, accelerator.process_index)
     objective = DPO(DPOConfig()) if settings.what == "dpo" else SFT()
     seconds = dict.fromkeys(PHASES, 0.0)
@@ -67,16 +72,10 @@ def run(settings: BenchmarkSettings) -> None:
                 scale = distributed.loss_scale(accelerator, count)
                 timed(seconds, "backward", device, lambda x=loss * scale: accelerator.backward(x))
                 tokens += stream.num_tokens
-        timed(seconds, "optimizer", device, lambda: update(accelerator, model, optimizer))
+        timed(seconds, "optimizer", device, strategy.update)
     (tokens,) = distributed.global_sum(accelerator, tokens)
     if accelerator.is_main_process:
         report(settings, accelerator, gpt2, backend, tokens, seconds)
-
-
-def update(accelerator: Any, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    accelerator.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def timed(seconds: dict[str, float], phase: str, device: torch.device, work: Callable[[], Any]) -> Any:
@@ -92,7 +91,7 @@ def report(
     settings: BenchmarkSettings, accelerator: Any, gpt2: GPT2, backend: str, tokens: float, seconds: dict[str, float]
 ) -> None:
     total = sum(seconds.values())
-    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    precision = {"no": "fp32"}.get(precision_of(accelerator), precision_of(accelerator))
     trained, parameters = parameter_counts(gpt2)
     lora = f", {trained:,} of them trained (LoRA, rank {settings.lora.rank})" if settings.lora.rank else ""
     print(
@@ -105,15 +104,6 @@ def report(
     print(f"peak memory    {peak_memory(accelerator.device) / 2**30:.2f} GiB")
     for phase, spent in seconds.items():
         print(f"{phase:<14} {1000 * spent / settings.steps:,.0f} ms a step, {spent / total:.0%}")
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes on the device; of the whole process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Streams:

@@ -20,6 +20,7 @@ from gpt2ft.runs.train import Stage, train
 from gpt2ft.settings import DPOSettings
 from gpt2ft.text.template import template_digest
 from gpt2ft.training import reference
+from gpt2ft.training.distributed import autocast, precision_of
 from gpt2ft.training.evaluate import evaluate_objective
 from gpt2ft.training.interruption import Interruption
 from gpt2ft.training.reference import ReferenceStore
@@ -69,7 +70,7 @@ class PreferenceTuning:
             print(f"checked   the start is the reference within {worst:.1g} nats/token{loss}", flush=True)
 
     def before(self, stage: Stage, prompts: list[Turns]) -> list[Sample]:
-        with stage.accelerator.autocast():
+        with autocast(stage.accelerator):
             return answer(stage.policy, prompts, self.settings.training.sample_tokens)
 
     def score(self, stage: Stage) -> Scoring:
@@ -90,7 +91,7 @@ def store_for(policy: Policy, model: TargetLogProbs, accelerator: Any, cache: st
         "weights": policy.digest,
         "tokenizer": policy.tokenizer.digest,
         "template": template_digest(),
-        "precision": accelerator.mixed_precision,
+        "precision": precision_of(accelerator),
         "attention": model.backend,
         "device": accelerator.device.type,
     }

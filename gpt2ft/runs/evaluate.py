@@ -27,6 +27,7 @@ from gpt2ft.settings import (
     stream_problems,
 )
 from gpt2ft.training import distributed
+from gpt2ft.training.distributed import autocast, precision_of
 from gpt2ft.training.evaluate import Score, evaluate, evaluate_objective, total
 from gpt2ft.training.interruption import Interruption
 from gpt2ft.training.reference import attach
@@ -74,7 +75,7 @@ def run(settings: EvaluateSettings) -> None:
     report = {
         "model": policy.source,
         "weights": policy.digest,
-        "precision": accelerator.mixed_precision,
+        "precision": precision_of(accelerator),
         "max_length": max_length,
         "left_out": pieces.left_out.total(),
         "data": corpus.identity(),
@@ -94,7 +95,7 @@ def conversations(
 ) -> Scored:
     """The score of every source and of all together."""
     model = _on_device(policy, accelerator)
-    with accelerator.autocast():
+    with autocast(accelerator):
         scores = evaluate(model, plan, policy.tokenizer.byte_lengths(), accelerator)
     by_source = {s.source: score for s, score in zip(corpus.stores, scores, strict=True) if score.tokens}
     text = table(by_source | ({"total": total(scores)} if len(by_source) > 1 else {}))
@@ -116,7 +117,7 @@ def preferences(
             attach([plan], store, model, accelerator, interruption)
         model.cpu()
     config = DPOConfig("simpo" if started_from is None else "sigmoid", beta)
-    with accelerator.autocast():
+    with autocast(accelerator):
         means = evaluate_objective(_on_device(policy, accelerator), plan, DPO(config), accelerator)
     pieces = plan.pieces
     lines = [

@@ -22,6 +22,7 @@ def run(work: Callable[[Any], None], settings: Any) -> None:
     from gpt2ft.training.interruption import EXIT_CODE, ToldToStop
     from gpt2ft.training.preflight import PreflightError
     from gpt2ft.training.reference import ReferenceLogProbError
+    from gpt2ft.training.rehearsal import DoesNotFit
 
     resumes = getattr(settings, "resume", None) == "auto"
     again = "; the same command continues from the newest checkpoint" if resumes else ""
@@ -42,6 +43,8 @@ def run(work: Callable[[Any], None], settings: Any) -> None:
         fail(f"{error}{again}", code=EXIT_CODE)
     except TrainingDiverged as error:
         fail(str(error), code=1)
+    except DoesNotFit as error:
+        fail(str(error), code=1, everywhere=True)
     except torch.OutOfMemoryError as error:
         first = str(error).splitlines()[0]
         fail(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -11,8 +11,10 @@ from gpt2ft.data.plan import Plan
 from gpt2ft.runs.assemble import Corpus, Policy
 from gpt2ft.runs.samples import Sample, Turns, answer, beside
 from gpt2ft.settings import TrainingSettings
+from gpt2ft.training.distributed import autocast
 from gpt2ft.training.evaluate import EvaluationCut
 from gpt2ft.training.interruption import Interruption
+from gpt2ft.training.strategy import Strategy
 from gpt2ft.training.tracking import Tracker
 
 
@@ -33,7 +35,7 @@ class Evaluation:
     """Held-out loss and sample replies at a step. All processes call it together."""
 
     accelerator: Any
-    model: nn.Module  # prepared
+    strategy: Strategy
     policy: Policy
     held_out: Corpus | None
     plan: Plan | None
@@ -53,7 +55,7 @@ class Evaluation:
         """The held-out loss, logged and said; None without held-out data."""
         if self.held_out is None or self.plan is None:
             return None
-        standing = self.score(self.model, self.held_out, self.plan, self.interruption.__bool__)
+        standing = self.score(self.strategy.model, self.held_out, self.plan, self.interruption.__bool__)
         samples = self.samples()
         stopped = {"stopped": sum(sample.stopped for sample in samples) / len(samples)} if samples else {}
         metrics = standing.metrics | stopped
@@ -64,10 +66,21 @@ class Evaluation:
         return standing.loss
 
     def samples(self) -> list[Sample]:
-        with self.accelerator.autocast():
-            return answer(self.policy, self.prompts, self.training.sample_tokens)
+        """The main process answers, with the whole model; the others have no prompts."""
+        if not self.training.sample_prompts:
+            return []
+        gpt2 = self.strategy.whole()
+        if gpt2 is None:
+            return []
+        at_home = next(gpt2.parameters()).device
+        with autocast(self.accelerator):
+            policy = replace(self.policy, gpt2=gpt2.to(self.accelerator.device))
+            samples = answer(policy, self.prompts, self.training.sample_tokens)
+        gpt2.to(at_home)
+        return samples
 
     def transcript(self) -> str:
+        """All processes ask together."""
         samples = self.samples()
         title = ["\nReplies to prompts it has never seen:"] if samples else []
         return "\n\n".join([*title, *beside(self.before, samples), ""])

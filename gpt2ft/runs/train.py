@@ -5,7 +5,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,11 +36,14 @@ from gpt2ft.runs.output import Output
 from gpt2ft.runs.progress import Evaluation, Scoring
 from gpt2ft.runs.samples import Sample, Turns, held_out_prompts
 from gpt2ft.settings import DPOSettings, RunSettings, SettingsError
-from gpt2ft.training import checkpoint, distributed, preflight
+from gpt2ft.training import checkpoint, distributed, preflight, topology
 from gpt2ft.training.checkpoint import TrainState
+from gpt2ft.training.distributed import is_deepspeed, precision_of
 from gpt2ft.training.fit import Job, fit
 from gpt2ft.training.interruption import Interruption
 from gpt2ft.training.optimizer import adamw
+from gpt2ft.training.rehearsal import advice, rehearse
+from gpt2ft.training.strategy import Strategy, prepare
 from gpt2ft.training.tracking import Tracker
 
 
@@ -93,8 +96,9 @@ def set_up(settings: RunSettings, task: Task, accelerator: Any) -> Stage:
     steps = training.steps or training.epochs * plan.steps_per_epoch
     stage = Stage(settings, accelerator, policy, corpus, held_out, plan, eval_plan, steps)
     if accelerator.is_main_process:
-        devices = f"{accelerator.num_processes} x {accelerator.device.type}"
-        bf16 = accelerator.mixed_precision == "bf16"
+        sharing = {"fsdp2": ", FSDP2", "zero2": ", ZeRO-2", "zero3": ", ZeRO-3"}.get(topology.strategy(), "")
+        devices = f"{accelerator.num_processes} x {accelerator.device.type}{sharing}"
+        bf16 = precision_of(accelerator) == "bf16"
         recomputes = training.activation_checkpointing
         print(describe(policy, corpus, held_out, plan, eval_plan, steps, devices, bf16, recomputes), flush=True)
         if settings.show:
@@ -116,7 +120,7 @@ def train(settings: RunSettings, task: Task) -> None:
     """Trains from the start or from the newest checkpoint, or only shows the plan and the data."""
     training = settings.training
     accelerator = distributed.start(training.precision, training.micro_batches_per_step, training.deterministic)
-    main, precision = accelerator.is_main_process, accelerator.mixed_precision
+    main, precision = accelerator.is_main_process, precision_of(accelerator)
     output = Output(settings.output)
     if main and not settings.looks_only:
         output.claim(settings)
@@ -135,7 +139,7 @@ def train(settings: RunSettings, task: Task) -> None:
     interruption = Interruption()
     with interruption.listening():
         made_ready = task.ready(stage, model, interruption)
-    if settings.lora.rank and precision == "bf16":
+    if settings.lora.rank and precision == "bf16" and not is_deepspeed(accelerator):  # which holds all in one type
         hold_frozen_matrices_in(policy.gpt2, torch.bfloat16)
     task.check_start(stage, model, state.step)
     longest = training.sample_tokens
@@ -148,10 +152,10 @@ def train(settings: RunSettings, task: Task) -> None:
     if found:
         load_trained_weights(policy.gpt2, checkpoint.read_weights(found))
     optimizer = adamw(policy.gpt2, settings.optimizer, fused=accelerator.device.type == "cuda")
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    preflight.check_same_parameters(model, prepared)
-    if found:
-        checkpoint.load_moments(found, policy.gpt2, optimizer, state.updates)
+    strategy = prepare(accelerator, model, optimizer, training.max_grad_norm)
+    rehearsed(stage, strategy)
+    moments = checkpoint.read_moments(found) if found and state.updates else None
+    strategy.load_moments(moments, state.updates)
 
     manifest = {
         "command": command(),
@@ -176,7 +180,7 @@ def train(settings: RunSettings, task: Task) -> None:
     tracker = Tracker(output.folder, state.step, stage.steps, settings.model_dump(mode="json"), active=main)
     evaluation = Evaluation(
         accelerator=accelerator,
-        model=prepared,
+        strategy=strategy,
         policy=policy,
         held_out=held_out,
         plan=stage.eval_plan,
@@ -189,15 +193,18 @@ def train(settings: RunSettings, task: Task) -> None:
     )
 
     def save(state: TrainState) -> None:
-        if main:
-            checkpoint.save(output.checkpoints, policy.gpt2, optimizer, state, identity)
-            checkpoint.prune(output.checkpoints, training.keep_checkpoints, state.best_step)
-        accelerator.wait_for_everyone()
+        whole, moments, problem = strategy.whole(), strategy.moments(), None
+        if whole is not None:
+            try:
+                checkpoint.save(output.checkpoints, trained_weights(whole), moments, state, identity)
+                checkpoint.prune(output.checkpoints, training.keep_checkpoints, state.best_step)
+            except OSError as error:
+                problem = error
+        distributed.raise_together(accelerator, problem)
 
     job = Job(
         accelerator=accelerator,
-        model=prepared,
-        optimizer=optimizer,
+        strategy=strategy,
         objective=task.objective,
         plan=plan,
         steps=stage.steps,
@@ -215,14 +222,27 @@ def train(settings: RunSettings, task: Task) -> None:
             state = fit(job, state)
     finally:
         tracker.close()
-    if main:
+    transcript = evaluation.transcript()
+    whole = strategy.whole()
+    if whole is not None:
         output.write_manifest(manifest | {"finished": asdict(state)})
-        export(output, settings, policy, state)
-        print(evaluation.transcript())
+        export(output, settings, replace(policy, gpt2=whole), state)
+        print(transcript)
         print(f"finished: {output.model}")
         for following in next_commands(settings, policy, output):
             print(f"next: {following}")
     accelerator.end_training()
+
+
+def rehearsed(stage: Stage, strategy: Strategy) -> None:
+    """The largest stream once through model and optimizer; says what memory that has taken."""
+    settings, accelerator, plan = stage.settings, stage.accelerator, stage.plan
+    shards = topology.strategy() != "ddp"
+    way_out = advice(settings.training, settings.data.max_length, bool(settings.lora.rank), shards)
+    peak = rehearse(strategy, accelerator, plan.stream(plan.streams[0]), way_out)
+    if accelerator.is_main_process:
+        each = " on each process" if accelerator.num_processes > 1 else ""
+        print(f"rehearsed the largest stream, peak memory {peak / 2**30:.2f} GiB{each}", flush=True)
 
 
 def check_length(settings: RunSettings, policy: Policy) -> None:
@@ -287,7 +307,7 @@ def what_must_not_change(stage: Stage) -> dict[str, Any]:
     return sections | {
         "training": settings.training.model_dump(mode="json", include=training),
         "steps": stage.steps,
-        "precision": stage.accelerator.mixed_precision,
+        "precision": precision_of(stage.accelerator),
         "tokenised_data": stage.corpus.identity(),
         "held_out_data": held_out.identity() if held_out else {},
         "initial_weights": stage.policy.digest,

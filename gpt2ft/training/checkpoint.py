@@ -15,12 +15,12 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from gpt2ft.files import complete_folder, file_digest, write_json, write_safetensors
 
@@ -60,10 +60,18 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
-def save(root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, identity: dict) -> Path:
+def save(
+    root: Path,
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Mapping[str, Tensor]],
+    state: TrainState,
+    identity: dict,
+) -> Path:
     """Writes a checkpoint and returns its folder.
 
     Args:
+        weights: every parameter that is trained, by name.
+        moments: of each of them, by the names in MOMENTS.
         identity: what must be equal for a run to continue from here (settings and digests).
 
     Raises:
@@ -71,9 +79,9 @@ def save(root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: 
     """
     folder = step_folder(root, state.step)
     with complete_folder(folder) as temporary:
-        write_safetensors(temporary / "model.safetensors", dict(_trained(model)))
+        write_safetensors(temporary / "model.safetensors", weights)
         for moment in MOMENTS:
-            write_safetensors(temporary / f"{moment}.safetensors", _moments(model, optimizer, moment))
+            write_safetensors(temporary / f"{moment}.safetensors", moments[moment])
         write_json(temporary / "state.json", {"format": FORMAT, "state": asdict(state), "identity": identity})
         files = sorted(temporary.iterdir())
         manifest = {file.name: {"bytes": file.stat().st_size, "sha256": file_digest(file)} for file in files}
@@ -142,16 +150,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def load_moments(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, updates: int) -> None:
-    """Puts Adam's moments back, so that the next step is the one that would have followed."""
-    if not updates:
-        return
-    moments = {moment: load_file(folder / f"{moment}.safetensors") for moment in MOMENTS}
-    for name, parameter in _trained(model):
-        step = torch.tensor(float(updates), device=parameter.device if _is_fused(optimizer) else "cpu")
-        optimizer.state[parameter] = {"step": step} | {
-            moment: moments[moment][name].to(parameter.device) for moment in MOMENTS
-        }
+def read_moments(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """exp_avg and exp_avg_sq, by parameter name."""
+    return {moment: load_file(folder / f"{moment}.safetensors") for moment in MOMENTS}
 
 
 def difference(saved: dict, current: dict, prefix: str = "") -> str | None:
@@ -165,21 +166,3 @@ def difference(saved: dict, current: dict, prefix: str = "") -> str | None:
         elif before != now:
             return f"`{prefix}{key}` was {before!r} and is now {now!r}"
     return None
-
-
-def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
-    """A fused step reads its step count on the device of the parameters, the others on the CPU."""
-    return any(group.get("fused") for group in optimizer.param_groups)
-
-
-def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer, moment: str) -> dict[str, Tensor]:
-    """By parameter name; zero before the first update."""
-    state = optimizer.state
-    return {
-        name: state[parameter][moment] if moment in state.get(parameter, {}) else torch.zeros_like(parameter)
-        for name, parameter in _trained(model)
-    }

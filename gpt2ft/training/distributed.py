@@ -7,14 +7,15 @@
 
 import hashlib
 import os
+import warnings
 from typing import Any, Literal
 
 import torch
 
-from gpt2ft.training import topology
+from gpt2ft.training import cpu, topology
 from gpt2ft.training.interruption import end_with_parent
 from gpt2ft.training.launcher import is_launched
-from gpt2ft.training.topology import LaunchError
+from gpt2ft.training.topology import LaunchError, StrategyName
 
 
 def start(precision: str, micro_batches_per_step: int | None = None, deterministic: bool = False) -> Any:
@@ -32,16 +33,9 @@ def start(precision: str, micro_batches_per_step: int | None = None, determinist
     topology.check(micro_batches_per_step, world_size)  # before Accelerate and DeepSpeed are loaded
     accumulation = micro_batches_per_step // world_size
 
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
-
-    plugin = GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False)
-    accelerator = Accelerator(
-        mixed_precision=_precision(precision),
-        gradient_accumulation_plugin=plugin,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # a forward pass alone must not wait
-        cpu=torch.backends.mps.is_available(),  # Apple's GPUs have no float64, in which losses are added up
-    )
+    # Torch's and Accelerate's of each other; a user can do nothing about them.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|accelerate)\b")
+    accelerator = _accelerator(topology.strategy(), _precision(precision), accumulation)
     topology.check_given(accelerator, world_size)
     if world_size == 1 and is_launched():
         end_with_parent()  # accelerate launch does not pass SIGTERM on to a single process
@@ -50,6 +44,81 @@ def start(precision: str, micro_batches_per_step: int | None = None, determinist
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     return accelerator
+
+
+def _accelerator(strategy: StrategyName, precision: Literal["no", "bf16"], accumulation: int) -> Any:
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+
+    on_cpu = not topology.on_cuda()
+    handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]  # a forward pass alone must not wait
+    plugins = {}
+    if strategy == "fsdp2":
+        if on_cpu:
+            cpu.ready_for_fsdp()
+        plugins["fsdp_plugin"] = _fsdp_plugin()
+    elif strategy in ("zero2", "zero3"):
+        if on_cpu and torch.cuda.is_available():
+            raise LaunchError("DeepSpeed trains on the GPUs of a machine that has some: leave ACCELERATE_USE_CPU out")
+        if on_cpu:
+            handlers.append(cpu.ready_for_deepspeed())
+        plugins["deepspeed_plugin"] = _deepspeed_plugin(accumulation)
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=accumulation,
+            sync_with_dataloader=False,
+            sync_each_batch=strategy == "fsdp2",  # sums of gradients lie in shards between micro-batches
+        ),
+        kwargs_handlers=handlers,
+        cpu=torch.backends.mps.is_available(),  # Apple's GPUs have no float64, in which losses are added up
+        **plugins,
+    )
+    if plugins.get("deepspeed_plugin") and precision == "bf16":  # like the others: see strategy.py
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["bf16"] = {"enabled": False}
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    return accelerator
+
+
+def _fsdp_plugin() -> Any:
+    """Whether to reshard after the forward pass and to keep shards on the CPU is the launcher's choice."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Block"],
+        mixed_precision_policy=MixedPrecisionPolicy(),
+        cpu_ram_efficient_loading=False,  # each process has the weights anyway
+    )
+
+
+def _deepspeed_plugin(accumulation: int) -> Any:
+    """Stage and offloading are the launcher's choice."""
+    from accelerate.utils import DeepSpeedPlugin
+
+    plugin = DeepSpeedPlugin(gradient_accumulation_steps=accumulation)
+    plugin.deepspeed_config |= {"gradient_accumulation_steps": accumulation, "train_micro_batch_size_per_gpu": 1}
+    return plugin
+
+
+def is_deepspeed(accelerator: Any) -> bool:
+    return accelerator.state.deepspeed_plugin is not None
+
+
+def precision_of(accelerator: Any) -> Literal["no", "bf16"]:
+    """What matrices are multiplied in; "no" is float32, as Accelerate has it, which does not see DeepSpeed's."""
+    if is_deepspeed(accelerator):
+        casts = accelerator.state.deepspeed_plugin.deepspeed_config.get("torch_autocast", {}).get("enabled", False)
+        return "bf16" if casts else "no"
+    return accelerator.mixed_precision
+
+
+def autocast(accelerator: Any) -> torch.autocast:
+    """Mixed precision as in training, for a model that is not wrapped; a context, or a decorator."""
+    return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision_of(accelerator) == "bf16")
 
 
 def loss_scale(accelerator: Any, count: float) -> float:
@@ -67,6 +136,19 @@ def global_sum(accelerator: Any, *numbers: float) -> list[float]:
         return list(numbers)
     local = torch.tensor(numbers, dtype=torch.float64, device=accelerator.device)
     return accelerator.reduce(local, reduction="sum").tolist()
+
+
+def raise_together(accelerator: Any, problem: OSError | None) -> None:
+    """Where the main process could not write, all end; the others say why too.
+
+    Raises:
+        OSError: on all processes, if `problem` is one on any.
+    """
+    (failed,) = global_sum(accelerator, float(problem is not None))
+    if problem is not None:
+        raise problem
+    if failed:
+        raise OSError("the first process could not save")
 
 
 def check_agreement(accelerator: Any, step: int, *data: str) -> None:
@@ -92,8 +174,8 @@ def check_agreement(accelerator: Any, step: int, *data: str) -> None:
         )
 
 
-def _precision(setting: str) -> Literal["no", "bf16"] | None:
-    """What to tell Accelerate; None leaves it to the launcher."""
+def _precision(setting: str) -> Literal["no", "bf16"]:
+    """What to tell Accelerate."""
     if setting != "auto":
         return {"fp32": "no", "bf16": "bf16"}[setting]
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gpt2ft.data.plan import Plan
 from gpt2ft.objectives.objective import Objective
@@ -21,6 +21,7 @@ from gpt2ft.training.distributed import global_sum, loss_scale
 from gpt2ft.training.evaluate import EvaluationCut
 from gpt2ft.training.interruption import Interruption, ToldToStop
 from gpt2ft.training.optimizer import learning_rate, set_learning_rate
+from gpt2ft.training.strategy import Strategy
 from gpt2ft.training.tracking import Tracker
 
 
@@ -30,11 +31,10 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Job:
-    """What the loop is handed. Model and optimizer are prepared by the accelerator."""
+    """What the loop is handed."""
 
     accelerator: Any
-    model: nn.Module  # TargetLogProbs
-    optimizer: torch.optim.Optimizer
+    strategy: Strategy  # model and optimizer, prepared
     objective: Objective
     plan: Plan
     steps: int
@@ -53,12 +53,13 @@ def fit(job: Job, state: TrainState) -> TrainState:
         ToldToStop: once the step that was under way is saved.
         TrainingDiverged: if it makes no sense to go on.
     """
-    job.model.train()
+    model = job.strategy.model
+    model.train()
     recent = Recent(job)
     state = evaluated(job, state, recent, is_saved=True)  # a run that was told to stop may have left it undone
     for step, streams in step_streams(job, state.step):
         rate = learning_rate(step, job.steps, job.optimization)
-        set_learning_rate(job.optimizer, rate)
+        set_learning_rate(job.strategy.optimizer, rate)
         counted = sum(job.objective.count(stream) for _, stream in streams)
         tokens = sum(stream.num_tokens for _, stream in streams)
         counted, tokens = global_sum(job.accelerator, counted, tokens)
@@ -66,17 +67,14 @@ def fit(job: Job, state: TrainState) -> TrainState:
         step_loss = torch.zeros((), device=job.accelerator.device)
         measured = torch.zeros(len(job.objective.names), dtype=torch.float64, device=job.accelerator.device)
         for number, stream in streams:
-            with job.accelerator.accumulate(job.model):
+            with job.accelerator.accumulate(model):
                 torch.manual_seed(seed_for(job.training.seed, "dropout", step, number))
-                log_probs = job.model(stream)
+                log_probs = model(stream)
                 loss = job.objective.loss(log_probs, stream)
                 job.accelerator.backward(loss * scale)
                 step_loss += loss.detach()
                 measured += job.objective.measure(log_probs.detach(), stream)
-        norm = float(job.accelerator.clip_grad_norm_(job.model.parameters(), job.training.max_grad_norm))
-        if math.isfinite(norm):
-            job.optimizer.step()
-        job.optimizer.zero_grad()
+        norm = job.strategy.update()
         state = state.after_step(updated=math.isfinite(norm))
         recent.add(step_loss, measured, counted, tokens, norm)
         job.tracker.advance()

@@ -31,7 +31,7 @@ from gpt2ft.objectives.dpo import reply_log_probs
 from gpt2ft.objectives.objective import Objective
 from gpt2ft.settings import speaks_for_its_machine
 from gpt2ft.training.checkpoint import difference
-from gpt2ft.training.distributed import global_sum
+from gpt2ft.training.distributed import autocast, global_sum, precision_of
 from gpt2ft.training.evaluate import share
 from gpt2ft.training.interruption import Interruption, ToldToStop
 
@@ -315,7 +315,7 @@ class _Pass:
 
     def _rows(self, wanted: _StreamToRun) -> list[Row]:
         stream = wanted.plan.stream(wanted.micro_batch).to(self.accelerator.device)
-        with self.accelerator.autocast():
+        with autocast(self.accelerator):
             log_probs = self.model(stream)[: stream.num_supervised].double().cpu()
         if not bool(torch.isfinite(log_probs).all()):
             store, row = wanted.plan.pieces.rows[wanted.micro_batch[0]].tolist()
@@ -360,13 +360,13 @@ def check_start(
     model.train()
     for number in range(accelerator.process_index, plan.micro_batches_per_step, accelerator.num_processes):
         stream = plan.training_stream(step, number).to(accelerator.device)
-        with accelerator.autocast():
+        with autocast(accelerator):
             log_probs = model(stream)
         changes = (reply_log_probs(log_probs, stream) - stream.pairs.reference).abs() / stream.pairs.lengths
         worst = max(worst, float(changes.max())) if bool(torch.isfinite(changes).all()) else math.inf
         loss += float(objective.loss(log_probs, stream))
         counted += objective.count(stream)
-    tolerance = TOLERANCES[accelerator.mixed_precision]
+    tolerance = TOLERANCES[precision_of(accelerator)]
     too_far, loss, counted = global_sum(accelerator, float(worst > tolerance), loss, counted)
     if too_far:
         why = store.differing_versions()
@@ -375,7 +375,7 @@ def check_start(
             f"reply, more than {tolerance}: {why or 'all digests and versions are the same, so the store is damaged'}; "
             f"remove {store.folder}, and they are computed again"
         )
-    allowed = LOSS_TOLERANCES[accelerator.mixed_precision]
+    allowed = LOSS_TOLERANCES[precision_of(accelerator)]
     if start_loss is not None and abs(loss / counted - start_loss) > allowed * max(1.0, start_loss):
         raise ReferenceLogProbError(
             f"the first step must have the loss {start_loss:.4f}, as policy and reference are equal there, but has "

@@ -5,10 +5,13 @@ import math
 import pytest
 import torch
 
+from gpt2ft.model.logprobs import TargetLogProbs
+from gpt2ft.model.lora import load_trained_weights, trained_weights
 from gpt2ft.settings import OptimizerSettings
 from gpt2ft.training import checkpoint
 from gpt2ft.training.checkpoint import TrainState
 from gpt2ft.training.optimizer import adamw
+from gpt2ft.training.strategy import Replicated
 
 
 def test_the_best_is_the_lowest_finite_loss():
@@ -25,30 +28,32 @@ def test_a_skipped_step_is_a_step_but_no_update():
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_an_optimizer_put_back_makes_the_step_that_would_have_followed(fused, tiny_gpt2, tmp_path):
-    def step(model, optimizer, seed):
+def test_an_optimizer_put_back_makes_the_step_that_would_have_followed(fused, tiny_gpt2, accelerator, tmp_path):
+    def replicated():
+        model = TargetLogProbs(tiny_gpt2(64, 16), 64, "segments")
+        return Replicated(accelerator, model, adamw(model.gpt2, settings, fused), max_grad_norm=1e9)
+
+    def step(strategy, seed):
         generator = torch.Generator().manual_seed(seed)
-        for parameter in model.parameters():
+        for parameter in strategy.model.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=generator)
-        optimizer.step()
+        strategy.update()
 
     settings = OptimizerSettings(learning_rate=0.1)
-    model = tiny_gpt2(64, 16)
-    optimizer = adamw(model, settings, fused)
+    one, other = replicated(), replicated()
     for seed in range(3):
-        step(model, optimizer, seed)
-    folder = checkpoint.save(tmp_path, model, optimizer, TrainState(step=4, updates=3), {"a": 1})
+        step(one, seed)
+    weights = trained_weights(one.whole())
+    folder = checkpoint.save(tmp_path, weights, one.moments(), TrainState(step=4, updates=3), {"a": 1})
 
-    other = tiny_gpt2(64, 16)
-    other.load_state_dict(checkpoint.read_weights(folder))
+    load_trained_weights(other.whole(), checkpoint.read_weights(folder))
     state, identity = checkpoint.read_state(folder)
-    continued = adamw(other, settings, fused)
-    checkpoint.load_moments(folder, other, continued, state.updates)
+    other.load_moments(checkpoint.read_moments(folder), state.updates)
     assert (state.step, identity) == (4, {"a": 1})
-    step(model, optimizer, seed=9)
-    step(other, continued, seed=9)
-    pairs = zip(model.parameters(), other.parameters(), strict=True)
-    assert all(torch.equal(one, two) for one, two in pairs)
+    step(one, seed=9)
+    step(other, seed=9)
+    pairs = zip(one.model.parameters(), other.model.parameters(), strict=True)
+    assert all(torch.equal(mine, its) for mine, its in pairs)
 
 
 def test_the_first_difference_is_named():

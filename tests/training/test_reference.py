@@ -21,22 +21,13 @@ from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.objectives.dpo import DPO, DPOConfig, start_loss
 from gpt2ft.runs.assemble import Policy
 from gpt2ft.runs.dpo import store_for
-from gpt2ft.training import distributed, reference
+from gpt2ft.training import reference
 from gpt2ft.training.interruption import Interruption, ToldToStop
 from gpt2ft.training.reference import ReferenceLogProbError, ReferenceStore, Row, attach, check_start, wanted
 
 TESTS = Path(__file__).parent.parent
 COMPUTED_BY = {"weights": "w", "tokenizer": "t", "template": "m", "precision": "no", "attention": "segments"}
 VERSIONS = {"torch": "2"}
-
-
-@pytest.fixture(scope="module")
-def accelerator():
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    return distributed.start("fp32")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,87 @@
+"""Trains one small run after the other in the same processes, to be started by torchrun.
+
+    torchrun --nproc_per_node N tests/runs/many_processes.py CASES
+
+CASES is a JSON file: [{"kind": "sft", "settings": {...}, "stop_after": 3, "goes_on_from": FOLDER}, ...]. Importing
+takes longer than any of these runs, so a launch does many. The strategy is what the environment asks for, as of the
+launcher. A run that goes on from a folder does so in a copy.
+"""
+
+import json
+import math
+import os
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from gpt2ft.objectives.sft import SFT
+from gpt2ft.runs.dpo import PreferenceTuning
+from gpt2ft.runs.sft import FineTuning
+from gpt2ft.runs.train import train
+from gpt2ft.settings import DPOSettings, SFTSettings
+from gpt2ft.training import distributed
+from gpt2ft.training.tracking import Tracker
+
+
+class Stopped(Exception):
+    pass
+
+
+class SometimesNaN(SFT):
+    """Of few streams, whatever process they are on, the loss is not a number."""
+
+    def loss(self, log_probs, stream):
+        loss = super().loss(log_probs, stream)
+        return loss * math.nan if int(stream.tokens.sum()) % 48 == 2 else loss
+
+
+def task_of(kind, settings):
+    if kind == "dpo":
+        return PreferenceTuning(settings)
+    return FineTuning(settings, SometimesNaN() if kind == "sometimes nan" else None)
+
+
+def run(case):
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    if case.get("goes_on_from") and int(os.environ["RANK"]) == 0:
+        shutil.copytree(case["goes_on_from"], case["settings"]["output"])
+    settings = (DPOSettings if case["kind"] == "dpo" else SFTSettings)(**case["settings"])
+    steps = []
+
+    def advance(tracker):
+        steps.append(None)
+        if len(steps) == case.get("stop_after"):
+            raise Stopped
+
+    Tracker.advance = advance
+    try:
+        train(settings, task_of(case["kind"], settings))
+    except Stopped:
+        assert case.get("stop_after")
+
+
+def shard_everything(make):
+    """Small parameters too, which DeepSpeed leaves whole."""
+
+    def plugin(*arguments):
+        made = make(*arguments)
+        made.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return made
+
+    return plugin
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    distributed._cores = lambda: 1  # threads only get in each other's way at this size
+    distributed._deepspeed_plugin = shard_everything(distributed._deepspeed_plugin)
+    destroy, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, lambda *group: None
+    for case in json.loads(Path(sys.argv[1]).read_text()):
+        run(case)
+    destroy()

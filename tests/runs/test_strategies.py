@@ -1,0 +1,212 @@
+"""One training run, however many processes it is on and however model and optimizer lie on them.
+
+Every topology trains the same small runs, in one launch each, and continues runs that itself or another has left
+half done. All are compared with one process. Conversations are of very uneven length, dropout is on, the last step of
+an epoch is short, and one run stops in the second epoch.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+STEPS = 5  # 3 steps to an epoch, the last one short
+STOP_AFTER = 4
+MICRO_BATCHES = 12
+LEARNING_RATE = 1e-2
+ENVIRONMENTS = {
+    "ddp": {},
+    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+}
+ALONE = "ddp 1"
+SAMPLE = ["ddp 3", "fsdp2 2", "zero3 2"]
+OTHERS = ["zero2 2", "ddp 2", "fsdp2 3", "zero3 3", "zero2 3", "ddp 4", "fsdp2 4", "zero3 4", "zero2 4"]
+RING = [ALONE, *SAMPLE, *OTHERS]  # each goes on where the one before it has stopped
+LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": ["q", "v", "o", "fc"]}
+topologies = pytest.mark.parametrize(
+    "topology", [*SAMPLE, *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)]
+)
+KINDS = ["sft", "sft lora", "dpo", "dpo lora", "sometimes nan"]
+
+
+@dataclass
+class Runs:
+    """Output folders by (topology, run); a topology is launched when it is first asked for."""
+
+    root: Path
+    shape: Path
+    weights: Path
+    launched: set = field(default_factory=set)
+
+    def get(self, topology, run):
+        if (topology, run) not in self.launched:
+            self.launch(topology, [run] if run.startswith("from ") else self.usual(topology))
+        return self.root / topology / run
+
+    def usual(self, topology):
+        runs = [*KINDS, "sft stopped", "sft lora stopped", "sft continued", "sft lora continued"]
+        if topology in OTHERS:
+            runs += ["bf16", "bf16 stopped", "bf16 continued", "bf16 lora", "bf16 lora stopped", "bf16 lora continued"]
+        return runs if topology == ALONE else [*runs, f"from {ALONE}", f"from {RING[RING.index(topology) - 1]}"]
+
+    def launch(self, topology, runs):
+        strategy, processes = topology.split()
+        folder = self.root / topology
+        folder.mkdir(exist_ok=True)
+        cases = folder / "cases.json"
+        cases.write_text(json.dumps([self.case(topology, run) for run in dict.fromkeys(runs)]))
+        script = Path(__file__).parent / "many_processes.py"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | ENVIRONMENTS[strategy]
+        done = subprocess.run(
+            [*command, script, cases], env=environment, capture_output=True, text=True, timeout=900, check=False
+        )
+        assert done.returncode == 0, done.stdout[-1000:] + done.stderr.partition("ChildFailedError")[0][-5000:]
+        self.launched |= {(topology, run) for run in runs}
+
+    def case(self, topology, run):
+        """What the driver is told."""
+        case = {}
+        output = self.root / topology / run
+        if run.startswith("from "):
+            case["goes_on_from"] = str(self.get(run.removeprefix("from "), "sft stopped"))
+            run = "sft"
+        elif run.endswith(" continued"):
+            run = run.removesuffix(" continued")
+            case["goes_on_from"] = str(self.root / topology / f"{run} stopped")
+        elif run.endswith(" stopped"):
+            run = run.removesuffix(" stopped")
+            case["stop_after"] = STOP_AFTER
+        kind = "dpo" if run.startswith("dpo") else run if run in KINDS else "sft"
+        settings = self.settings(run, kind) | {"output": str(output)}
+        return case | {"kind": kind.removesuffix(" lora"), "settings": settings}
+
+    def settings(self, run, kind):
+        adapts, compares = run.endswith("lora"), kind == "dpo"
+        from_weights = {"path": str(self.weights)}
+        random = {"path": str(self.shape), "random_init": True}
+        dropout = {} if compares else {"dropout": 0.1, "attention_dropout": 0.1}
+        return {
+            "model": (from_weights if adapts or compares else random) | dropout,
+            "lora": (LORA | {"dropout": 0.0} if compares else LORA) if adapts else {},
+            "data": {
+                "train": ["quickstart@0.35" if compares else "quickstart@0.5"],
+                "eval": ["quickstart:held_out"],
+                "max_length": 256,
+                "max_rank": None if compares else 1,
+                "cache": str(self.root / "cache"),
+            },
+            "training": {
+                "steps": STEPS,
+                "tokens_per_micro_batch": 256,
+                "micro_batches_per_step": MICRO_BATCHES,
+                "eval_every": 3,
+                "save_every": 2,
+                "log_every": 1,
+                "sample_prompts": 1,
+                "sample_tokens": 4,
+                "max_grad_norm": 0.5,
+                "precision": "bf16" if "bf16" in run else "fp32",
+                "activation_checkpointing": adapts,
+            },
+            "optimizer": {"learning_rate": LEARNING_RATE},
+        }
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model_folder, tiny_weights_folder, tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("runs"), tiny_model_folder, tiny_weights_folder)
+
+
+def logged(folder, key):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+def weights(folder):
+    adapter = folder / "adapter" / "adapter_model.safetensors"
+    return load_file(adapter if adapter.is_file() else folder / "model" / "model.safetensors")
+
+
+def assert_the_same_run(found, expected):
+    for key in ("train/loss", "train/grad_norm", "eval/loss", "eval/accuracy"):
+        assert logged(found, key) == pytest.approx(logged(expected, key), rel=1e-5, nan_ok=True), key
+    assert len(logged(found, "train/loss")) == STEPS
+    assert_close(found, expected)
+
+
+def assert_close(found, expected):
+    """Adam divides by the gradient's own size, so where that is rounding, rounding is what it learns."""
+    one, other = weights(found), weights(expected)
+    assert one.keys() == other.keys()
+    for name, tensor in other.items():
+        assert float((one[name] - tensor).abs().max()) <= 0.01 * LEARNING_RATE, name
+
+
+def assert_equal_in_every_bit(found, expected):
+    one, other = weights(found), weights(expected)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    for key in ("train/loss", "eval/loss"):
+        assert logged(found, key) == logged(expected, key)
+
+
+@topologies
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_the_run_of_one_process(kind, topology, runs):
+    assert_the_same_run(runs.get(topology, kind), runs.get(ALONE, kind))
+
+
+@topologies
+def test_steps_without_a_finite_gradient_are_left_out_alike(topology, runs):
+    skipped = logged(runs.get(topology, "sometimes nan"), "train/skipped_steps")
+    assert 0 < skipped[STEPS] < STEPS
+    assert skipped == logged(runs.get(ALONE, "sometimes nan"), "train/skipped_steps")
+
+
+@topologies
+@pytest.mark.parametrize("run", ["sft", "sft lora"])
+def test_going_on_gives_the_same_bits(run, topology, runs):
+    assert_equal_in_every_bit(runs.get(topology, f"{run} continued"), runs.get(topology, run))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("topology", OTHERS)
+@pytest.mark.parametrize("run", ["bf16", "bf16 lora"])
+def test_going_on_in_bf16_gives_the_same_bits(run, topology, runs):
+    assert_equal_in_every_bit(runs.get(topology, f"{run} continued"), runs.get(topology, run))
+
+
+@topologies
+def test_it_goes_on_from_what_others_have_left(topology, runs):
+    """From one process, and from the topology before it in the ring."""
+    for source in dict.fromkeys([ALONE, RING[RING.index(topology) - 1]]):
+        assert_the_same_run(runs.get(topology, f"from {source}"), runs.get(ALONE, "sft"))
+
+
+def test_one_process_goes_on_from_what_many_have_left(runs):
+    for source in SAMPLE:
+        assert_the_same_run(runs.get(ALONE, f"from {source}"), runs.get(ALONE, "sft"))
+
+
+@pytest.mark.long
+def test_one_process_goes_on_from_what_any_have_left(runs):
+    for source in OTHERS:
+        assert_the_same_run(runs.get(ALONE, f"from {source}"), runs.get(ALONE, "sft"))
+
+
+@topologies
+@pytest.mark.parametrize("run", ["sft", "sft lora", "dpo"])
+def test_transformers_loads_the_model_with_its_table_tied(run, topology, runs):
+    from transformers import GPT2LMHeadModel
+
+    model = GPT2LMHeadModel.from_pretrained(runs.get(topology, run) / "model")
+    assert model.lm_head.weight is model.transformer.wte.weight
