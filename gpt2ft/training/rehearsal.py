@@ -5,6 +5,7 @@ gradients, which it does after its first backward pass: a run that goes on from 
 order as one that was never stopped.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from gpt2ft.settings import TrainingSettings
 from gpt2ft.stream import TokenStream
 from gpt2ft.training.optimizer import set_learning_rate
+from gpt2ft.training.preflight import PreflightError
 from gpt2ft.training.strategy import Strategy
 
 
@@ -31,15 +33,18 @@ def rehearse(strategy: Strategy, accelerator: Any, stream: TokenStream, advice: 
 
     Raises:
         DoesNotFit: on the process that has run out.
+        PreflightError: if the model is broken.
     """
     strategy.model.train()
     set_learning_rate(strategy.optimizer, 0.0)
     try:
         accelerator.backward(strategy.model(stream.to(accelerator.device)).sum() * 0.0)
-        strategy.update()
+        norm = strategy.update()
     except torch.OutOfMemoryError as error:
         first = str(error).splitlines()[0].rstrip(".")
         raise DoesNotFit(f"a step does not fit into memory ({first}): {advice}") from error
+    if not math.isfinite(norm):
+        raise PreflightError("the model gives log-probs that are not finite, before any training: look at its weights")
     peak = torch.tensor(peak_memory(accelerator.device), dtype=torch.float64, device=accelerator.device)
     return int(accelerator.gather(peak).max())
 

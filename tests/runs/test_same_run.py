@@ -1,7 +1,7 @@
 """One training run, however it is cut: 8 micro-batches a step as 1 x 8, 2 x 4 or 8 x 1 of accumulation x size.
 
-"Size" is what is computed together. Over processes, with dropout on and off; and within one process as longer
-streams, where dropout must be off because it falls on other places.
+"Size" is what is computed together. Over processes, with dropout on (see test_strategies.py for other numbers and for
+shards); and within one process as longer streams, where dropout must be off because it falls on other places.
 """
 
 import json
@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from gpt2ft.data.packing import build_stream
 
@@ -26,16 +25,12 @@ def losses(folder):
     ]
 
 
-def train_with(processes, dropout, folder, cache, *settings):
-    settings += ("--training.eval_every", 3, "--training.max_grad_norm", 0.5)
-    settings += ("--model.dropout", dropout, "--model.attention_dropout", dropout)
-    return launched(processes, "sft.py", "quickstart", folder, cache, *settings)
-
-
-def launched(processes, script, recipe, folder, cache, *settings):
-    arguments = [LAUNCH / script, recipe, "--output", folder / "run", "--data.cache", cache]
-    arguments += ["--training.steps", STEPS, "--training.log_every", 1, "--training.micro_batches_per_step", 8]
-    arguments += ["--training.sample_prompts", 1, "--training.sample_tokens", 4, *settings]
+def train_with(processes, dropout, folder, cache):
+    arguments = [LAUNCH / "sft.py", "quickstart", "--output", folder / "run", "--data.cache", cache]
+    arguments += ["--training.steps", STEPS, "--training.log_every", 1, "--training.eval_every", 3]
+    arguments += ["--training.micro_batches_per_step", 8, "--training.max_grad_norm", 0.5]
+    arguments += ["--training.sample_prompts", 1, "--training.sample_tokens", 4]
+    arguments += ["--model.dropout", dropout, "--model.attention_dropout", dropout]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, *arguments]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True, timeout=600)
@@ -43,66 +38,12 @@ def launched(processes, script, recipe, folder, cache, *settings):
     return losses(folder / "run")
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """The losses of one process, by dropout; made when first asked for."""
-    made = {}
-
-    def get(dropout, cache):
-        if dropout not in made:
-            made[dropout] = train_with(1, dropout, tmp_path_factory.mktemp("alone"), cache)
-        return made[dropout]
-
-    return get
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.mark.parametrize(
-    ("processes", "dropout"),
-    [
-        (4, 0.1),
-        pytest.param(2, 0.1, marks=pytest.mark.long),
-        pytest.param(8, 0.1, marks=pytest.mark.long),
-        pytest.param(2, 0.0, marks=pytest.mark.long),
-        pytest.param(8, 0.0, marks=pytest.mark.long),
-    ],
-)
-def test_any_number_of_processes_gives_the_same_losses(processes, dropout, alone, cache, tmp_path):
-    train_losses, eval_losses = alone(dropout, cache)
-    assert len(train_losses) == STEPS
-    assert len(set(train_losses)) == STEPS
-    found = train_with(processes, dropout, tmp_path, cache)
-    assert found[0] == pytest.approx(train_losses, rel=1e-5)
-    assert found[1] == pytest.approx(eval_losses, rel=1e-5)
-
-
-def test_adapters_learn_the_same_on_two_processes(tiny_weights_folder, cache, tmp_path):
-    settings = ["--model.path", tiny_weights_folder, "--model.random_init", "false"]
-    settings += ["--lora.rank", 4, "--lora.dropout", 0.2, "--lora.targets", "q", "v", "fc"]
-    one, two = (train_with(number, 0.1, tmp_path / str(number), cache, *settings) for number in (1, 2))
-    assert len(set(one[0])) == STEPS
-    assert two[0] == pytest.approx(one[0], rel=1e-5)
-    assert two[1] == pytest.approx(one[1], rel=1e-5)
-    adapters = [load_file(tmp_path / name / "run" / "adapter" / "adapter_model.safetensors") for name in "12"]
-    for name, tensor in adapters[0].items():
-        assert float((tensor - adapters[1][name]).abs().max()) < 1e-5
-
-
-@pytest.mark.parametrize("recipe", ["single-topic-dpo", pytest.param("quickstart-dpo", marks=pytest.mark.long)])
-def test_preferences_are_learnt_the_same_on_two_processes(recipe, tiny_weights_folder, tmp_path):
-    """All weights and adapters alone, each run with a reference of its own, computed by as many processes."""
-    settings = ["--model.path", tiny_weights_folder, "--dpo.pairs", "all", "--dpo.pair_weight", "prompt"]
-    one, two = (
-        launched(number, "dpo.py", recipe, tmp_path / str(number), tmp_path / f"cache {number}", *settings)
-        for number in (1, 2)
-    )
-    assert len(set(one[0])) == STEPS
-    assert two[0] == pytest.approx(one[0], rel=1e-5)
-    assert two[1] == pytest.approx(one[1], rel=1e-5)
+@pytest.mark.long
+def test_eight_processes_give_the_losses_of_one(tmp_path):
+    alone, eight = (train_with(number, 0.1, tmp_path / str(number), tmp_path / "cache") for number in (1, 8))
+    assert len(set(alone[0])) == STEPS
+    assert eight[0] == pytest.approx(alone[0], rel=1e-5)
+    assert eight[1] == pytest.approx(alone[1], rel=1e-5)
 
 
 class Regrouped:
