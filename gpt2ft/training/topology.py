@@ -131,8 +131,9 @@ def check_wrapped(strategy: StrategyName, model: nn.Module, processes: int) -> N
         given = "fsdp2"
     elif any(kind.__name__ == "DeepSpeedEngine" for kind in type(inner).__mro__):
         given = f"zero{inner.zero_optimization_stage()}"
-    expected = "nothing" if strategy == "ddp" and processes == 1 else strategy
-    if given != expected:
+    alone = strategy == "ddp" and processes == 1  # torchrun has DDP wrap one process too
+    expected = "nothing" if alone else strategy
+    if given != expected and not (alone and given == "ddp"):
         count = f"{processes} process{'es' if processes > 1 else ''}"
         raise LaunchError(
             f"the model must be wrapped in {NAMES.get(expected, expected)} on {count}, but is in "

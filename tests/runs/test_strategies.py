@@ -6,6 +6,7 @@ an epoch is short, and one run stops in the second epoch.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -27,14 +28,24 @@ ENVIRONMENTS = {
     "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
 }
 ALONE = "ddp 1"
-SAMPLE = ["ddp 3", "fsdp2 2", "zero3 2"]
-OTHERS = ["zero2 2", "ddp 2", "fsdp2 3", "zero3 3", "zero2 3", "ddp 4", "fsdp2 4", "zero3 4", "zero2 4"]
-RING = [ALONE, *SAMPLE, *OTHERS]  # each goes on where the one before it has stopped
+SAMPLE = ["fsdp2 2", "zero3 2"]
+LONG = ["ddp 3", "zero2 3"]
+CAMPAIGN = ["ddp 2", "zero2 2", "fsdp2 3", "zero3 3", "ddp 4", "fsdp2 4", "zero2 4", "zero3 4"]
+
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": ["q", "v", "o", "fc"]}
-topologies = pytest.mark.parametrize(
-    "topology", [*SAMPLE, *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)]
-)
+more = [
+    *(pytest.param(name, marks=pytest.mark.long) for name in LONG),
+    *(pytest.param(name, marks=pytest.mark.campaign) for name in CAMPAIGN),
+]
+topologies = pytest.mark.parametrize("topology", [*SAMPLE, *more])
 KINDS = ["sft", "sft lora", "dpo", "dpo lora", "sometimes nan"]
+
+
+def sources(topology):
+    """Where a topology goes on: where one process has stopped, and the one before it in its list."""
+    (group,) = [group for group in (SAMPLE, LONG, CAMPAIGN) if topology in group]
+    before = group[group.index(topology) - 1 : group.index(topology)]
+    return [ALONE, *before]
 
 
 @dataclass
@@ -48,21 +59,28 @@ class Runs:
 
     def get(self, topology, run):
         if (topology, run) not in self.launched:
-            self.launch(topology, [run] if run.startswith("from ") else self.usual(topology))
+            goes_on = topology == ALONE and run.startswith("from ")
+            self.launch(topology, self.left_by_others() if goes_on else self.usual(topology))
         return self.root / topology / run
 
     def usual(self, topology):
         runs = [*KINDS, "sft stopped", "sft lora stopped", "sft continued", "sft lora continued"]
-        if topology in OTHERS:
+        if topology in LONG + CAMPAIGN:
             runs += ["bf16", "bf16 stopped", "bf16 continued", "bf16 lora", "bf16 lora stopped", "bf16 lora continued"]
-        return runs if topology == ALONE else [*runs, f"from {ALONE}", f"from {RING[RING.index(topology) - 1]}"]
+        return runs if topology == ALONE else [*runs, *(f"from {source}" for source in sources(topology))]
+
+    def left_by_others(self):
+        """What one process can go on from by now."""
+        topologies = dict.fromkeys(topology for topology, _ in self.launched if topology != ALONE)
+        left = [f"from {topology}" for topology in topologies]
+        return [run for run in left if (ALONE, run) not in self.launched]
 
     def launch(self, topology, runs):
         strategy, processes = topology.split()
         folder = self.root / topology
         folder.mkdir(exist_ok=True)
         cases = folder / "cases.json"
-        cases.write_text(json.dumps([self.case(topology, run) for run in dict.fromkeys(runs)]))
+        cases.write_text(json.dumps([self.case(topology, run) for run in runs]))
         script = Path(__file__).parent / "many_processes.py"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | ENVIRONMENTS[strategy]
@@ -128,7 +146,7 @@ def runs(tiny_model_folder, tiny_weights_folder, tmp_path_factory):
 
 def logged(folder, key):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line[key] for line in lines if key in line}
+    return {line["step"]: math.nan if line[key] is None else line[key] for line in lines if key in line}
 
 
 def weights(folder):
@@ -178,8 +196,7 @@ def test_going_on_gives_the_same_bits(run, topology, runs):
     assert_equal_in_every_bit(runs.get(topology, f"{run} continued"), runs.get(topology, run))
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("topology", OTHERS)
+@pytest.mark.parametrize("topology", more)
 @pytest.mark.parametrize("run", ["bf16", "bf16 lora"])
 def test_going_on_in_bf16_gives_the_same_bits(run, topology, runs):
     assert_equal_in_every_bit(runs.get(topology, f"{run} continued"), runs.get(topology, run))
@@ -187,20 +204,8 @@ def test_going_on_in_bf16_gives_the_same_bits(run, topology, runs):
 
 @topologies
 def test_it_goes_on_from_what_others_have_left(topology, runs):
-    """From one process, and from the topology before it in the ring."""
-    for source in dict.fromkeys([ALONE, RING[RING.index(topology) - 1]]):
+    for source in sources(topology):
         assert_the_same_run(runs.get(topology, f"from {source}"), runs.get(ALONE, "sft"))
-
-
-def test_one_process_goes_on_from_what_many_have_left(runs):
-    for source in SAMPLE:
-        assert_the_same_run(runs.get(ALONE, f"from {source}"), runs.get(ALONE, "sft"))
-
-
-@pytest.mark.long
-def test_one_process_goes_on_from_what_any_have_left(runs):
-    for source in OTHERS:
-        assert_the_same_run(runs.get(ALONE, f"from {source}"), runs.get(ALONE, "sft"))
 
 
 @topologies
@@ -210,3 +215,9 @@ def test_transformers_loads_the_model_with_its_table_tied(run, topology, runs):
 
     model = GPT2LMHeadModel.from_pretrained(runs.get(topology, run) / "model")
     assert model.lm_head.weight is model.transformer.wte.weight
+
+
+@topologies
+def test_one_process_goes_on_from_what_many_have_left(topology, runs):
+    runs.get(topology, "sft stopped")
+    assert_the_same_run(runs.get(ALONE, f"from {topology}"), runs.get(ALONE, "sft"))

@@ -219,8 +219,9 @@ def test_a_model_is_wrapped_in_what_was_asked_for(strategy, wrapped):
 
 def test_one_process_needs_no_wrapping_for_ddp(wrapped):
     topology.check_wrapped("ddp", wrapped["nothing"], processes=1)
-    with pytest.raises(LaunchError, match="must be wrapped in nothing on 1 process, but is in DDP"):
-        topology.check_wrapped("ddp", wrapped["ddp"], processes=1)
+    topology.check_wrapped("ddp", wrapped["ddp"], processes=1)  # as torchrun has it
+    with pytest.raises(LaunchError, match="must be wrapped in nothing on 1 process, but is in FSDP2"):
+        topology.check_wrapped("ddp", wrapped["fsdp2"], processes=1)
     topology.check_wrapped("fsdp2", wrapped["fsdp2"], processes=1)
     with pytest.raises(LaunchError, match="in DeepSpeed ZeRO-2 on 2 processes, but is in DeepSpeed ZeRO-3"):
         topology.check_wrapped("zero2", wrapped["zero3"], processes=2)
