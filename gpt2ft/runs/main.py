@@ -10,12 +10,14 @@ def run(work: Callable[[Any], None], settings: Any) -> None:
     """Runs `work`, and turns the failures a person can do something about into a sentence.
 
     Exit codes: 2 for settings, data and model folders; 1 for what happens while running; 75 for a run that was
-    told to stop and has saved (SIGTERM, SIGUSR1, Ctrl-C); 130 for Ctrl-C at any other time.
+    told to stop and has saved (SIGTERM, SIGUSR1, Ctrl-C); 69 for one of several processes where another is lost or
+    stands still; 130 for Ctrl-C at any other time.
     """
     import torch
 
     from gpt2ft.data.reading import DataError
     from gpt2ft.model.pretrained import ModelError
+    from gpt2ft.training import watch
     from gpt2ft.training.checkpoint import CheckpointError
     from gpt2ft.training.distributed import LaunchError
     from gpt2ft.training.fit import TrainingDiverged
@@ -27,7 +29,8 @@ def run(work: Callable[[Any], None], settings: Any) -> None:
     resumes = getattr(settings, "resume", None) == "auto"
     again = "; the same command continues from the newest checkpoint" if resumes else ""
     try:
-        work(settings)
+        with watch.until_the_end():
+            work(settings)
     except (
         SettingsError,
         DataError,

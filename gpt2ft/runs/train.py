@@ -36,7 +36,7 @@ from gpt2ft.runs.output import Output
 from gpt2ft.runs.progress import Evaluation, Scoring
 from gpt2ft.runs.samples import Sample, Turns, held_out_prompts
 from gpt2ft.settings import DPOSettings, RunSettings, SettingsError
-from gpt2ft.training import checkpoint, distributed, preflight, topology
+from gpt2ft.training import checkpoint, distributed, preflight, topology, watch
 from gpt2ft.training.checkpoint import TrainState
 from gpt2ft.training.distributed import is_deepspeed, precision_of
 from gpt2ft.training.fit import Job, fit
@@ -193,6 +193,7 @@ def train(settings: RunSettings, task: Task) -> None:
     )
 
     def save(state: TrainState) -> None:
+        watch.at("saving", is_long=True)
         whole, moments, problem = strategy.whole(), strategy.moments(), None
         if whole is not None:
             try:
@@ -200,6 +201,7 @@ def train(settings: RunSettings, task: Task) -> None:
                 checkpoint.prune(output.checkpoints, training.keep_checkpoints, state.best_step)
             except OSError as error:
                 problem = error
+        watch.at("waiting until it is saved")
         distributed.raise_together(accelerator, problem)
 
     job = Job(
@@ -224,6 +226,7 @@ def train(settings: RunSettings, task: Task) -> None:
         tracker.close()
     transcript = evaluation.transcript()
     whole = strategy.whole()
+    watch.at("exporting", is_long=True)
     if whole is not None:
         output.write_manifest(manifest | {"finished": asdict(state)})
         export(output, settings, replace(policy, gpt2=whole), state)

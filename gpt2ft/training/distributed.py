@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from gpt2ft.training import cpu, topology
+from gpt2ft.training import cpu, topology, watch
 from gpt2ft.training.interruption import end_with_parent
 from gpt2ft.training.launcher import is_launched
 from gpt2ft.training.topology import LaunchError, StrategyName
@@ -43,6 +43,7 @@ def start(precision: str, micro_batches_per_step: int | None = None, determinist
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    watch.start(accelerator)
     return accelerator
 
 

@@ -16,6 +16,7 @@ from gpt2ft.objectives.objective import Objective
 from gpt2ft.random import seed_for
 from gpt2ft.settings import OptimizerSettings, TrainingSettings
 from gpt2ft.stream import TokenStream
+from gpt2ft.training import watch
 from gpt2ft.training.checkpoint import TrainState
 from gpt2ft.training.distributed import global_sum, loss_scale
 from gpt2ft.training.evaluate import EvaluationCut
@@ -60,6 +61,7 @@ def fit(job: Job, state: TrainState) -> TrainState:
     for step, streams in step_streams(job, state.step):
         rate = learning_rate(step, job.steps, job.optimization)
         set_learning_rate(job.strategy.optimizer, rate)
+        watch.at("counting", step)
         counted = sum(job.objective.count(stream) for _, stream in streams)
         tokens = sum(stream.num_tokens for _, stream in streams)
         counted, tokens = global_sum(job.accelerator, counted, tokens)
@@ -69,11 +71,14 @@ def fit(job: Job, state: TrainState) -> TrainState:
         for number, stream in streams:
             with job.accelerator.accumulate(model):
                 torch.manual_seed(seed_for(job.training.seed, "dropout", step, number))
+                watch.at("forward")
                 log_probs = model(stream)
                 loss = job.objective.loss(log_probs, stream)
+                watch.at("backward")
                 job.accelerator.backward(loss * scale)
                 step_loss += loss.detach()
                 measured += job.objective.measure(log_probs.detach(), stream)
+        watch.at("update")
         norm = job.strategy.update()
         state = state.after_step(updated=math.isfinite(norm))
         recent.add(step_loss, measured, counted, tokens, norm)
@@ -85,6 +90,7 @@ def fit(job: Job, state: TrainState) -> TrainState:
             )
         if is_due(state.step, job.training.log_every, job.steps):
             recent.log(state, rate)
+        watch.at("end of the step")
         if any(global_sum(job.accelerator, float(bool(job.interruption)))):  # wherever the signal has arrived
             stop(job, state)
         state = evaluated(job, state, recent)
@@ -137,6 +143,7 @@ def step_streams(job: Job, start: int) -> Iterator[tuple[int, list[tuple[int, To
     with ThreadPoolExecutor(1, thread_name_prefix="streams") as builder:
         following = builder.submit(build, start) if start < job.steps else None
         for step in range(start, job.steps):
+            watch.at("waiting for data", step)
             built = following.result()
             following = builder.submit(build, step + 1) if step + 1 < job.steps else None
             yield step, [(number, stream.to(device, non_blocking=True)) for number, stream in built]

@@ -30,6 +30,7 @@ from gpt2ft.files import sync_folder, synced, write_json
 from gpt2ft.objectives.dpo import reply_log_probs
 from gpt2ft.objectives.objective import Objective
 from gpt2ft.settings import speaks_for_its_machine
+from gpt2ft.training import watch
 from gpt2ft.training.checkpoint import difference
 from gpt2ft.training.distributed import autocast, global_sum, precision_of
 from gpt2ft.training.evaluate import share
@@ -298,6 +299,7 @@ class _Pass:
         silent = not (accelerator.is_main_process and sys.stderr.isatty())
         bar = tqdm(rounds, desc="reference", unit="stream", disable=silent, leave=False)
         for number, mine in enumerate(bar, start=1):
+            watch.at("reference stream")
             if any(global_sum(accelerator, float(bool(self.interruption)))):
                 break
             if mine is not None:

@@ -3,7 +3,7 @@
 import pytest
 from silent_launches import SILENT, Outcome, launch, problem
 
-SAMPLE = ("accelerate --cpu starts one of two", "a key of FSDP misspelt")
+SAMPLE = ("srun without torchrun", "a key of FSDP misspelt")
 
 
 @pytest.mark.parametrize(
