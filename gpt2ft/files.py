@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,16 +20,33 @@ def user_path(name: str) -> Path:
 
 
 @contextmanager
+def failing_as(sentence: str) -> Iterator[None]:
+    """Has what the system refuses (a full disk, missing rights) say in `sentence` what that was for.
+
+    The class and `errno` of the error stay.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.strerror is None or type(error).__module__ != "builtins":  # it has a sentence of its own
+            raise
+        told = type(error)(f"{sentence}: {error.strerror}")
+        told.errno = error.errno
+        raise told from error
+
+
+@contextmanager
 def synced(file: Path) -> Iterator[Path]:
     """Yields a temporary file's name beside `file`; what is written there takes its name once it is on the disk."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with failing_as(f"{file} could not be written"):
+        try:
+            yield temporary
+            with open(temporary, "rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(file: Path, text: str) -> None:
@@ -69,32 +87,62 @@ def _umask() -> int:
 def complete_folder(folder: Path) -> Iterator[Path]:
     """Yields a temporary folder that becomes `folder` if the block ends well, and vanishes if not.
 
-    An older `folder` is replaced; a kill between the two renames leaves it under a hidden name. A reader never
-    meets half a folder.
+    An older `folder` is replaced; a kill between the two renames leaves it under a hidden name, from which
+    `restore_replaced` takes it back. A reader never meets half a folder.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    with failing_as(f"{folder} could not be written"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
     try:
         yield temporary
-        sync_folder(temporary)
-        if folder.exists():
-            discarded = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-            os.rename(folder, discarded)
-            os.rename(temporary, folder)
-            shutil.rmtree(discarded)
-        else:
-            os.rename(temporary, folder)
-        sync_folder(folder.parent)
+        with failing_as(f"{folder} could not be written"):
+            sync_folder(temporary)
+            if folder.exists():
+                _replace(folder, temporary)
+            else:
+                os.rename(temporary, folder)
+            sync_folder(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _replace(folder: Path, new: Path) -> None:
+    """No system call does this for folders; where the second rename fails, the first is taken back."""
+    discarded = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    shutil.rmtree(discarded, ignore_errors=True)
+    os.rename(folder, discarded)
+    try:
+        os.rename(new, folder)
+    except BaseException:
+        os.rename(discarded, folder)
+        raise
+    shutil.rmtree(discarded)
+
+
+def discard(folder: Path) -> None:
+    """Removes a folder; a kill in the middle leaves no part of it under its name."""
+    discarded = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    with failing_as(f"{folder} could not be removed"):
+        shutil.rmtree(discarded, ignore_errors=True)
+        os.rename(folder, discarded)
+        shutil.rmtree(discarded)
+
+
+def restore_replaced(parent: Path) -> None:
+    """Gives folders in `parent` back that a process was replacing when it was killed, with nothing in their place."""
+    for old in parent.glob(".*.old"):
+        name = re.fullmatch(r"\.(.+)\.\d+\.old", old.name)
+        if name and not os.path.lexists(parent / name[1]):
+            os.rename(old, parent / name[1])
+
+
 def remove_leftovers(folder: Path) -> None:
     """Removes what processes that were killed while writing into `folder` have left behind."""
+    restore_replaced(folder)
     for leftover in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
-        if leftover.is_dir():
+        if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover)
         else:
             leftover.unlink()

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from gpt2ft.files import remove_leftovers, write_json, write_text
+from gpt2ft.files import remove_leftovers, restore_replaced, write_json, write_text
 from gpt2ft.settings import RunSettings, SettingsError, to_yaml
 
 
@@ -22,7 +22,10 @@ class Output:
         self.start = self.folder / "start"
 
     def claim(self, settings: RunSettings) -> None:
-        """Checks that this run may train here; moves and removes nothing yet. Main process only.
+        """Checks that this run may train here; moves and removes nothing of it yet. Main process only.
+
+        A checkpoint that was being replaced when the run was killed gets its name back, before any process looks for
+        it.
 
         Raises:
             SettingsError: if the run in it is finished, or it cannot be written to.
@@ -37,6 +40,7 @@ class Output:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / ".writable", "")
             (self.folder / ".writable").unlink()
+            restore_replaced(self.checkpoints)
         except OSError as error:
             raise SettingsError(f"`output` = {self.folder} cannot be written to: {error}") from error
 
