@@ -1,5 +1,6 @@
 """Files and folders are complete or absent, whatever happens in between."""
 
+import errno
 import hashlib
 import json
 import os
@@ -12,7 +13,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from gpt2ft.files import complete_folder, file_digest, sync_folder, write_json, write_safetensors, write_text
+from gpt2ft.files import (
+    complete_folder,
+    discard,
+    file_digest,
+    remove_leftovers,
+    restore_replaced,
+    sync_folder,
+    write_json,
+    write_safetensors,
+    write_text,
+)
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -127,6 +138,90 @@ def test_complete_folder_survives_a_kill(tmp_path):
     with complete_folder(target) as folder:
         (folder / "b").write_text("2")
     assert names(target) == ["b"]
+
+
+def killed_while_replacing(target, monkeypatch):
+    """Kills between the two renames: as the second begins."""
+
+    class Killed(BaseException):
+        pass
+
+    renames = []
+
+    def rename(source, destination):
+        renames.append(source)
+        if len(renames) >= 2:
+            raise Killed
+        whole(source, destination)
+
+    whole = os.rename
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)
+        with pytest.raises(Killed):
+            write_anew(target)
+
+
+def write_anew(target):
+    with complete_folder(target) as folder:
+        (folder / "new").touch()
+
+
+def test_a_folder_that_was_being_replaced_at_a_kill_is_given_back(tmp_path, monkeypatch):
+    with complete_folder(tmp_path / "run") as folder:
+        (folder / "old").touch()
+    killed_while_replacing(tmp_path / "run", monkeypatch)
+    assert not (tmp_path / "run").exists()
+    assert len(names(tmp_path)) == 2
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["run"]
+    assert names(tmp_path / "run") == ["old"]
+
+
+def test_what_stands_there_is_not_overwritten_by_what_was_replaced(tmp_path):
+    for name in ("run", ".run.7.old", ".run.old", ".run.x.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    (tmp_path / ".link.tmp").symlink_to(tmp_path / "run")
+    restore_replaced(tmp_path)
+    assert len(names(tmp_path)) == 5
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == names(tmp_path / "run") == ["run"]
+
+
+def test_a_rename_that_fails_is_taken_back(tmp_path, monkeypatch):
+    with complete_folder(tmp_path / "run") as folder:
+        (folder / "old").touch()
+    whole, refused = os.rename, []
+
+    def rename(source, destination):
+        if str(source).endswith(".tmp") and not refused:
+            refused.append(source)
+            raise OSError(errno.ENOSPC, "No space left on device", str(source))
+        whole(source, destination)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(OSError, match=r"^/.*/run could not be written: No space left on device$") as caught:
+        write_anew(tmp_path / "run")
+    assert caught.value.errno == errno.ENOSPC
+    assert names(tmp_path) == ["run"]
+    assert names(tmp_path / "run") == ["old"]
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.EACCES, PermissionError), (errno.EROFS, OSError)])
+def test_what_the_system_refuses_is_told_of_the_file_it_was_for(number, kind, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(kind, match=rf"^/.*/a\.txt could not be written: {os.strerror(number)}$") as caught:
+        write_text(tmp_path / "a.txt", "a")
+    assert caught.value.errno == number
+    monkeypatch.setattr(os, "rename", refuse)
+    (tmp_path / "run").mkdir()
+    with pytest.raises(kind, match=rf"^/.*/run could not be removed: {os.strerror(number)}$"):
+        discard(tmp_path / "run")
+    assert names(tmp_path) == ["run"]
 
 
 def test_digest_is_sha256_of_the_content(tmp_path):
