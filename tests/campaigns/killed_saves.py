@@ -1,13 +1,13 @@
 """Kills a process hundreds of times while it saves checkpoints, before or after one of its file operations.
 
-    python tests/campaigns/killed_saves.py [KILLS] [SEED]
+    python tests/campaigns/killed_saves.py [KILLS] [SEED] [--every 1]
 
 200 by default, each by SIGKILL at an operation drawn at random: also in the middle of a file, between the renames that
 replace a folder, and while an older checkpoint is removed. Afterwards whatever has a checkpoint's name must be whole,
 the newest be the last that was saved or the one under way, and load with what it had been given. Then the disk refuses
-(full, read-only, no rights) at each operation in turn, once or from there on: the error must be one sentence that names
-the file, and the same must hold. Exits with 1 where something did not. tests/campaigns/test_checkpoints.py runs a
-sample.
+(full, read-only, no rights) at each operation in turn, or at each so many, once or from there on: the error must be one
+sentence that names the file, and the same must hold. Exits with 1 where something did not hold.
+tests/campaigns/test_checkpoints.py runs a sample.
 """
 
 import argparse
@@ -215,7 +215,7 @@ def refused(root: Path, every: int, seed: int, problems: list[str]) -> Counter[s
         number += every
 
 
-def run(kills: int, seed: int, every: int = 1) -> list[str]:
+def run(kills: int, seed: int, every: int) -> list[str]:
     """Kills and refuses, prints the figures, and returns what did not hold."""
     problems: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -235,8 +235,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kills", type=int, nargs="?", default=200)
     parser.add_argument("seed", type=int, nargs="?", default=0)
+    parser.add_argument("--every", type=int, default=1)
     asked = parser.parse_args()
-    problems = run(asked.kills, asked.seed)
+    problems = run(asked.kills, asked.seed, asked.every)
     print("\n".join(["all held" if not problems else f"{len(problems)} problems:", *problems[:50]]))
     sys.exit(bool(problems))
 
