@@ -32,7 +32,7 @@ NEVER = {  # although the table would allow it
 }
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 CALLS = {"eval", "exec", "__import__", "torch.load", "yaml.load", "yaml.full_load", "yaml.unsafe_load"}
-WORDS = {"load_state", "trust_remote_code", "allow_pickle"}  # as attribute, name or keyword
+WORDS = {"load_state", "weights_only", "trust_remote_code", "allow_pickle"}  # as attribute, name or keyword
 
 
 def part_of(file: Path) -> str:
@@ -86,7 +86,9 @@ def test_imports_only_point_up(file):
         assert not upward_violations(part_of(file), file.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "file", [*FILES, *sorted(LAUNCH.rglob("*.py"))], ids=lambda file: str(file.relative_to(PACKAGE.parent))
+)
 def test_nothing_that_is_read_is_executed(file):
     assert not executions(file.read_text(encoding="utf-8"))
 
@@ -120,6 +122,7 @@ def test_the_checks_see_what_they_look_for():
     assert found == 6
     assert not upward_violations("model", "import torch\nfrom gpt2ft import stream\nfrom gpt2ft.model import gpt2")
     bad = ["import pickle", "torch.load(f)", "accelerator.load_state(f)", "yaml.load(f)", "f(trust_remote_code=True)"]
+    bad += ["f(weights_only=False)"]
     bad += ["eval('1')", "exec(code)", "from pickle import loads", "__import__('os')"]
     assert all(executions(source) for source in bad)
     assert not executions("model.eval()\nmodel.load_state_dict(w)\nyaml.safe_load(t)\nsafetensors.torch.load_file(f)")

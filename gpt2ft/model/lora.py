@@ -173,6 +173,10 @@ def load_trained_weights(gpt2: nn.Module, weights: Mapping[str, Tensor]) -> None
         odd = sorted(trained.keys() ^ weights.keys())[0]
         raise ValueError(f"`{odd}` is trained either here or there, but not in both")
     for name, parameter in trained.items():
+        if parameter.shape != weights[name].shape:  # copying would broadcast
+            shapes = tuple(parameter.shape), tuple(weights[name].shape)
+            raise ValueError(f"`{name}` must have shape {shapes[0]}, but has {shapes[1]}")
+    for name, parameter in trained.items():
         parameter.copy_(weights[name])
 
 

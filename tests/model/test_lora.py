@@ -174,6 +174,9 @@ def test_weights_of_another_model_are_refused(base):
     model, other = (adapted(base, LoRAConfig(4, 8.0, targets=t)) for t in (("q",), ("q", "v")))
     with pytest.raises(ValueError, match=r"`h\.0\.attn\.c_attn\.adapters\.v\.A` is trained either here or there"):
         load_trained_weights(model, trained_weights(other))
+    broad = {name: torch.ones(1) for name in trained_weights(model)}
+    with pytest.raises(ValueError, match=r"` must have shape \(\d+, \d+\), but has \(1,\)"):
+        load_trained_weights(model, broad)
     again = adapted(base, LoRAConfig(4, 8.0, targets=("q",)), learnt=False)
     load_trained_weights(again, trained_weights(model))
     assert all(torch.equal(p, trained_weights(model)[name]) for name, p in trained_weights(again).items())
