@@ -12,6 +12,7 @@ import torch
 
 from gpt2ft.settings import TrainingSettings
 from gpt2ft.stream import TokenStream
+from gpt2ft.training import watch
 from gpt2ft.training.optimizer import set_learning_rate
 from gpt2ft.training.preflight import PreflightError
 from gpt2ft.training.strategy import Strategy
@@ -35,6 +36,7 @@ def rehearse(strategy: Strategy, accelerator: Any, stream: TokenStream, advice: 
         DoesNotFit: on the process that has run out.
         PreflightError: if the model is broken.
     """
+    watch.at("rehearsing the largest stream", is_long=True)
     strategy.model.train()
     set_learning_rate(strategy.optimizer, 0.0)
     try:

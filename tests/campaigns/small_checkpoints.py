@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from gpt2ft.training import checkpoint
 from gpt2ft.training.checkpoint import TrainState
@@ -31,11 +31,7 @@ def state_after(step: int) -> TrainState:
 def save(root: Path, step: int, width: int = 4) -> Path:
     """Through the function that runs call."""
     weights, moments = content(step, width)
-    model = nn.ParameterDict(weights)
-    optimizer = torch.optim.AdamW(model.parameters())
-    for name, parameter in model.items():
-        optimizer.state[parameter] = {moment: tensors[name] for moment, tensors in moments.items()}
-    return checkpoint.save(root, model, optimizer, state_after(step), IDENTITY)
+    return checkpoint.save(root, weights, moments, state_after(step), IDENTITY)
 
 
 def check_content(folder: Path) -> None:
