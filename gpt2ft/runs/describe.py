@@ -10,8 +10,30 @@ from gpt2ft.data.plan import Plan
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.logprobs import CHUNK
 from gpt2ft.runs.assemble import Corpus, Policy
+from gpt2ft.training.topology import NAMES, StrategyName
 
 GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a run trains on, and how.
+
+    Attributes:
+        device: such as cuda.
+        strategy: how model and optimizer lie on the processes, see training/strategy.py.
+        recomputes: whether activations are computed again in the backward pass.
+    """
+
+    processes: int
+    device: str
+    strategy: StrategyName
+    bf16: bool
+    recomputes: bool
+
+    def __str__(self) -> str:
+        sharing = "" if self.strategy == "ddp" else f", {NAMES[self.strategy]}"
+        return f"{self.processes} x {self.device}{sharing}, {'bf16' if self.bf16 else 'fp32'}"
 
 
 def describe(
@@ -21,15 +43,9 @@ def describe(
     plan: Plan,
     eval_plan: Plan | None,
     steps: int,
-    devices: str,
-    bf16: bool,
-    recomputes: bool = False,
+    hardware: Hardware,
 ) -> str:
-    """Model, data, what was dropped and why, and the steps to come.
-
-    Args:
-        devices: what it runs on, such as "4 x cuda".
-    """
+    """Model, data, what was dropped and why, and the steps to come."""
     config = policy.gpt2.config
     trained, parameters = parameter_counts(policy.gpt2)
     lines = [
@@ -55,10 +71,8 @@ def describe(
         f"training  {steps:,} steps of {plan.micro_batches_per_step} x {plan.capacity:,} tokens, "
         f"{plan.steps_per_epoch:,} to an epoch, {epochs:.3g} epochs"
     )
-    lines.append(f"devices   {devices}, {'bf16' if bf16 else 'fp32'}")
-    lines.append(
-        f"memory    about {memory_estimate(policy.gpt2, plan.capacity, bf16, recomputes) / GIB:.1f} GiB per device"
-    )
+    lines.append(f"devices   {hardware}")
+    lines.append(f"memory    about {memory_estimate(policy.gpt2, plan.capacity, hardware) / GIB:.1f} GiB per device")
     return "\n".join(lines)
 
 
@@ -68,19 +82,23 @@ def parameter_counts(gpt2: GPT2) -> tuple[int, int]:
     return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
 
 
-def memory_estimate(gpt2: GPT2, capacity: int, bf16: bool, recomputes: bool = False) -> float:
+def memory_estimate(gpt2: GPT2, capacity: int, hardware: Hardware) -> float:
     """Bytes for training on one device: a guide, the real peak is for the device to say.
 
     Weights, gradients and two Adam moments in float32 of what is trained, the weights alone of what is frozen; per
     layer about 18 activations as wide as the embedding, 13 where its matrices are frozen (of one layer, and one of each
-    other, where they are computed again); two copies of one chunk of logits.
+    other, where they are computed again); two copies of one chunk of logits. Shards divide weights (FSDP2, ZeRO-3),
+    gradients and moments among the processes.
     """
     config = gpt2.config
     trained, parameters = parameter_counts(gpt2)
-    width = 2 if bf16 else 4
-    state = trained * (16 + (2 if bf16 else 0)) + (parameters - trained) * width
+    width = 2 if hardware.bf16 else 4
+    of_weights = hardware.processes if hardware.strategy in ("fsdp2", "zero3") else 1
+    of_moments = 1 if hardware.strategy == "ddp" else hardware.processes
+    copies = trained * 2 if hardware.bf16 else 0  # in bf16, of what is trained
+    state = (trained * 4 + (parameters - trained) * width) / of_weights + trained * 12 / of_moments + copies
     per_layer = 18 if trained == parameters else 13
-    layers = per_layer + config.n_layer if recomputes else per_layer * config.n_layer
+    layers = per_layer + config.n_layer if hardware.recomputes else per_layer * config.n_layer
     activations = capacity * config.n_embd * width * (layers + 4)
     return state + activations + 2 * CHUNK * config.vocab_size * 4
 

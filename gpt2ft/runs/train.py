@@ -29,7 +29,7 @@ from gpt2ft.runs.assemble import (
     plain_policy,
     versions,
 )
-from gpt2ft.runs.describe import describe, dropped, shares
+from gpt2ft.runs.describe import Hardware, describe, dropped, shares
 from gpt2ft.runs.export import write_adapter_folder, write_folder
 from gpt2ft.runs.inspection import show, statistics, terminal_width
 from gpt2ft.runs.output import Output
@@ -96,11 +96,11 @@ def set_up(settings: RunSettings, task: Task, accelerator: Any) -> Stage:
     steps = training.steps or training.epochs * plan.steps_per_epoch
     stage = Stage(settings, accelerator, policy, corpus, held_out, plan, eval_plan, steps)
     if accelerator.is_main_process:
-        sharing = {"fsdp2": ", FSDP2", "zero2": ", ZeRO-2", "zero3": ", ZeRO-3"}.get(topology.strategy(), "")
-        devices = f"{accelerator.num_processes} x {accelerator.device.type}{sharing}"
         bf16 = precision_of(accelerator) == "bf16"
         recomputes = training.activation_checkpointing
-        print(describe(policy, corpus, held_out, plan, eval_plan, steps, devices, bf16, recomputes), flush=True)
+        processes, device = accelerator.num_processes, accelerator.device.type
+        hardware = Hardware(processes, device, topology.strategy(), bf16, recomputes)
+        print(describe(policy, corpus, held_out, plan, eval_plan, steps, hardware), flush=True)
         if settings.show:
             print(show(plan, policy.tokenizer, settings.show, width=terminal_width()))
         if settings.dry_run:
