@@ -150,7 +150,10 @@ def train(settings: RunSettings, task: Task) -> None:
     )
     before = task.before(stage, prompts)
     if found:
-        load_trained_weights(policy.gpt2, checkpoint.read_weights(found))
+        try:
+            load_trained_weights(policy.gpt2, checkpoint.read_weights(found))
+        except ValueError as error:
+            raise checkpoint.CheckpointError(f"{found} does not hold the weights of this run: {error}") from error
     optimizer = adamw(policy.gpt2, settings.optimizer, fused=accelerator.device.type == "cuda")
     strategy = prepare(accelerator, model, optimizer, training.max_grad_norm)
     rehearsed(stage, strategy)

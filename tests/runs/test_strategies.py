@@ -155,8 +155,9 @@ def weights(folder):
 
 
 def assert_the_same_run(found, expected):
-    for key in ("train/loss", "train/grad_norm", "eval/loss", "eval/accuracy"):
-        assert logged(found, key) == pytest.approx(logged(expected, key), rel=1e-5, nan_ok=True), key
+    tolerances = {"train/loss": 1e-5, "eval/loss": 1e-5, "eval/accuracy": 1e-5, "train/grad_norm": 1e-4}
+    for key, tolerance in tolerances.items():
+        assert logged(found, key) == pytest.approx(logged(expected, key), rel=tolerance, nan_ok=True), key
     assert len(logged(found, "train/loss")) == STEPS
     assert_close(found, expected)
 
