@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from gpt2ft.files import remove_leftovers, restore_replaced, write_json, write_text
+from gpt2ft.runs.lock import NAME as LOCK
+from gpt2ft.runs.lock import FolderLock
 from gpt2ft.settings import RunSettings, SettingsError, to_yaml
 
 
@@ -20,15 +22,16 @@ class Output:
         self.best = self.folder / "best"
         self.adapter = self.folder / "adapter"
         self.start = self.folder / "start"
+        self._lock = FolderLock()
 
     def claim(self, settings: RunSettings) -> None:
-        """Checks that this run may train here; moves and removes nothing of it yet. Main process only.
+        """Checks that this run may train here, and keeps others out; moves and removes nothing yet. Main process only.
 
         A checkpoint that was being replaced when the run was killed gets its name back, before any process looks for
         it.
 
         Raises:
-            SettingsError: if the run in it is finished, or it cannot be written to.
+            SettingsError: if the run in it is finished, another trains in it, or it cannot be written to.
         """
         if settings.resume == "auto" and (self.model / "config.json").is_file():
             raise SettingsError(f"the run in {self.folder} is finished: pass `--resume never` to train it anew")
@@ -40,6 +43,7 @@ class Output:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / ".writable", "")
             (self.folder / ".writable").unlink()
+            self._lock.hold(self.folder)
             restore_replaced(self.checkpoints)
         except OSError as error:
             raise SettingsError(f"`output` = {self.folder} cannot be written to: {error}") from error
@@ -61,10 +65,12 @@ class Output:
         write_json(self.folder / "manifest.json", manifest)
 
     def _move_aside(self) -> None:
-        if not any(self.folder.iterdir()):
+        if all(entry.name == LOCK for entry in self.folder.iterdir()):
             return
         number = 1
         while (aside := self.folder.with_name(f"{self.folder.name}.{number}")).exists():
             number += 1
         self.folder.rename(aside)
+        self.folder.mkdir()
+        self._lock.hold(self.folder)
         print(f"the earlier run is now in {aside}", flush=True)

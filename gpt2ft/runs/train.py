@@ -43,6 +43,7 @@ from gpt2ft.training.fit import Job, fit
 from gpt2ft.training.interruption import Interruption
 from gpt2ft.training.optimizer import adamw
 from gpt2ft.training.rehearsal import advice, rehearse
+from gpt2ft.training.shared import check_shared
 from gpt2ft.training.strategy import Strategy, prepare
 from gpt2ft.training.tracking import Tracker
 
@@ -125,6 +126,8 @@ def train(settings: RunSettings, task: Task) -> None:
     if main and not settings.looks_only:
         output.claim(settings)
     accelerator.wait_for_everyone()
+    if not settings.looks_only:
+        check_shared(accelerator, output.folder)
 
     stage = set_up(settings, task, accelerator)
     if settings.looks_only:

@@ -211,3 +211,13 @@ def test_a_process_that_fails_on_another_machine_ends_all(start):
     """Whose launcher is not started again: the other machine is told by the watch."""
     both = machines(start, trouble="fails:1:2")
     assert all(process.wait(timeout=300) != 0 for process in both)
+
+
+@pytest.mark.long
+def test_machines_that_do_not_share_the_output_folder_are_refused(start, tmp_path):
+    process = start(ON_ONE_MACHINE["torchrun"], "elsewhere:1:0")
+    assert process.wait(timeout=200) != 0
+    said = f"rank 1 (host {socket.gethostname()}) does not find in {tmp_path / 'run of another'} what the first process"
+    assert len(errors(process)) == 1
+    assert said in errors(process)[0]
+    assert not (tmp_path / "run" / "manifest.json").exists()
