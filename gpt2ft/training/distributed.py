@@ -35,7 +35,8 @@ def start(precision: str, micro_batches_per_step: int | None = None, determinist
 
     # Torch's and Accelerate's of each other; a user can do nothing about them.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|accelerate)\b")
-    accelerator = _accelerator(topology.strategy(), _precision(precision), accumulation)
+    with watch.joining():
+        accelerator = _accelerator(topology.strategy(), _precision(precision), accumulation)
     topology.check_given(accelerator, world_size)
     if world_size == 1 and is_launched():
         end_with_parent()  # accelerate launch does not pass SIGTERM on to a single process

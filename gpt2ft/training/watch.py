@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from threading import Condition, Event, Thread, main_thread
+from threading import Condition, Event, Thread, Timer, main_thread
 from typing import Any, Literal, NamedTuple
 
 import torch.distributed as dist
@@ -34,6 +34,33 @@ TIMES_AS_LONG = 5  # as anything like it has taken so far is too long
 ROUNDS_AT_A_PLACE = 3  # before it is said what the main thread is in
 
 _watch: "Watch | None" = None
+
+
+@contextmanager
+def joining() -> Iterator[None]:
+    """Around what waits for all processes for the first time, before they can watch each other.
+
+    Raises:
+        LaunchError: if GPT2FT_PATIENCE is no number.
+    """
+    seconds = _patience().first if os.environ.get("WORLD_SIZE", "1") != "1" else 0.0
+
+    def give_up() -> None:
+        rank = os.environ.get("RANK", "0")
+        said = (
+            f"error: rank {rank} (host {socket.gethostname()}) has waited {seconds:.0f} s for all processes to join: "
+        )
+        os.write(2, f"{said}ending, so that the launcher can start again\n".encode())
+        os._exit(EXIT_CODE)
+
+    timer = Timer(seconds, give_up)
+    timer.daemon = True
+    if seconds:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def start(accelerator: Any) -> None:

@@ -6,13 +6,13 @@ And several machines, each a launcher with an address of its own on this one.
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -83,7 +83,10 @@ def start(recipe, tmp_path):
     yield start
     for process in started:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            left = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            for each in left:
+                each.kill()
+            psutil.wait_procs(left)
 
 
 def errors(process):

@@ -33,9 +33,7 @@ def test_a_folder_that_all_see_is_left_as_it_was(accelerator, tmp_path):
 
 
 def test_a_machine_that_sees_another_is_named(accelerator, tmp_path):
-    with pytest.raises(
-        LaunchError, match=r"all machines share, but rank 1 \(host there\) does not find in /x"
-    ):
+    with pytest.raises(LaunchError, match=r"all machines share, but rank 1 \(host there\) does not find in /x"):
         check_shared(accelerator((1, "there", "/x")), tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -258,6 +258,22 @@ def test_one_process_watches_nobody(monkeypatch):
         watch.start(SimpleNamespace(num_processes=2))
 
 
+def test_processes_that_never_join_are_not_waited_for(monkeypatch, capfd):
+    codes = []
+    monkeypatch.setattr(watch.os, "_exit", codes.append)
+    monkeypatch.setenv("GPT2FT_PATIENCE", "0.01")
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with watch.joining():
+        time.sleep(0.2)
+    assert codes == []
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with watch.joining():
+        wait_for(lambda: codes)
+    assert codes == [watch.EXIT_CODE]
+    assert "rank 3 (host" in capfd.readouterr().err
+
+
 class Recorded:
     def __init__(self):
         self.said, self.waited = [], False
