@@ -46,11 +46,8 @@ def joining() -> Iterator[None]:
     seconds = _patience().first if os.environ.get("WORLD_SIZE", "1") != "1" else 0.0
 
     def give_up() -> None:
-        rank = os.environ.get("RANK", "0")
-        said = (
-            f"error: rank {rank} (host {socket.gethostname()}) has waited {seconds:.0f} s for all processes to join: "
-        )
-        os.write(2, f"{said}ending, so that the launcher can start again\n".encode())
+        rank = f"rank {os.environ.get('RANK', '0')} (host {socket.gethostname()})"
+        _say(f"{rank} has waited {seconds:.0f} s for all processes to join")
         os._exit(EXIT_CODE)
 
     timer = Timer(seconds, give_up)
@@ -282,8 +279,12 @@ class Watch:
             if self._is_over.wait(1 + 4 * self._patience.interval):  # torchrun ends all as soon as one is gone
                 return
         else:
-            os.write(2, f"error: {verdict.sentence}: ending, so that the launcher can start again\n".encode())
+            _say(verdict.sentence)
         os._exit(EXIT_CODE)
+
+
+def _say(why: str) -> None:
+    os.write(2, f"error: {why}: ending, so that the launcher can start again\n".encode())
 
 
 def _frame_of_main_thread() -> str:

@@ -108,7 +108,7 @@ def losses(folder):
 # --- hanging --------------------------------------------------------------------------------------------------------
 
 NAMED = {
-    "freezes": r"error: rank 1 \(host .*\) has not been heard of for \d+ s; it was last at step 2, .*: ending",
+    "freezes": r"error: rank 1 \(host .*\) has not been heard of for \d+ s; it was last at step [12], .*: ending",
     "sleeps": r"error: rank 1 \(host .*\) stands at step 2, counting \(in sleeps, troubled.py:\d+\); no process",
 }
 
