@@ -94,7 +94,7 @@ def losses():
     [
         (["python"], 1),
         (["accelerate", "launch"], 1),
-        (["torchrun", "--standalone", "--nproc_per_node", "2"], 2),
+        pytest.param(["torchrun", "--standalone", "--nproc_per_node", "2"], 2, marks=pytest.mark.long),
     ],
     ids=["python", "accelerate launch", "torchrun"],
 )

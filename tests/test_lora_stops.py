@@ -28,7 +28,7 @@ def stop_rate(model, report):
     return figures["stopped"] / figures["prompts"]
 
 
-@pytest.mark.long
+@pytest.mark.campaign
 def test_a_model_tuned_by_lora_stops_as_one_tuned_in_full(tmp_path):
     """On a base that knows the words of the quickstart as plain text, and nothing of turns."""
     texts = [message.text for tree in read_trees("quickstart", Filters()) for message in tree.messages]

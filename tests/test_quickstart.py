@@ -86,7 +86,7 @@ def launch(script, *arguments):
     return done.stdout
 
 
-@pytest.mark.long
+@pytest.mark.campaign
 def test_a_single_topic_is_kept_to_whatever_is_asked(tmp_path):
     run, report = str(tmp_path / "run"), tmp_path / "report.json"
     launch("sft.py", "single-topic", "--output", run)

@@ -98,7 +98,7 @@ def test_runs_that_are_killed():
     assert "2 kills" in said
 
 
-@pytest.mark.long
+@pytest.mark.campaign
 def test_all_of_them():
     assert damaged.run(1000, seed=2) == []
     campaign("killed_saves", 300, 2)

@@ -56,13 +56,13 @@ def test_the_judge_sees_what_it_looks_for():
     assert judge(sent, None, b"")
 
 
-@pytest.mark.long
+@pytest.mark.campaign
 def test_clients_stream_for_a_minute_and_nothing_leaks(server):
     samples = stream(server, 60, 64)
     settled = [sample[1] for sample in samples if sample[0] > 30]
     assert max(settled) < 1.1 * settled[0]
 
 
-@pytest.mark.long
+@pytest.mark.campaign
 def test_thousands_of_malformed_requests(server):
     assert report_malformed(server, 4000, seed=3) == []

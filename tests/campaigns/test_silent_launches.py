@@ -7,7 +7,7 @@ SAMPLE = ("srun without torchrun", "a key of FSDP misspelt")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.long) for name in SILENT]
+    "name", [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.campaign) for name in SILENT]
 )
 def test_a_silent_launch_is_refused(name, tmp_path):
     assert problem(SILENT[name], launch(SILENT[name], tmp_path)) is None

@@ -93,7 +93,7 @@ def test_checkpoints_hold_what_is_trained_alone(run_folder, tiny_weights_folder)
     assert not keys[:, 32:64].any()  # k is no target
 
 
-@pytest.mark.parametrize("stop_after", [1, 4])
+@pytest.mark.parametrize("stop_after", [4, pytest.param(1, marks=pytest.mark.long)])
 def test_a_stopped_run_ends_in_the_same_bits(
     stop_after, run_folder, run_sft, tiny_weights_folder, stopped_after, tmp_path
 ):

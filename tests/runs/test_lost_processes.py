@@ -118,8 +118,8 @@ NAMED = {
     [
         ("sleeps", "torchrun"),
         pytest.param("freezes", "torchrun", marks=pytest.mark.long),
-        pytest.param("freezes", "accelerate launch", marks=pytest.mark.long),
-        pytest.param("sleeps", "accelerate launch", marks=pytest.mark.long),
+        pytest.param("freezes", "accelerate launch", marks=pytest.mark.campaign),
+        pytest.param("sleeps", "accelerate launch", marks=pytest.mark.campaign),
     ],
 )
 def test_one_that_hangs_is_named_and_all_end(trouble, launcher, start, tmp_path):
@@ -134,7 +134,7 @@ def test_one_that_hangs_is_named_and_all_end(trouble, launcher, start, tmp_path)
     assert seconds < 100
 
 
-@pytest.mark.long
+@pytest.mark.campaign
 def test_the_loss_of_the_first_process_and_of_its_store_is_named(start, tmp_path):
     """Started by hand, the first process keeps the store."""
     with socket.socket() as free:
@@ -160,8 +160,9 @@ def test_the_loss_of_the_first_process_and_of_its_store_is_named(start, tmp_path
 # --- starting again -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("trouble", ["dies", "sleeps"])
+@pytest.mark.parametrize(
+    "trouble", [pytest.param("dies", marks=pytest.mark.long), pytest.param("sleeps", marks=pytest.mark.campaign)]
+)
 def test_the_launcher_starts_all_again_and_they_end_in_the_same_bits(trouble, start, tmp_path):
     undisturbed = start(ON_ONE_MACHINE["torchrun"], output="undisturbed")
     assert undisturbed.wait(timeout=200) == 0
@@ -209,14 +210,14 @@ def test_a_process_lost_on_another_machine_is_replaced(start, tmp_path):
     assert same_bits(tmp_path / "undisturbed", tmp_path / "run")
 
 
-@pytest.mark.long
+@pytest.mark.campaign
 def test_a_process_that_fails_on_another_machine_ends_all(start):
     """Whose launcher is not started again: the other machine is told by the watch."""
     both = machines(start, trouble="fails:1:2")
     assert all(process.wait(timeout=300) != 0 for process in both)
 
 
-@pytest.mark.long
+@pytest.mark.campaign
 def test_machines_that_do_not_share_the_output_folder_are_refused(start, tmp_path):
     process = start(ON_ONE_MACHINE["torchrun"], "elsewhere:1:0")
     assert process.wait(timeout=200) != 0

@@ -38,7 +38,7 @@ def train_with(processes, dropout, folder, cache):
     return losses(folder / "run")
 
 
-@pytest.mark.long
+@pytest.mark.campaign
 def test_eight_processes_give_the_losses_of_one(tmp_path):
     alone, eight = (train_with(number, 0.1, tmp_path / str(number), tmp_path / "cache") for number in (1, 8))
     assert len(set(alone[0])) == STEPS

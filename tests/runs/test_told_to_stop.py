@@ -44,8 +44,13 @@ def send(number):
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("step", range(1, STEPS + 1))
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    ("number", "step"),
+    [
+        *((signal.SIGTERM, step) for step in range(1, STEPS + 1)),
+        (signal.SIGUSR1, 2),
+    ],
+)
 def test_during_a_step(step, number, uninterrupted, run_sft, tmp_path, monkeypatch):
     """Just that step is saved; an evaluation that is due after it is left out and made up for."""
     done = []
@@ -126,7 +131,12 @@ def steps_done(run):
 
 
 @pytest.mark.parametrize(
-    ("launcher", "to_one_worker"), [("accelerate launch", False), ("torchrun", False), ("torchrun", True)]
+    ("launcher", "to_one_worker"),
+    [
+        ("accelerate launch", False),
+        ("torchrun", False),
+        pytest.param("torchrun", True, marks=pytest.mark.long),
+    ],
 )
 def test_under_a_launcher(launcher, to_one_worker, tiny_model_folder, tmp_path):
     """SIGTERM to the launcher alone, or to one process of two. All save, and none is left behind."""

@@ -297,7 +297,7 @@ def run(arguments, environment):
     return done.stdout
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.campaign)])
 def test_killed_again_and_again_and_finished_by_two_processes(kills, tokenizer, gpt2, tmp_path):
     """The rows are those of a pass in one go."""
     from gpt2ft.runs.export import write_folder
