@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from gpt2ft.training import cpu, topology, watch
+from gpt2ft.training import cpu, meeting, topology, watch
 from gpt2ft.training.interruption import end_with_parent
 from gpt2ft.training.launcher import is_launched
 from gpt2ft.training.topology import LaunchError, StrategyName
@@ -35,6 +35,7 @@ def start(precision: str, micro_batches_per_step: int | None = None, determinist
 
     # Torch's and Accelerate's of each other; a user can do nothing about them.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|accelerate)\b")
+    meeting.use()
     with watch.joining():
         accelerator = _accelerator(topology.strategy(), _precision(precision), accumulation)
     topology.check_given(accelerator, world_size)
