@@ -275,10 +275,10 @@ class Watch:
         return Verdict(f"the store at {host}:{port}, on the first machine, has not answered for {seconds:.0f} s", [])
 
     def _carry_out(self, verdict: Verdict) -> None:
-        if not self._vigil.speaks(verdict):
-            if self._is_over.wait(1 + 4 * self._patience.interval):  # torchrun ends all as soon as one is gone
-                return
-        else:
+        speaks = self._vigil.speaks(verdict)
+        if not speaks and self._is_over.wait(1 + 4 * self._patience.interval):  # torchrun ends all once one is gone
+            return
+        if speaks or not verdict.accused:  # without the store, the one that should speak may be what is lost
             _say(verdict.sentence)
         os._exit(EXIT_CODE)
 
