@@ -103,7 +103,11 @@ def _deepspeed_plugin(accumulation: int) -> Any:
     from accelerate.utils import DeepSpeedPlugin
 
     plugin = DeepSpeedPlugin(gradient_accumulation_steps=accumulation)
-    plugin.deepspeed_config |= {"gradient_accumulation_steps": accumulation, "train_micro_batch_size_per_gpu": 1}
+    plugin.deepspeed_config |= {
+        "gradient_accumulation_steps": accumulation,
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_force_ds_cpu_optimizer": False,  # offloaded too, it is PyTorch's AdamW: the same run, and no compiler
+    }
     return plugin
 
 

@@ -27,10 +27,27 @@ ENVIRONMENTS = {
     "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
     "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
 }
+MOMENTS_ON_CPU = {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}
+WEIGHTS_TOO = MOMENTS_ON_CPU | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}
+ENVIRONMENTS |= {
+    "zero2-offload": ENVIRONMENTS["zero2"] | MOMENTS_ON_CPU,
+    "zero3-offload": ENVIRONMENTS["zero3"] | WEIGHTS_TOO,
+}
 ALONE = "ddp 1"
 SAMPLE = ["fsdp2 2", "zero3 2"]
 LONG = ["ddp 3", "zero2 3"]
-CAMPAIGN = ["ddp 2", "zero2 2", "fsdp2 3", "zero3 3", "ddp 4", "fsdp2 4", "zero2 4", "zero3 4"]
+CAMPAIGN = [
+    "ddp 2",
+    "zero2 2",
+    "fsdp2 3",
+    "zero3 3",
+    "ddp 4",
+    "fsdp2 4",
+    "zero2 4",
+    "zero3 4",
+    "zero2-offload 2",
+    "zero3-offload 2",
+]
 
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": ["q", "v", "o", "fc"]}
 more = [
