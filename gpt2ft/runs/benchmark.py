@@ -28,7 +28,7 @@ from gpt2ft.runs.assemble import lora_config
 from gpt2ft.runs.describe import parameter_counts
 from gpt2ft.settings import BenchmarkSettings, OptimizerSettings
 from gpt2ft.stream import TokenStream
-from gpt2ft.training import distributed
+from gpt2ft.training import distributed, watch
 from gpt2ft.training.distributed import precision_of
 from gpt2ft.training.optimizer import adamw
 from gpt2ft.training.rehearsal import peak_memory
@@ -64,6 +64,7 @@ def run(settings: BenchmarkSettings) -> None:
             seconds, tokens = dict.fromkeys(PHASES, 0.0), 0
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
+        watch.at("all micro-batches", step)
         for _ in range(settings.micro_batches):
             with accelerator.accumulate(model):
                 stream = timed(seconds, "stream", device, lambda: streams.next().to(device))

@@ -309,6 +309,7 @@ class _Pass:
                 held, since = [], time.monotonic()
                 if silent and accelerator.is_main_process:
                     print(f"reference {number:,}/{len(rounds):,} streams", flush=True)
+        watch.at("getting ready", is_long=True)
         if held:
             self.store.write(held)
         self.model.train(was_training)

@@ -143,7 +143,7 @@ class Vigil:
 
     def _standing(self) -> Verdict | None:
         working = self._working()
-        if not working:
+        if len(working) < 2:  # nobody waits for the last one
             return None
         lowest = min(self._words[rank].position for rank in working)
         slowest = [rank for rank in working if self._words[rank].position == lowest]
