@@ -19,7 +19,7 @@ from gpt2ft.data.token_tree import ASSISTANT, TokenTree, counts, split, weigh
 from gpt2ft.model.attention import default_backend
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.logprobs import TargetLogProbs
-from gpt2ft.model.lora import apply_lora, hold_frozen_matrices_in
+from gpt2ft.model.lora import apply_lora
 from gpt2ft.model.pretrained import HUB_MODELS
 from gpt2ft.objectives.dpo import DPO, DPOConfig
 from gpt2ft.objectives.sft import SFT
@@ -32,7 +32,7 @@ from gpt2ft.training import distributed, watch
 from gpt2ft.training.distributed import precision_of
 from gpt2ft.training.optimizer import adamw
 from gpt2ft.training.rehearsal import peak_memory
-from gpt2ft.training.strategy import prepare
+from gpt2ft.training.strategy import hold_frozen, prepare
 
 VOCABULARY = 50261  # GPT-2's tokens and the chat tokens
 ROWS = 50304
@@ -46,12 +46,12 @@ def run(settings: BenchmarkSettings) -> None:
     gpt2 = GPT2(replace(HUB_MODELS[settings.model].config(), vocab_size=ROWS)).initialize(random)
     if settings.lora.rank:
         apply_lora(gpt2, lora_config(settings.lora), range(VOCABULARY - 4, VOCABULARY), random)
-        if precision_of(accelerator) == "bf16":
-            hold_frozen_matrices_in(gpt2, torch.bfloat16)
+        hold_frozen(accelerator, gpt2)
     gpt2.recomputes = settings.activation_checkpointing
     gpt2.to(device)
     backend = default_backend(device, 0.0) if settings.attention == "auto" else settings.attention
     model = TargetLogProbs(gpt2, VOCABULARY, backend)
+    sizes = parameter_counts(gpt2)  # shards have none
     optimizer = adamw(gpt2, OptimizerSettings(), fused=device.type == "cuda")
     strategy = prepare(accelerator, model, optimizer, max_grad_norm=1.0)
     model = strategy.model
@@ -76,7 +76,7 @@ def run(settings: BenchmarkSettings) -> None:
         timed(seconds, "optimizer", device, strategy.update)
     (tokens,) = distributed.global_sum(accelerator, tokens)
     if accelerator.is_main_process:
-        report(settings, accelerator, gpt2, backend, tokens, seconds)
+        report(settings, accelerator, sizes, backend, tokens, seconds)
 
 
 def timed(seconds: dict[str, float], phase: str, device: torch.device, work: Callable[[], Any]) -> Any:
@@ -89,11 +89,16 @@ def timed(seconds: dict[str, float], phase: str, device: torch.device, work: Cal
 
 
 def report(
-    settings: BenchmarkSettings, accelerator: Any, gpt2: GPT2, backend: str, tokens: float, seconds: dict[str, float]
+    settings: BenchmarkSettings,
+    accelerator: Any,
+    sizes: tuple[int, int],
+    backend: str,
+    tokens: float,
+    seconds: dict[str, float],
 ) -> None:
     total = sum(seconds.values())
     precision = {"no": "fp32"}.get(precision_of(accelerator), precision_of(accelerator))
-    trained, parameters = parameter_counts(gpt2)
+    trained, parameters = sizes
     lora = f", {trained:,} of them trained (LoRA, rank {settings.lora.rank})" if settings.lora.rank else ""
     print(
         f"{settings.what}, {settings.model}, {parameters / 1e6:.0f}M parameters{lora}, "

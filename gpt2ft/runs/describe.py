@@ -88,15 +88,22 @@ def memory_estimate(gpt2: GPT2, capacity: int, hardware: Hardware) -> float:
     Weights, gradients and two Adam moments in float32 of what is trained, the weights alone of what is frozen; per
     layer about 18 activations as wide as the embedding, 13 where its matrices are frozen (of one layer, and one of each
     other, where they are computed again); two copies of one chunk of logits. Shards divide weights (FSDP2, ZeRO-3),
-    gradients and moments among the processes.
+    gradients and moments among the processes. Autograd keeps what matrices were multiplied with until the backward
+    pass: copies in bf16, and under ZeRO-3 in float32 the weights that were gathered. ZeRO has a second copy of what is
+    trained.
     """
     config = gpt2.config
     trained, parameters = parameter_counts(gpt2)
     width = 2 if hardware.bf16 else 4
     of_weights = hardware.processes if hardware.strategy in ("fsdp2", "zero3") else 1
     of_moments = 1 if hardware.strategy == "ddp" else hardware.processes
-    copies = trained * 2 if hardware.bf16 else 0  # in bf16, of what is trained
-    state = (trained * 4 + (parameters - trained) * width) / of_weights + trained * 12 / of_moments + copies
+    is_zero = hardware.strategy in ("zero2", "zero3")
+    frozen = (parameters - trained) * (4 if is_zero else width)
+    state = (trained * 4 + frozen) / of_weights + trained * (16 if is_zero else 12) / of_moments
+    if hardware.bf16:
+        state += trained * 2
+    elif hardware.strategy == "zero3" and not hardware.recomputes:
+        state += parameters * 4
     per_layer = 18 if trained == parameters else 13
     layers = per_layer + config.n_layer if hardware.recomputes else per_layer * config.n_layer
     activations = capacity * config.n_embd * width * (layers + 4)

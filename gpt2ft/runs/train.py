@@ -16,7 +16,7 @@ from gpt2ft.data.augmentation import Augmentation
 from gpt2ft.data.plan import Cutting, Plan, cut_to_fit
 from gpt2ft.model.attention import Backend, default_backend
 from gpt2ft.model.logprobs import TargetLogProbs
-from gpt2ft.model.lora import hold_frozen_matrices_in, load_trained_weights, trained_weights
+from gpt2ft.model.lora import load_trained_weights, trained_weights
 from gpt2ft.objectives.objective import Objective
 from gpt2ft.runs.assemble import (
     Corpus,
@@ -38,13 +38,13 @@ from gpt2ft.runs.samples import Sample, Turns, held_out_prompts
 from gpt2ft.settings import DPOSettings, RunSettings, SettingsError
 from gpt2ft.training import checkpoint, distributed, preflight, topology, watch
 from gpt2ft.training.checkpoint import TrainState
-from gpt2ft.training.distributed import is_deepspeed, precision_of
+from gpt2ft.training.distributed import precision_of
 from gpt2ft.training.fit import Job, fit
 from gpt2ft.training.interruption import Interruption
 from gpt2ft.training.optimizer import adamw
-from gpt2ft.training.rehearsal import advice, rehearse
+from gpt2ft.training.rehearsal import advice, fits, rehearse
 from gpt2ft.training.shared import check_shared
-from gpt2ft.training.strategy import Strategy, prepare
+from gpt2ft.training.strategy import Strategy, hold_frozen, prepare
 from gpt2ft.training.tracking import Tracker
 
 
@@ -142,8 +142,8 @@ def train(settings: RunSettings, task: Task) -> None:
     interruption = Interruption()
     with interruption.listening():
         made_ready = task.ready(stage, model, interruption)
-    if settings.lora.rank and precision == "bf16" and not is_deepspeed(accelerator):  # which holds all in one type
-        hold_frozen_matrices_in(policy.gpt2, torch.bfloat16)
+    if settings.lora.rank:
+        hold_frozen(accelerator, policy.gpt2)
     task.check_start(stage, model, state.step)
     longest = training.sample_tokens
     prompts = (
@@ -158,8 +158,10 @@ def train(settings: RunSettings, task: Task) -> None:
         except ValueError as error:
             raise checkpoint.CheckpointError(f"{found} does not hold the weights of this run: {error}") from error
     optimizer = adamw(policy.gpt2, settings.optimizer, fused=accelerator.device.type == "cuda")
-    strategy = prepare(accelerator, model, optimizer, training.max_grad_norm)
-    rehearsed(stage, strategy)
+    shards = topology.strategy() != "ddp"
+    with fits(advice(training, settings.data.max_length, bool(settings.lora.rank), shards)):
+        strategy = prepare(accelerator, model, optimizer, training.max_grad_norm)
+        rehearsed(stage, strategy)
     moments = checkpoint.read_moments(found) if found and state.updates else None
     strategy.load_moments(moments, state.updates)
 
@@ -245,10 +247,8 @@ def train(settings: RunSettings, task: Task) -> None:
 
 def rehearsed(stage: Stage, strategy: Strategy) -> None:
     """The largest stream once through model and optimizer; says what memory that has taken."""
-    settings, accelerator, plan = stage.settings, stage.accelerator, stage.plan
-    shards = topology.strategy() != "ddp"
-    way_out = advice(settings.training, settings.data.max_length, bool(settings.lora.rank), shards)
-    peak = rehearse(strategy, accelerator, plan.stream(plan.streams[0]), way_out)
+    accelerator, plan = stage.accelerator, stage.plan
+    peak = rehearse(strategy, accelerator, plan.stream(plan.streams[0]))
     if accelerator.is_main_process:
         each = " on each process" if accelerator.num_processes > 1 else ""
         print(f"rehearsed the largest stream, peak memory {peak / 2**30:.2f} GiB{each}", flush=True)

@@ -54,6 +54,8 @@ def _accelerator(strategy: StrategyName, precision: Literal["no", "bf16"], accum
     from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
     on_cpu = not topology.on_cuda()
+    if on_cpu and torch.cuda.is_available() and strategy != "ddp":
+        raise LaunchError("FSDP and DeepSpeed train on the GPUs where there are some: leave ACCELERATE_USE_CPU out")
     handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]  # a forward pass alone must not wait
     plugins = {}
     if strategy == "fsdp2":
@@ -61,8 +63,6 @@ def _accelerator(strategy: StrategyName, precision: Literal["no", "bf16"], accum
             cpu.ready_for_fsdp()
         plugins["fsdp_plugin"] = _fsdp_plugin()
     elif strategy in ("zero2", "zero3"):
-        if on_cpu and torch.cuda.is_available():
-            raise LaunchError("DeepSpeed trains on the GPUs of a machine that has some: leave ACCELERATE_USE_CPU out")
         if on_cpu:
             handlers.append(cpu.ready_for_deepspeed())
         plugins["deepspeed_plugin"] = _deepspeed_plugin(accumulation)

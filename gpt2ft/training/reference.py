@@ -370,8 +370,10 @@ def check_start(
         loss += float(objective.loss(log_probs, stream))
         counted += objective.count(stream)
     tolerance = TOLERANCES[precision_of(accelerator)]
-    too_far, loss, counted = global_sum(accelerator, float(worst > tolerance), loss, counted)
-    if too_far:
+    loss, counted = global_sum(accelerator, loss, counted)
+    local = torch.tensor(worst, dtype=torch.float64, device=accelerator.device)
+    worst = float(accelerator.gather(local).max())
+    if worst > tolerance:
         why = store.differing_versions()
         raise ReferenceLogProbError(
             f"reference log-probs differ from what the start of this run gives by {worst:.2g} nats per token of a "

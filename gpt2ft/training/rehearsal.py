@@ -6,6 +6,9 @@ order as one that was never stopped.
 """
 
 import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,29 +25,42 @@ class DoesNotFit(RuntimeError):
     """The largest stream needs more memory than there is."""
 
 
-def rehearse(strategy: Strategy, accelerator: Any, stream: TokenStream, advice: str) -> int:
+@contextmanager
+def fits(advice: str) -> Iterator[None]:
+    """Around what may need more memory than there is.
+
+    Args:
+        advice: what to do then.
+
+    Raises:
+        DoesNotFit: on the process that has run out.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        first = str(error).splitlines()[0].rstrip(".")
+        raise DoesNotFit(f"a step does not fit into memory ({first}): {advice}") from error
+
+
+def rehearse(strategy: Strategy, accelerator: Any, stream: TokenStream) -> int:
     """All processes come here together, before any moments are loaded.
 
     Args:
         stream: the largest.
-        advice: what to do if it does not fit.
 
     Returns:
-        Peak memory so far, in bytes: of the device; on a CPU of this process. The largest of all processes.
+        Peak memory in bytes, the largest of all processes: of the device while it runs; on a CPU of the process so far.
 
     Raises:
-        DoesNotFit: on the process that has run out.
         PreflightError: if the model is broken.
     """
     watch.at("rehearsing the largest stream", is_long=True)
     strategy.model.train()
     set_learning_rate(strategy.optimizer, 0.0)
-    try:
-        accelerator.backward(strategy.model(stream.to(accelerator.device)).sum() * 0.0)
-        norm = strategy.update()
-    except torch.OutOfMemoryError as error:
-        first = str(error).splitlines()[0].rstrip(".")
-        raise DoesNotFit(f"a step does not fit into memory ({first}): {advice}") from error
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    accelerator.backward(strategy.model(stream.to(accelerator.device)).sum() * 0.0)
+    norm = strategy.update()
     if not math.isfinite(norm):
         raise PreflightError("the model gives log-probs that are not finite, before any training: look at its weights")
     peak = torch.tensor(peak_memory(accelerator.device), dtype=torch.float64, device=accelerator.device)
@@ -81,4 +97,5 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated()
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

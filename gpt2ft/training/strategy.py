@@ -10,7 +10,7 @@ and the sums of gradients too, are off.
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.logprobs import TargetLogProbs
-from gpt2ft.model.lora import load_trained_weights, trained_weights
+from gpt2ft.model.lora import hold_frozen_matrices_in, load_trained_weights, trained_weights
 from gpt2ft.training import topology
 from gpt2ft.training.checkpoint import MOMENTS
-from gpt2ft.training.distributed import autocast
-from gpt2ft.training.preflight import check_same_parameters
+from gpt2ft.training.distributed import autocast, is_deepspeed, precision_of
+from gpt2ft.training.preflight import PreflightError, check_same_parameters
 
 Moments = Mapping[str, Mapping[str, Tensor]]  # exp_avg and exp_avg_sq, by parameter name
 
@@ -42,13 +42,16 @@ class Strategy(Protocol):
         """Clips the gradient, steps unless it is not finite, and clears it. Returns its norm before clipping."""
 
     def whole(self) -> GPT2 | None:
-        """The model as it is now, on the main process; None on the others. Not to be changed."""
+        """The model as it is now, on the main process; None on the others. Not to be changed, but for its device."""
 
     def moments(self) -> Moments:
-        """Whole, on the main process; empty on the others. Zero before the first update."""
+        """Whole, on the main process; empty on the others. There must have been an update, or `load_moments`."""
 
     def load_moments(self, moments: Moments | None, updates: int) -> None:
-        """Has the next update be the one after `updates` others, with these moments; None for zero."""
+        """Has the next update be the one after `updates` others, with these moments; None for zero.
+
+        There must have been an update, such as the rehearsal's.
+        """
 
 
 def prepare(
@@ -67,6 +70,12 @@ def prepare(
     return strategy
 
 
+def hold_frozen(accelerator: Any, gpt2: GPT2) -> None:
+    """Frozen matrices in bf16 where they are used in it. Not under DeepSpeed, which holds all in one type."""
+    if precision_of(accelerator) == "bf16" and not is_deepspeed(accelerator):
+        hold_frozen_matrices_in(gpt2, torch.bfloat16)
+
+
 class Replicated:
     """The whole model on each process; DDP (Li et al. 2020, "PyTorch Distributed") where there are several."""
 
@@ -77,6 +86,9 @@ class Replicated:
         self.is_main = accelerator.is_main_process
         self.gpt2 = model.gpt2
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self._check_parameters(model)
+
+    def _check_parameters(self, model: TargetLogProbs) -> None:
         check_same_parameters(model, self.model)
 
     def update(self) -> float:
@@ -91,14 +103,13 @@ class Replicated:
         return self.gpt2 if self.is_main else None
 
     def moments(self) -> Moments:
-        found: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
-        for name, parameter in trained_weights(self.gpt2).items():
-            state = self.optimizer.state.get(parameter, {})
-            for moment in MOMENTS:
-                tensor = _whole(state[moment] if moment in state else torch.zeros_like(parameter))
-                if self.is_main:
-                    found[moment][name] = tensor.cpu()
-        return found if self.is_main else {}
+        state = self.optimizer.state
+
+        def get(parameter: Tensor, moment: str) -> Tensor:
+            has_it = moment in state.get(parameter, {})
+            return _whole(state[parameter][moment] if has_it else torch.zeros_like(parameter))
+
+        return _moments(self.gpt2, get, self.is_main)
 
     def load_moments(self, moments: Moments | None, updates: int) -> None:
         self.optimizer.state.clear()
@@ -122,15 +133,15 @@ class FSDP2(Replicated):
     def __init__(
         self, accelerator: Any, model: TargetLogProbs, optimizer: torch.optim.Optimizer, max_grad_norm: float
     ) -> None:
-        names = [name for name, _ in model.named_parameters()]
+        self._names = [name for name, _ in model.named_parameters()]
         self._copy = _copy_for_main(accelerator, model.gpt2)
         model.forward = autocast(accelerator)(model.forward)  # Accelerate does so for DDP, but not here
-        self.max_grad_norm = max_grad_norm
-        self.is_main = accelerator.is_main_process
-        self.gpt2 = model.gpt2
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        if [name for name, _ in self.model.named_parameters()] != names:
-            raise topology.LaunchError("FSDP has changed the names of the parameters")
+        super().__init__(accelerator, model, optimizer, max_grad_norm)
+
+    def _check_parameters(self, model: TargetLogProbs) -> None:
+        """They are others now, and the optimizer's too; a table that is no longer one would have a second name."""
+        if [name for name, _ in self.model.named_parameters()] != self._names:
+            raise PreflightError("FSDP has changed the names of the parameters")
 
     def _to_shards(self) -> None:
         """Everything in shards, as the optimizer has it: an evaluation leaves what belongs to no block gathered."""
@@ -142,7 +153,7 @@ class FSDP2(Replicated):
 
     def whole(self) -> GPT2 | None:
         self._to_shards()
-        return _filled(self._copy, {name: _whole(p.detach()) for name, p in trained_weights(self.gpt2).items()})
+        return _filled(self._copy, self.gpt2, lambda parameter: _whole(parameter.detach()))
 
     def moments(self) -> Moments:
         self._to_shards()
@@ -163,7 +174,7 @@ class ZeRO2:
     def __init__(
         self, accelerator: Any, model: TargetLogProbs, optimizer: torch.optim.Optimizer, max_grad_norm: float
     ) -> None:
-        self._processes, self._rank = accelerator.num_processes, accelerator.process_index
+        self._rank = accelerator.process_index
         self._copy = _copy_for_main(accelerator, model.gpt2)
         self.gpt2 = model.gpt2
         accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = max_grad_norm
@@ -176,26 +187,15 @@ class ZeRO2:
     def whole(self) -> GPT2 | None:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        weights = {}
-        for name, parameter in trained_weights(self.gpt2).items():
-            tensor = safe_get_full_fp32_param(parameter)
-            if self._copy is not None:
-                weights[name] = tensor.cpu()
-        return _filled(self._copy, weights)
+        return _filled(self._copy, self.gpt2, safe_get_full_fp32_param)
 
     def moments(self) -> Moments:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        found: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
-        for name, parameter in trained_weights(self.gpt2).items():
-            for moment in MOMENTS:
-                tensor = safe_get_full_optimizer_state(parameter, moment)
-                if self._rank == 0:
-                    found[moment][name] = tensor.cpu()
-        return found if self._rank == 0 else {}
+        return _moments(self.gpt2, safe_get_full_optimizer_state, self._rank == 0)
 
     def load_moments(self, moments: Moments | None, updates: int) -> None:
-        """DeepSpeed allocates moments in its first update: there must have been one."""
+        """DeepSpeed allocates moments in its first update."""
         self._link_moments()
         for name, parameter in trained_weights(self.gpt2).items():
             for moment in MOMENTS:
@@ -237,13 +237,34 @@ class ZeRO3(ZeRO2):
 
 def _copy_for_main(accelerator: Any, gpt2: GPT2) -> GPT2 | None:
     """A model in the memory of the main process, to be filled with the whole weights where it keeps shards."""
-    return copy.deepcopy(gpt2).cpu().eval() if accelerator.is_main_process else None
+    if not accelerator.is_main_process:
+        return None
+    whole = copy.deepcopy(gpt2.cpu()).eval()  # on the device there may be no room for two
+    gpt2.to(accelerator.device)
+    return whole
 
 
-def _filled(gpt2: GPT2 | None, weights: Mapping[str, Tensor]) -> GPT2 | None:
-    if gpt2 is not None:
-        load_trained_weights(gpt2, weights)
-    return gpt2
+def _filled(whole: GPT2 | None, shards: GPT2, get: Callable[[Tensor], Tensor]) -> GPT2 | None:
+    """A copy with the weights of now, one by one: no process holds more than one of them whole beside it."""
+    weights = {}
+    for name, parameter in trained_weights(shards).items():
+        tensor = get(parameter)
+        if whole is not None:
+            weights[name] = tensor.cpu()
+    if whole is not None:
+        load_trained_weights(whole, weights)
+    return whole
+
+
+def _moments(gpt2: GPT2, get: Callable[[Tensor, str], Tensor], is_main: bool) -> Moments:
+    """One by one too; kept by the main process alone."""
+    found: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
+    for name, parameter in trained_weights(gpt2).items():
+        for moment in MOMENTS:
+            tensor = get(parameter, moment)
+            if is_main:
+                found[moment][name] = tensor.cpu()
+    return found if is_main else {}
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -252,10 +273,11 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _like(whole: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor laid out as a parameter is."""
+    """A whole tensor, which every process has, laid out and placed as a parameter is."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    whole = whole.to(parameter.device)
     if isinstance(parameter, DTensor):
-        return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
-    return whole
+        mesh, placements = parameter.device_mesh, parameter.placements
+        shard = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+        return shard.to(parameter.device)  # the parameter may be offloaded
+    return whole.to(parameter.device)

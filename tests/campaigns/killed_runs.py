@@ -30,8 +30,8 @@ import torch._dynamo
 import torch.utils.tensorboard
 
 from gpt2ft import quickstart
+from gpt2ft.runs import lock, sft, train
 from gpt2ft.runs import main as scripts
-from gpt2ft.runs import sft, train
 from gpt2ft.runs.progress import Evaluation
 from gpt2ft.settings import SFTSettings
 from gpt2ft.training import checkpoint, distributed
@@ -213,7 +213,8 @@ def differences(found: Path, expected: Path) -> list[str]:
     finished = [json.loads((run / "manifest.json").read_text())["finished"] for run in (found, expected)]
     if finished[0] != finished[1]:
         different.append(f"finished in {finished[0]} instead of {finished[1]}")
-    if leftovers := [path.name for path in (*found.glob(".*"), *(found / "checkpoints").glob(".*"))]:
+    hidden = {path.name for path in (*found.glob(".*"), *(found / "checkpoints").glob(".*"))}
+    if leftovers := sorted(hidden - {lock.NAME}):
         different.append(f"left behind: {leftovers}")
     return different
 

@@ -188,6 +188,7 @@ def machines(start, each=1, trouble="none:0:0", restarts=1, **more):
     return [start([*words, "--local_addr", f"127.0.0.{number}"], trouble, **more) for number in (1, 2)]
 
 
+@pytest.mark.long
 def test_two_machines_train_as_one_process_does(start, run_sft, tmp_path):
     run_sft(tmp_path / "alone", steps=STEPS, micro_batches_per_step=4)
     both = machines(start)

@@ -11,7 +11,7 @@ from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.settings import OptimizerSettings, TrainingSettings
 from gpt2ft.training.optimizer import adamw
 from gpt2ft.training.preflight import PreflightError
-from gpt2ft.training.rehearsal import DoesNotFit, advice, rehearse
+from gpt2ft.training.rehearsal import DoesNotFit, advice, fits, rehearse
 from gpt2ft.training.strategy import Replicated
 
 VOCABULARY = 4096
@@ -31,7 +31,7 @@ def strategy(tiny_gpt2, accelerator):
 
 def test_it_leaves_no_trace(strategy, stream, accelerator):
     before = {name: parameter.clone() for name, parameter in strategy.model.named_parameters()}
-    peak = rehearse(strategy, accelerator, stream, advice="none")
+    peak = rehearse(strategy, accelerator, stream)
     strategy.load_moments(None, 0)
     assert peak > 2**20
     assert all(torch.equal(parameter, before[name]) for name, parameter in strategy.model.named_parameters())
@@ -44,7 +44,7 @@ def test_a_broken_model_is_refused(strategy, stream, accelerator):
     with torch.no_grad():
         strategy.gpt2.ln_f.weight[0] = math.nan
     with pytest.raises(PreflightError, match="not finite"):
-        rehearse(strategy, accelerator, stream, advice="none")
+        rehearse(strategy, accelerator, stream)
 
 
 def test_what_does_not_fit_is_said_with_a_way_out(strategy, stream, accelerator, monkeypatch):
@@ -52,8 +52,8 @@ def test_what_does_not_fit_is_said_with_a_way_out(strategy, stream, accelerator,
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd more")
 
     monkeypatch.setattr(strategy.model.gpt2, "forward", full)
-    with pytest.raises(DoesNotFit) as error:
-        rehearse(strategy, accelerator, stream, "try less")
+    with pytest.raises(DoesNotFit) as error, fits("try less"):
+        rehearse(strategy, accelerator, stream)
     assert str(error.value) == (
         "a step does not fit into memory (CUDA out of memory. Tried to allocate 2.00 GiB): try less"
     )

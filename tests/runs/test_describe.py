@@ -1,0 +1,44 @@
+"""What a run is said to need before it starts."""
+
+import pytest
+
+from gpt2ft.model.lora import LoRAConfig, apply_lora
+from gpt2ft.runs.describe import Hardware, memory_estimate
+
+
+def estimate(gpt2, strategy="ddp", processes=4, bf16=False, recomputes=True):
+    return memory_estimate(gpt2, 128, Hardware(processes, "cuda", strategy, bf16, recomputes))
+
+
+def test_shards_divide_what_the_strategy_shards(tiny_gpt2):
+    gpt2 = tiny_gpt2(512, 128)
+    size = sum(parameter.numel() for parameter in gpt2.parameters())
+    ddp = estimate(gpt2)
+    assert estimate(gpt2, processes=1) == ddp
+    assert ddp - estimate(gpt2, "fsdp2") == pytest.approx(size * 16 * 3 / 4)
+    assert ddp - estimate(gpt2, "zero2") == pytest.approx(size * (12 - 16 / 4))
+    assert ddp - estimate(gpt2, "zero3") == pytest.approx(size * (16 - 20 / 4))
+    assert estimate(gpt2, "zero3", recomputes=False) - estimate(gpt2, recomputes=False) == pytest.approx(
+        size * (4 - (16 - 20 / 4))
+    )
+
+
+def test_deepspeed_holds_frozen_weights_in_float32(tiny_gpt2, one_generator):
+    gpt2 = tiny_gpt2(512, 128)
+    apply_lora(gpt2, LoRAConfig(4, 8.0), [1, 2], one_generator)
+    frozen = sum(parameter.numel() for parameter in gpt2.parameters() if not parameter.requires_grad)
+    trained = sum(parameter.numel() for parameter in gpt2.parameters() if parameter.requires_grad)
+    more = estimate(gpt2, "zero2", processes=1, bf16=True) - estimate(gpt2, processes=1, bf16=True)
+    assert more == pytest.approx(2 * frozen + 4 * trained)
+
+
+@pytest.fixture
+def one_generator():
+    import torch
+
+    return torch.Generator().manual_seed(0)
+
+
+def test_devices_are_named():
+    assert str(Hardware(2, "cpu", "ddp", False, False)) == "2 x cpu, fp32"
+    assert str(Hardware(8, "cuda", "fsdp2", True, False)) == "8 x cuda, FSDP2, bf16"
