@@ -169,6 +169,7 @@ def train(settings: RunSettings, task: Task) -> None:
         "command": command(),
         "versions": versions(),
         "processes": accelerator.num_processes,
+        "strategy": topology.strategy(),
         "precision": precision,
         "attention": model.backend,
         "identity": identity,

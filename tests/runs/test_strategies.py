@@ -200,6 +200,8 @@ def assert_equal_in_every_bit(found, expected):
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_the_run_of_one_process(kind, topology, runs):
     assert_the_same_run(runs.get(topology, kind), runs.get(ALONE, kind))
+    manifest = json.loads((runs.get(topology, kind) / "manifest.json").read_text())
+    assert f"{manifest['strategy']} {manifest['processes']}" == topology.replace("-offload", "")
 
 
 @topologies
