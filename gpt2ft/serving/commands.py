@@ -121,7 +121,7 @@ class Chat:
         try:
             write_text(file, line.encode(errors="replace").decode())  # halves of characters are no text
         except OSError as error:
-            raise ValueError(f"{file} cannot be written: {error.strerror}") from error
+            raise ValueError(str(error)) from error
         self._saved.add(file.resolve())
         self.screen.notice(f"saved to {file}")
 

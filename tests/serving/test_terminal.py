@@ -264,7 +264,9 @@ def test_bytes_that_are_no_text_do_not_keep_a_chat_from_being_saved(run, tmp_pat
 
 
 def test_a_file_that_cannot_be_written_is_said(run, tmp_path):
-    assert run(f"/save {tmp_path / 'missing' / 'file'}")[0][1].endswith("cannot be written: No such file or directory")
+    assert run(f"/save {tmp_path / 'missing' / 'file'}")[0][1].endswith(
+        "could not be written: No such file or directory"
+    )
     assert run("/save") == [("problem", "/save must be followed by FILE")]
 
 
