@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from threading import current_thread
 
 import psutil
 import pytest
@@ -105,6 +106,26 @@ def test_during_saving(uninterrupted, run_sft, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write_json", write_json)
         with pytest.raises(ToldToStop, match="has saved step 3"):
+            run_sft(tmp_path / "run", steps=STEPS)
+    assert sent
+    run_sft(tmp_path / "run", steps=STEPS)
+    same_end(uninterrupted, tmp_path / "run")
+
+
+def test_while_it_waits_for_data(uninterrupted, run_sft, tmp_path, monkeypatch):
+    """The streams of the third step are late, and the signal comes while the main thread waits for them."""
+    whole, sent = Plan.training_stream, []
+
+    def training_stream(self, step, number):
+        if step == 2 and current_thread().name.startswith("streams") and not sent:
+            time.sleep(1)
+            sent.append(number)
+            send(signal.SIGTERM)
+        return whole(self, step, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Plan, "training_stream", training_stream)
+        with pytest.raises(ToldToStop, match="has saved step [23]"):
             run_sft(tmp_path / "run", steps=STEPS)
     assert sent
     run_sft(tmp_path / "run", steps=STEPS)
