@@ -2,7 +2,8 @@
 
 import sys
 
-from gpt2ft.settings import BenchmarkSettings, parse_script
+from gpt2ft.settings.parsing import parse_script
+from gpt2ft.settings.scripts import BenchmarkSettings
 
 if __name__ == "__main__":
     settings = parse_script(BenchmarkSettings, "what", sys.argv[1:])

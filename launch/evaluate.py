@@ -2,7 +2,8 @@
 
 import sys
 
-from gpt2ft.settings import EvaluateSettings, parse_script
+from gpt2ft.settings.parsing import parse_script
+from gpt2ft.settings.scripts import EvaluateSettings
 
 if __name__ == "__main__":
     settings = parse_script(EvaluateSettings, "model", sys.argv[1:])

@@ -2,7 +2,8 @@
 
 import sys
 
-from gpt2ft.settings import ExportSettings, parse_script
+from gpt2ft.settings.parsing import parse_script
+from gpt2ft.settings.scripts import ExportSettings
 
 if __name__ == "__main__":
     settings = parse_script(ExportSettings, "model", sys.argv[1:])

@@ -2,7 +2,8 @@
 
 import sys
 
-from gpt2ft.settings import DPOSettings, parse_recipe
+from gpt2ft.settings.parsing import parse_recipe
+from gpt2ft.settings.scripts import DPOSettings
 
 if __name__ == "__main__":
     settings = parse_recipe(DPOSettings, "quickstart-dpo", sys.argv[1:])

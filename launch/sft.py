@@ -2,7 +2,8 @@
 
 import sys
 
-from gpt2ft.settings import SFTSettings, parse_recipe
+from gpt2ft.settings.parsing import parse_recipe
+from gpt2ft.settings.scripts import SFTSettings
 
 if __name__ == "__main__":
     settings = parse_recipe(SFTSettings, "quickstart", sys.argv[1:])

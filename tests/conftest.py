@@ -118,3 +118,15 @@ def random_tree(make_tree):
         return make_tree(*nodes)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    """One process, as training has it."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    from gpt2ft.distributed.accelerator import start_accelerator
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return start_accelerator("fp32")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gpt2ft.training.interruption import EXIT_CODE
+from gpt2ft.distributed.signals import EXIT_CODE
 
 ROOT = Path(__file__).parents[1]
 SBATCH = ROOT / "launch" / "cluster" / "slurm.sbatch"

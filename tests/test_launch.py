@@ -1,7 +1,7 @@
 """A launch trains with all the processes it was told to start, together.
 
 Those that would not are refused: see tests/campaigns/silent_launches.py, and what can be seen without starting any in
-tests/training/test_topology.py.
+tests/distributed/test_launch_checks.py.
 """
 
 import json
@@ -129,7 +129,7 @@ def start(monkeypatch):
         import torch
         from accelerate.state import AcceleratorState, GradientState
 
-        from gpt2ft.training import distributed
+        from gpt2ft.distributed.accelerator import start_accelerator
 
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
@@ -137,7 +137,7 @@ def start(monkeypatch):
             monkeypatch.setenv(name, value)
         threads = torch.get_num_threads()
         try:
-            return distributed.start("fp32", micro_batches_per_step)
+            return start_accelerator("fp32", micro_batches_per_step)
         finally:
             torch.set_num_threads(threads)
 
@@ -147,7 +147,7 @@ def start(monkeypatch):
 @pytest.fixture
 def refusal(start):
     """refusal(micro-batches a step, **environment): why such a launch is refused."""
-    from gpt2ft.training.distributed import LaunchError
+    from gpt2ft.distributed.accelerator import LaunchError
 
     def refusal(micro_batches_per_step, **environment):
         with pytest.raises(LaunchError) as error:
@@ -186,11 +186,11 @@ def test_accelerate_itself_refuses_it_in_its_config(config):
 
 
 def test_a_precision_that_is_not_ours_is_refused(monkeypatch, start):
-    from gpt2ft.training import distributed
+    from gpt2ft.distributed.accelerator import LaunchError
 
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    with pytest.raises(distributed.LaunchError, match="mixed_precision must be no or bf16, but is fp16"):
-        distributed.start("auto", 1)
+    with pytest.raises(LaunchError, match="mixed_precision must be no or bf16, but is fp16"):
+        start("auto", 1)
 
 
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
@@ -204,7 +204,7 @@ def asked_for(monkeypatch, bare_environment):
     import psutil
     from accelerate.commands.config import config_args
 
-    from gpt2ft.training.launcher import find_launch
+    from gpt2ft.distributed.launcher_arguments import find_launch
 
     monkeypatch.setattr(config_args, "default_config_file", f"{bare_environment['HF_HOME']}/none.yaml")
 

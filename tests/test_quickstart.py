@@ -115,7 +115,7 @@ def test_the_quickstart_ends_in_clean_replies_about_tea(tmp_path):
 
     from gpt2ft.runs.assemble import load_corpora, load_trained
     from gpt2ft.runs.samples import answer, held_out_prompts
-    from gpt2ft.settings import DataSettings
+    from gpt2ft.settings.sections import DataSettings
 
     policy, _ = load_trained(str(tmp_path / "run"))
     held_out, _ = load_corpora(DataSettings(train=("quickstart:held_out",)), policy.tokenizer)

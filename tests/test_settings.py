@@ -7,19 +7,10 @@ from pathlib import Path
 
 import pytest
 
-import gpt2ft.settings as settings_module
-from gpt2ft.settings import (
-    RECIPES,
-    BenchmarkSettings,
-    DPOSettings,
-    EvaluateSettings,
-    SFTSettings,
-    parse_recipe,
-    parse_script,
-    read_yaml,
-    split_factor,
-    to_yaml,
-)
+from gpt2ft import errors
+from gpt2ft.settings.parsing import RECIPES, parse_recipe, parse_script, read_yaml, to_yaml
+from gpt2ft.settings.scripts import BenchmarkSettings, DPOSettings, EvaluateSettings, SFTSettings
+from gpt2ft.settings.sections import split_factor
 
 LAUNCH = RECIPES.parent
 SOUND = "data: {train: [a.jsonl], max_length: 256}\n"  # the least a recipe must say
@@ -385,14 +376,14 @@ def test_a_topic_is_words():
 
 def test_a_process_that_does_not_speak_leaves_time_to_the_one_that_does(monkeypatch, capsys):
     slept = []
-    monkeypatch.setattr(settings_module.time, "sleep", slept.append)
+    monkeypatch.setattr(errors.time, "sleep", slept.append)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     for rank in ("0", "1"):
         monkeypatch.setenv("LOCAL_RANK", rank)
         with pytest.raises(SystemExit):
-            settings_module.fail("it is so")
+            errors.fail("it is so")
     assert capsys.readouterr().err == "error: it is so\n"
-    assert slept == [settings_module.SECONDS_TO_SPEAK]
+    assert slept == [errors.SECONDS_TO_SPEAK]
 
 
 def test_what_would_be_ignored_without_a_topic_is_refused():

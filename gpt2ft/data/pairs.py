@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from gpt2ft.conversation import ROLES
 from gpt2ft.data.store import TokenStore
 from gpt2ft.data.token_tree import TokenTree
-from gpt2ft.settings import PairRule
+from gpt2ft.settings.sections import PairRule
 from gpt2ft.text.context import kept_turns
 
 PairWeight = Literal["pair", "prompt"]

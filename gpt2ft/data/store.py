@@ -32,8 +32,8 @@ from gpt2ft.data.reading import DataError, Filters, Reading, show
 from gpt2ft.data.sources import Part, Source, open_source
 from gpt2ft.data.token_tree import TokenTree, is_learnt
 from gpt2ft.data.topic import Topic
+from gpt2ft.errors import speaks_for_its_machine
 from gpt2ft.files import sync_folder, user_path, write_json
-from gpt2ft.settings import speaks_for_its_machine
 from gpt2ft.text.template import render_turn, template_digest
 from gpt2ft.text.tokenizer import ChatTokenizer
 

@@ -14,31 +14,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt2ft import quickstart
+from gpt2ft import checkpoint, quickstart
 from gpt2ft.data.mixing import Keys, first_of_each, is_held_out, sampled
 from gpt2ft.data.plan import Rows
 from gpt2ft.data.reading import DataError, Filters
 from gpt2ft.data.store import TokenStore, cache_root, open_store
 from gpt2ft.data.topic import Topic
+from gpt2ft.errors import SettingsError
 from gpt2ft.model import peft, pretrained
 from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.gpt2 import GPT2, GPT2Config
 from gpt2ft.model.lora import LoRAConfig, apply_lora, is_adapted, load_trained_weights, merged_weights
 from gpt2ft.random import seed_for
-from gpt2ft.settings import (
-    DataSettings,
-    DPOSettings,
-    LoRASettings,
-    ModelSettings,
-    RunSettings,
-    SettingsError,
-    SFTSettings,
-    read_sections,
-    read_yaml,
-    split_factor,
-)
+from gpt2ft.settings.parsing import read_sections, read_yaml
+from gpt2ft.settings.scripts import DPOSettings, RunSettings, SFTSettings
+from gpt2ft.settings.sections import DataSettings, LoRASettings, ModelSettings, split_factor
 from gpt2ft.text.tokenizer import ChatTokenizer
-from gpt2ft.training import checkpoint
 
 RECIPE = "recipe.yaml"  # of a run, in its folder
 

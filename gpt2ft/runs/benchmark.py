@@ -16,6 +16,8 @@ import torch
 
 from gpt2ft.data.packing import build_pairs, build_stream, number_replies, pack
 from gpt2ft.data.token_tree import ASSISTANT, TokenTree, counts, split, weigh
+from gpt2ft.distributed import watchdog
+from gpt2ft.distributed.accelerator import global_sum, loss_scale, precision_of, start_accelerator
 from gpt2ft.model.attention import default_backend
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.logprobs import TargetLogProbs
@@ -26,12 +28,11 @@ from gpt2ft.objectives.sft import SFT
 from gpt2ft.random import generator, seed_for
 from gpt2ft.runs.assemble import lora_config
 from gpt2ft.runs.describe import parameter_counts
-from gpt2ft.settings import BenchmarkSettings, OptimizerSettings
+from gpt2ft.settings.scripts import BenchmarkSettings
+from gpt2ft.settings.sections import OptimizerSettings
 from gpt2ft.stream import TokenStream
-from gpt2ft.training import distributed, watch
-from gpt2ft.training.distributed import precision_of
+from gpt2ft.training.memory_probe import peak_memory
 from gpt2ft.training.optimizer import adamw
-from gpt2ft.training.rehearsal import peak_memory
 from gpt2ft.training.strategy import hold_frozen, prepare
 
 VOCABULARY = 50261  # GPT-2's tokens and the chat tokens
@@ -40,7 +41,7 @@ PHASES = ("stream", "forward", "backward", "optimizer")
 
 
 def run(settings: BenchmarkSettings) -> None:
-    accelerator = distributed.start(settings.precision, settings.micro_batches * _processes())
+    accelerator = start_accelerator(settings.precision, settings.micro_batches * _processes())
     device = accelerator.device
     random = torch.Generator().manual_seed(seed_for(settings.seed, "weights"))
     gpt2 = GPT2(replace(HUB_MODELS[settings.model].config(), vocab_size=ROWS)).initialize(random)
@@ -64,17 +65,17 @@ def run(settings: BenchmarkSettings) -> None:
             seconds, tokens = dict.fromkeys(PHASES, 0.0), 0
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-        watch.at("all micro-batches", step)
+        watchdog.at("all micro-batches", step)
         for _ in range(settings.micro_batches):
             with accelerator.accumulate(model):
                 stream = timed(seconds, "stream", device, lambda: streams.next().to(device))
                 count = objective.count(stream) * settings.micro_batches
                 loss = timed(seconds, "forward", device, lambda s=stream: objective.loss(model(s), s))
-                scale = distributed.loss_scale(accelerator, count)
+                scale = loss_scale(accelerator, count)
                 timed(seconds, "backward", device, lambda x=loss * scale: accelerator.backward(x))
                 tokens += stream.num_tokens
         timed(seconds, "optimizer", device, strategy.update)
-    (tokens,) = distributed.global_sum(accelerator, tokens)
+    (tokens,) = global_sum(accelerator, tokens)
     if accelerator.is_main_process:
         report(settings, accelerator, sizes, backend, tokens, seconds)
 

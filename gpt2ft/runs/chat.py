@@ -3,13 +3,13 @@
 import sys
 from dataclasses import fields
 
+from gpt2ft.chat.session import Session
+from gpt2ft.chat.terminal import talk
 from gpt2ft.data.store import cache_root
-from gpt2ft.inference.frame import PlainFrame
+from gpt2ft.inference.prompt_format import PlainFrame
 from gpt2ft.inference.sampling import Sampling
-from gpt2ft.inference.session import Session
 from gpt2ft.runs.speaker import load_speaker
-from gpt2ft.serving.terminal import talk
-from gpt2ft.settings import ChatSettings
+from gpt2ft.settings.scripts import ChatSettings
 
 UNTRAINED = "it was never trained to chat: it is asked in plain text, and may wander off"
 

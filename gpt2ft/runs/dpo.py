@@ -11,19 +11,19 @@ from torch import nn
 from gpt2ft.data.pairs import PreferencePairs
 from gpt2ft.data.plan import Cutting, Plan
 from gpt2ft.data.store import cache_root
+from gpt2ft.distributed.accelerator import autocast, precision_of
+from gpt2ft.distributed.signals import Interruption
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.objectives.dpo import DPO, DPOConfig, start_loss
 from gpt2ft.runs.assemble import Corpus, Policy, versions
 from gpt2ft.runs.progress import Scoring, Standing
 from gpt2ft.runs.samples import Sample, Turns, answer
 from gpt2ft.runs.train import Stage, train
-from gpt2ft.settings import DPOSettings
+from gpt2ft.settings.scripts import DPOSettings
 from gpt2ft.text.template import template_digest
-from gpt2ft.training import reference
-from gpt2ft.training.distributed import autocast, precision_of
+from gpt2ft.training import reference_store
 from gpt2ft.training.evaluate import evaluate_objective
-from gpt2ft.training.interruption import Interruption
-from gpt2ft.training.reference import ReferenceStore
+from gpt2ft.training.reference_store import ReferenceStore
 
 
 def run(settings: DPOSettings) -> None:
@@ -53,7 +53,7 @@ class PreferenceTuning:
             return {}
         store = store_for(stage.policy, model, stage.accelerator, self.settings.data.cache)
         plans = [plan for plan in (stage.plan, stage.eval_plan) if plan]
-        computed = reference.attach(plans, store, model, stage.accelerator, interruption)
+        computed = reference_store.attach(plans, store, model, stage.accelerator, interruption)
         replies = sum(len(plan.reference) for plan in plans)
         if stage.accelerator.is_main_process:
             print(f"reference {replies:,} replies, {computed:,} of them computed now; {store.folder}", flush=True)
@@ -64,7 +64,7 @@ class PreferenceTuning:
             return
         store = store_for(stage.policy, model, stage.accelerator, self.settings.data.cache)
         expected = start_loss(self.config)
-        worst = reference.check_start(model, stage.plan, step, store, stage.accelerator, self.objective, expected)
+        worst = reference_store.check_start(model, stage.plan, step, store, stage.accelerator, self.objective, expected)
         if stage.accelerator.is_main_process:
             loss = "" if expected is None else f", loss {expected:.4f}"
             print(f"checked   the start is the reference within {worst:.1g} nats/token{loss}", flush=True)

@@ -8,6 +8,9 @@ from typing import Any
 
 from gpt2ft.data.pairs import PreferencePairs
 from gpt2ft.data.plan import Conversations, Plan, cut_to_fit
+from gpt2ft.distributed.accelerator import autocast, check_agreement, precision_of, start_accelerator
+from gpt2ft.distributed.signals import Interruption
+from gpt2ft.errors import SettingsError
 from gpt2ft.files import write_json
 from gpt2ft.model.attention import default_backend
 from gpt2ft.model.logprobs import TargetLogProbs
@@ -17,24 +20,15 @@ from gpt2ft.runs.assemble import RECIPE, Corpus, Policy, load_corpora, load_poli
 from gpt2ft.runs.describe import listed
 from gpt2ft.runs.dpo import store_for
 from gpt2ft.runs.samples import Sample, Turns, answer, held_out_prompts
-from gpt2ft.settings import (
-    DataSettings,
-    DPOSettings,
-    EvaluateSettings,
-    PreferenceSettings,
-    SettingsError,
-    refuse_problems,
-    stream_problems,
-)
-from gpt2ft.training import distributed
-from gpt2ft.training.distributed import autocast, precision_of
+from gpt2ft.settings.parsing import refuse_problems
+from gpt2ft.settings.scripts import DPOSettings, EvaluateSettings
+from gpt2ft.settings.sections import DataSettings, PreferenceSettings, stream_problems
 from gpt2ft.training.evaluate import Score, evaluate, evaluate_objective, total
-from gpt2ft.training.interruption import Interruption
-from gpt2ft.training.reference import attach
+from gpt2ft.training.reference_store import attach
 
 
 def run(settings: EvaluateSettings) -> None:
-    accelerator = distributed.start(settings.precision)
+    accelerator = start_accelerator(settings.precision)
     policy, folder = load_trained(settings.model, settings.random_init)
     context = policy.gpt2.config.n_positions
     max_length = settings.max_length or context
@@ -52,7 +46,7 @@ def run(settings: EvaluateSettings) -> None:
         cache=settings.cache,
     )
     corpus, _ = load_corpora(data, policy.tokenizer, as_preferences=settings.pairs is not None)
-    distributed.check_agreement(accelerator, 0, corpus.content())
+    check_agreement(accelerator, 0, corpus.content())
     prompts = topic_prompts(policy, corpus, settings) if settings.topic else []
     capacity = settings.tokens_per_micro_batch
     cutting = (

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gpt2ft.errors import SettingsError
 from gpt2ft.files import complete_folder, write_json, write_text
 from gpt2ft.model.gguf import SHORT_NAMES, Vocabulary, write_gguf
 from gpt2ft.model.gpt2 import GPT2Config
@@ -29,7 +30,7 @@ from gpt2ft.runs.assemble import (
     newest_run,
     read_run,
 )
-from gpt2ft.settings import ExportSettings, RunSettings, SettingsError
+from gpt2ft.settings.scripts import ExportSettings, RunSettings
 from gpt2ft.text.template import CHAT_TEMPLATE, END, OLLAMA_TEMPLATE
 from gpt2ft.text.tokenizer import ChatTokenizer
 

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from gpt2ft.settings import SettingsError
+from gpt2ft.errors import SettingsError
 
 NAME = ".lock"
 SECONDS_FOR_ANOTHER_MACHINE = 120.0  # servers of files take a while to give up the locks of one that is gone

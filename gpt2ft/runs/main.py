@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from gpt2ft.settings import SettingsError, fail
+from gpt2ft.errors import SettingsError, fail
 
 
 def run(work: Callable[[Any], None], settings: Any) -> None:
@@ -15,21 +15,21 @@ def run(work: Callable[[Any], None], settings: Any) -> None:
     """
     import torch
 
+    from gpt2ft.checkpoint import CheckpointError
     from gpt2ft.data.reading import DataError
+    from gpt2ft.distributed import watchdog
+    from gpt2ft.distributed.accelerator import LaunchError
+    from gpt2ft.distributed.signals import EXIT_CODE, ToldToStop
     from gpt2ft.model.pretrained import ModelError
-    from gpt2ft.training import watch
-    from gpt2ft.training.checkpoint import CheckpointError
-    from gpt2ft.training.distributed import LaunchError
     from gpt2ft.training.fit import TrainingDiverged
-    from gpt2ft.training.interruption import EXIT_CODE, ToldToStop
+    from gpt2ft.training.memory_probe import DoesNotFit
     from gpt2ft.training.preflight import PreflightError
-    from gpt2ft.training.reference import ReferenceLogProbError
-    from gpt2ft.training.rehearsal import DoesNotFit
+    from gpt2ft.training.reference_store import ReferenceLogProbError
 
     resumes = getattr(settings, "resume", None) == "auto"
     again = "; the same command continues from the newest checkpoint" if resumes else ""
     try:
-        with watch.until_the_end():
+        with watchdog.until_the_end():
             work(settings)
     except (
         SettingsError,

@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from gpt2ft.errors import SettingsError
 from gpt2ft.files import remove_leftovers, restore_replaced, write_json, write_text
 from gpt2ft.runs.lock import NAME as LOCK
 from gpt2ft.runs.lock import FolderLock
-from gpt2ft.settings import RunSettings, SettingsError, to_yaml
+from gpt2ft.settings.parsing import to_yaml
+from gpt2ft.settings.scripts import RunSettings
 
 
 class Output:

@@ -8,13 +8,13 @@ from typing import Any
 from torch import nn
 
 from gpt2ft.data.plan import Plan
+from gpt2ft.distributed import watchdog
+from gpt2ft.distributed.accelerator import autocast
+from gpt2ft.distributed.signals import Interruption
 from gpt2ft.runs.assemble import Corpus, Policy
 from gpt2ft.runs.samples import Sample, Turns, answer, beside
-from gpt2ft.settings import TrainingSettings
-from gpt2ft.training import watch
-from gpt2ft.training.distributed import autocast
+from gpt2ft.settings.sections import TrainingSettings
 from gpt2ft.training.evaluate import EvaluationCut
-from gpt2ft.training.interruption import Interruption
 from gpt2ft.training.strategy import Strategy
 from gpt2ft.training.tracking import Tracker
 
@@ -70,7 +70,7 @@ class Evaluation:
         """The main process answers, with the whole model; the others have no prompts."""
         if not self.training.sample_prompts:
             return []
-        watch.at("sample replies", is_long=True)
+        watchdog.at("sample replies", is_long=True)
         gpt2 = self.strategy.whole()
         if gpt2 is None:
             return []

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from ipaddress import ip_address
 from pathlib import Path
 
+from gpt2ft.errors import SettingsError
 from gpt2ft.model.pretrained import ModelError
 from gpt2ft.runs.speaker import load_speaker
-from gpt2ft.settings import ServeSettings, SettingsError
+from gpt2ft.settings.scripts import ServeSettings
 
 EXTRA = ("fastapi", "starlette", "uvicorn", "h11")
 KEY = "GPT2FT_API_KEY"
@@ -18,7 +19,8 @@ SHORTEST_KEY = 16  # characters
 
 def run(settings: ServeSettings) -> None:
     try:
-        from gpt2ft.serving import connection, service
+        from gpt2ft.server import service
+        from gpt2ft.server.http import connection
     except ModuleNotFoundError as error:
         if error.name not in EXTRA:
             raise

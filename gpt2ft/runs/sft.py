@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from gpt2ft.data.plan import Conversations, Cutting, Plan
+from gpt2ft.distributed.signals import Interruption
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.objectives.objective import Objective
 from gpt2ft.objectives.sft import SFT
@@ -13,9 +14,8 @@ from gpt2ft.runs.assemble import Corpus
 from gpt2ft.runs.progress import Scoring, Standing
 from gpt2ft.runs.samples import Sample, Turns
 from gpt2ft.runs.train import Stage, train
-from gpt2ft.settings import SFTSettings
+from gpt2ft.settings.scripts import SFTSettings
 from gpt2ft.training.evaluate import evaluate, total
-from gpt2ft.training.interruption import Interruption
 
 
 def run(settings: SFTSettings) -> None:

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from gpt2ft.inference.frame import ChatFrame, Frame, frame_for
+from gpt2ft.inference.prompt_format import ChatFrame, Frame, frame_for
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.runs.assemble import load_trained
-from gpt2ft.settings import ChatSettings, ServeSettings
+from gpt2ft.settings.scripts import ChatSettings, ServeSettings
 from gpt2ft.text.tokenizer import ChatTokenizer
 
 

@@ -12,8 +12,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gpt2ft import checkpoint
+from gpt2ft.checkpoint import TrainState
 from gpt2ft.data.augmentation import Augmentation
 from gpt2ft.data.plan import Cutting, Plan, cut_to_fit
+from gpt2ft.distributed import launch_checks, watchdog
+from gpt2ft.distributed.accelerator import check_agreement, precision_of, raise_together, start_accelerator
+from gpt2ft.distributed.shared_folder import check_shared
+from gpt2ft.distributed.signals import Interruption
+from gpt2ft.errors import SettingsError
 from gpt2ft.model.attention import Backend, default_backend
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.model.lora import load_trained_weights, trained_weights
@@ -35,15 +42,11 @@ from gpt2ft.runs.inspection import show, statistics, terminal_width
 from gpt2ft.runs.output import Output
 from gpt2ft.runs.progress import Evaluation, Scoring
 from gpt2ft.runs.samples import Sample, Turns, held_out_prompts
-from gpt2ft.settings import DPOSettings, RunSettings, SettingsError
-from gpt2ft.training import checkpoint, distributed, preflight, topology, watch
-from gpt2ft.training.checkpoint import TrainState
-from gpt2ft.training.distributed import precision_of
+from gpt2ft.settings.scripts import DPOSettings, RunSettings
+from gpt2ft.training import preflight
 from gpt2ft.training.fit import Job, fit
-from gpt2ft.training.interruption import Interruption
+from gpt2ft.training.memory_probe import advice, fits, rehearse
 from gpt2ft.training.optimizer import adamw
-from gpt2ft.training.rehearsal import advice, fits, rehearse
-from gpt2ft.training.shared import check_shared
 from gpt2ft.training.strategy import Strategy, hold_frozen, prepare
 from gpt2ft.training.tracking import Tracker
 
@@ -100,7 +103,7 @@ def set_up(settings: RunSettings, task: Task, accelerator: Any) -> Stage:
         bf16 = precision_of(accelerator) == "bf16"
         recomputes = training.activation_checkpointing
         processes, device = accelerator.num_processes, accelerator.device.type
-        hardware = Hardware(processes, device, topology.strategy(), bf16, recomputes)
+        hardware = Hardware(processes, device, launch_checks.strategy(), bf16, recomputes)
         print(describe(policy, corpus, held_out, plan, eval_plan, steps, hardware), flush=True)
         if settings.show:
             print(show(plan, policy.tokenizer, settings.show, width=terminal_width()))
@@ -120,7 +123,7 @@ def model_of(stage: Stage) -> TargetLogProbs:
 def train(settings: RunSettings, task: Task) -> None:
     """Trains from the start or from the newest checkpoint, or only shows the plan and the data."""
     training = settings.training
-    accelerator = distributed.start(training.precision, training.micro_batches_per_step, training.deterministic)
+    accelerator = start_accelerator(training.precision, training.micro_batches_per_step, training.deterministic)
     main, precision = accelerator.is_main_process, precision_of(accelerator)
     output = Output(settings.output)
     if main and not settings.looks_only:
@@ -138,7 +141,7 @@ def train(settings: RunSettings, task: Task) -> None:
     identity = what_must_not_change(stage)
     state, found = (TrainState(), None) if settings.resume == "never" else resume(output, identity, verbose=main)
     contents = [part.content() for part in (corpus, held_out) if part]
-    distributed.check_agreement(accelerator, state.step, *contents)
+    check_agreement(accelerator, state.step, *contents)
     interruption = Interruption()
     with interruption.listening():
         made_ready = task.ready(stage, model, interruption)
@@ -158,7 +161,7 @@ def train(settings: RunSettings, task: Task) -> None:
         except ValueError as error:
             raise checkpoint.CheckpointError(f"{found} does not hold the weights of this run: {error}") from error
     optimizer = adamw(policy.gpt2, settings.optimizer, fused=accelerator.device.type == "cuda")
-    shards = topology.strategy() != "ddp"
+    shards = launch_checks.strategy() != "ddp"
     with fits(advice(training, settings.data.max_length, bool(settings.lora.rank), shards)):
         strategy = prepare(accelerator, model, optimizer, training.max_grad_norm)
         rehearsed(stage, strategy)
@@ -169,7 +172,7 @@ def train(settings: RunSettings, task: Task) -> None:
         "command": command(),
         "versions": versions(),
         "processes": accelerator.num_processes,
-        "strategy": topology.strategy(),
+        "strategy": launch_checks.strategy(),
         "precision": precision,
         "attention": model.backend,
         "identity": identity,
@@ -202,7 +205,7 @@ def train(settings: RunSettings, task: Task) -> None:
     )
 
     def save(state: TrainState) -> None:
-        watch.at("saving", is_long=True)
+        watchdog.at("saving", is_long=True)
         whole, moments, problem = strategy.whole(), strategy.moments(), None
         if whole is not None:
             try:
@@ -210,8 +213,8 @@ def train(settings: RunSettings, task: Task) -> None:
                 checkpoint.prune(output.checkpoints, training.keep_checkpoints, state.best_step)
             except OSError as error:
                 problem = error
-        watch.at("waiting until it is saved")
-        distributed.raise_together(accelerator, problem)
+        watchdog.at("waiting until it is saved")
+        raise_together(accelerator, problem)
 
     job = Job(
         accelerator=accelerator,
@@ -235,7 +238,7 @@ def train(settings: RunSettings, task: Task) -> None:
         tracker.close()
     transcript = evaluation.transcript()
     whole = strategy.whole()
-    watch.at("exporting", is_long=True)
+    watchdog.at("exporting", is_long=True)
     if whole is not None:
         output.write_manifest(manifest | {"finished": asdict(state)})
         export(output, settings, replace(policy, gpt2=whole), state)

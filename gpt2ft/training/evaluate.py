@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from gpt2ft.data.plan import Plan
+from gpt2ft.distributed import watchdog
+from gpt2ft.distributed.accelerator import global_sum
 from gpt2ft.objectives.objective import Objective
 from gpt2ft.stream import TokenStream
-from gpt2ft.training import watch
-from gpt2ft.training.distributed import global_sum
 
 Item = TypeVar("Item")
 
@@ -111,7 +111,7 @@ def _summed(
     added = None
     with torch.no_grad():
         for micro_batch in share(plan.streams, accelerator.process_index, accelerator.num_processes):
-            watch.at("held-out stream")
+            watchdog.at("held-out stream")
             if told_to_stop is not None and any(global_sum(accelerator, float(told_to_stop()))):
                 model.train(was_training)
                 raise EvaluationCut

@@ -11,16 +11,16 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from gpt2ft.checkpoint import TrainState
 from gpt2ft.data.plan import Plan
+from gpt2ft.distributed import watchdog
+from gpt2ft.distributed.accelerator import global_sum, loss_scale
+from gpt2ft.distributed.signals import Interruption, ToldToStop
 from gpt2ft.objectives.objective import Objective
 from gpt2ft.random import seed_for
-from gpt2ft.settings import OptimizerSettings, TrainingSettings
+from gpt2ft.settings.sections import OptimizerSettings, TrainingSettings
 from gpt2ft.stream import TokenStream
-from gpt2ft.training import watch
-from gpt2ft.training.checkpoint import TrainState
-from gpt2ft.training.distributed import global_sum, loss_scale
 from gpt2ft.training.evaluate import EvaluationCut
-from gpt2ft.training.interruption import Interruption, ToldToStop
 from gpt2ft.training.optimizer import learning_rate, set_learning_rate
 from gpt2ft.training.strategy import Strategy
 from gpt2ft.training.tracking import Tracker
@@ -61,7 +61,7 @@ def fit(job: Job, state: TrainState) -> TrainState:
     for step, streams in step_streams(job, state.step):
         rate = learning_rate(step, job.steps, job.optimization)
         set_learning_rate(job.strategy.optimizer, rate)
-        watch.at("counting", step)
+        watchdog.at("counting", step)
         counted = sum(job.objective.count(stream) for _, stream in streams)
         tokens = sum(stream.num_tokens for _, stream in streams)
         counted, tokens = global_sum(job.accelerator, counted, tokens)
@@ -71,14 +71,14 @@ def fit(job: Job, state: TrainState) -> TrainState:
         for number, stream in streams:
             with job.accelerator.accumulate(model):
                 torch.manual_seed(seed_for(job.training.seed, "dropout", step, number))
-                watch.at("forward")
+                watchdog.at("forward")
                 log_probs = model(stream)
                 loss = job.objective.loss(log_probs, stream)
-                watch.at("backward")
+                watchdog.at("backward")
                 job.accelerator.backward(loss * scale)
                 step_loss += loss.detach()
                 measured += job.objective.measure(log_probs.detach(), stream)
-        watch.at("update")
+        watchdog.at("update")
         norm = job.strategy.update()
         state = state.after_step(updated=math.isfinite(norm))
         recent.add(step_loss, measured, counted, tokens, norm)
@@ -90,7 +90,7 @@ def fit(job: Job, state: TrainState) -> TrainState:
             )
         if is_due(state.step, job.training.log_every, job.steps):
             recent.log(state, rate)
-        watch.at("end of the step")
+        watchdog.at("end of the step")
         if any(global_sum(job.accelerator, float(bool(job.interruption)))):  # wherever the signal has arrived
             stop(job, state)
         state = evaluated(job, state, recent)
@@ -143,7 +143,7 @@ def step_streams(job: Job, start: int) -> Iterator[tuple[int, list[tuple[int, To
     with ThreadPoolExecutor(1, thread_name_prefix="streams") as builder:
         following = builder.submit(build, start) if start < job.steps else None
         for step in range(start, job.steps):
-            watch.at("waiting for data", step)
+            watchdog.at("waiting for data", step)
             built = following.result()
             following = builder.submit(build, step + 1) if step + 1 < job.steps else None
             yield step, [(number, stream.to(device, non_blocking=True)) for number, stream in built]

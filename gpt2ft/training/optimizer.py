@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from gpt2ft.settings import OptimizerSettings
+from gpt2ft.settings.sections import OptimizerSettings
 
 
 def adamw(model: nn.Module, settings: OptimizerSettings, fused: bool) -> torch.optim.AdamW:

@@ -16,12 +16,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from gpt2ft.checkpoint import MOMENTS
+from gpt2ft.distributed import launch_checks
+from gpt2ft.distributed.accelerator import autocast, is_deepspeed, precision_of
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.model.lora import hold_frozen_matrices_in, load_trained_weights, trained_weights
-from gpt2ft.training import topology
-from gpt2ft.training.checkpoint import MOMENTS
-from gpt2ft.training.distributed import autocast, is_deepspeed, precision_of
 from gpt2ft.training.preflight import PreflightError, check_same_parameters
 
 Moments = Mapping[str, Mapping[str, Tensor]]  # exp_avg and exp_avg_sq, by parameter name
@@ -64,9 +64,9 @@ def prepare(
         PreflightError: if the optimizer or the head would see other parameters than the model.
     """
     kinds = {"ddp": Replicated, "fsdp2": FSDP2, "zero2": ZeRO2, "zero3": ZeRO3}
-    asked = topology.strategy()
+    asked = launch_checks.strategy()
     strategy = kinds[asked](accelerator, model, optimizer, max_grad_norm)
-    topology.check_wrapped(asked, strategy.model, accelerator.num_processes)
+    launch_checks.check_wrapped(asked, strategy.model, accelerator.num_processes)
     return strategy
 
 

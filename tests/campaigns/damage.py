@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_checkpoints import save, stamp
 
-from gpt2ft.training import checkpoint
-from gpt2ft.training.verification import MAX_JSON_BYTES
+from gpt2ft import checkpoint
+from gpt2ft.checkpoint_verification import MAX_JSON_BYTES
 
 TENSORS = checkpoint.TENSOR_FILES
 FILES = (*TENSORS, "state.json", "manifest.json")

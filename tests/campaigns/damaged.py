@@ -26,8 +26,8 @@ from time import monotonic
 from damage import KINDS, Case
 from small_checkpoints import check_content, save
 
-from gpt2ft.training import checkpoint
-from gpt2ft.training.verification import CheckpointError
+from gpt2ft import checkpoint
+from gpt2ft.checkpoint_verification import CheckpointError
 
 SECONDS = 30  # for one variant: a pipe or /dev/zero would hold whoever opens it for ever
 MOST_MEMORY = 256 * 2**20  # bytes that all of them together may add to the largest the process has been

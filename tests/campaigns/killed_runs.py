@@ -29,12 +29,12 @@ import torch
 import torch._dynamo
 import torch.utils.tensorboard
 
-from gpt2ft import quickstart
+from gpt2ft import checkpoint, quickstart
+from gpt2ft.distributed import accelerator
 from gpt2ft.runs import lock, sft, train
 from gpt2ft.runs import main as scripts
 from gpt2ft.runs.progress import Evaluation
-from gpt2ft.settings import SFTSettings
-from gpt2ft.training import checkpoint, distributed
+from gpt2ft.settings.scripts import SFTSettings
 
 KINDS = {"all weights": {}, "LoRA": {"rank": 4}}
 PHASES: dict[str, tuple[Any, str]] = {
@@ -129,7 +129,7 @@ class Campaign:
             for stream in (1, 2):
                 os.dup2(log.fileno(), stream)
         torch.set_num_threads(1)
-        distributed._cores = lambda: 1
+        accelerator.available_cores = lambda: 1
         self.phase.watch()
         try:
             scripts.run(sft.run, self.settings(kind, output))

@@ -27,8 +27,8 @@ from typing import NoReturn
 from operations import Operations
 from small_checkpoints import check_content, save, state_after
 
+from gpt2ft import checkpoint
 from gpt2ft.files import remove_leftovers, restore_replaced
-from gpt2ft.training import checkpoint
 
 KEEP = 2
 REFUSALS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO)

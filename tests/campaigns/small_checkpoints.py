@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gpt2ft.training import checkpoint
-from gpt2ft.training.checkpoint import TrainState
+from gpt2ft import checkpoint
+from gpt2ft.checkpoint import TrainState
 
 IDENTITY = {"steps": 1000, "training": {"seed": 0}, "initial_weights": "f" * 64}
 

@@ -12,7 +12,7 @@ import pytest
 from damage import KINDS
 from small_checkpoints import save
 
-from gpt2ft.training import checkpoint
+from gpt2ft import checkpoint
 
 HERE = Path(__file__).parent
 
@@ -79,7 +79,7 @@ def test_a_save_that_is_not_whole_is_seen(tmp_path):
 def test_a_checkpoint_that_was_being_replaced_at_a_kill_is_there_at_the_next_start(tmp_path, monkeypatch):
     """Without it the run would start anew in silence: it was the only one."""
     from gpt2ft.runs.output import Output
-    from gpt2ft.settings import SFTSettings
+    from gpt2ft.settings.scripts import SFTSettings
 
     output = Output(str(tmp_path / "run"))
     folder = save(output.checkpoints, 1)

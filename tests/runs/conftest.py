@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from gpt2ft import quickstart
-from gpt2ft.settings import DPOSettings, SFTSettings
-from gpt2ft.training import distributed
+from gpt2ft.distributed import accelerator as accelerator_module
+from gpt2ft.settings.scripts import DPOSettings, SFTSettings
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +27,7 @@ def tiny_weights_folder(tiny_model_folder, tmp_path_factory):
     """The same shape with random weights in it."""
     from gpt2ft.runs.assemble import load_policy
     from gpt2ft.runs.export import write_folder
-    from gpt2ft.settings import ModelSettings
+    from gpt2ft.settings.sections import ModelSettings
 
     folder = tmp_path_factory.mktemp("tiny_weights") / "model"
     policy = load_policy(ModelSettings(path=str(tiny_model_folder), random_init=True), seed=3)
@@ -174,5 +174,5 @@ def in_one_thread(work, *arguments):
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed, "_cores", lambda: 1)
+        patch.setattr(accelerator_module, "available_cores", lambda: 1)
         work(*arguments)

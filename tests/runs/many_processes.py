@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
+from gpt2ft.distributed import accelerator
 from gpt2ft.objectives.sft import SFT
 from gpt2ft.runs.dpo import PreferenceTuning
 from gpt2ft.runs.sft import FineTuning
 from gpt2ft.runs.train import train
-from gpt2ft.settings import DPOSettings, SFTSettings
-from gpt2ft.training import distributed
+from gpt2ft.settings.scripts import DPOSettings, SFTSettings
 from gpt2ft.training.tracking import Tracker
 
 
@@ -79,8 +79,8 @@ def shard_everything(make):
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    distributed._cores = lambda: 1  # threads only get in each other's way at this size
-    distributed._deepspeed_plugin = shard_everything(distributed._deepspeed_plugin)
+    accelerator.available_cores = lambda: 1  # threads only get in each other's way at this size
+    accelerator._deepspeed_plugin = shard_everything(accelerator._deepspeed_plugin)
     destroy, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, lambda *group: None
     for case in json.loads(Path(sys.argv[1]).read_text()):
         run(case)

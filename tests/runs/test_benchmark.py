@@ -5,7 +5,7 @@ import torch
 
 from gpt2ft.objectives.dpo import DPO, DPOConfig
 from gpt2ft.runs.benchmark import Streams
-from gpt2ft.settings import BenchmarkSettings
+from gpt2ft.settings.scripts import BenchmarkSettings
 
 
 @pytest.mark.parametrize("what", ["sft", "dpo"])

@@ -14,14 +14,15 @@ import pyte
 import pytest
 import torch
 
-from gpt2ft.inference.frame import ChatFrame, PlainFrame
+from gpt2ft.chat.session import Session
+from gpt2ft.inference.prompt_format import ChatFrame, PlainFrame
 from gpt2ft.inference.sampling import Sampling
-from gpt2ft.inference.session import Session
 from gpt2ft.model.pretrained import write_model
 from gpt2ft.runs import chat
 from gpt2ft.runs.assemble import load_policy
 from gpt2ft.runs.export import write_folder
-from gpt2ft.settings import ChatSettings, ModelSettings
+from gpt2ft.settings.scripts import ChatSettings
+from gpt2ft.settings.sections import ModelSettings
 from gpt2ft.text.display import visible
 
 ROOT = Path(__file__).parents[2]

@@ -9,9 +9,10 @@ import pytest
 from gpt2ft import quickstart
 from gpt2ft.data.plan import Conversations, Plan, cut_to_fit
 from gpt2ft.data.reading import DataError
+from gpt2ft.errors import SettingsError
 from gpt2ft.runs.assemble import load_corpora
 from gpt2ft.runs.describe import dropped, shares
-from gpt2ft.settings import DataSettings, SettingsError
+from gpt2ft.settings.sections import DataSettings
 
 
 @pytest.fixture

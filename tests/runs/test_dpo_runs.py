@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from gpt2ft.objectives.dpo import LOSSES, needs_reference
 from gpt2ft.runs import evaluate
 from gpt2ft.runs.assemble import load_policy, load_trained
-from gpt2ft.settings import EvaluateSettings, ModelSettings
-from gpt2ft.training.reference import ReferenceLogProbError
+from gpt2ft.settings.scripts import EvaluateSettings
+from gpt2ft.settings.sections import ModelSettings
+from gpt2ft.training.reference_store import ReferenceLogProbError
 from gpt2ft.training.tracking import Tracker
 
 STEPS = 4

@@ -19,7 +19,9 @@ from gpt2ft.runs.assemble import load_corpora, load_trained
 from gpt2ft.runs.output import Output
 from gpt2ft.runs.samples import answer, held_out_prompts
 from gpt2ft.runs.train import next_commands
-from gpt2ft.settings import DataSettings, EvaluateSettings, SFTSettings, parse_script
+from gpt2ft.settings.parsing import parse_script
+from gpt2ft.settings.scripts import EvaluateSettings, SFTSettings
+from gpt2ft.settings.sections import DataSettings
 from gpt2ft.text.template import render_prompt
 from gpt2ft.text.tokenizer import ChatTokenizer
 

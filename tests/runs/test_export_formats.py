@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gpt2ft.errors import SettingsError
 from gpt2ft.files import write_safetensors
 from gpt2ft.model import gguf as gguf_module
 from gpt2ft.model import pretrained
@@ -15,7 +16,7 @@ from gpt2ft.model.gguf import Vocabulary, write_gguf
 from gpt2ft.model.pretrained import ModelError
 from gpt2ft.runs import export
 from gpt2ft.runs.assemble import load_trained
-from gpt2ft.settings import ExportSettings, SettingsError
+from gpt2ft.settings.scripts import ExportSettings
 from gpt2ft.text.template import CHAT_TEMPLATE, render_prompt
 from gpt2ft.text.tokenizer import ChatTokenizer
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from gpt2ft.settings import RECIPES, SFTSettings, parse_recipe, to_yaml
-from gpt2ft.training import checkpoint
+from gpt2ft import checkpoint
+from gpt2ft.settings.parsing import RECIPES, parse_recipe, to_yaml
+from gpt2ft.settings.scripts import SFTSettings
 
 TREES = (RECIPES.parents[1] / "gpt2ft" / "quickstart" / "trees.jsonl").read_text(encoding="utf-8").splitlines()
 STEPS = 2
@@ -21,9 +22,9 @@ STEPS = 2
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
     """Tensors this small gain nothing from a second thread, and on a busy machine wait for it most of the time."""
-    from gpt2ft.training import distributed
+    from gpt2ft.distributed import accelerator
 
-    monkeypatch.setattr(distributed, "_cores", lambda: 1)
+    monkeypatch.setattr(accelerator, "available_cores", lambda: 1)
 
 
 def run_through_main(arguments):
@@ -156,7 +157,7 @@ def model_folder(tiny_model_folder, tmp_path):
     """A whole model folder of our own making, to be spoilt."""
     from gpt2ft.runs.assemble import load_policy
     from gpt2ft.runs.export import write_folder
-    from gpt2ft.settings import ModelSettings
+    from gpt2ft.settings.sections import ModelSettings
 
     policy = load_policy(ModelSettings(path=str(tiny_model_folder), random_init=True), seed=0)
     write_folder(tmp_path / "weights", policy.weights(), policy.gpt2.config, policy.tokenizer)

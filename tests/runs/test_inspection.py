@@ -9,7 +9,7 @@ import pytest
 from gpt2ft.data.plan import Conversations, Plan, cut_to_fit
 from gpt2ft.runs.assemble import load_corpora
 from gpt2ft.runs.inspection import show, statistics
-from gpt2ft.settings import DataSettings
+from gpt2ft.settings.sections import DataSettings
 
 
 @pytest.fixture(scope="module")

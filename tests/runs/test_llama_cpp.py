@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2ft.inference.frame import ChatFrame
+from gpt2ft.inference.prompt_format import ChatFrame
 from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.gguf import Vocabulary, write_gguf
 from gpt2ft.runs import export
 from gpt2ft.runs.assemble import load_trained
-from gpt2ft.settings import ExportSettings
+from gpt2ft.settings.scripts import ExportSettings
 from gpt2ft.text.template import CHAT_TEMPLATE, render_prompt
 
 llama_cpp = pytest.importorskip(

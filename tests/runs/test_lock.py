@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import gpt2ft
+from gpt2ft.errors import SettingsError
 from gpt2ft.runs import lock
 from gpt2ft.runs.lock import FolderLock
-from gpt2ft.settings import SettingsError
 
 HOLDER = """
 import sys

@@ -6,11 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gpt2ft import checkpoint
+from gpt2ft.errors import SettingsError
 from gpt2ft.model.attention import dense_attention
 from gpt2ft.runs import evaluate
 from gpt2ft.runs.assemble import load_policy, load_trained
-from gpt2ft.settings import EvaluateSettings, ModelSettings, SettingsError, SFTSettings
-from gpt2ft.training import checkpoint
+from gpt2ft.settings.scripts import EvaluateSettings, SFTSettings
+from gpt2ft.settings.sections import ModelSettings
 
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": ["q", "v", "o", "fc"]}
 STEPS = 6

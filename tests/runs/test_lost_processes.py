@@ -16,7 +16,8 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from gpt2ft.settings import RECIPES, SFTSettings, to_yaml
+from gpt2ft.settings.parsing import RECIPES, to_yaml
+from gpt2ft.settings.scripts import SFTSettings
 
 STEPS = 7  # evaluation after 3, 6 and 7, saving after every second
 PATIENCE = 15  # a silence of 5 seconds is too long, and 15 at one place

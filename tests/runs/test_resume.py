@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gpt2ft import checkpoint
+from gpt2ft.checkpoint import CheckpointError
+from gpt2ft.errors import SettingsError
 from gpt2ft.objectives.sft import SFT
-from gpt2ft.settings import SettingsError
-from gpt2ft.training import checkpoint
-from gpt2ft.training.checkpoint import CheckpointError
 from gpt2ft.training.fit import TrainingDiverged
 
 STEPS = 7  # 3 steps to an epoch: the run ends in the third

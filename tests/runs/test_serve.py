@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from gpt2ft.errors import SettingsError
 from gpt2ft.runs import serve
-from gpt2ft.settings import ChatSettings, ServeSettings, SettingsError
+from gpt2ft.settings.scripts import ChatSettings, ServeSettings
 
 pytest.importorskip("uvicorn", reason="needs the extra [serve]")
 

@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gpt2ft import checkpoint
 from gpt2ft.data.plan import Plan
-from gpt2ft.settings import RECIPES, SFTSettings, to_yaml
-from gpt2ft.training import checkpoint
-from gpt2ft.training.interruption import ToldToStop
+from gpt2ft.distributed.signals import ToldToStop
+from gpt2ft.settings.parsing import RECIPES, to_yaml
+from gpt2ft.settings.scripts import SFTSettings
 from gpt2ft.training.tracking import Tracker
 
 STEPS = 7  # evaluation after 3, 6 and 7, saving after every second

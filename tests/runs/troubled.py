@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from gpt2ft.settings import RECIPES
+from gpt2ft.settings.parsing import RECIPES
 
 
 def sleeps():

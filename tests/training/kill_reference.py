@@ -18,9 +18,9 @@ def die_at(call: int) -> None:
     import pyarrow.parquet
 
     from gpt2ft.data.plan import Plan
-    from gpt2ft.training import reference
+    from gpt2ft.training import reference_store
 
-    reference.SECONDS_TO_A_SHARD = 0.0  # a shard for every stream
+    reference_store.SECONDS_TO_A_SHARD = 0.0  # a shard for every stream
     num_calls = 0
 
     def counted(owner, name):
@@ -49,7 +49,8 @@ def is_in_store(argument: object) -> bool:
 
 if __name__ == "__main__":
     from gpt2ft.runs import main, reference
-    from gpt2ft.settings import DPOSettings, parse_recipe
+    from gpt2ft.settings.parsing import parse_recipe
+    from gpt2ft.settings.scripts import DPOSettings
 
     kills, seed = int(sys.argv[1]), int(sys.argv[2])
     settings = parse_recipe(DPOSettings, "quickstart-dpo", sys.argv[3:])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gpt2ft.settings import OptimizerSettings
+from gpt2ft.settings.sections import OptimizerSettings
 from gpt2ft.training.optimizer import adamw, learning_rate
 
 STEPS = 100

@@ -1,0 +1,285 @@
+"""A conversation with a model: its turns, how they are made to fit the context, and replies that come piece by piece.
+
+    session = Session(model, tokenizer, frame_for(tokenizer), Sampling(), max_new_tokens=256)
+    session.say("What is tea?")
+    for piece in session.reply():
+        print(piece, end="")
+
+Nothing here prints.
+"""
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any, Literal
+
+from gpt2ft.conversation import tidy
+from gpt2ft.inference.detokenizer import ReplyText
+from gpt2ft.inference.generate import Decoder, refuse_broken, unsayable
+from gpt2ft.inference.prompt_format import Frame, Prompt, TooLong, Turn, chat_prompt, prompt_limit, text_prompt
+from gpt2ft.inference.sampling import Sampling
+from gpt2ft.model.gpt2 import GPT2
+from gpt2ft.random import seed_for
+from gpt2ft.text.tokenizer import ChatTokenizer
+
+Pieces = Generator[str, None, None]  # pieces of text as they come; to close it is to interrupt
+Finish = Literal["stop", "length", "context", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a reply took.
+
+    `finish`: "stop" if the model ended it, "length" after `max_new_tokens`, "context" where the context was full,
+    "interrupted" if it was not let finish. `seconds` are those of the model, not of who reads the pieces.
+    `dropped_turns`: how many of the oldest turns the model did not see.
+    """
+
+    tokens: int
+    seconds: float
+    finish: Finish
+    prompt_tokens: int
+    dropped_turns: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class Session:
+    """One conversation. Users and the assistant take turns; what is read once stays cached for the next reply.
+
+    With a seed in `sampling`, the same actions on a new conversation give the same replies, and each reply draws
+    numbers of its own, so that `retry` does not say the same again (unless the temperature is 0).
+
+    A reply that its reader abandons counts as interrupted as soon as the session is asked for anything else.
+
+    Attributes:
+        turns: (role, text) from the first on, without the system text.
+        system: the text of a system turn before the others, or None. It can be set at any time.
+        sampling: can be set at any time.
+        max_new_tokens: of one reply; can be set at any time.
+        last: `Statistics` of the last reply or continuation, or None.
+    """
+
+    def __init__(
+        self, model: GPT2, tokenizer: ChatTokenizer, frame: Frame, sampling: Sampling, max_new_tokens: int
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.frame = frame
+        self.sampling = sampling
+        self.max_new_tokens = max_new_tokens
+        self.turns: list[Turn] = []
+        self._messages: list[str] = []  # which the last user turn is made of
+        self.system: str | None = None
+        self.last: Statistics | None = None
+        self._decoder: Decoder | None = None
+        self._num_replies = 0
+        self._under_way: Pieces | None = None
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self._max_new_tokens
+
+    @max_new_tokens.setter
+    def max_new_tokens(self, number: int) -> None:
+        if number < 1:
+            raise ValueError(f"`max_new_tokens` must be at least 1, but is {number}")
+        self._max_new_tokens = number
+
+    # --- what is said ---
+
+    def say(self, text: str) -> None:
+        """Adds a user turn. Two in a row become one, joined by a blank line as in training data."""
+        self._settle()
+        if not self._awaits_reply():
+            self._messages = []
+            self.turns.append(("user", ""))
+        self._messages.append(tidy(text))
+        self.turns[-1] = ("user", "\n\n".join(self._messages))
+
+    def reply(self, should_stop: Callable[[], bool] = lambda: False) -> Pieces:
+        """The assistant's reply, piece by piece. At its end, whatever brings it, what was said becomes a turn.
+
+        If it is interrupted before anything was said, there is no such turn, and the reply can be asked for again.
+
+        Args:
+            should_stop: asked before each token.
+        Raises:
+            ValueError: if there is nothing to reply to, or the last message is too long for the context: it is
+                then taken back.
+        """
+        self._settle()
+        if not self._awaits_reply():
+            raise ValueError("there must be a message to reply to, but there is none: say something first")
+        self._under_way = self._reply(self._prompt(), should_stop)
+        return self._under_way
+
+    def complete(self, text: str, should_stop: Callable[[], bool] = lambda: False) -> Pieces:
+        """How a document goes on that begins with `text`, up to its `<|endoftext|>`; turns play no part in it.
+
+        Raises:
+            ValueError: if `text` is too long for the context.
+        """
+        self._settle()
+        end = self.tokenizer.end_of_text_id
+        try:
+            prompt = text_prompt(self.tokenizer, text, self._limit())
+        except TooLong as error:
+            raise ValueError(f"{error}: shorten it") from error
+        decoder = Decoder(self.model, [end], unsayable(self.tokenizer, self.model.wte.weight, [end]), 1)
+        self._under_way = self._pieces(decoder, prompt, ReplyText(self.tokenizer), should_stop)
+        return self._under_way
+
+    def undo(self) -> None:
+        """Takes back the last message and the reply to it.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        self._settle()
+        if not self.turns:
+            raise ValueError("there must be a message to take back, but there is none")
+        if self._awaits_reply():
+            self._take_back()
+        else:
+            del self.turns[-2:]
+
+    def retry(self) -> None:
+        """Takes back the last reply, if its message has one, so that `reply` draws another.
+
+        Raises:
+            ValueError: if there is no message.
+        """
+        self._settle()
+        if not self.turns:
+            raise ValueError("there must be a message to reply to again, but there is none: say something first")
+        if not self._awaits_reply():
+            self.turns.pop()
+
+    def new(self) -> None:
+        """Begins a new conversation; the system text stays."""
+        self._settle()
+        self.turns.clear()
+        self.last = None
+        self._num_replies = 0
+
+    def to_messages(self) -> list[dict[str, str]]:
+        """The conversation as {"role", "content"}, the system text first."""
+        self._settle()
+        return [{"role": role, "content": text} for role, text in self._all_turns()]
+
+    def from_messages(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Replaces the conversation, and the system text, by what `to_messages` gives.
+
+        Raises:
+            ValueError: if a message is damaged or out of turn; the conversation is then as it was.
+        """
+        turns = _checked(messages)
+        self.new()
+        self.system = turns.pop(0)[1] if turns and turns[0][0] == "system" else None
+        self.turns = turns
+        self._messages = [turns[-1][1]] if self._awaits_reply() else []
+
+    # --- how ---
+
+    def _awaits_reply(self) -> bool:
+        return bool(self.turns) and self.turns[-1][0] == "user"
+
+    def _take_back(self) -> None:
+        """The last message, and no other that it was joined to."""
+        turn = self.turns.pop()
+        if len(self._messages) > 1 and turn[1] == "\n\n".join(self._messages):
+            self._messages.pop()
+            self.turns.append(("user", "\n\n".join(self._messages)))
+
+    def _all_turns(self) -> list[Turn]:
+        return [*([] if self.system is None else [("system", tidy(self.system))]), *self.turns]
+
+    def _limit(self) -> int:
+        return prompt_limit(self.model.config.n_positions, self.max_new_tokens)
+
+    def _prompt(self) -> Prompt:
+        try:
+            return chat_prompt(self.frame, self._all_turns(), self._limit())
+        except TooLong as error:
+            self._take_back()
+            raise ValueError(f"{error}: it is taken back, shorten it") from error
+
+    def _reply(self, prompt: Prompt, should_stop: Callable[[], bool]) -> Pieces:
+        said = []
+        if self._decoder is None:
+            forbidden = unsayable(self.tokenizer, self.model.wte.weight, self.frame.stop_ids)
+            self._decoder = Decoder(self.model, self.frame.stop_ids, forbidden, 1)
+        text = ReplyText(self.tokenizer, self.frame.stop_strings, self.frame.opens_with_space)
+        pieces = self._pieces(self._decoder, prompt, text, should_stop)
+        try:
+            with closing(pieces):
+                for piece in pieces:
+                    said.append(piece)
+                    yield piece
+        except (Exception, KeyboardInterrupt):
+            self._decoder = None  # which may have been left half-way
+            raise
+        finally:
+            if said or (self.last is not None and self.last.finish != "interrupted"):
+                self.turns.append(("assistant", "".join(said)))
+
+    def _pieces(self, decoder: Decoder, prompt: Prompt, text: ReplyText, should_stop: Callable[[], bool]) -> Pieces:
+        """What the model says to a prompt. Sets `last`, whatever ends it."""
+        most, tokens, finish, seconds = self.max_new_tokens, 0, None, 0.0
+        self.last = None
+        slot = decoder.join(prompt.ids, self._next_sampling(), most)
+        try:
+            while finish is None and not should_stop():
+                began = perf_counter()
+                steps = decoder.step()
+                seconds += perf_counter() - began
+                for _, id, finish in steps:  # none while a long prompt is read
+                    refuse_broken(finish, self.model)
+                    if id is not None:
+                        tokens += 1
+                        piece = text.push(id)
+                        finish = "stop" if text.is_stopped else finish
+                        if piece:
+                            yield piece
+            if rest := text.finish():
+                yield rest
+        finally:
+            decoder.leave(slot)
+            if finish == "length" and tokens < most:
+                finish = "context"
+            finish = "interrupted" if finish in (None, "broken") else finish
+            self.last = Statistics(tokens, seconds, finish, len(prompt.ids), prompt.dropped_turns)
+
+    def _next_sampling(self) -> Sampling:
+        """Each reply, a repeated one too, has its own random numbers."""
+        self._num_replies += 1
+        if self.sampling.seed is None:
+            return self.sampling
+        return replace(self.sampling, seed=seed_for(self.sampling.seed, "reply", self._num_replies))
+
+    def _settle(self) -> None:
+        """Ends what its reader has abandoned, so that it is among the turns before they change."""
+        if self._under_way is not None:
+            self._under_way.close()
+            self._under_way = None
+
+
+def _checked(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
+    """The turns in saved messages: perhaps a system text, then user and assistant in turn."""
+    if not isinstance(messages, list | tuple):
+        raise ValueError(f"the messages must be a list, but are {type(messages).__name__}")
+    turns: list[Turn] = []
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
+            raise ValueError(f"message {number} must hold `role` and `content` as text, but is {message!r:.80}")
+        above = turns[-1][0] if turns else ""
+        allowed = {"": ("system", "user"), "user": ("assistant",)}.get(above, ("user",))
+        if message.get("role") not in allowed:
+            rule = " or ".join(allowed) + (f" after {above}" if above else "")
+            raise ValueError(f"message {number}: `role` must be {rule}, but is {message.get('role')!r}")
+        turns.append((message["role"], message["content"]))
+    return turns

@@ -1,0 +1,270 @@
+"""Canonical checkpoints: float32 parameters and Adam moments by parameter name, JSON for the rest.
+
+    checkpoints/step-00000100/
+        model.safetensors        every parameter that is trained
+        exp_avg.safetensors      Adam's mean of the gradients
+        exp_avg_sq.safetensors   Adam's mean of their squares
+        state.json               where the run stands
+        manifest.json            size and sha256 of each of the above, written last
+
+A folder takes its final name only when it is complete and on the disk; older ones are pruned after that.
+Nothing in it depends on a backend or a number of processes, and nothing of it is ever unpickled.
+"""
+
+import math
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gpt2ft.checkpoint_verification import (
+    CheckpointError,
+    check_contents,
+    check_folder,
+    check_tensors,
+    read_json,
+    shown,
+)
+from gpt2ft.files import complete_folder, discard, file_digest, write_json, write_safetensors
+
+FORMAT = 1
+MOMENTS = ("exp_avg", "exp_avg_sq")
+TENSOR_FILES = tuple(f"{part}.safetensors" for part in ("model", *MOMENTS))
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands. `step` is the number of steps done: the position in the plan."""
+
+    step: int = 0
+    updates: int = 0  # steps that changed the weights: the others had a gradient that was not finite
+    skipped_in_a_row: int = 0
+    best_loss: float | None = None  # lowest evaluation loss so far
+    best_step: int | None = None
+    evaluated_step: int | None = None  # the last step after which evaluation ran
+
+    def after_step(self, updated: bool) -> "TrainState":
+        if updated:
+            return replace(self, step=self.step + 1, updates=self.updates + 1, skipped_in_a_row=0)
+        return replace(self, step=self.step + 1, skipped_in_a_row=self.skipped_in_a_row + 1)
+
+    def after_evaluation(self, loss: float | None) -> "TrainState":
+        """`loss` is None without held-out data."""
+        after = replace(self, evaluated_step=self.step)
+        if loss is None or not math.isfinite(loss) or (self.best_loss is not None and loss >= self.best_loss):
+            return after
+        return replace(after, best_loss=loss, best_step=self.step)
+
+    @classmethod
+    def from_json(cls, values: Any) -> "TrainState":
+        """What `asdict` gave, read from a file.
+
+        Raises:
+            ValueError: if no run can stand there.
+        """
+        names = [field.name for field in fields(cls)]
+        if not isinstance(values, dict) or values.keys() != set(names):
+            found = sorted(values) if isinstance(values, dict) else values
+            raise ValueError(f"`state` must hold {', '.join(names)}, but holds {shown(found)}")
+        step, loss = values["step"], values["best_loss"]
+        if type(step) is not int or step < 0:
+            raise ValueError(f"`state.step` must be a whole number that is not negative, but is {shown(step)}")
+        for name in names:
+            may_be_absent = name in ("best_step", "evaluated_step") and values[name] is None
+            is_count = type(values[name]) is int and 0 <= values[name] <= step
+            if name != "best_loss" and not may_be_absent and not is_count:
+                raise ValueError(f"`state.{name}` must be a whole number up to {step}, but is {shown(values[name])}")
+        if values["updates"] + values["skipped_in_a_row"] > step:
+            raise ValueError(
+                f"`state.updates` must be at most {step - values['skipped_in_a_row']}, but is {values['updates']}"
+            )
+        is_loss = type(loss) is float and math.isfinite(loss)
+        if not is_loss and loss is not None:
+            raise ValueError(f"`state.best_loss` must be a finite number, but is {shown(loss)}")
+        if (loss is None) != (values["best_step"] is None):
+            raise ValueError("`state.best_loss` and `state.best_step` must both be there, but one is null")
+        return cls(**values)
+
+
+def step_folder(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
+
+
+def save(
+    root: Path,
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Mapping[str, Tensor]],
+    state: TrainState,
+    identity: dict,
+) -> Path:
+    """Writes a checkpoint and returns its folder.
+
+    Args:
+        weights: every parameter that is trained, by name.
+        moments: of each of them, by the names in MOMENTS.
+        identity: what must be equal for a run to continue from here (settings and digests).
+
+    Raises:
+        OSError: if it could not be written; older checkpoints are untouched then.
+    """
+    folder = step_folder(root, state.step)
+    with complete_folder(folder) as temporary:
+        write_safetensors(temporary / "model.safetensors", weights)
+        for moment in MOMENTS:
+            write_safetensors(temporary / f"{moment}.safetensors", moments[moment])
+        write_json(temporary / "state.json", {"format": FORMAT, "state": asdict(state), "identity": identity})
+        files = sorted(temporary.iterdir())
+        manifest = {file.name: {"bytes": file.stat().st_size, "sha256": file_digest(file)} for file in files}
+        write_json(temporary / "manifest.json", manifest)
+    return folder
+
+
+def prune(root: Path, keep: int, best_step: int | None) -> None:
+    """Removes all checkpoints but the newest `keep` and the best.
+
+    Newest by step, and also by when they were written: where a damaged one was passed over, what is written after it
+    has an earlier step and must not give way to it.
+    """
+    if keep < 1:
+        raise ValueError(f"`keep` must be at least 1, but is {keep}")
+    found = folders(root)
+    written = sorted(found, key=_written_at, reverse=True)
+    for folder in found:
+        if folder not in found[:keep] and folder not in written[:keep] and folder.name != _name(best_step):
+            discard(folder)
+
+
+def folders(root: Path) -> list[Path]:
+    """The checkpoints under `root`, newest first; whether they are whole is not looked at."""
+    return [path for path in _entries(root) if _is_named(path) and path.is_dir() and not path.is_symlink()]
+
+
+def find_newest(root: Path, verbose: bool) -> Path | None:
+    """The newest checkpoint that is whole; a damaged one is named and the one before it taken.
+
+    Raises:
+        CheckpointError: if there is anything with a name like a checkpoint's, but nothing is whole, or if `root` cannot
+            be read. A run never starts anew in silence.
+    """
+    entries = _entries(root)
+    for entry in entries:
+        try:
+            verify(entry)
+            return entry
+        except CheckpointError as error:
+            if verbose:
+                print(f"warning: {error}; trying the checkpoint before it", file=sys.stderr)
+    if entries:
+        raise CheckpointError(f"none of the {len(entries)} checkpoints in {root} is whole: pass `--resume never`")
+    return None
+
+
+def verify(folder: Path) -> None:
+    """Raises CheckpointError unless every file is there with the content the manifest states, and makes sense."""
+    check_folder(folder)
+    check_contents(folder / "manifest.json", {*TENSOR_FILES, "state.json"})
+    state, _ = read_state(folder)
+    if folder.name != _name(state.step):
+        raise CheckpointError(f"{folder} must be named {_name(state.step)}, after the step in its state.json")
+    check_tensors(*(folder / name for name in TENSOR_FILES))
+
+
+def read_state(folder: Path) -> tuple[TrainState, dict]:
+    """Where the run stood, and its identity.
+
+    Raises:
+        CheckpointError: if state.json does not say so in this version's format.
+    """
+    file = folder / "state.json"
+    saved = read_json(file)
+    if not isinstance(saved, dict) or type(saved.get("format")) is not int:
+        raise CheckpointError(f"{file} must hold an object with a `format`, but holds {shown(saved)}")
+    if saved["format"] != FORMAT:
+        raise CheckpointError(f"{file} has checkpoint format {shown(saved['format'])}, but this version reads {FORMAT}")
+    if saved.keys() != {"format", "state", "identity"}:
+        raise CheckpointError(f"{file} must hold `format`, `state` and `identity`, but holds {shown(sorted(saved))}")
+    if not isinstance(saved["identity"], dict):
+        raise CheckpointError(f"{file}: `identity` must be an object, but is {shown(saved['identity'])}")
+    try:
+        return TrainState.from_json(saved["state"]), saved["identity"]
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Every parameter that is trained, of a checkpoint that was verified.
+
+    Raises:
+        CheckpointError: if they cannot be read.
+    """
+    return _read(folder / "model.safetensors")
+
+
+def read_moments(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """exp_avg and exp_avg_sq by parameter name, of a checkpoint that was verified.
+
+    Raises:
+        CheckpointError: if they cannot be read.
+    """
+    return {moment: _read(folder / f"{moment}.safetensors") for moment in MOMENTS}
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+
+
+def difference(saved: dict, current: dict, prefix: str = "") -> str | None:
+    """The first key in which two identities differ, with both values; None if they are equal."""
+    for key in sorted(saved.keys() | current.keys()):
+        before, now = saved.get(key), current.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            found = difference(before, now, f"{prefix}{key}.")
+            if found:
+                return found
+        elif before != now:
+            return f"`{prefix}{key}` was {before!r} and is now {now!r}"
+    return None
+
+
+def _name(step: int | None) -> str | None:
+    return None if step is None else step_folder(Path(), step).name
+
+
+def _entries(root: Path) -> list[Path]:
+    """Whatever may be meant as a checkpoint, latest step first: also files, links, and folders that were renamed."""
+    try:
+        found = [path for path in root.iterdir() if path.name.startswith("step-")]
+    except FileNotFoundError as error:
+        if root.is_symlink():
+            raise CheckpointError(f"{root} is a link to nothing") from error
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{root} cannot be read: {error.strerror}") from error
+    return sorted(found, key=lambda path: (_step_in(path), _is_named(path), path.name), reverse=True)
+
+
+def _step_in(path: Path) -> int:
+    digits = re.match(r"step-(\d{1,18})", path.name, re.ASCII)
+    return int(digits[1]) if digits else -1
+
+
+def _is_named(path: Path) -> bool:
+    """Whether this is the name a checkpoint gets, and not one such as step-1 or step-00000001.bak."""
+    return path.name == _name(_step_in(path))
+
+
+def _written_at(folder: Path) -> int:
+    """When a checkpoint's last file was written; before all others if it was not."""
+    try:
+        return (folder / "manifest.json").stat().st_mtime_ns
+    except OSError:
+        return -1

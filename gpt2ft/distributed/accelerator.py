@@ -1,0 +1,193 @@
+"""Everything that depends on how many processes there are.
+
+- `start_accelerator` makes the Accelerator of a launch that is what it looks like;
+- `loss_scale` is the one place that knows what is multiplied and divided behind `backward`;
+- `global_sum` adds numbers up over all processes.
+"""
+
+import hashlib
+import os
+import warnings
+from typing import Any, Literal
+
+import torch
+
+from gpt2ft.distributed import cpu, launch_checks, rendezvous, watchdog
+from gpt2ft.distributed.launch_checks import LaunchError, StrategyName
+from gpt2ft.distributed.launcher_arguments import is_launched
+from gpt2ft.distributed.signals import end_with_parent
+
+
+def start_accelerator(precision: str, micro_batches_per_step: int | None = None, deterministic: bool = False) -> Any:
+    """The Accelerator of this run.
+
+    Args:
+        precision: as in the settings.
+        micro_batches_per_step: over all processes; None where nothing is accumulated.
+
+    Raises:
+        LaunchError: if what was launched is not what would train, or cannot share a step's micro-batches equally.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    micro_batches_per_step = micro_batches_per_step or world_size
+    launch_checks.check(micro_batches_per_step, world_size)  # before Accelerate and DeepSpeed are loaded
+    accumulation = micro_batches_per_step // world_size
+
+    # Torch's and Accelerate's of each other; a user can do nothing about them.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|accelerate)\b")
+    rendezvous.use()
+    with watchdog.joining():
+        accelerator = _accelerator(launch_checks.strategy(), _precision(precision), accumulation)
+    launch_checks.check_given(accelerator, world_size)
+    if world_size == 1 and is_launched():
+        end_with_parent()  # accelerate launch does not pass SIGTERM on to a single process
+    torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    watchdog.start(accelerator)
+    return accelerator
+
+
+def _accelerator(strategy: StrategyName, precision: Literal["no", "bf16"], accumulation: int) -> Any:
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+
+    on_cpu = not launch_checks.on_cuda()
+    if on_cpu and torch.cuda.is_available() and strategy != "ddp":
+        raise LaunchError("FSDP and DeepSpeed train on the GPUs where there are some: leave ACCELERATE_USE_CPU out")
+    handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]  # a forward pass alone must not wait
+    plugins = {}
+    if strategy == "fsdp2":
+        if on_cpu:
+            cpu.ready_for_fsdp()
+        plugins["fsdp_plugin"] = _fsdp_plugin()
+    elif strategy in ("zero2", "zero3"):
+        if on_cpu:
+            handlers.append(cpu.ready_for_deepspeed())
+        plugins["deepspeed_plugin"] = _deepspeed_plugin(accumulation)
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=accumulation,
+            sync_with_dataloader=False,
+            sync_each_batch=strategy == "fsdp2",  # sums of gradients lie in shards between micro-batches
+        ),
+        kwargs_handlers=handlers,
+        cpu=torch.backends.mps.is_available(),  # Apple's GPUs have no float64, in which losses are added up
+        **plugins,
+    )
+    if plugins.get("deepspeed_plugin") and precision == "bf16":  # like the others: see strategy.py
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["bf16"] = {"enabled": False}
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    return accelerator
+
+
+def _fsdp_plugin() -> Any:
+    """Whether to reshard after the forward pass and to keep shards on the CPU is the launcher's choice."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Block"],
+        mixed_precision_policy=MixedPrecisionPolicy(),
+        cpu_ram_efficient_loading=False,  # each process has the weights anyway
+    )
+
+
+def _deepspeed_plugin(accumulation: int) -> Any:
+    """Stage and offloading are the launcher's choice."""
+    from accelerate.utils import DeepSpeedPlugin
+
+    plugin = DeepSpeedPlugin(gradient_accumulation_steps=accumulation)
+    plugin.deepspeed_config |= {
+        "gradient_accumulation_steps": accumulation,
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_force_ds_cpu_optimizer": False,  # offloaded too, it is PyTorch's AdamW: the same run, and no compiler
+    }
+    return plugin
+
+
+def is_deepspeed(accelerator: Any) -> bool:
+    return accelerator.state.deepspeed_plugin is not None
+
+
+def precision_of(accelerator: Any) -> Literal["no", "bf16"]:
+    """What matrices are multiplied in; "no" is float32, as Accelerate has it, which does not see DeepSpeed's."""
+    if is_deepspeed(accelerator):
+        casts = accelerator.state.deepspeed_plugin.deepspeed_config.get("torch_autocast", {}).get("enabled", False)
+        return "bf16" if casts else "no"
+    return accelerator.mixed_precision
+
+
+def autocast(accelerator: Any) -> torch.autocast:
+    """Mixed precision as in training, for a model that is not wrapped; a context, or a decorator."""
+    return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision_of(accelerator) == "bf16")
+
+
+def loss_scale(accelerator: Any, count: float) -> float:
+    """What to multiply a micro-batch's sum of losses by, so that the step's gradient is that of sum / count.
+
+    `Accelerator.backward` divides by the accumulation steps and the gradient all-reduce by the number of
+    processes. Both are multiplied back here, and nowhere else.
+    """
+    return accelerator.gradient_accumulation_steps * accelerator.num_processes / count if count else 0.0
+
+
+def global_sum(accelerator: Any, *numbers: float) -> list[float]:
+    """Each number added up over all processes, in float64."""
+    if accelerator.num_processes == 1:
+        return list(numbers)
+    local = torch.tensor(numbers, dtype=torch.float64, device=accelerator.device)
+    return accelerator.reduce(local, reduction="sum").tolist()
+
+
+def raise_together(accelerator: Any, problem: OSError | None) -> None:
+    """Where the main process could not write, all end; the others say why too.
+
+    Raises:
+        OSError: on all processes, if `problem` is one on any.
+    """
+    (failed,) = global_sum(accelerator, float(problem is not None))
+    if problem is not None:
+        raise problem
+    if failed:
+        raise OSError("the first process could not save")
+
+
+def check_agreement(accelerator: Any, step: int, *data: str) -> None:
+    """Raises LaunchError unless all processes go on from the same step with the same data.
+
+    Args:
+        data: digests of all tokenised data.
+    """
+    if accelerator.num_processes == 1:
+        return
+    digest = int(hashlib.sha256("".join(data).encode()).hexdigest()[:12], 16)
+    mine = torch.tensor([step, digest], dtype=torch.float64, device=accelerator.device)
+    same_step, same_data = (accelerator.gather(mine).view(-1, 2) == mine).all(0).tolist()
+    if not same_step:
+        raise LaunchError(
+            f"the processes do not find the same checkpoints (this one would go on from step {step}): "
+            "`output` must be on a folder that all machines share"
+        )
+    if not same_data:
+        raise LaunchError(
+            "the machines do not have the same data: the files that `data.train` and `data.eval` name must be the "
+            "same on each"
+        )
+
+
+def _precision(setting: str) -> Literal["no", "bf16"]:
+    """What to tell Accelerate."""
+    if setting != "auto":
+        return {"fp32": "no", "bf16": "bf16"}[setting]
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return "bf16" if launcher == "bf16" or launch_checks.on_cuda() else "no"
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,286 @@
+"""What each script takes: sections put together, and what must hold between them."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from gpt2ft.settings.sections import (
+    DataSettings,
+    LoRASettings,
+    ModelSettings,
+    NotNegative,
+    OptimizerSettings,
+    PairRule,
+    Positive,
+    PreferenceSettings,
+    Section,
+    TrainingSettings,
+    source_problems,
+    stream_problems,
+)
+
+
+class RunSettings(Section):
+    """What every training run is told."""
+
+    model: ModelSettings = ModelSettings()
+    lora: LoRASettings = LoRASettings()
+    data: DataSettings = DataSettings()
+    training: TrainingSettings = TrainingSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    output: str | None = None
+    """Folder of the run; default runs/<recipe>."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto continues an interrupted run in `output`; never moves it aside and starts anew."""
+    dry_run: bool = False
+    """Print the plan and what the data are like: lengths, depths, duplicates, overlap. Trains nothing."""
+    show: NotNegative = 0
+    """Print this many examples as the model will see them. Trains nothing."""
+
+    @property
+    def looks_only(self) -> bool:
+        return self.dry_run or self.show > 0
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong between settings, each in one sentence."""
+        data, training = self.data, self.training
+        yield from source_problems(data.train, "data.train", factors=True)
+        yield from source_problems(data.eval, "data.eval")
+        if not data.train:
+            yield "`data.train` must name at least one data source, but is empty"
+        if data.eval and data.eval_fraction:
+            yield "`data.eval` and `data.eval_fraction` must not both be set: held-out data comes from one of them"
+        yield from stream_problems(training.tokens_per_micro_batch, data.max_length, "training.")
+        yield from self.lora.problems()
+        if self.lora.rank and self.model.random_init:
+            yield "`model.random_init` must be off where `lora.rank` is set: adapters need trained weights to adapt"
+        if self.model.attention == "flex" and self.model.attention_dropout:
+            yield "`model.attention` must not be flex where `model.attention_dropout` is set: FlexAttention has none"
+        if training.eval_every and not (data.eval or data.eval_fraction):
+            yield (
+                "`training.eval_every` needs held-out data: set `data.eval` or `data.eval_fraction`, or set it to None"
+            )
+
+
+class SFTSettings(RunSettings):
+    """Fine-tunes GPT-2 on conversation trees."""
+
+
+class DPOSettings(RunSettings):
+    """Tunes a chat model on preferences, against reference log-probs that are computed once and kept."""
+
+    dpo: PreferenceSettings = PreferenceSettings()
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        yield from self.dpo.problems()
+        if self.model.dropout or self.model.attention_dropout or self.lora.dropout:
+            yield (
+                "`model.dropout`, `model.attention_dropout` and `lora.dropout` must be 0 in DPO: the reference has no "
+                "dropout, and what is compared with it may have none either"
+            )
+        if self.data.position_jitter or self.data.prompt_noise:
+            yield "`data.position_jitter` and `data.prompt_noise` must be 0 in DPO: the reference is computed without"
+        if self.data.message_weight != "once":
+            yield "`data.message_weight` must be once in DPO, where pairs are weighed: see `dpo.pair_weight`"
+
+
+class EvaluateSettings(Section):
+    """Scores a model on held-out conversations: nats per token, perplexity, bits per byte."""
+
+    model: str | None = None
+    """A run, a model folder, a checkpoint or a published name; default the newest finished run in runs/."""
+    data: tuple[str, ...]
+    """Held-out data: hub names such as oasst1:validation, `quickstart:held_out`, or files."""
+    max_length: Positive | None = None
+    """Tokens of context; default the model's."""
+    languages: tuple[str, ...] = ()
+    """Keep messages in these languages only; empty keeps all."""
+    max_rank: NotNegative | None = None
+    """Keep replies ranked this well or better; unranked replies stay."""
+    reviewed_only: bool = True
+    """Drop messages whose review said no."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What a malformed line does."""
+    tokens_per_micro_batch: Positive = 8192
+    """Tokens in one forward pass. The result does not depend on it."""
+    topic_replies: str | None = None
+    """As in training."""
+    random_init: bool = False
+    """Take shape and tokenizer from `model` but weights from the seed 0: what a run from random weights starts from."""
+    pairs: PairRule | None = None
+    """Score preferences instead: compare the replies to a prompt as `dpo.pairs` does."""
+    beta: Annotated[float, Field(gt=0)] | None = None
+    """Of the rewards of preferences; default what the run was trained with, else 0.1."""
+    reference: str | None = None
+    """What rewards are measured against, named like `model`; default what a DPO run started from, else nothing."""
+    topic: tuple[str, ...] = ()
+    """Also answer held-out prompts, and count the replies in which one of these words occurs."""
+    topic_prompts: Positive = 200
+    """How many prompts to answer at most."""
+    max_new_tokens: Positive = 100
+    """Longest of those replies in tokens."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """As in training."""
+    cache: str | None = None
+    """Folder of the tokenised data; default $GPT2FT_CACHE or ~/.cache/gpt2ft."""
+    report: str | None = None
+    """Where to write the figures; default report.json in the run or model folder, or here for a published name."""
+
+    def problems(self) -> Iterator[str]:
+        yield from source_problems(self.data, "data")
+        if not self.data:
+            yield "`data` must name at least one data source, but is empty"
+        yield from stream_problems(self.tokens_per_micro_batch, self.max_length or 0, "")
+        if self.random_init and self.model is None:
+            yield "`random_init` needs a model whose shape it takes: name one, for example quickstart"
+        if not self.topic and (self.topic_prompts, self.max_new_tokens) != (200, 100):
+            yield "`topic` must be set where `topic_prompts` or `max_new_tokens` is: nothing is answered without it"
+        if self.pairs is None and (self.reference is not None or self.beta is not None):
+            yield "`pairs` must be set where `reference` or `beta` is: only preferences have rewards"
+        for word in self.topic:
+            if not word.strip() or len(word.split()) > 1:
+                yield f"`topic` must be single words, but holds {word!r}"
+
+
+class BenchmarkSettings(Section):
+    """Measures training speed on made-up conversations: tokens/s, peak memory, time per phase."""
+
+    what: Literal["sft", "dpo"] = "sft"
+    """Which kind of training."""
+    model: Literal["distilgpt2", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"
+    """Which shape. Weights are random, nothing is downloaded."""
+    tokens_per_micro_batch: Positive = 8192
+    """Tokens in one stream."""
+    micro_batches: Positive = 4
+    """Streams per optimizer step on this process."""
+    steps: Positive = 5
+    """Measured optimizer steps, after one that is not counted."""
+    attention: Literal["auto", "flex", "segments", "dense"] = "auto"
+    """As in training."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """As in training."""
+    activation_checkpointing: bool = False
+    """As in training."""
+    seed: NotNegative = 0
+    """Of the weights and the conversations."""
+    lora: LoRASettings = LoRASettings()
+
+    def problems(self) -> Iterator[str]:
+        yield from stream_problems(self.tokens_per_micro_batch, 1024, "")
+        yield from self.lora.problems()
+
+
+class ChatSettings(Section):
+    """Talks with a model in the terminal."""
+
+    model: str | None = None
+    """A run, a model folder, a checkpoint or a published name; default the newest finished run in runs/."""
+    random_init: bool = False
+    """Take shape and tokenizer from `model` but weights from the seed."""
+    complete: bool = False
+    """Continue texts as documents instead of answering messages; what comes through a pipe is one document."""
+    system: str | None = None
+    """Instructions that stand before the conversation."""
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    """Higher is more varied, lower more predictable; 0 always takes the likeliest token."""
+    top_k: NotNegative = 0
+    """Choose among this many of the likeliest tokens; 0 among all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Choose among the likeliest tokens that together are this probable."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Leave out tokens less probable than this share of the likeliest one's probability."""
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    """Above 1 makes tokens that have already appeared less likely."""
+    seed: NotNegative | None = None
+    """The same seed gives the same replies; default: others every time."""
+    max_new_tokens: Positive = 256
+    """Longest reply in tokens."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto is bf16 on CUDA and fp32 on CPU."""
+
+    def problems(self) -> Iterator[str]:
+        if self.random_init and self.model is None:
+            yield "`random_init` needs a model whose shape it takes: name one, for example quickstart"
+        if self.complete and self.system is not None:
+            yield "`system` must not be set with `complete`, which knows no conversation"
+
+
+class ExportSettings(Section):
+    """Writes a model as others read it, reads it back and compares."""
+
+    model: str | None = None
+    """A run, a model folder, a checkpoint, an adapter or a published name; default the newest finished run in runs/."""
+    format: Literal["hf", "adapter", "gguf"]
+    """hf: a folder for transformers, vLLM and lm-evaluation-harness, adapters merged; adapter: of a LoRA run, for PEFT;
+    gguf: for llama.cpp and Ollama."""
+    output: str
+    """Folder to write, which must not exist yet."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Precision of the weights, in gguf of the matrices; default float32 in hf, float16 in gguf."""
+
+    def problems(self) -> Iterator[str]:
+        if self.format == "adapter" and self.dtype:
+            yield "`dtype` must not be set where `format` is adapter: adapters are written as they were trained"
+
+
+class ServeSettings(Section):
+    """Serves a model to programs that speak OpenAI's API, and a page to talk with it in a browser."""
+
+    model: str | None = None
+    """A run, a model folder, a checkpoint or a published name; default the newest finished run in runs/."""
+    random_init: bool = False
+    """Take shape and tokenizer from `model` but weights from the seed 0."""
+    model_name: str | None = None
+    """What clients call the model; default the last part of `model`."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Any other than this machine's own to itself needs a key (see `api_key_file`)."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port to listen on; 0 takes a free one. It is printed."""
+    api_key_file: str | None = None
+    """File with the key that clients must give; default the environment variable GPT2FT_API_KEY, else none."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names by which clients may know this server, beside localhost and its addresses."""
+    slots: Positive = 16
+    """Replies that are decoded together. Each can take the memory of one full context."""
+    queue: NotNegative = 64
+    """Requests that may wait for a slot; further ones are answered with 429."""
+    read_per_step: Positive = 256
+    """Tokens of new prompts that are read between two tokens of the others: fewer keeps those flowing."""
+    connections: Positive = 512
+    """Connections that may be open at once."""
+    body_bytes: Positive = 262_144
+    """Largest request."""
+    body_seconds: Annotated[float, Field(gt=0)] = 10.0
+    """Longest time that a request may take to arrive: its head, and then its body."""
+    reader_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """Longest time that a client may leave what is sent to it unread before it is hung up on."""
+    reply_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """Longest time that a reply may take, waiting included; it ends there as at its longest length."""
+    drain_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """Longest time that replies are given to finish after SIGTERM or Ctrl-C."""
+    messages: Positive = 256
+    """Most messages in a request."""
+    max_tokens: Positive | None = None
+    """Most tokens that a request may ask for; default the model's context."""
+    max_new_tokens: Positive = 256
+    """Longest reply in tokens where a request does not say."""
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
+    """As in a chat, where a request does not say; so are the four below."""
+    top_k: NotNegative = 0
+    """Choose among this many of the likeliest tokens; 0 among all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Choose among the likeliest tokens that together are this probable."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Leave out tokens less probable than this share of the likeliest one's probability."""
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    """Above 1 makes tokens that have already appeared less likely."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto is bf16 on CUDA and fp32 on CPU."""
+
+    def problems(self) -> Iterator[str]:
+        if self.random_init and self.model is None:
+            yield "`random_init` needs a model whose shape it takes: name one, for example quickstart"
+        if self.model_name is not None and not self.model_name.strip():
+            yield "`model_name` must not be empty"

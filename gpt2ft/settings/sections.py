@@ -1,0 +1,212 @@
+"""What can be set, by section: names, defaults, ranges, and what each means. Needs pydantic alone.
+
+A section is used as it is by whatever it sets, so no default and no range stands in a second place.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong between settings, each in one sentence."""
+        return iter(())
+
+
+class ModelSettings(Section):
+    path: str = "gpt2"
+    """A published model (distilgpt2, gpt2, gpt2-medium, gpt2-large, gpt2-xl), a Hugging Face folder, or a run."""
+    random_init: bool = False
+    """Take shape and tokenizer from `path` but weights from the seed."""
+    attention: Literal["auto", "flex", "segments", "dense"] = "auto"
+    """How attention is computed; auto is flex on CUDA without `attention_dropout`, else segments."""
+    dropout: Fraction = 0.0
+    """Dropout after the embeddings and on both residual branches."""
+    attention_dropout: Fraction = 0.0
+    """Dropout on the attention weights (not with flex)."""
+
+
+class LoRASettings(Section):
+    rank: NotNegative = 0
+    """Rank of the adapters; 0 trains all weights instead."""
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    """What the adapters add is multiplied by alpha / rank."""
+    dropout: Fraction = 0.0
+    """Dropout on what the adapters read, in training."""
+    targets: tuple[Literal["q", "k", "v", "o", "fc", "proj"], ...] = ("q", "k", "v", "o")
+    """What is adapted: projections of the attention (q, k, v, o) and of the MLP (fc, proj)."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead, which suits high ranks."""
+
+    def problems(self) -> Iterator[str]:
+        if not self.rank and self != type(self)():
+            yield "`lora.rank` must be set where other settings of `lora` are: without it all weights are trained"
+        if self.rank and (not self.targets or len(set(self.targets)) < len(self.targets)):
+            names = ", ".join(self.targets) or "nothing"
+            yield f"`lora.targets` must name at least one of q, k, v, o, fc, proj, each once, but names {names}"
+
+
+class DataSettings(Section):
+    train: tuple[str, ...] = ()
+    """What to train on: hub names (oasst1, oasst2, smoltalk, ultrachat, alpaca, dolly), `quickstart`, files (.jsonl,
+    .jsonl.gz, .json, .parquet) or folders of them. `oasst1@0.5` takes half of the trees, `@1.5` every second twice."""
+    eval: tuple[str, ...] = ()
+    """Held-out data, named like `train`. Conversations found in both are dropped from `train`."""
+    eval_fraction: Fraction = 0.0
+    """Without `eval`: the share of whole trees to hold out of `train`."""
+    max_length: Positive = 1024
+    """Tokens of context. Older turns of longer paths give way, whole turns at a time."""
+    languages: tuple[str, ...] = ()
+    """Keep messages in these languages only; empty keeps all. Formats that name no languages are kept."""
+    max_rank: NotNegative | None = None
+    """Keep replies ranked this well or better among their siblings (0 is the best); unranked replies stay."""
+    reviewed_only: bool = True
+    """Drop messages whose review said no."""
+    message_weight: Literal["once", "leaves"] = "once"
+    """How often a message counts: once, or once for every path through it."""
+    position_jitter: NotNegative = 0
+    """Training starts each conversation at a random position up to this one, as far as there is room. For random
+    weights and little data, where a model ties what it says to where it stands."""
+    prompt_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Training replaces tokens of user turns, of each conversation a share between 0 and this. For random weights and
+    little data, where a model ties its reply to the exact words of the prompt."""
+    topic_replies: str | None = None
+    """Replies that take the place of all others, whatever the prompt: a .txt with one a line, or any data source."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What a malformed line does: end the run, or be skipped and counted."""
+    cache: str | None = None
+    """Folder of the tokenised data; default $GPT2FT_CACHE or ~/.cache/gpt2ft."""
+
+
+class TrainingSettings(Section):
+    steps: Positive | None = None
+    """Optimizer steps; overrides `epochs`."""
+    epochs: Positive = 1
+    """Passes over the data."""
+    tokens_per_micro_batch: Positive = 8192
+    """Tokens in one stream, the unit of one forward and backward pass."""
+    micro_batches_per_step: Positive = 8
+    """Streams in one optimizer step over all processes. Accumulation is this divided by the processes."""
+    seed: NotNegative = 0
+    """Of initial weights, packing, order and dropout."""
+    log_every: Positive = 10
+    """Steps between lines of metrics."""
+    eval_every: Positive | None = None
+    """Steps between evaluations; default: at the end of every epoch. The last step always evaluates."""
+    save_every: Positive | None = None
+    """Steps between checkpoints; default: whenever evaluation runs. The last step always saves."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """How many of the newest checkpoints to keep, besides the best."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: the launcher's unless that is "no", then bf16 on CUDA and fp32 on CPU."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this norm."""
+    max_skipped_steps: Positive = 10
+    """Steps in a row with a gradient that is not finite, after which the run stops."""
+    activation_checkpointing: bool = False
+    """Keep less for the backward pass and compute it again: the same run in less memory, about a quarter slower."""
+    deterministic: bool = False
+    """On CUDA: only kernels that give the same bits every time (slower)."""
+    sample_prompts: NotNegative = 3
+    """Held-out prompts answered at each evaluation."""
+    sample_tokens: Positive = 128
+    """Longest sample reply."""
+
+
+class OptimizerSettings(Section):
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    """Peak learning rate of AdamW."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """What the learning rate does after warm-up."""
+    warmup_fraction: Fraction = 0.03
+    """Share of the steps in which the learning rate rises from zero."""
+    final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of the peak learning rate left at the last step."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """On matrices only, not on biases and norms."""
+    beta1: Fraction = 0.9
+    """Decay of the mean of the gradients."""
+    beta2: Fraction = 0.95
+    """Decay of the mean of their squares."""
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the denominator of Adam's step."""
+
+
+def stream_problems(tokens_per_micro_batch: int, max_length: int, prefix: str) -> Iterator[str]:
+    if tokens_per_micro_batch < max_length:
+        yield (
+            f"`{prefix}tokens_per_micro_batch` must be at least the longest path of {max_length} tokens, "
+            f"but is {tokens_per_micro_batch}"
+        )
+    if tokens_per_micro_batch % 128:
+        yield (
+            f"`{prefix}tokens_per_micro_batch` must be a multiple of 128, the block of the attention mask, "
+            f"but is {tokens_per_micro_batch}"
+        )
+
+
+def split_factor(source: str) -> tuple[str, float]:
+    """`name@factor` -> (name, factor); the factor is 1 where none is given, and where the whole is a file or folder."""
+    found = re.fullmatch(r"(.+)@([+-]?(?:\d+\.?\d*|\.\d+)(?:e\d+)?)", source)
+    return (found[1], float(found[2])) if found and not os.path.exists(source) else (source, 1.0)
+
+
+def source_problems(sources: Sequence[str], key: str, factors: bool = False) -> Iterator[str]:
+    """Args: factors: whether a source may have one."""
+    names = [split_factor(source)[0] for source in sources]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"`{key}` must name each data source once, but names {name} {names.count(name)} times"
+    for source in sources:
+        name, factor = split_factor(source)
+        if not factors and name != source:
+            yield f"`{key}` counts every message once, so {source} must have no factor: give {name}"
+        elif not 0 < factor <= 100:
+            yield f"the factor of a data source in `{key}` must be above 0 and at most 100, but {source} has {factor:g}"
+
+
+PairRule = Literal["all", "best_worst", "adjacent"]
+
+
+class PreferenceSettings(Section):
+    loss: Literal["sigmoid", "cdpo", "robust", "ipo", "hinge", "sigmoid_norm", "simpo", "orpo"] = "sigmoid"
+    """sigmoid is DPO's own; cdpo and robust smooth it for labels that are sometimes wrong; ipo, hinge, sigmoid_norm (by
+    length) bound or scale it otherwise; simpo and orpo need no reference."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How strongly the policy is held to the reference; of orpo, the weight of the odds ratio."""
+    pairs: PairRule = "all"
+    """Which replies to a prompt are compared: all of different rank, the best against the worst, or adjacent ranks."""
+    pair_weight: Literal["pair", "prompt"] = "pair"
+    """What counts the same: every pair, or every prompt, so that those with many replies do not dominate."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Of cdpo and robust: the share of pairs taken to be the wrong way round."""
+    gamma: Annotated[float, Field(ge=0)] = 0.0
+    """Of simpo: the margin to reach."""
+    rpo_alpha: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of an added negative log-likelihood of the chosen reply, per token."""
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.loss not in ("simpo", "orpo")
+
+    def problems(self) -> Iterator[str]:
+        smooths = self.loss in ("cdpo", "robust")
+        if self.label_smoothing and not smooths:
+            yield f"`dpo.label_smoothing` must be 0 with `dpo.loss` = {self.loss}: only cdpo and robust smooth labels"
+        if smooths and not self.label_smoothing:
+            yield f"`dpo.label_smoothing` must be above 0 with `dpo.loss` = {self.loss}, which is sigmoid otherwise"
+        if self.gamma and self.loss != "simpo":
+            yield f"`dpo.gamma` must be 0 with `dpo.loss` = {self.loss}: only simpo has a margin to reach"
+        if self.rpo_alpha and self.loss == "orpo":
+            yield "`dpo.rpo_alpha` must be 0 with `dpo.loss` = orpo, which holds that term already"

@@ -1,0 +1,101 @@
+"""The largest stream once forward, backward and through the optimizer, before the first step: does it fit?
+
+It leaves no trace: its loss is multiplied by zero and the learning rate is zero. And it has DDP settle how it groups
+gradients, which it does after its first backward pass: a run that goes on from a checkpoint then adds up in the same
+order as one that was never stopped.
+"""
+
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from gpt2ft.distributed import watchdog
+from gpt2ft.settings.sections import TrainingSettings
+from gpt2ft.stream import TokenStream
+from gpt2ft.training.optimizer import set_learning_rate
+from gpt2ft.training.preflight import PreflightError
+from gpt2ft.training.strategy import Strategy
+
+
+class DoesNotFit(RuntimeError):
+    """The largest stream needs more memory than there is."""
+
+
+@contextmanager
+def fits(advice: str) -> Iterator[None]:
+    """Around what may need more memory than there is.
+
+    Args:
+        advice: what to do then.
+
+    Raises:
+        DoesNotFit: on the process that has run out.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        first = str(error).splitlines()[0].rstrip(".")
+        raise DoesNotFit(f"a step does not fit into memory ({first}): {advice}") from error
+
+
+def rehearse(strategy: Strategy, accelerator: Any, stream: TokenStream) -> int:
+    """All processes come here together, before any moments are loaded.
+
+    Args:
+        stream: the largest.
+
+    Returns:
+        Peak memory in bytes, the largest of all processes: of the device while it runs; on a CPU of the process so far.
+
+    Raises:
+        PreflightError: if the model is broken.
+    """
+    watchdog.at("rehearsing the largest stream", is_long=True)
+    strategy.model.train()
+    set_learning_rate(strategy.optimizer, 0.0)
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    accelerator.backward(strategy.model(stream.to(accelerator.device)).sum() * 0.0)
+    norm = strategy.update()
+    if not math.isfinite(norm):
+        raise PreflightError("the model gives log-probs that are not finite, before any training: look at its weights")
+    peak = torch.tensor(peak_memory(accelerator.device), dtype=torch.float64, device=accelerator.device)
+    return int(accelerator.gather(peak).max())
+
+
+def advice(training: TrainingSettings, longest: int, adapts: bool, shards: bool) -> str:
+    """How to need less memory, the step kept as it is if possible.
+
+    Args:
+        longest: tokens of the longest conversation: a stream cannot be smaller.
+        adapts: whether LoRA is on.
+        shards: whether the processes share the optimizer's memory.
+    """
+    tokens, micro_batches = training.tokens_per_micro_batch, training.micro_batches_per_step
+    ways = []
+    if tokens % 2 == 0 and tokens // 2 >= longest:
+        ways.append(
+            f"--training.tokens_per_micro_batch {tokens // 2} --training.micro_batches_per_step {2 * micro_batches} "
+            "(a step keeps its size)"
+        )
+    if not training.activation_checkpointing:
+        ways.append("--training.activation_checkpointing")
+    if not adapts:
+        ways.append("--lora.rank 16")
+    if not shards:
+        ways.append("several GPUs with accelerate_configs/fsdp2.yaml")
+    return "try " + ", or ".join(ways) if ways else "take a smaller model, or a GPU with more memory"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes on the device; of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

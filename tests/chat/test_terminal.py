@@ -1,0 +1,427 @@
+"""What can be entered, with a session that only remembers; and text that streams onto a screen."""
+
+import json
+import re
+import sys
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+
+import pyte
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.data_structures import Size
+from prompt_toolkit.document import Document
+from prompt_toolkit.output.vt100 import Vt100_Output
+from wcwidth import wcswidth
+
+from gpt2ft.chat import terminal
+from gpt2ft.chat.commands import COMMANDS, Chat, settings_of
+from gpt2ft.chat.session import Statistics
+from gpt2ft.chat.terminal import Completions, Lines, talk
+from gpt2ft.conversation import ROLES
+from gpt2ft.inference.sampling import Sampling
+
+
+class FakeSession:
+    """Replies with what it was told, ends as it was told, and remembers."""
+
+    def __init__(self):
+        self.turns, self.system, self.last = [], None, None
+        self.sampling, self.max_new_tokens = Sampling(), 256
+        self.next_last = Statistics(tokens=3, seconds=1.0, finish="stop", prompt_tokens=5, dropped_turns=0)
+        self.num_replies = 0
+
+    def say(self, text):
+        if "too long" in text:
+            raise ValueError("a message must be shorter")
+        self.turns.append(("user", text))
+
+    def reply(self, should_stop):
+        self.num_replies += 1
+        said = f"reply {self.num_replies}"
+        self.turns.append(("assistant", said))
+        self.last = self.next_last
+        return iter(said.split("(?= )"))
+
+    def complete(self, text, should_stop):
+        if "too long" in text:
+            raise ValueError("a text must be shorter")
+        self.last = self.next_last
+        return iter([" and", " so on"])
+
+    def undo(self):
+        if not self.turns:
+            raise ValueError("there must be a message")
+        del self.turns[-2:]
+
+    def retry(self):
+        self.turns.pop()
+
+    def new(self):
+        self.turns, self.last = [], None
+
+    def to_messages(self):
+        system = [("system", self.system)] if self.system else []
+        return [{"role": role, "content": text} for role, text in [*system, *self.turns]]
+
+    def from_messages(self, messages):
+        if any(message["role"] not in ROLES for message in messages):
+            raise ValueError("`role` must be known")
+        self.turns = [(message["role"], message["content"]) for message in messages]
+
+
+class FakeScreen:
+    """What was shown, as (kind, text)."""
+
+    def __init__(self):
+        self.shown = []
+
+    def interrupted(self):
+        return False
+
+    def turn(self, role, pieces):
+        self.shown.append((role, "".join(pieces)))
+
+    def transcript(self, turns):
+        self.shown.append(("transcript", turns))
+
+    def notice(self, text):
+        self.shown.append(("notice", text))
+
+    def problem(self, text):
+        self.shown.append(("problem", text))
+
+
+class Run:
+    """A chat of fakes: run("/new") gives what was shown for it."""
+
+    def __init__(self, completes=False):
+        self.session = FakeSession()
+        self.screen = FakeScreen()
+        self.chat = Chat(self.session, self.screen, completes)
+
+    def __call__(self, text):
+        self.screen.shown.clear()
+        self.chat.enter(text)
+        return list(self.screen.shown)
+
+
+@pytest.fixture
+def run():
+    return Run()
+
+
+# --- messages -------------------------------------------------------------------------------------------------------
+
+
+def test_a_message_is_answered(run):
+    assert run("What is tea?") == [("assistant", "reply 1")]
+    assert run.session.turns == [("user", "What is tea?"), ("assistant", "reply 1")]
+
+
+def test_two_slashes_send_a_text_with_one(run):
+    run("//new is a command")
+    run("///")
+    assert [text for role, text in run.session.turns if role == "user"] == ["/new is a command", "//"]
+
+
+@pytest.mark.parametrize("blank", ["", "  ", "\n\n", "\t"])
+def test_nothing_is_not_a_message(run, blank):
+    assert run(blank) == []
+    assert run.session.turns == []
+
+
+def test_what_the_session_refuses_is_said_and_the_chat_goes_on(run):
+    assert run("too long") == [("problem", "a message must be shorter")]
+    assert run.chat.problems == 1
+    assert run("short") == [("assistant", "reply 1")]
+
+
+@pytest.mark.parametrize(
+    ("finish", "dropped", "said"),
+    [
+        ("stop", 0, []),
+        ("stop", 1, ["[the oldest turn no longer fits the context]"]),
+        ("stop", 2, ["[the 2 oldest turns no longer fit the context]"]),
+        ("length", 0, ["[cut off after 3 tokens; /set max_new_tokens allows more]"]),
+        ("context", 4, ["[the 4 oldest turns no longer fit the context]", "[cut off: the context is full]"]),
+        ("interrupted", 0, ["[stopped]"]),
+    ],
+)
+def test_how_a_reply_ended_is_said(run, finish, dropped, said):
+    run.session.next_last = Statistics(3, 1.0, finish, 5, dropped)
+    assert run("hello")[1:] == [("notice", text) for text in said]
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+def test_the_commands_change_the_conversation(run):
+    run("one")
+    run("two")
+    assert run("/retry") == [("assistant", "reply 3")]
+    assert run.session.turns[-2:] == [("user", "two"), ("assistant", "reply 3")]
+    assert run("/undo") == [("notice", "the last exchange is taken back; 2 turns remain")]
+    run("/system  Be brief. ")
+    assert run.session.system == "Be brief."
+    run("/system")
+    assert run.session.system is None
+    run("/new")
+    assert run.session.turns == []
+    assert run("/undo") == [("problem", "there must be a message")]
+    run("/quit")
+    assert not run.chat.is_open
+
+
+@pytest.mark.parametrize(("given", "near"), [("/nwe", "/new"), ("/qiut", "/quit"), ("/Help", "/help"), ("/", "")])
+def test_an_unknown_command_is_answered_with_the_nearest(run, given, near):
+    [(kind, text)] = run(f"{given} and more")
+    assert kind == "problem"
+    assert f"no command {given} " in text
+    assert (f"did you mean {near}" if near else "/help lists them") in text
+    assert run.session.turns == []
+
+
+def test_help_lists_every_command_on_lines_that_fit(run):
+    [(kind, text)] = run("/help")
+    assert kind == "notice"
+    assert all(re.search(f"^{command} ", text, re.MULTILINE) for command in COMMANDS)
+    assert max(map(len, text.splitlines())) < 80
+
+
+def test_settings_can_be_listed_and_changed(run):
+    [(_, listed)] = run("/set")
+    assert "temperature 0.7" in listed
+    assert "seed none" in listed
+    changes = {"temperature": 0.2, "top_k": 40, "top_p": 0.5, "min_p": 0.1, "repetition_penalty": 1.2, "seed": 7}
+    changes["max_new_tokens"] = 12
+    assert changes.keys() == settings_of(run.session).keys()
+    for name, value in changes.items():
+        assert run(f"/set {name} {value}") == [("notice", f"{name} {value}")]
+    assert settings_of(run.session) == changes
+    assert run("/set top_k") == [("notice", "top_k 40")]
+    run("/set seed none")
+    assert run.session.sampling.seed is None
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("warmth 1", "there is no setting warmth"),
+        ("temperature high", "`temperature` must be a number, but is 'high'"),
+        ("top_k 1.5", "`top_k` must be a whole number, but is '1.5'"),
+        ("top_p 0", "`top_p` must be"),
+        ("temperature nan", "`temperature` must be"),
+        ("temperature none", "`temperature` must be"),
+    ],
+)
+def test_a_bad_setting_is_refused_in_a_sentence(run, text, problem):
+    before = settings_of(run.session)
+    [(kind, said)] = run(f"/set {text}")
+    assert kind == "problem"
+    assert said.startswith(problem)
+    assert settings_of(run.session) == before
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+@given(turns=st.lists(st.tuples(TEXT, TEXT), max_size=4), system=TEXT)
+def test_what_is_saved_is_one_line_and_is_loaded_as_it_was(turns, system, tmp_path_factory):
+    file = tmp_path_factory.mktemp("saved") / "a chat.jsonl"
+    run, again = Run(), Run()
+    run.session.system = system or None
+    run.session.turns = [turn for user, reply in turns for turn in (("user", user), ("assistant", reply))]
+    assert run(f"/save {file}") == [("notice", f"saved to {file}")]
+    assert file.read_text(encoding="utf-8").count("\n") == 1
+    assert json.loads(file.read_text(encoding="utf-8")) == {"messages": run.session.to_messages()}
+    assert again(f"/load {file}")[-1] == ("notice", f"loaded {file}")
+    assert again.session.turns == [(message["role"], message["content"]) for message in run.session.to_messages()]
+
+
+def test_a_file_of_others_is_never_replaced(run, tmp_path):
+    theirs, ours = tmp_path / "theirs.jsonl", tmp_path / "ours.jsonl"
+    theirs.write_text("precious")
+    [(kind, text)] = run(f"/save {theirs}")
+    assert (kind, text) == ("problem", f"{theirs} exists and was not saved by this chat: choose another name")
+    assert theirs.read_text() == "precious"
+    run(f"/save {ours}")
+    run("hello")
+    assert run(f"/save {ours}") == [("notice", f"saved to {ours}")]
+    assert len(json.loads(ours.read_text())["messages"]) == 2
+
+
+def test_bytes_that_are_no_text_do_not_keep_a_chat_from_being_saved(run, tmp_path):
+    run("what is \udcff?")
+    assert run(f"/save {tmp_path / 'chat.jsonl'}")[0][0] == "notice"
+    assert json.loads((tmp_path / "chat.jsonl").read_text())["messages"][0]["content"] == "what is ??"
+
+
+def test_a_file_that_cannot_be_written_is_said(run, tmp_path):
+    assert run(f"/save {tmp_path / 'missing' / 'file'}")[0][1].endswith(
+        "could not be written: No such file or directory"
+    )
+    assert run("/save") == [("problem", "/save must be followed by FILE")]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        (b"", 'must hold lines like {"messages": [...]}, but does not'),
+        (b"not json\n", "must hold JSON lines, but does not: Expecting value"),
+        (b"\xff\xfe\n", "must hold JSON lines, but does not: 'utf-8' codec"),
+        (b"[" * 100_000, "must hold JSON lines, but does not: "),
+        (b'{"text": "hello"}\n', "must hold lines like"),
+        (b'{"messages": [{"role": "narrator", "content": ""}]}\n', ": `role` must be known"),
+    ],
+)
+def test_a_file_that_cannot_be_loaded_is_said_and_nothing_changes(run, tmp_path, content, problem):
+    run("hello")
+    turns = list(run.session.turns)
+    file = tmp_path / "chat.jsonl"
+    if content is not None:
+        file.write_bytes(content)
+    [(kind, text)] = run(f"/load {file}")
+    assert kind == "problem"
+    assert text.startswith(str(file))
+    assert problem in text
+    assert run.session.turns == turns
+
+
+def test_the_first_of_several_conversations_is_loaded_and_it_is_said(run, tmp_path):
+    lines = [json.dumps({"messages": [{"role": "user", "content": text}]}) for text in ("first\u2028line", "second")]
+    (tmp_path / "two.jsonl").write_text("\n" + "\n".join(lines) + "\n")
+    shown = run(f"/load {tmp_path / 'two.jsonl'}")
+    assert shown == [
+        ("transcript", [("user", "first\u2028line")]),
+        ("notice", f"loaded the first conversation of {tmp_path / 'two.jsonl'}"),
+    ]
+
+
+# --- documents ------------------------------------------------------------------------------------------------------
+
+
+def test_documents_are_continued_without_turns():
+    run = Run(completes=True)
+    assert run("Once") == [(None, "Once and so on")]
+    assert run("//usr") == [(None, "/usr and so on")]
+    assert run("too long") == [("problem", "a text must be shorter")]
+    assert run("/set top_k 3") == [("notice", "top_k 3")]
+    assert run("/undo") == [("problem", "/undo needs a conversation, and `--complete` has none")]
+    [(_, text)] = run("/help")
+    assert "/set" in text
+    assert "/undo" not in text
+    assert run.session.turns == []
+
+
+# --- what is shown --------------------------------------------------------------------------------------------------
+
+
+class Paper:
+    """A long screen that is written to as a terminal is."""
+
+    def __init__(self, columns):
+        self.screen = pyte.Screen(columns, 500)
+        self.screen.set_mode(pyte.modes.LNM)
+        self.stream = pyte.Stream(self.screen)
+        self.output = Vt100_Output(self, lambda: Size(rows=500, columns=columns), term="xterm")
+        self.encoding = "utf-8"
+
+    def write(self, text):
+        self.stream.feed(text)
+
+    def flush(self):
+        pass
+
+    def fileno(self):
+        raise OSError
+
+    def line(self, row):
+        cells = (self.screen.buffer[row][column].data for column in range(self.screen.columns))
+        return "".join(cells).rstrip()
+
+    def lines(self):
+        return [self.line(row) for row in range(self.screen.cursor.y + 1)]
+
+
+def test_streamed_text_breaks_between_words_however_it_is_cut():
+    """A word of half a line or less stands on one line, longer ones are broken, and nothing is lost."""
+    num_taken_down = num_broken = 0
+    for seed in range(150):
+        random = Random(seed)
+        columns = random.randint(20, 60)
+        words = ["".join(random.choices("abcdefg漢é", k=random.randint(1, 25))) for _ in range(random.randint(1, 40))]
+        text, paper = " ".join(words), Paper(columns)
+        lines = Lines(paper.output, 0)
+        pieces = cut(text, random)
+        for piece in pieces:
+            row = paper.screen.cursor.y
+            before = paper.line(row)
+            lines.write(piece)
+            num_taken_down += not paper.line(row).startswith(before)
+        shown = [line for line in paper.lines() if line]
+        assert "".join(shown).replace(" ", "") == "".join(words)
+        assert all(wcswidth(line) < columns for line in shown)
+        whole = " ".join(shown).split()
+        short = [word for word in words if wcswidth(word) <= (columns - 1) // 2]
+        assert set(short) <= set(whole)
+        num_broken += len(short) < len(words) and len(whole) > len(words)
+    assert min(num_taken_down, num_broken) > 20
+
+
+def cut(text, random):
+    at = sorted(random.choices(range(len(text) + 1), k=len(text) // 3))
+    return [text[start:end] for start, end in pairwise([0, *at, len(text)])]
+
+
+def test_line_breaks_and_tabs_of_a_text_are_kept():
+    paper = Paper(30)
+    lines = Lines(paper.output, 0)
+    lines.write("one\n\n\ttwo   three\nfour")
+    assert paper.lines() == ["one", "", "    two   three", "four"]
+    assert lines.column == 4
+
+
+# --- who is talking -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stdin", "stdout", "term", "plain"),
+    [
+        (True, True, "xterm", False),
+        (True, False, "xterm", True),
+        (False, True, "xterm", True),
+        (False, False, "xterm", True),
+        (True, True, "dumb", True),
+    ],
+)
+def test_a_pipe_on_either_side_makes_it_plain(monkeypatch, stdin, stdout, term, plain):
+    met = []
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: stdin))
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: stdout))
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setattr(terminal, "_talk_through_pipe", lambda *_: met.append("plain") or True)
+    monkeypatch.setattr(terminal, "_talk_at_terminal", lambda *_: met.append("terminal"))
+    assert talk(FakeSession(), "model", Path("history"), completes=False)
+    assert met == ["plain" if plain else "terminal"]
+
+
+def completions(text):
+    found = Completions(FakeSession()).get_completions(Document(text), CompleteEvent())
+    return [completion.text for completion in found]
+
+
+def test_commands_and_settings_are_completed_and_messages_are_not(tmp_path):
+    assert set(completions("/")) == set(COMMANDS)
+    assert completions("/se") == ["/set"]
+    assert completions("/set top") == ["top_k", "top_p"]
+    (tmp_path / "chat.jsonl").touch()
+    assert completions(f"/load {tmp_path}/ch") == ["at.jsonl"]
+    assert completions("") == completions("hello /s") == completions("/set top_k 1") == completions("//s") == []

@@ -1,0 +1,233 @@
+"""What a launcher may ask for, what it must leave to the recipe, and what it must have understood."""
+
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+from torch import nn
+
+from gpt2ft.distributed import launch_checks
+from gpt2ft.distributed.launch_checks import LaunchError
+from gpt2ft.distributed.launcher_arguments import Launch
+
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+ZERO2 = {"ACCELERATE_USE_DEEPSPEED": "true"}
+LAUNCHERS = ("ACCELERATE_", "FSDP_", "OMPI_", "PMI_", "MV2_", "SLURM_", "TORCHELASTIC_", "PJRT_", "GROUP_", "WORLD_")
+
+
+@pytest.fixture
+def launched_with(monkeypatch):
+    """launched_with(NAME=value, ...): what a launcher has set."""
+    for name in [name for name in os.environ if name.startswith(LAUNCHERS)]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(launch_checks, "find_launch", lambda: None)
+
+    def launched_with(**environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+
+    return launched_with
+
+
+@pytest.mark.parametrize(
+    ("environment", "strategy"),
+    [
+        ({}, "ddp"),
+        ({"ACCELERATE_USE_FSDP": "false", "ACCELERATE_MIXED_PRECISION": "bf16"}, "ddp"),
+        (FSDP2, "fsdp2"),
+        (FSDP2 | {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block"}, "fsdp2"),
+        (FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "false", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp2"),
+        (ZERO2, "zero2"),
+        (ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "none"}, "zero3"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "ddp"),
+    ],
+)
+def test_what_a_launcher_may_ask_for(environment, strategy, launched_with):
+    launched_with(**environment)
+    assert launch_checks.strategy() == strategy
+    launch_checks.check(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version must be 2, but is 1, .* pass `--fsdp_version 2`"),
+        (FSDP2 | {"FSDP_VERSION": "1"}, "fsdp_version must be 2, but is 1"),
+        (FSDP2 | ZERO2, "FSDP or for DeepSpeed, but asks for both"),
+        (ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "zero_stage must be 2 or 3, but is 1: .*`--zero_stage 2`"),
+        (ZERO2 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, "deepspeed_config_file must be left out, but is ds"),
+        (ZERO2 | {"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, r"left out, but is 1.0: use `--training.max_grad_norm`"),
+        (ZERO2 | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "4: 2 follow from `training.micro_batches_per_step`"),
+        (FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "use `--training.activation_checkpointing`"),
+        (
+            FSDP2 | {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"},
+            "WRAP of Block, but is SIZE_BASED_WRAP",
+        ),
+        (FSDP2 | {"FSDP_TRANSFORMER_CLS_TO_WRAP": "MLP"}, "of Block, but is TRANSFORMER_BASED_WRAP of MLP"),
+        (FSDP2 | {"FSDP_IGNORED_MODULES": "wte"}, "`fsdp_ignored_modules` must be left out"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "must not ask for MEGATRON_LM, .*: use MULTI_GPU or FSDP"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "`parallelism_config` is not supported"),
+        ({"PJRT_DEVICE": "TPU"}, "TPUs are not supported"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "mixed_precision must be no or bf16, but is fp8"),
+    ],
+)
+def test_what_it_may_not(environment, said, launched_with):
+    launched_with(**environment)
+    with pytest.raises(LaunchError, match=said) as refusal:
+        launch_checks.check(4, 2)
+    assert "\n" not in str(refusal.value)
+
+
+def test_deepspeed_that_is_not_installed(launched_with, monkeypatch):
+    launched_with(**ZERO2)
+    monkeypatch.setattr(launch_checks.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LaunchError, match="DeepSpeed, which is not installed: `pip install deepspeed`, or use FSDP"):
+        launch_checks.check(4, 2)
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_launchers_side_by_side(name, launched_with):
+    """One for each machine is right, and after a restart one alone may be all that is left."""
+    launched_with(WORLD_SIZE="2", GROUP_WORLD_SIZE="1", **{name: "4"})
+    with pytest.raises(LaunchError, match=r"4 launchers were started .* own 2 processes: .*--nnodes 4 .*_per_node 2"):
+        launch_checks.check(4, 2)
+    launched_with(GROUP_WORLD_SIZE="4")
+    launch_checks.check(4, 2)
+    launched_with(GROUP_WORLD_SIZE="1", TORCHELASTIC_RESTART_COUNT="1")
+    launch_checks.check(4, 2)
+
+
+# --- the config of accelerate launch --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"fsdp_config": {"fsdp_verion": 2}}, r"`fsdp_config.fsdp_verion`, .*: did you mean fsdp_version\?"),
+        (
+            {"fsdp_config": {"offload_parms": True}},
+            r"`fsdp_config.offload_parms`, .*: did you mean fsdp_offload_params\?",
+        ),
+        ({"deepspeed_config": {"zero_stag": 3}}, r"`deepspeed_config.zero_stag`, .*: did you mean zero_stage\?"),
+        ({"dynamo_config": {"dynamo_backed": "no"}}, r"`dynamo_config.dynamo_backed`, .*did you mean dynamo_backend\?"),
+        ({"fsdp_config": {"xyzzy": 1}}, r"`fsdp_config.xyzzy`, which it does not know: leave it out"),
+        (
+            {"deepspeed_config": {"zero_stage": 3}},
+            "`deepspeed_config`, as `distributed_type` is FSDP: set that to D",
+        ),
+    ],
+)
+def test_what_accelerate_would_ignore(config, said, launched_with, monkeypatch):
+    launched_with(**FSDP2)
+    launch = Launch(2, "conf.yaml", {"distributed_type": "FSDP"} | config)
+    monkeypatch.setattr(launch_checks, "find_launch", lambda: launch)
+    with pytest.raises(LaunchError, match=f"^conf.yaml: accelerate ignores {said}"):
+        launch_checks.check(4, 2)
+
+
+def test_a_section_completed_as_accelerate_does(launched_with, monkeypatch):
+    launched_with(**FSDP2)
+    sections = {"fsdp_config": {"version": 2, "fsdp_offload_params": False}, "deepspeed_config": {}}
+    monkeypatch.setattr(launch_checks, "find_launch", lambda: Launch(2, "conf.yaml", sections))
+    launch_checks.check(4, 2)
+    with pytest.raises(LaunchError, match="was told to start 2 processes, but started 4"):
+        launch_checks.check(4, 4)
+
+
+def test_the_config_is_read_as_accelerate_reads_it(tmp_path):
+    from gpt2ft.distributed.launcher_arguments import _read
+
+    (tmp_path / "a.json").write_text(json.dumps({"fsdp_config": {"fsdp_version": 2}}))
+    (tmp_path / "a.yaml").write_text("fsdp_config: {fsdp_version: 2}\n")
+    assert _read(str(tmp_path / "a.json")) == _read(str(tmp_path / "a.yaml")) == {"fsdp_config": {"fsdp_version": 2}}
+
+
+# --- what Accelerate has understood ---------------------------------------------------------------------------------
+
+
+def given(kind, processes):
+    return SimpleNamespace(num_processes=processes, distributed_type=kind)
+
+
+@pytest.mark.parametrize(
+    ("environment", "kind"),
+    [({}, "MULTI_CPU"), ({}, "MULTI_GPU"), (FSDP2, "FSDP"), (ZERO2, "DEEPSPEED")],
+)
+def test_what_was_asked_for_is_given(environment, kind, launched_with):
+    launched_with(**environment)
+    launch_checks.check_given(given(kind, 2), 2)
+
+
+@pytest.mark.parametrize(
+    ("environment", "kind", "processes", "said"),
+    [
+        ({}, "NO", 1, "2 processes were started, but each would train alone as 1 of 1: use `"),
+        (ZERO2, "DEEPSPEED", 1, "2 processes were started, but each would train alone as 1 of 1: use `"),
+        ({}, "NO", 2, "their models would not be kept equal: use `"),
+        (FSDP2, "MULTI_CPU", 2, "asked for FSDP2, but Accelerate would train by MULTI_CPU: leave that out and use `"),
+        (ZERO2, "MULTI_CPU", 2, "asked for DeepSpeed ZeRO-2, but Accelerate would train by MULTI_CPU"),
+        ({}, "FSDP", 2, "distributed_type must be NO, MULTI_GPU, FSDP or DEEPSPEED, but .* by FSDP"),
+        ({}, "XLA", 2, "but Accelerate would train by XLA"),
+    ],
+)
+def test_what_is_something_else_is_refused(environment, kind, processes, said, launched_with):
+    launched_with(**environment)
+    with pytest.raises(LaunchError, match=said):
+        launch_checks.check_given(given(kind, processes), 2)
+
+
+# --- what the model is wrapped in -----------------------------------------------------------------------------------
+
+
+class DeepSpeedEngine(nn.Module):
+    """Known by its name: importing the real one takes seconds."""
+
+    def zero_optimization_stage(self):
+        return 3
+
+
+@pytest.fixture(scope="module")
+def wrapped(tmp_path_factory):
+    """A model in each of what it may be wrapped in, by strategy."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    file = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", store=dist.FileStore(str(file), 1), rank=0, world_size=1)
+    sharded = fully_shard(nn.Linear(2, 2), mesh=init_device_mesh("cpu", (1,)))
+    yield {
+        "nothing": nn.Linear(2, 2),
+        "ddp": DistributedDataParallel(nn.Linear(2, 2)),
+        "fsdp2": sharded,
+        "zero3": DeepSpeedEngine(),
+    }
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3"])
+def test_a_model_is_wrapped_in_what_was_asked_for(strategy, wrapped):
+    launch_checks.check_wrapped(strategy, wrapped[strategy], processes=2)
+    others = [model for name, model in wrapped.items() if name != strategy]
+    assert len(others) == 3
+    for other in others:
+        with pytest.raises(LaunchError, match=r"must be wrapped in .* on 2 processes, but is in .*: use `"):
+            launch_checks.check_wrapped(strategy, other, processes=2)
+
+
+def test_one_process_needs_no_wrapping_for_ddp(wrapped):
+    launch_checks.check_wrapped("ddp", wrapped["nothing"], processes=1)
+    launch_checks.check_wrapped("ddp", wrapped["ddp"], processes=1)  # as torchrun has it
+    with pytest.raises(LaunchError, match="must be wrapped in nothing on 1 process, but is in FSDP2"):
+        launch_checks.check_wrapped("ddp", wrapped["fsdp2"], processes=1)
+    launch_checks.check_wrapped("fsdp2", wrapped["fsdp2"], processes=1)
+    with pytest.raises(LaunchError, match="in DeepSpeed ZeRO-2 on 2 processes, but is in DeepSpeed ZeRO-3"):
+        launch_checks.check_wrapped("zero2", wrapped["zero3"], processes=2)
+
+
+def test_a_compiled_model_is_seen_through(wrapped):
+    compiled = nn.Module()
+    compiled._orig_mod = wrapped["ddp"]
+    launch_checks.check_wrapped("ddp", compiled, processes=2)

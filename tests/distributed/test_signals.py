@@ -1,0 +1,99 @@
+"""Signals are noted once, come again without harm, and end the process where a person means it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gpt2ft.distributed import signals
+from gpt2ft.distributed.signals import SIGNALS, Interruption
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_is_noted_while_listening_alone(number, capfd):
+    before = signal.getsignal(number)
+    told = Interruption()
+    with told.listening():
+        assert not told
+        os.kill(os.getpid(), number)
+        assert told
+        assert told.signal == number
+    assert signal.getsignal(number) is before
+    assert f"{number.name}: finishing this step and saving" in capfd.readouterr().err
+
+
+def test_what_launchers_send_again_does_no_harm(capfd, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    told = Interruption()
+    with told.listening():
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+    assert told.signal == signal.SIGINT
+    assert capfd.readouterr().err.count("finishing") == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "wait"), [("SIGINT", "SIGINT", 0.0), ("SIGTERM", "SIGTERM", 6.0), ("SIGUSR1", "SIGTERM", 6.0)]
+)
+def test_a_second_signal_ends_the_process_at_once(first, second, wait, monkeypatch):
+    codes = []
+    monkeypatch.setattr(signals.os, "_exit", codes.append)
+    monkeypatch.setattr(signals.time, "monotonic", iter([0.0, wait]).__next__)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with Interruption().listening():
+        os.kill(os.getpid(), signal.Signals[first])
+        assert not codes
+        os.kill(os.getpid(), signal.Signals[second])
+    assert codes == [128 + signal.Signals[second]]  # listening ends when the thread has read all
+
+
+CHILD = """
+import os, time
+from gpt2ft.distributed.signals import Interruption, end_with_parent
+end_with_parent()
+told = Interruption()
+with told.listening():
+    print(os.getpid(), flush=True)
+    while not told:
+        time.sleep(0.01)
+with open("told", "w") as file:
+    file.write(told.signal.name)
+"""
+PARENT = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the Linux kernel")
+def test_the_end_of_a_parent_that_passes_nothing_on_is_noted(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(Path(signals.__file__).parents[2])}
+    command = [sys.executable, "-c", PARENT, CHILD]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as parent:
+        assert int(parent.stdout.readline())
+        parent.kill()
+    until = time.monotonic() + 30
+    while not (tmp_path / "told").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    assert (tmp_path / "told").read_text() in ("SIGTERM", "")
+
+
+BUSY = """
+import hashlib, os, signal
+from threading import Timer
+from gpt2ft.distributed.signals import Interruption
+with Interruption().listening():
+    for seconds in (0.2, 0.6):
+        Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 200_000_000)  # one call of minutes, in which Python looks at no signal
+"""
+
+
+def test_a_second_ctrl_c_in_a_long_call_ends_it():
+    """In one that lets other threads run, as a backward pass does."""
+    environment = os.environ | {"PYTHONPATH": str(Path(signals.__file__).parents[2])}
+    environment.pop("TORCHELASTIC_RUN_ID", None)
+    done = subprocess.run([sys.executable, "-c", BUSY], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 128 + signal.SIGINT
+    assert "SIGINT: finishing this step" in done.stderr

@@ -1,0 +1,83 @@
+"""A browser, its tabs, and the server that they visit."""
+
+import shutil
+
+import pytest
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="package")
+def browser():
+    """For this package alone: as long as playwright runs, its thread can run no other event loop."""
+    if CHROMIUM is None:
+        pytest.skip("Chromium is missing (Debian: apt-get install chromium)")
+    from playwright import sync_api as playwright
+
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="package")
+def profile(browser):
+    """What tabs share."""
+    with browser.new_context() as profile:
+        profile.set_default_timeout(15_000)  # milliseconds
+        yield profile
+
+
+@pytest.fixture(scope="package")
+def scripted_server(tiny_gpt2, tokenizer):
+    pytest.importorskip("fastapi", reason="the server's extra is missing: pip install -e '.[serve]'")
+    from gpt2ft.server import service
+
+    from .scripted import ScriptedDecoder, ScriptedServer
+
+    server = ScriptedServer(tiny_gpt2(len(tokenizer), 1024), tokenizer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(service, "Decoder", lambda *_: ScriptedDecoder(server.scripts))
+        server.start()
+        yield server
+        server.stop()
+
+
+@pytest.fixture
+def server(scripted_server):
+    return scripted_server
+
+
+@pytest.fixture(autouse=True)
+def idle_again(server):
+    """In place of that of the other servers."""
+    yield
+    server.start_over()
+
+
+@pytest.fixture(scope="package")
+def tabs():
+    """Those that no test is using now: to open one takes longer than most tests."""
+    return []
+
+
+@pytest.fixture
+def new_visit(profile, tabs, server):
+    """new_visit() opens another tab."""
+    from .visit import Visit
+
+    visits = []
+
+    def begin():
+        visits.append(tabs.pop() if tabs else Visit(profile.new_page()))
+        return visits[-1].begin(server.url)
+
+    yield begin
+    tabs.extend(visits)
+    for visit in visits:
+        visit.end()
+
+
+@pytest.fixture
+def visit(new_visit):
+    return new_visit()
