@@ -8,10 +8,10 @@ import torch
 from gpt2ft import checkpoint
 from gpt2ft.checkpoint import TrainState
 from gpt2ft.model.logprobs import TargetLogProbs
-from gpt2ft.model.lora import load_trained_weights, trained_weights
+from gpt2ft.model.lora import load_trainable_parameters, trainable_parameters
 from gpt2ft.settings.sections import OptimizerSettings
 from gpt2ft.training.optimizer import adamw
-from gpt2ft.training.strategy import Replicated
+from gpt2ft.training.strategy import DDP
 
 
 def test_the_best_is_the_lowest_finite_loss():
@@ -31,7 +31,7 @@ def test_a_skipped_step_is_a_step_but_no_update():
 def test_an_optimizer_put_back_makes_the_step_that_would_have_followed(fused, tiny_gpt2, accelerator, tmp_path):
     def replicated():
         model = TargetLogProbs(tiny_gpt2(64, 16), 64, "segments")
-        return Replicated(accelerator, model, adamw(model.gpt2, settings, fused), max_grad_norm=1e9)
+        return DDP(accelerator, model, adamw(model.gpt2, settings, fused), max_grad_norm=1e9)
 
     def step(strategy, seed):
         generator = torch.Generator().manual_seed(seed)
@@ -43,10 +43,10 @@ def test_an_optimizer_put_back_makes_the_step_that_would_have_followed(fused, ti
     one, other = replicated(), replicated()
     for seed in range(3):
         step(one, seed)
-    weights = trained_weights(one.whole())
+    weights = trainable_parameters(one.whole())
     folder = checkpoint.save(tmp_path, weights, one.moments(), TrainState(step=4, updates=3), {"a": 1})
 
-    load_trained_weights(other.whole(), checkpoint.read_weights(folder))
+    load_trainable_parameters(other.whole(), checkpoint.read_weights(folder))
     state, identity = checkpoint.read_state(folder)
     other.load_moments(checkpoint.read_moments(folder), state.updates)
     assert (state.step, identity) == (4, {"a": 1})

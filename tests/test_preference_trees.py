@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 
 from gpt2ft.data.packing import build_stream, number_replies
 from gpt2ft.data.pairs import PreferencePairs
-from gpt2ft.data.plan import Plan, cut_to_fit
+from gpt2ft.data.plan import Plan, chunk
 from gpt2ft.data.reading import Filters
 from gpt2ft.data.store import open_store
 from gpt2ft.model.logprobs import TargetLogProbs
@@ -39,13 +39,13 @@ def case_of(store, vocabulary, gpt2, max_length, capacity, chosen):
         np.array([(0, row) for row in range(len(store))]),
         PreferencePairs("all", "prompt", max_length, capacity),
     )
-    pieces = cut_to_fit([store], rows, cutting)
+    pieces = chunk([store], rows, cutting)
     by_size = np.argsort(pieces.sizes, kind="stable").tolist()
     large = [piece for piece in by_size if pieces.replies[piece] >= 4]
     deep = [piece for piece in by_size if len(pieces.tree(piece).parents) - pieces.replies[piece] >= 3]
     cut = [piece for piece in by_size if pieces.is_cut[piece]]
     small = np.unique([pieces.rows[piece, 1] for kind in (large, deep, cut) for piece in kind[:chosen]])
-    plan = Plan(cut_to_fit([store], rows[small], cutting), capacity, 4, seed=0)
+    plan = Plan(chunk([store], rows[small], cutting), capacity, 4, seed=0)
     plan.reference = np.random.default_rng(0).uniform(-300, -30, len(plan.reference))
     return Case(plan, TargetLogProbs(gpt2, vocabulary, "segments"), plan.streams)
 
@@ -229,7 +229,7 @@ def test_real_groups_need_a_third_of_the_tokens_of_their_pairs(test_data, gpt2_t
     file = str(test_data("oasst/en_100_tree.jsonl"))
     store = open_store(file, Filters(), gpt2_tokenizer, cache, as_preferences=True)
     rows = np.array([(0, row) for row in range(len(store))])
-    pieces = cut_to_fit([store], rows, PreferencePairs("all", "pair", max_length=1024, capacity=8192))
+    pieces = chunk([store], rows, PreferencePairs("all", "pair", max_length=1024, capacity=8192))
     plan = Plan(pieces, 8192, micro_batches_per_step=8, seed=0)
     assert (pieces.pairs.sum(), pieces.replies.sum(), pieces.repeated) == (754, 641, 0)
     sequences = 0

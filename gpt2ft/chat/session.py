@@ -1,6 +1,6 @@
 """A conversation with a model: its turns, how they are made to fit the context, and replies that come piece by piece.
 
-    session = Session(model, tokenizer, frame_for(tokenizer), Sampling(), max_new_tokens=256)
+    session = Session(model, tokenizer, prompt_format_for(tokenizer), Sampling(), max_new_tokens=256)
     session.say("What is tea?")
     for piece in session.reply():
         print(piece, end="")
@@ -15,9 +15,9 @@ from time import perf_counter
 from typing import Any, Literal
 
 from gpt2ft.conversation import tidy
-from gpt2ft.inference.detokenizer import ReplyText
-from gpt2ft.inference.generate import Decoder, refuse_broken, unsayable
-from gpt2ft.inference.prompt_format import Frame, Prompt, TooLong, Turn, chat_prompt, prompt_limit, text_prompt
+from gpt2ft.inference.detokenizer import IncrementalDetokenizer
+from gpt2ft.inference.generate import Decoder, refuse_broken, suppressed_token_mask
+from gpt2ft.inference.prompt_format import Prompt, PromptFormat, TooLong, Turn, chat_prompt, prompt_limit, text_prompt
 from gpt2ft.inference.sampling import Sampling
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.random import seed_for
@@ -64,7 +64,7 @@ class Session:
     """
 
     def __init__(
-        self, model: GPT2, tokenizer: ChatTokenizer, frame: Frame, sampling: Sampling, max_new_tokens: int
+        self, model: GPT2, tokenizer: ChatTokenizer, frame: PromptFormat, sampling: Sampling, max_new_tokens: int
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -129,8 +129,8 @@ class Session:
             prompt = text_prompt(self.tokenizer, text, self._limit())
         except TooLong as error:
             raise ValueError(f"{error}: shorten it") from error
-        decoder = Decoder(self.model, [end], unsayable(self.tokenizer, self.model.wte.weight, [end]), 1)
-        self._under_way = self._pieces(decoder, prompt, ReplyText(self.tokenizer), should_stop)
+        decoder = Decoder(self.model, [end], suppressed_token_mask(self.tokenizer, self.model.wte.weight, [end]), 1)
+        self._under_way = self._pieces(decoder, prompt, IncrementalDetokenizer(self.tokenizer), should_stop)
         return self._under_way
 
     def undo(self) -> None:
@@ -211,9 +211,9 @@ class Session:
     def _reply(self, prompt: Prompt, should_stop: Callable[[], bool]) -> Pieces:
         said = []
         if self._decoder is None:
-            forbidden = unsayable(self.tokenizer, self.model.wte.weight, self.frame.stop_ids)
+            forbidden = suppressed_token_mask(self.tokenizer, self.model.wte.weight, self.frame.stop_ids)
             self._decoder = Decoder(self.model, self.frame.stop_ids, forbidden, 1)
-        text = ReplyText(self.tokenizer, self.frame.stop_strings, self.frame.opens_with_space)
+        text = IncrementalDetokenizer(self.tokenizer, self.frame.stop_strings, self.frame.opens_with_space)
         pieces = self._pieces(self._decoder, prompt, text, should_stop)
         try:
             with closing(pieces):
@@ -227,7 +227,9 @@ class Session:
             if said or (self.last is not None and self.last.finish != "interrupted"):
                 self.turns.append(("assistant", "".join(said)))
 
-    def _pieces(self, decoder: Decoder, prompt: Prompt, text: ReplyText, should_stop: Callable[[], bool]) -> Pieces:
+    def _pieces(
+        self, decoder: Decoder, prompt: Prompt, text: IncrementalDetokenizer, should_stop: Callable[[], bool]
+    ) -> Pieces:
         """What the model says to a prompt. Sets `last`, whatever ends it."""
         most, tokens, finish, seconds = self.max_new_tokens, 0, None, 0.0
         self.last = None

@@ -42,7 +42,7 @@ class PreferencePairs:
     max_length: int
     capacity: int
 
-    def survey(self, store: TokenStore) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    def count(self, store: TokenStore) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """[rows, 5] counts of each group, and [rows] whether they hold: of those that fit as they are.
 
         Equal to `counts(whole(...))`, for all groups at once.
@@ -56,14 +56,14 @@ class PreferencePairs:
         rows, lengths = rows[is_reply], lengths[is_reply]
         times = times_compared(rows, ranks[is_reply], self.rule)
         pairs = np.bincount(rows, times, number).astype(np.int64) // 2
-        apart = 2 * pairs * prompts + np.bincount(rows, times * lengths, number).astype(np.int64)
+        tokens_if_unpacked = 2 * pairs * prompts + np.bincount(rows, times * lengths, number).astype(np.int64)
         rows, lengths = rows[times > 0], lengths[times > 0]
         replies = np.bincount(rows, minlength=number)
         of_replies = np.bincount(rows, lengths, number).astype(np.int64)
         longest = np.zeros(number, np.int64)
         np.maximum.at(longest, rows, lengths)
         tokens = prompts + of_replies
-        counted = np.stack([tokens, of_replies - replies, replies, pairs, apart], axis=1)
+        counted = np.stack([tokens, of_replies - replies, replies, pairs, tokens_if_unpacked], axis=1)
         return counted, (prompts + longest <= self.max_length) & (tokens <= self.capacity)
 
     def whole(self, store: TokenStore, row: int, group: int) -> TokenTree:

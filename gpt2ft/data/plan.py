@@ -28,13 +28,13 @@ from gpt2ft.stream import TokenStream
 Rows = NDArray[np.int64]  # [n, 2]: which store, which of its trees
 
 
-class Cutting(Protocol):
+class ChunkingRule(Protocol):
     """How the trees of a store become pieces that fit context and streams."""
 
     max_length: int
     capacity: int
 
-    def survey(self, store: TokenStore) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    def count(self, store: TokenStore) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """[rows, 5] the counts of each whole tree, and [rows] whether they hold: the tree is a piece as it is."""
 
     def whole(self, store: TokenStore, row: int, group: int) -> TokenTree:
@@ -56,7 +56,7 @@ class Conversations:
     max_length: int
     capacity: int
 
-    def survey(self, store: TokenStore) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    def count(self, store: TokenStore) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         tokens, scored = store.sizes()
         none = np.zeros_like(tokens)
         return np.stack([tokens, scored, none, none, none], axis=1), tokens <= min(self.max_length, self.capacity)
@@ -73,14 +73,14 @@ class Conversations:
 
 
 @dataclass(frozen=True)
-class Pieces:
+class Chunks:
     """Trees cut to fit context and streams, in the order of the data.
 
     Trees are not held here, only their rows: they are read, and cut again, when a stream is built.
     """
 
     stores: Sequence[TokenStore]
-    cutting: Cutting
+    cutting: ChunkingRule
     rows: Rows
     counts: NDArray[np.int64]  # [n, 5] see token_tree.counts
     parts: NDArray[np.int64]  # [n] which part of its tree a piece is, -1 for the whole
@@ -111,7 +111,7 @@ class Pieces:
         return self.counts[:, 3]
 
     @property
-    def apart(self) -> NDArray[np.int64]:
+    def tokens_if_unpacked(self) -> NDArray[np.int64]:
         """[n] tokens if each pair were two sequences of its own."""
         return self.counts[:, 4]
 
@@ -127,7 +127,7 @@ class Pieces:
         return tree if part < 0 else self.cutting.cut(tree, Counter())[part]
 
 
-def cut_to_fit(stores: Sequence[TokenStore], rows: Rows, cutting: Cutting) -> Pieces:
+def chunk(stores: Sequence[TokenStore], rows: Rows, cutting: ChunkingRule) -> Chunks:
     """Every tree in `rows`, in pieces.
 
     Raises:
@@ -136,7 +136,7 @@ def cut_to_fit(stores: Sequence[TokenStore], rows: Rows, cutting: Cutting) -> Pi
     counted, is_whole = np.zeros((len(rows), 5), np.int64), np.zeros(len(rows), bool)
     for number, store in enumerate(stores):
         here = rows[:, 0] == number
-        counted[here], is_whole[here] = (values[rows[here, 1]] for values in cutting.survey(store))
+        counted[here], is_whole[here] = (values[rows[here, 1]] for values in cutting.count(store))
     cuts: dict[int, list[tuple[int, ...]]] = {}  # the counts of the parts of a tree
     left_out: Counter[str] = Counter()
     repeated = 0
@@ -164,7 +164,7 @@ def cut_to_fit(stores: Sequence[TokenStore], rows: Rows, cutting: Cutting) -> Pi
     if not len(rows):
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in left_out.items())
         raise DataError(f"nothing fits `data.max_length` = {cutting.max_length} tokens: left out are {reasons}")
-    return Pieces(stores, cutting, rows, counted, part_numbers, +left_out, repeated)
+    return Chunks(stores, cutting, rows, counted, part_numbers, +left_out, repeated)
 
 
 def _repeated(parts: Sequence[TokenTree]) -> int:
@@ -182,7 +182,7 @@ class Plan:
 
     def __init__(
         self,
-        pieces: Pieces,
+        pieces: Chunks,
         capacity: int,
         micro_batches_per_step: int,
         seed: int,

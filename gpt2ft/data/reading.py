@@ -1,4 +1,4 @@
-"""What every reader of data shares: filters, the ledger of what was dropped, and refusals that name their place.
+"""What every reader of data shares: filters, the statistics of what was dropped, and refusals that name their place.
 
 Every message left out is counted under one reason, the first of `REASONS` that holds for it.
 """
@@ -69,7 +69,7 @@ class Totals:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadContext:
     """A source, or a part of one, being read: its name for trees, the filters, and the counts so far."""
 
     source: str
@@ -83,7 +83,7 @@ class Reading:
             raise DataError(f"{where}: {problem}")
         self.dropped[reason] += 1
 
-    def add(self, other: "Reading") -> None:
+    def add(self, other: "ReadContext") -> None:
         """Takes over the counts of another."""
         self.dropped.update(other.dropped)
         self.totals.trees += other.totals.trees

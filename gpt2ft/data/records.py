@@ -18,7 +18,7 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
-from gpt2ft.data.reading import DataError, Reading, Record, show
+from gpt2ft.data.reading import DataError, ReadContext, Record, show
 
 FILE_KINDS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 BLOCK_BYTES = 4 << 20  # about a million tokens
@@ -39,7 +39,7 @@ class Block:
     """
 
     size: int
-    parse: Callable[[Reading], Parsed]
+    parse: Callable[[ReadContext], Parsed]
 
 
 def stem(file: Path) -> str:
@@ -100,7 +100,7 @@ def _skip_line(handle: IO[bytes]) -> int:
     return skipped
 
 
-def _parse_lines(file: Path, lines: list[tuple[int, bytes | None]], reading: Reading) -> Parsed:
+def _parse_lines(file: Path, lines: list[tuple[int, bytes | None]], reading: ReadContext) -> Parsed:
     """Blank lines hold nothing and are passed over."""
     for number, line in lines:
         if line is None:
@@ -154,7 +154,7 @@ def _array(file: Path) -> Iterator[Block]:
             yield Block(size, partial(_parsed_elements, file, held))
 
 
-def _parsed_elements(file: Path, elements: list[tuple[int, Any]], reading: Reading) -> Parsed:
+def _parsed_elements(file: Path, elements: list[tuple[int, Any]], reading: ReadContext) -> Parsed:
     for number, element in elements:
         record = _as_object(element)
         if isinstance(record, dict):
@@ -244,7 +244,7 @@ def _batches(batches: Iterable[Any], place: str) -> Iterator[Block]:
         first += len(batch)
 
 
-def _rows(batch: Any, place: str, first: int, reading: Reading) -> Parsed:
+def _rows(batch: Any, place: str, first: int, reading: ReadContext) -> Parsed:
     try:
         rows = batch.to_pylist()
     except UnicodeDecodeError as error:

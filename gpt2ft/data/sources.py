@@ -23,7 +23,7 @@ from typing import Any, Protocol
 from gpt2ft import quickstart
 from gpt2ft.conversation import MessageTree
 from gpt2ft.data.formats import AnyFormat, columns_to_read, detect, oasst
-from gpt2ft.data.reading import DataError, Filters, Malformed, Reading, show
+from gpt2ft.data.reading import DataError, Filters, Malformed, ReadContext, show
 from gpt2ft.data.records import FILE_KINDS, Block, Columns, Parsed, read_file, read_table, stem
 from gpt2ft.files import file_digest, user_path
 
@@ -121,7 +121,7 @@ class Part(Protocol):
 
     size: int  # bytes, as far as known
 
-    def trees(self, reading: Reading) -> Iterator[MessageTree]: ...
+    def trees(self, reading: ReadContext) -> Iterator[MessageTree]: ...
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Source:
         Raises:
             DataError: if none has.
         """
-        lenient = Reading(self.name, Filters(on_error="skip"))
+        lenient = ReadContext(self.name, Filters(on_error="skip"))
         problem = ""
         for where, record in self._records(lenient):
             try:
@@ -147,7 +147,7 @@ class Source:
             except Malformed as malformed:
                 problem = problem or f"but at {where} it {malformed}"
         if lenient.dropped:
-            deque(self._records(Reading(self.name, Filters())), maxlen=0)  # names the first that cannot be read
+            deque(self._records(ReadContext(self.name, Filters())), maxlen=0)  # names the first that cannot be read
         raise DataError(f"{self.origin.place}: must hold conversations, {problem or 'but holds none'}")
 
     @property
@@ -159,7 +159,7 @@ class Source:
     def _blocks(self) -> Iterator[Block]:
         return self.origin.blocks(partial(columns_to_read, as_preferences=self.as_preferences))
 
-    def _records(self, reading: Reading) -> Parsed:
+    def _records(self, reading: ReadContext) -> Parsed:
         return chain.from_iterable(block.parse(reading) for block in self._blocks())
 
     def parts(self, filters: Filters) -> Iterator[Part]:
@@ -172,7 +172,7 @@ class Source:
         if not isinstance(format, oasst.FlatMessages):
             yield from (_Records(block, format) for block in self._blocks())
             return
-        reading = Reading(self.name, filters)
+        reading = ReadContext(self.name, filters)
         records = (found for block in self._blocks() for found in _of_format(block, format, reading))
         shares = format.gather(records, reading)
         for number, share in enumerate(shares):
@@ -188,7 +188,7 @@ class _Records:
     def size(self) -> int:
         return self.block.size
 
-    def trees(self, reading: Reading) -> Iterator[MessageTree]:
+    def trees(self, reading: ReadContext) -> Iterator[MessageTree]:
         for where, record in _of_format(self.block, self.format, reading):
             try:
                 tree = self.format.tree(record, where, reading)
@@ -202,16 +202,16 @@ class _Records:
 @dataclass(frozen=True)
 class _Share:
     share: oasst.Share
-    counted: Reading | None
+    counted: ReadContext | None
     size: int
 
-    def trees(self, reading: Reading) -> Iterator[MessageTree]:
+    def trees(self, reading: ReadContext) -> Iterator[MessageTree]:
         if self.counted:
             reading.add(self.counted)
         return self.share.trees(reading)
 
 
-def _of_format(block: Block, format: AnyFormat, reading: Reading) -> Parsed:
+def _of_format(block: Block, format: AnyFormat, reading: ReadContext) -> Parsed:
     for where, record in block.parse(reading):
         if format.matches(record):
             yield where, record
@@ -247,7 +247,7 @@ def read_trees(source: str, filters: Filters, dropped: Counter[str] | None = Non
         DataError: at once if there is no such source; while iterating if its data are malformed.
     """
     opened = open_source(source)
-    reading = Reading(opened.name, filters, Counter() if dropped is None else dropped)
+    reading = ReadContext(opened.name, filters, Counter() if dropped is None else dropped)
     return chain.from_iterable(part.trees(reading) for part in opened.parts(filters))
 
 

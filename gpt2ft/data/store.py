@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from gpt2ft.conversation import ROLES, MessageTree
 from gpt2ft.data.preferences import groups
-from gpt2ft.data.reading import DataError, Filters, Reading, show
+from gpt2ft.data.reading import DataError, Filters, ReadContext, show
 from gpt2ft.data.sources import Part, Source, open_source
 from gpt2ft.data.token_tree import TokenTree, is_learnt
 from gpt2ft.data.topic import Topic
@@ -37,13 +37,13 @@ from gpt2ft.files import sync_folder, user_path, write_json
 from gpt2ft.text.template import render_turn, template_digest
 from gpt2ft.text.tokenizer import ChatTokenizer
 
-FORMAT = 6  # of the stored columns, and of how a source is read and cut into parts
+FORMAT = 7  # of the stored columns, and of how a source is read and cut into parts
 
 Digests = NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
-class Ledger:
+class SourceStatistics:
     """What a source held and what became of it, in messages."""
 
     format: str  # what the source was taken for
@@ -68,7 +68,7 @@ class TokenStore:
         self.digest = folder.name
         self._batches = []
         try:
-            self.ledger = Ledger(**json.loads((folder / "ledger.json").read_text(encoding="utf-8")))
+            self.statistics = SourceStatistics(**json.loads((folder / "statistics.json").read_text(encoding="utf-8")))
             for file in sorted(folder.glob("*.arrow")):
                 reader = pa.ipc.open_file(pa.memory_map(str(file)))
                 self._batches += [reader.get_batch(number) for number in range(reader.num_record_batches)]
@@ -203,7 +203,7 @@ class _Work:
     tokenizer: ChatTokenizer
     topic: Topic | None
 
-    def rows(self, tree: MessageTree, reading: Reading) -> tuple[MessageTree, list[list[int]]]:
+    def rows(self, tree: MessageTree, reading: ReadContext) -> tuple[MessageTree, list[list[int]]]:
         """The tree as it is learnt from, and the messages of each row that it becomes; what is in none is counted."""
         if self.source.as_preferences:
             if self.topic:
@@ -230,9 +230,9 @@ def _build(work: _Work, folder: Path) -> None:
             return
         if not files or not all(file.exists() for file in files):  # one that took a part was killed meanwhile
             files = _tokenise(work, parts_folder)
-        write_json(parts_folder / "ledger.json", asdict(_ledger(work.source, files)))
+        write_json(parts_folder / "statistics.json", asdict(_statistics(work.source, files)))
         for file in parts_folder.iterdir():
-            if file not in files and file.name != "ledger.json":
+            if file not in files and file.name != "statistics.json":
                 file.unlink()
         sync_folder(parts_folder)
         os.rename(parts_folder, folder)
@@ -267,7 +267,7 @@ def _tokenise(work: _Work, folder: Path) -> list[Path]:
 def _write_part(file: Path, part: Part, work: _Work) -> None:
     import pyarrow as pa
 
-    reading = Reading(work.source.name, work.filters)
+    reading = ReadContext(work.source.name, work.filters)
     columns = _Columns(work.tokenizer, work.source.as_preferences)
     kept = 0
     for tree in part.trees(reading):
@@ -287,7 +287,7 @@ def _write_part(file: Path, part: Part, work: _Work) -> None:
         "dropped": dict(reading.dropped),
         "content": columns.content(),
     }
-    schema = batch.schema.with_metadata({"ledger": json.dumps(counts)})
+    schema = batch.schema.with_metadata({"statistics": json.dumps(counts)})
     temporary = file.with_suffix(".tmp")
     with pa.OSFile(str(temporary), "wb") as handle, pa.ipc.new_file(handle, schema) as writer:
         writer.write_batch(batch.cast(schema) if batch.num_rows else batch)
@@ -296,13 +296,13 @@ def _write_part(file: Path, part: Part, work: _Work) -> None:
     os.replace(temporary, file)
 
 
-def _ledger(source: Source, files: Sequence[Path]) -> Ledger:
+def _statistics(source: Source, files: Sequence[Path]) -> SourceStatistics:
     import pyarrow as pa
 
     trees, read, kept, dropped, contents = 0, 0, 0, Counter[str](), []
     for file in files:
         with pa.memory_map(str(file)) as handle:
-            counts = json.loads(pa.ipc.open_file(handle).schema.metadata[b"ledger"])
+            counts = json.loads(pa.ipc.open_file(handle).schema.metadata[b"statistics"])
         trees += counts["trees"]
         read += counts["read"]
         kept += counts["kept"]
@@ -314,7 +314,7 @@ def _ledger(source: Source, files: Sequence[Path]) -> Ledger:
         wanted = "no replies that can be compared" if source.as_preferences else "nothing to train on"
         raise DataError(f"{source.origin.place} holds {wanted}" + (f"; dropped: {told}" if told else ""))
     content = hashlib.sha256("".join(contents).encode()).hexdigest()
-    return Ledger(source.description, trees, read, kept, reasons, content)
+    return SourceStatistics(source.description, trees, read, kept, reasons, content)
 
 
 class _Columns:

@@ -174,7 +174,7 @@ def fit_context(tree: TokenTree, limit: int) -> tuple[list[TokenTree], int]:
 
 
 def _cut_text(tree: TokenTree, limit: int) -> list[TokenTree]:
-    """Pieces of at most `limit` tokens, each opened as the whole is; only the last holds its end."""
+    """Chunks of at most `limit` tokens, each opened as the whole is; only the last holds its end."""
     opening, rest = tree.tokens[:1], tree.tokens[1:]
     pieces = []
     for start in range(0, len(rest), limit - 1):

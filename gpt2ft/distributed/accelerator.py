@@ -99,7 +99,7 @@ def _fsdp_plugin() -> Any:
 
 
 def _deepspeed_plugin(accumulation: int) -> Any:
-    """Stage and offloading are the launcher's choice."""
+    """RunSetup and offloading are the launcher's choice."""
     from accelerate.utils import DeepSpeedPlugin
 
     plugin = DeepSpeedPlugin(gradient_accumulation_steps=accumulation)

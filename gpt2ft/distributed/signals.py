@@ -26,11 +26,11 @@ _PR_SET_PDEATHSIG = 1
 _END = 0  # no signal has this number
 
 
-class ToldToStop(RuntimeError):
+class Preempted(RuntimeError):
     """The run has ended early because it was told to, and its last step is saved."""
 
 
-class Interruption:
+class SignalHandler:
     """Whether this process was told to stop, and since when.
 
     Attributes:

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from gpt2ft.distributed.diagnosis import Patience, Verdict, Vigil, Word
 from gpt2ft.distributed.launch_checks import LaunchError
-from gpt2ft.distributed.signals import ToldToStop
+from gpt2ft.distributed.signals import Preempted
 
 EXIT_CODE = 69  # of processes that end because one of them is lost or stands still: EX_UNAVAILABLE
 TIMES_AS_LONG = 5  # as anything like it has taken so far is too long
@@ -110,7 +110,7 @@ def until_the_end() -> Iterator[None]:
     """Around all that may be watched: the others are told how it ends."""
     try:
         yield
-    except ToldToStop:
+    except Preempted:
         stop()
         raise
     except BaseException as error:

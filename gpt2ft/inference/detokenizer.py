@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from gpt2ft.text.tokenizer import ChatTokenizer
 
 
-class TextStream:
+class Utf8Stream:
     """Ids in, text out: what is pushed and finished together equals `tokenizer.decode` of all ids.
 
     A character whose bytes are spread over several tokens comes with the last of them.
@@ -75,7 +75,7 @@ class StopStrings:
         return released
 
 
-class ReplyText:
+class IncrementalDetokenizer:
     """The text of one reply, piece by piece, as its ids come.
 
     Args:
@@ -86,7 +86,7 @@ class ReplyText:
     def __init__(
         self, tokenizer: ChatTokenizer, stop_strings: Sequence[str] = (), opens_with_space: bool = False
     ) -> None:
-        self._characters = TextStream(tokenizer)
+        self._characters = Utf8Stream(tokenizer)
         self._stop = StopStrings(stop_strings)
         self._is_opening = opens_with_space
 

@@ -28,7 +28,7 @@ from gpt2ft.model.logprobs import head_logits
 from gpt2ft.text.tokenizer import ChatTokenizer
 
 MOST_TOGETHER = 16  # sequences that `generate` decodes together
-READ_PER_STEP = 4096  # tokens of prompts: what a pass takes in memory is bounded
+PREFILL_CHUNK = 4096  # tokens of prompts: what a pass takes in memory is bounded
 
 NOT_FINITE = (
     "the model's logits must be finite, but are not: its weights are damaged, or too large for {dtype}; try float32"
@@ -71,8 +71,8 @@ class Decoder:
 
     Args:
         stop_ids: end a sequence, and are not part of it.
-        forbidden: bool [V], ids that must never be said (`unsayable`).
-        read_per_step: how many tokens of prompts one step reads; those that joined first come first.
+        forbidden: bool [V], ids that must never be said (`suppressed_token_mask`).
+        prefill_chunk: how many tokens of prompts one step reads; those that joined first come first.
     Raises:
         ValueError: if `forbidden` does not fit the model, or leaves nothing to say.
     """
@@ -83,7 +83,7 @@ class Decoder:
         stop_ids: Sequence[int],
         forbidden: Tensor,
         num_sequences: int,
-        read_per_step: int = READ_PER_STEP,
+        prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
         rows = len(model.wte.weight)
         if forbidden.dtype != torch.bool or forbidden.shape != (rows,):
@@ -91,14 +91,14 @@ class Decoder:
             raise ValueError(f"`forbidden` must be bool [{rows}], one for each row of the table, but is {found}")
         if forbidden.all():
             raise ValueError("`forbidden` must leave an id that can be said, but leaves none")
-        for name, number in (("num_sequences", num_sequences), ("read_per_step", read_per_step)):
+        for name, number in (("num_sequences", num_sequences), ("prefill_chunk", prefill_chunk)):
             if number < 1:
                 raise ValueError(f"`{name}` must be at least 1, but is {number}")
         self.model = model
         self._stop_ids = frozenset(stop_ids)
         self._forbidden = forbidden.to(model.wte.weight.device)
         self._controls = self._stop_ids | set(forbidden.nonzero()[:, 0].tolist())  # all that is not content
-        self._read_per_step = read_per_step
+        self._read_per_step = prefill_chunk
         self._cache = KeyValueCache(model, num_sequences)
         self._cached: list[list[int]] = [[] for _ in range(num_sequences)]  # the ids whose keys and values a slot holds
         self._sequences: list[_Sequence | None] = [None] * num_sequences
@@ -329,7 +329,7 @@ def refuse_broken(finish: Finish | None, model: GPT2) -> None:
         )
 
 
-def unsayable(tokenizer: ChatTokenizer, table: Tensor, stop_ids: Sequence[int] | None = None) -> Tensor:
+def suppressed_token_mask(tokenizer: ChatTokenizer, table: Tensor, stop_ids: Sequence[int] | None = None) -> Tensor:
     """bool [V], for the rows of the embedding `table`: padding, and control tokens other than the stops.
 
     Args:

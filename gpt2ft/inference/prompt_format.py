@@ -12,7 +12,7 @@ from gpt2ft.text.tokenizer import ChatTokenizer
 Turn = tuple[Role, str]
 
 
-class Frame(Protocol):
+class PromptFormat(Protocol):
     """How turns become a prompt, and what ends a reply.
 
     Attributes:
@@ -30,7 +30,7 @@ class Frame(Protocol):
         """The ids of each turn."""
 
 
-class ChatFrame:
+class ChatPromptFormat:
     """The chat template, for models that were trained with it."""
 
     stop_strings = ()
@@ -45,7 +45,7 @@ class ChatFrame:
         return [render_turn(self._tokenizer, role, text) for role, text in turns]
 
 
-class PlainFrame:
+class PlainPromptFormat:
     """Turns as plain text, for base models, whose chat tokens mean nothing yet. Unlike the template it can be forged.
 
     Answer in rhyme.
@@ -70,9 +70,9 @@ class PlainFrame:
         return [self._tokenizer.encode(before[role] + text + after[role]) for role, text in turns]
 
 
-def frame_for(tokenizer: ChatTokenizer) -> Frame:
+def prompt_format_for(tokenizer: ChatTokenizer) -> PromptFormat:
     """The chat template if the model was trained with its tokens, plain text if not."""
-    return ChatFrame(tokenizer) if tokenizer.has_chat_tokens else PlainFrame(tokenizer)
+    return ChatPromptFormat(tokenizer) if tokenizer.has_chat_tokens else PlainPromptFormat(tokenizer)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def prompt_limit(n_positions: int, max_new_tokens: int) -> int:
     return n_positions - min(max_new_tokens, n_positions // 4)
 
 
-def chat_prompt(frame: Frame, turns: Sequence[Turn], limit: int) -> Prompt:
+def chat_prompt(frame: PromptFormat, turns: Sequence[Turn], limit: int) -> Prompt:
     """Asks for a reply to `turns`, the last of which is the user's, within `limit` tokens.
 
     Raises:

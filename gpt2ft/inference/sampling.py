@@ -97,8 +97,8 @@ def next_ids(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
         logits: floating point [B, V], minus infinity for ids that must not be said.
         samplers: B of them; each draws one number.
     """
-    probabilities = chances(penalized(logits, samplers), [sampler.sampling for sampler in samplers])
-    return at_quantiles(probabilities, [sampler.uniform() for sampler in samplers])
+    chances = probabilities(penalized(logits, samplers), [sampler.sampling for sampler in samplers])
+    return inverse_cdf(chances, [sampler.uniform() for sampler in samplers])
 
 
 def penalized(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
@@ -113,7 +113,7 @@ def penalized(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     return logits
 
 
-def chances(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+def probabilities(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     """logits [B, V] -> the probability with which each id is taken, [B, V]: 0 for what a step has left out."""
     likeliest = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     are_greedy = [sampling.temperature == 0 for sampling in samplings]
@@ -167,7 +167,7 @@ def _bounded(value: float) -> float:
     return min(max(value, 1 / EXTREME), EXTREME)
 
 
-def at_quantiles(probabilities: Tensor, uniforms: Sequence[float]) -> Tensor:
+def inverse_cdf(probabilities: Tensor, uniforms: Sequence[float]) -> Tensor:
     """The id at which the sum of `probabilities` [B, V], in the order of the ids, passes each number from [0, 1).
 
     In the order of the ids, because rounding hardly moves that sum, while it may swap ids in the order of probability.

@@ -106,11 +106,11 @@ class GPT2(nn.Module):
     """Tokens in, final hidden states out. The head is `wte` itself: see `logits` and model/logprobs.py.
 
     Attributes:
-        recomputes: keep of each block its input alone and compute it again in the backward pass (Chen et al. 2016,
-            "Training Deep Nets with Sublinear Memory Cost"). The results are the same, dropout included.
+        activation_checkpointing: keep of each block its input alone and compute it again in the backward pass (Chen et
+            al. 2016, "Training Deep Nets with Sublinear Memory Cost"). The results are the same, dropout included.
     """
 
-    recomputes = False
+    activation_checkpointing = False
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -124,9 +124,9 @@ class GPT2(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attention) -> Tensor:
         """tokens, positions [N] -> hidden states [N, E]; `attend` says who sees whom."""
         x = self.drop(self.wte(tokens) + self.wpe(positions))
-        recomputes = self.recomputes and torch.is_grad_enabled()
+        activation_checkpointing = self.activation_checkpointing and torch.is_grad_enabled()
         for block in self.h:
-            x = checkpoint(block, x, attend, use_reentrant=False) if recomputes else block(x, attend)
+            x = checkpoint(block, x, attend, use_reentrant=False) if activation_checkpointing else block(x, attend)
         return self.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ def apply_lora(gpt2: GPT2, config: LoRAConfig, row_ids: Sequence[int], generator
 
 
 @torch.no_grad()
-def hold_frozen_matrices_in(gpt2: GPT2, dtype: torch.dtype) -> None:
+def cast_frozen_matrices(gpt2: GPT2, dtype: torch.dtype) -> None:
     """Frozen matrices need no more precision than they are used in. Norms, biases and positions stay in float32."""
     for name, parameter in gpt2.named_parameters():
         if not parameter.requires_grad and parameter.ndim == 2 and name != "wpe.weight":
@@ -162,13 +162,13 @@ def hold_frozen_matrices_in(gpt2: GPT2, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def load_trained_weights(gpt2: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Puts back what `trained_weights` gave.
+def load_trainable_parameters(gpt2: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Puts back what `trainable_parameters` gave.
 
     Raises:
         ValueError: if these are not the weights that are trained here.
     """
-    trained = trained_weights(gpt2)
+    trained = trainable_parameters(gpt2)
     if trained.keys() != weights.keys():
         odd = sorted(trained.keys() ^ weights.keys())[0]
         raise ValueError(f"`{odd}` is trained either here or there, but not in both")
@@ -180,7 +180,7 @@ def load_trained_weights(gpt2: nn.Module, weights: Mapping[str, Tensor]) -> None
         parameter.copy_(weights[name])
 
 
-def trained_weights(gpt2: nn.Module) -> dict[str, Tensor]:
+def trainable_parameters(gpt2: nn.Module) -> dict[str, Tensor]:
     """What training changes, by name: all of a plain model, adapters and rows of an adapted one."""
     return {name: parameter for name, parameter in gpt2.named_parameters() if parameter.requires_grad}
 

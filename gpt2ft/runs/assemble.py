@@ -24,7 +24,7 @@ from gpt2ft.errors import SettingsError
 from gpt2ft.model import peft, pretrained
 from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.gpt2 import GPT2, GPT2Config
-from gpt2ft.model.lora import LoRAConfig, apply_lora, is_adapted, load_trained_weights, merged_weights
+from gpt2ft.model.lora import LoRAConfig, apply_lora, is_adapted, load_trainable_parameters, merged_weights
 from gpt2ft.random import seed_for
 from gpt2ft.settings.parsing import read_sections, read_yaml
 from gpt2ft.settings.scripts import DPOSettings, RunSettings, SFTSettings
@@ -35,7 +35,7 @@ RECIPE = "recipe.yaml"  # of a run, in its folder
 
 
 @dataclass(frozen=True)
-class Policy:
+class LoadedModel:
     """A model that can be talked to: weights, and the tokenizer whose ids they know."""
 
     gpt2: GPT2
@@ -47,7 +47,7 @@ class Policy:
         return dict(self.gpt2.named_parameters())
 
 
-def load_policy(settings: ModelSettings, seed: int) -> Policy:
+def load_policy(settings: ModelSettings, seed: int) -> LoadedModel:
     """The model that `model.path` names, its table extended by the chat tokens if it does not know them yet.
 
     Raises:
@@ -74,14 +74,14 @@ def load_policy(settings: ModelSettings, seed: int) -> Policy:
         )
         gpt2.load_state_dict(weights)
         source = str(settings.path)
-    return Policy(gpt2, tokenizer, source, pretrained.weights_digest(dict(gpt2.named_parameters())))
+    return LoadedModel(gpt2, tokenizer, source, pretrained.weights_digest(dict(gpt2.named_parameters())))
 
 
 def is_adapter(path: str | Path) -> bool:
     return (Path(path) / peft.CONFIG).is_file()
 
 
-def _load_adapter(settings: ModelSettings, seed: int) -> Policy:
+def _load_adapter(settings: ModelSettings, seed: int) -> LoadedModel:
     """The base of an adapter folder with the adapter merged into it; the tokenizer is the adapter's if it has one."""
     folder = Path(settings.path)
     if settings.random_init:
@@ -96,10 +96,10 @@ def _load_adapter(settings: ModelSettings, seed: int) -> Policy:
             raise pretrained.ModelError(f"{folder} comes with another tokenizer than its base {base}")
     policy.gpt2.load_state_dict(peft.merge_adapter(folder, policy.weights()))
     digest = pretrained.weights_digest(policy.weights())
-    return Policy(policy.gpt2, tokenizer, str(folder), digest)
+    return LoadedModel(policy.gpt2, tokenizer, str(folder), digest)
 
 
-def adapt(policy: Policy, settings: LoRASettings, seed: int) -> None:
+def adapt(policy: LoadedModel, settings: LoRASettings, seed: int) -> None:
     """Puts fresh adapters on a policy, which then trains them and the rows of the chat tokens alone."""
     tokenizer = policy.tokenizer
     rows = [*tokenizer.role_ids.values(), tokenizer.end_id]
@@ -140,7 +140,7 @@ def _shape_and_tokenizer(settings: ModelSettings) -> tuple[GPT2Config, ChatToken
     return config, tokenizer, None if settings.random_init else folder
 
 
-def load_trained(path: str | None, random_init: bool = False, seed: int = 0) -> tuple[Policy, Path | None]:
+def load_trained(path: str | None, random_init: bool = False, seed: int = 0) -> tuple[LoadedModel, Path | None]:
     """The model of a run, a model folder, a checkpoint or a published name; by default of the newest finished run.
 
     Args:
@@ -170,13 +170,13 @@ def newest_run() -> str:
     return str(finished[-1].parent.parent)
 
 
-def _load_checkpoint(folder: Path) -> Policy:
+def _load_checkpoint(folder: Path) -> LoadedModel:
     """What the run's recipe starts from, with the weights that the checkpoint has trained."""
     adapted, _ = load_adapted(folder)
     return _plain(adapted)
 
 
-def load_adapted(folder: Path) -> tuple[Policy, RunSettings]:
+def load_adapted(folder: Path) -> tuple[LoadedModel, RunSettings]:
     """The model of a checkpoint as the run trains it, adapters apart, and the settings of the run.
 
     Raises:
@@ -200,7 +200,7 @@ def read_run(folder: Path) -> RunSettings:
     return kind(**read_yaml(kind, recipe))
 
 
-def plain_policy(settings: RunSettings, trained: Mapping[str, Tensor], initial_digest: str | None) -> Policy:
+def plain_policy(settings: RunSettings, trained: Mapping[str, Tensor], initial_digest: str | None) -> LoadedModel:
     """The plain model that trained weights make of what a run starts from: adapters merged, in float32.
 
     Args:
@@ -213,7 +213,7 @@ def plain_policy(settings: RunSettings, trained: Mapping[str, Tensor], initial_d
     return _plain(_with_weights(settings, trained, initial_digest))
 
 
-def _with_weights(settings: RunSettings, trained: Mapping[str, Tensor], initial_digest: str | None) -> Policy:
+def _with_weights(settings: RunSettings, trained: Mapping[str, Tensor], initial_digest: str | None) -> LoadedModel:
     """What a run starts from, adapted if it adapts, with the weights that it has trained; arguments as above."""
     policy = load_policy(settings.model, settings.training.seed)
     if settings.lora.rank and policy.digest != initial_digest:
@@ -221,13 +221,13 @@ def _with_weights(settings: RunSettings, trained: Mapping[str, Tensor], initial_
     if settings.lora.rank:
         adapt(policy, settings.lora, settings.training.seed)
     try:
-        load_trained_weights(policy.gpt2, trained)
+        load_trainable_parameters(policy.gpt2, trained)
     except ValueError as error:
         raise pretrained.ModelError(f"these weights do not belong to this run: {error}") from error
     return policy
 
 
-def _plain(policy: Policy) -> Policy:
+def _plain(policy: LoadedModel) -> LoadedModel:
     """The same model with its adapters merged, if it has any."""
     adapted = policy.gpt2
     if is_adapted(adapted):
@@ -271,7 +271,7 @@ class Corpus:
 
     def content(self) -> str:
         """A digest of the tokens themselves and of which are used, to compare machines."""
-        parts = [*(store.ledger.content.encode() for store in self.stores), self.rows.tobytes()]
+        parts = [*(store.statistics.content.encode() for store in self.stores), self.rows.tobytes()]
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
     def conversations(self) -> Keys:

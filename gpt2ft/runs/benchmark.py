@@ -33,7 +33,7 @@ from gpt2ft.settings.sections import OptimizerSettings
 from gpt2ft.stream import TokenStream
 from gpt2ft.training.memory_probe import peak_memory
 from gpt2ft.training.optimizer import adamw
-from gpt2ft.training.strategy import hold_frozen, prepare
+from gpt2ft.training.strategy import cast_frozen, prepare
 
 VOCABULARY = 50261  # GPT-2's tokens and the chat tokens
 ROWS = 50304
@@ -47,8 +47,8 @@ def run(settings: BenchmarkSettings) -> None:
     gpt2 = GPT2(replace(HUB_MODELS[settings.model].config(), vocab_size=ROWS)).initialize(random)
     if settings.lora.rank:
         apply_lora(gpt2, lora_config(settings.lora), range(VOCABULARY - 4, VOCABULARY), random)
-        hold_frozen(accelerator, gpt2)
-    gpt2.recomputes = settings.activation_checkpointing
+        cast_frozen(accelerator, gpt2)
+    gpt2.activation_checkpointing = settings.activation_checkpointing
     gpt2.to(device)
     backend = default_backend(device, 0.0) if settings.attention == "auto" else settings.attention
     model = TargetLogProbs(gpt2, VOCABULARY, backend)

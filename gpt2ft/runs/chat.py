@@ -6,19 +6,21 @@ from dataclasses import fields
 from gpt2ft.chat.session import Session
 from gpt2ft.chat.terminal import talk
 from gpt2ft.data.store import cache_root
-from gpt2ft.inference.prompt_format import PlainFrame
+from gpt2ft.inference.prompt_format import PlainPromptFormat
 from gpt2ft.inference.sampling import Sampling
-from gpt2ft.runs.speaker import load_speaker
+from gpt2ft.runs.inference_model import load_inference_model
 from gpt2ft.settings.scripts import ChatSettings
 
 UNTRAINED = "it was never trained to chat: it is asked in plain text, and may wander off"
 
 
 def run(settings: ChatSettings) -> None:
-    speaker = load_speaker(settings, settings.seed or 0)
+    inference_model = load_inference_model(settings, settings.seed or 0)
     sampling = Sampling(**{field.name: getattr(settings, field.name) for field in fields(Sampling)})
-    session = Session(speaker.model, speaker.tokenizer, speaker.frame, sampling, settings.max_new_tokens)
+    session = Session(
+        inference_model.model, inference_model.tokenizer, inference_model.frame, sampling, settings.max_new_tokens
+    )
     session.system = settings.system or None
-    notice = UNTRAINED if isinstance(speaker.frame, PlainFrame) and not settings.complete else ""
-    if not talk(session, speaker.source, cache_root(None) / "chat_history", settings.complete, notice):
+    notice = UNTRAINED if isinstance(inference_model.frame, PlainPromptFormat) and not settings.complete else ""
+    if not talk(session, inference_model.source, cache_root(None) / "chat_history", settings.complete, notice):
         sys.exit(1)

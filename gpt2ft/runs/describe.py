@@ -10,7 +10,7 @@ from gpt2ft.data.plan import Plan
 from gpt2ft.distributed.launch_checks import NAMES, StrategyName
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.logprobs import CHUNK
-from gpt2ft.runs.assemble import Corpus, Policy
+from gpt2ft.runs.assemble import Corpus, LoadedModel
 
 GIB = 2**30
 
@@ -22,14 +22,14 @@ class Hardware:
     Attributes:
         device: such as cuda.
         strategy: how model and optimizer lie on the processes, see training/strategy.py.
-        recomputes: whether activations are computed again in the backward pass.
+        activation_checkpointing: whether activations are computed again in the backward pass.
     """
 
     processes: int
     device: str
     strategy: StrategyName
     bf16: bool
-    recomputes: bool
+    activation_checkpointing: bool
 
     def __str__(self) -> str:
         sharing = "" if self.strategy == "ddp" else f", {NAMES[self.strategy]}"
@@ -37,7 +37,7 @@ class Hardware:
 
 
 def describe(
-    policy: Policy,
+    policy: LoadedModel,
     corpus: Corpus,
     held_out: Corpus | None,
     plan: Plan,
@@ -62,10 +62,10 @@ def describe(
         f"{plan.supervised / plan.tokens:.0%} of the tokens are supervised"
     )
     if plan.pair_capacity:
-        pairs, apart = int(plan.pieces.pairs.sum()), int(plan.pieces.apart.sum())
+        pairs, tokens_if_unpacked = int(plan.pieces.pairs.sum()), int(plan.pieces.tokens_if_unpacked.sum())
         lines.append(
             f"pairs     {pairs:,} of {int(plan.pieces.replies.sum()):,} replies; as {2 * pairs:,} sequences of their "
-            f"own they would be {apart:,} tokens, {apart / plan.tokens:.1f} times as many"
+            f"own they would be {tokens_if_unpacked:,} tokens, {tokens_if_unpacked / plan.tokens:.1f} times as many"
         )
     lines.append(
         f"training  {steps:,} steps of {plan.micro_batches_per_step} x {plan.capacity:,} tokens, "
@@ -102,10 +102,10 @@ def memory_estimate(gpt2: GPT2, capacity: int, hardware: Hardware) -> float:
     state = (trained * 4 + frozen) / of_weights + trained * (16 if is_zero else 12) / of_moments
     if hardware.bf16:
         state += trained * 2
-    elif hardware.strategy == "zero3" and not hardware.recomputes:
+    elif hardware.strategy == "zero3" and not hardware.activation_checkpointing:
         state += parameters * 4
     per_layer = 18 if trained == parameters else 13
-    layers = per_layer + config.n_layer if hardware.recomputes else per_layer * config.n_layer
+    layers = per_layer + config.n_layer if hardware.activation_checkpointing else per_layer * config.n_layer
     activations = capacity * config.n_embd * width * (layers + 4)
     return state + activations + 2 * CHUNK * config.vocab_size * 4
 
@@ -114,7 +114,7 @@ def dropped(corpus: Corpus, plan: Plan) -> Counter[str]:
     """Everything left out by reason: messages by the sources, conversations by the corpus, and by the context."""
     reasons: Counter[str] = Counter()
     for store in corpus.stores if corpus.is_whole else ():
-        reasons.update(store.ledger.dropped)
+        reasons.update(store.statistics.dropped)
     return +(reasons + plan.pieces.left_out + corpus.dropped)
 
 
@@ -155,12 +155,12 @@ def shares(corpus: Corpus, plan: Plan) -> list[SourceShare]:
         rows = corpus.rows[corpus.rows[:, 0] == number]
         share = SourceShare(
             source=store.source,
-            format=store.ledger.format,
+            format=store.statistics.format,
             factor=factor,
-            messages_read=store.ledger.read if corpus.is_whole else None,
-            dropped=store.ledger.dropped if corpus.is_whole else {},
+            messages_read=store.statistics.read if corpus.is_whole else None,
+            dropped=store.statistics.dropped if corpus.is_whole else {},
             conversations=len(np.unique(plan.pieces.rows[here, 1])),
-            conversations_read=store.ledger.conversations if corpus.is_whole else len(rows),
+            conversations_read=store.statistics.conversations if corpus.is_whole else len(rows),
             tokens=int(plan.pieces.sizes[here].sum()),
             supervised=int(plan.pieces.scored[here].sum()),
             pairs=int(plan.pieces.pairs[here].sum()),

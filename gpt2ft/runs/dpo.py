@@ -9,16 +9,16 @@ from typing import Any
 from torch import nn
 
 from gpt2ft.data.pairs import PreferencePairs
-from gpt2ft.data.plan import Cutting, Plan
+from gpt2ft.data.plan import ChunkingRule, Plan
 from gpt2ft.data.store import cache_root
 from gpt2ft.distributed.accelerator import autocast, precision_of
-from gpt2ft.distributed.signals import Interruption
+from gpt2ft.distributed.signals import SignalHandler
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.objectives.dpo import DPO, DPOConfig, start_loss
-from gpt2ft.runs.assemble import Corpus, Policy, versions
-from gpt2ft.runs.progress import Scoring, Standing
+from gpt2ft.runs.assemble import Corpus, LoadedModel, versions
+from gpt2ft.runs.progress import EvalResult, Evaluator
 from gpt2ft.runs.samples import Sample, Turns, answer
-from gpt2ft.runs.train import Stage, train
+from gpt2ft.runs.train import RunSetup, train
 from gpt2ft.settings.scripts import DPOSettings
 from gpt2ft.text.template import template_digest
 from gpt2ft.training import reference_store
@@ -41,25 +41,25 @@ class PreferenceTuning:
         self.config = DPOConfig(dpo.loss, dpo.beta, dpo.label_smoothing, dpo.gamma, dpo.rpo_alpha)
         self.objective = DPO(self.config)
 
-    def cutting(self, for_training: bool) -> Cutting:
+    def cutting(self, for_training: bool) -> ChunkingRule:
         """Evaluation counts every pair once."""
         dpo, data = self.settings.dpo, self.settings.data
         weight = dpo.pair_weight if for_training else "pair"
         return PreferencePairs(dpo.pairs, weight, data.max_length, self.settings.training.tokens_per_micro_batch)
 
-    def ready(self, stage: Stage, model: TargetLogProbs, interruption: Interruption) -> dict[str, Any]:
+    def ready(self, stage: RunSetup, model: TargetLogProbs, signals: SignalHandler) -> dict[str, Any]:
         """The reference, read from the store; what is missing there is computed first."""
         if not self.settings.dpo.needs_reference:
             return {}
         store = store_for(stage.policy, model, stage.accelerator, self.settings.data.cache)
         plans = [plan for plan in (stage.plan, stage.eval_plan) if plan]
-        computed = reference_store.attach(plans, store, model, stage.accelerator, interruption)
+        computed = reference_store.attach(plans, store, model, stage.accelerator, signals)
         replies = sum(len(plan.reference) for plan in plans)
         if stage.accelerator.is_main_process:
             print(f"reference {replies:,} replies, {computed:,} of them computed now; {store.folder}", flush=True)
         return {"reference": {"folder": str(store.folder), "computed_by": store.computed_by, "replies": replies}}
 
-    def check_start(self, stage: Stage, model: TargetLogProbs, step: int) -> None:
+    def check_start(self, stage: RunSetup, model: TargetLogProbs, step: int) -> None:
         if not self.settings.dpo.needs_reference:
             return
         store = store_for(stage.policy, model, stage.accelerator, self.settings.data.cache)
@@ -69,23 +69,23 @@ class PreferenceTuning:
             loss = "" if expected is None else f", loss {expected:.4f}"
             print(f"checked   the start is the reference within {worst:.1g} nats/token{loss}", flush=True)
 
-    def before(self, stage: Stage, prompts: list[Turns]) -> list[Sample]:
+    def before(self, stage: RunSetup, prompts: list[Turns]) -> list[Sample]:
         with autocast(stage.accelerator):
             return answer(stage.policy, prompts, self.settings.training.sample_tokens)
 
-    def score(self, stage: Stage) -> Scoring:
-        def scoring(model: nn.Module, held_out: Corpus, plan: Plan, told_to_stop: Callable[[], bool]) -> Standing:
-            metrics = evaluate_objective(model, plan, self.objective, stage.accelerator, told_to_stop)
+    def score(self, stage: RunSetup) -> Evaluator:
+        def scoring(model: nn.Module, held_out: Corpus, plan: Plan, was_signalled: Callable[[], bool]) -> EvalResult:
+            metrics = evaluate_objective(model, plan, self.objective, stage.accelerator, was_signalled)
             line = (
                 f"held-out loss {metrics['loss']:.4f}, {metrics['accuracy']:.1%} of pairs the right way round, "
                 f"margin {metrics['margin']:.3f}"
             )
-            return Standing(metrics["loss"], metrics, line)
+            return EvalResult(metrics["loss"], metrics, line)
 
         return scoring
 
 
-def store_for(policy: Policy, model: TargetLogProbs, accelerator: Any, cache: str | None) -> ReferenceStore:
+def store_for(policy: LoadedModel, model: TargetLogProbs, accelerator: Any, cache: str | None) -> ReferenceStore:
     """Where the log-probs of a policy are, as computed on this device in this precision."""
     computed_by = {
         "weights": policy.digest,

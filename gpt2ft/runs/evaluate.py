@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from gpt2ft.data.pairs import PreferencePairs
-from gpt2ft.data.plan import Conversations, Plan, cut_to_fit
+from gpt2ft.data.plan import Conversations, Plan, chunk
 from gpt2ft.distributed.accelerator import autocast, check_agreement, precision_of, start_accelerator
-from gpt2ft.distributed.signals import Interruption
+from gpt2ft.distributed.signals import SignalHandler
 from gpt2ft.errors import SettingsError
 from gpt2ft.files import write_json
 from gpt2ft.model.attention import default_backend
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.model.pretrained import ModelError
 from gpt2ft.objectives.dpo import DPO, DPOConfig
-from gpt2ft.runs.assemble import RECIPE, Corpus, Policy, load_corpora, load_policy, load_trained, read_run
+from gpt2ft.runs.assemble import RECIPE, Corpus, LoadedModel, load_corpora, load_policy, load_trained, read_run
 from gpt2ft.runs.describe import listed
 from gpt2ft.runs.dpo import store_for
 from gpt2ft.runs.samples import Sample, Turns, answer, held_out_prompts
@@ -54,7 +54,7 @@ def run(settings: EvaluateSettings) -> None:
         if settings.pairs
         else Conversations("once", max_length, capacity)
     )
-    pieces = cut_to_fit(corpus.stores, corpus.rows, cutting)
+    pieces = chunk(corpus.stores, corpus.rows, cutting)
     plan = Plan(pieces, capacity, 1, seed=0, shuffle=False)
     scored = preferences if settings.pairs else conversations
     text, figures = scored(settings, policy, folder, corpus, plan, accelerator)
@@ -85,7 +85,7 @@ Scored = tuple[str, dict[str, Any]]  # for people, for the report
 
 
 def conversations(
-    settings: EvaluateSettings, policy: Policy, folder: Path | None, corpus: Corpus, plan: Plan, accelerator: Any
+    settings: EvaluateSettings, policy: LoadedModel, folder: Path | None, corpus: Corpus, plan: Plan, accelerator: Any
 ) -> Scored:
     """The score of every source and of all together."""
     model = _on_device(policy, accelerator)
@@ -98,7 +98,7 @@ def conversations(
 
 
 def preferences(
-    settings: EvaluateSettings, policy: Policy, folder: Path | None, corpus: Corpus, plan: Plan, accelerator: Any
+    settings: EvaluateSettings, policy: LoadedModel, folder: Path | None, corpus: Corpus, plan: Plan, accelerator: Any
 ) -> Scored:
     """How often the better reply is rewarded more; without a reference, how often it is likelier."""
     started_from, trained_beta = _reference(settings, policy, folder)
@@ -106,9 +106,9 @@ def preferences(
     if started_from is not None:
         model = _on_device(started_from, accelerator)
         store = store_for(started_from, model, accelerator, settings.cache)
-        interruption = Interruption()
-        with interruption.listening():
-            attach([plan], store, model, accelerator, interruption)
+        signals = SignalHandler()
+        with signals.listening():
+            attach([plan], store, model, accelerator, signals)
         model.cpu()
     config = DPOConfig("simpo" if started_from is None else "sigmoid", beta)
     with autocast(accelerator):
@@ -131,7 +131,9 @@ def preferences(
     return "\n".join(lines), {"preferences": means | {"pairs": int(pieces.pairs.sum())}}
 
 
-def _reference(settings: EvaluateSettings, policy: Policy, folder: Path | None) -> tuple[Policy | None, float]:
+def _reference(
+    settings: EvaluateSettings, policy: LoadedModel, folder: Path | None
+) -> tuple[LoadedModel | None, float]:
     """What rewards are measured against, if there is anything, and the beta of the run.
 
     Raises:
@@ -157,7 +159,7 @@ def _reference(settings: EvaluateSettings, policy: Policy, folder: Path | None) 
     return found, beta
 
 
-def _on_device(policy: Policy, accelerator: Any) -> TargetLogProbs:
+def _on_device(policy: LoadedModel, accelerator: Any) -> TargetLogProbs:
     backend = default_backend(accelerator.device, attention_dropout=0.0)
     return TargetLogProbs(policy.gpt2, len(policy.tokenizer), backend).to(accelerator.device)
 
@@ -188,7 +190,7 @@ class Adherence:
         return "\n\n".join([*lines, *map(str, self.samples[:3]), ""])
 
 
-def topic_prompts(policy: Policy, corpus: Corpus, settings: EvaluateSettings) -> list[Turns]:
+def topic_prompts(policy: LoadedModel, corpus: Corpus, settings: EvaluateSettings) -> list[Turns]:
     """Held-out prompts that leave room for a reply.
 
     Raises:

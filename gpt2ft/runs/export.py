@@ -21,7 +21,7 @@ from gpt2ft.model.lora import is_adapted, merged_weights
 from gpt2ft.model.peft import merge_adapter, write_adapter
 from gpt2ft.model.pretrained import HUB_MODELS, ModelError, find_folder, write_model
 from gpt2ft.runs.assemble import (
-    Policy,
+    LoadedModel,
     is_adapter,
     load_adapted,
     load_policy,
@@ -102,7 +102,7 @@ def _export_adapter(settings: ExportSettings, output: Path) -> None:
     )
 
 
-def _chat_model(model: str | None) -> Policy:
+def _chat_model(model: str | None) -> LoadedModel:
     """What is exported, adapters merged.
 
     Raises:
@@ -115,7 +115,7 @@ def _chat_model(model: str | None) -> Policy:
 
 
 def write_adapter_folder(
-    folder: Path, adapted: Policy, settings: RunSettings, merged: Mapping[str, Tensor], base: str
+    folder: Path, adapted: LoadedModel, settings: RunSettings, merged: Mapping[str, Tensor], base: str
 ) -> None:
     """Writes a complete adapter folder in the layout of PEFT, with the tokenizer, or none.
 

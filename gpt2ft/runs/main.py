@@ -19,7 +19,7 @@ def run(work: Callable[[Any], None], settings: Any) -> None:
     from gpt2ft.data.reading import DataError
     from gpt2ft.distributed import watchdog
     from gpt2ft.distributed.accelerator import LaunchError
-    from gpt2ft.distributed.signals import EXIT_CODE, ToldToStop
+    from gpt2ft.distributed.signals import EXIT_CODE, Preempted
     from gpt2ft.model.pretrained import ModelError
     from gpt2ft.training.fit import TrainingDiverged
     from gpt2ft.training.memory_probe import DoesNotFit
@@ -42,7 +42,7 @@ def run(work: Callable[[Any], None], settings: Any) -> None:
         ReferenceLogProbError,
     ) as error:
         fail(str(error))
-    except ToldToStop as error:
+    except Preempted as error:
         fail(f"{error}{again}", code=EXIT_CODE)
     except TrainingDiverged as error:
         fail(str(error), code=1)

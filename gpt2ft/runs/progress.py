@@ -10,17 +10,17 @@ from torch import nn
 from gpt2ft.data.plan import Plan
 from gpt2ft.distributed import watchdog
 from gpt2ft.distributed.accelerator import autocast
-from gpt2ft.distributed.signals import Interruption
-from gpt2ft.runs.assemble import Corpus, Policy
+from gpt2ft.distributed.signals import SignalHandler
+from gpt2ft.runs.assemble import Corpus, LoadedModel
 from gpt2ft.runs.samples import Sample, Turns, answer, beside
 from gpt2ft.settings.sections import TrainingSettings
-from gpt2ft.training.evaluate import EvaluationCut
+from gpt2ft.training.evaluate import EvaluationInterrupted
 from gpt2ft.training.strategy import Strategy
 from gpt2ft.training.tracking import Tracker
 
 
 @dataclass(frozen=True)
-class Standing:
+class EvalResult:
     """The held-out loss, everything that is logged with it, and one line for people."""
 
     loss: float
@@ -28,7 +28,7 @@ class Standing:
     line: str
 
 
-Scoring = Callable[[nn.Module, Corpus, Plan, Callable[[], bool]], Standing]
+Evaluator = Callable[[nn.Module, Corpus, Plan, Callable[[], bool]], EvalResult]
 
 
 @dataclass(frozen=True)
@@ -37,26 +37,26 @@ class Evaluation:
 
     accelerator: Any
     strategy: Strategy
-    policy: Policy
+    policy: LoadedModel
     held_out: Corpus | None
     plan: Plan | None
-    score: Scoring
+    score: Evaluator
     tracker: Tracker
     training: TrainingSettings
-    interruption: Interruption
+    signals: SignalHandler
     prompts: list[Turns]  # to be answered; none on other processes than the main one
     before: list[Sample]  # what the start answered, where that is of interest
 
     def of_the_start(self) -> None:
         """Of step 0. If it is cut short, the first step still follows and is saved."""
-        with suppress(EvaluationCut):
+        with suppress(EvaluationInterrupted):
             self(0)
 
     def __call__(self, step: int) -> float | None:
         """The held-out loss, logged and said; None without held-out data."""
         if self.held_out is None or self.plan is None:
             return None
-        standing = self.score(self.strategy.model, self.held_out, self.plan, self.interruption.__bool__)
+        standing = self.score(self.strategy.model, self.held_out, self.plan, self.signals.__bool__)
         samples = self.samples()
         stopped = {"stopped": sum(sample.stopped for sample in samples) / len(samples)} if samples else {}
         metrics = standing.metrics | stopped

@@ -1,7 +1,7 @@
 """The offline pass of DPO: what the reference says to every reply of a recipe, computed before any training."""
 
 from gpt2ft.distributed.accelerator import check_agreement, start_accelerator
-from gpt2ft.distributed.signals import Interruption
+from gpt2ft.distributed.signals import SignalHandler
 from gpt2ft.errors import SettingsError
 from gpt2ft.runs.dpo import PreferenceTuning
 from gpt2ft.runs.train import check, model_of, set_up
@@ -20,7 +20,7 @@ def run(settings: DPOSettings) -> None:
     check_agreement(accelerator, 0, *contents)
     model = model_of(stage)
     check(model, stage.plan, stage.policy, settings, verbose=accelerator.is_main_process)
-    interruption = Interruption()
-    with interruption.listening():
-        task.ready(stage, model, interruption)
+    signals = SignalHandler()
+    with signals.listening():
+        task.ready(stage, model, signals)
     accelerator.end_training()

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from gpt2ft.conversation import ROLES
 from gpt2ft.data.token_tree import ASSISTANT, TEXT
-from gpt2ft.inference.generate import generate, unsayable
-from gpt2ft.runs.assemble import Corpus, Policy
+from gpt2ft.inference.generate import generate, suppressed_token_mask
+from gpt2ft.runs.assemble import Corpus, LoadedModel
 from gpt2ft.text.template import render_prompt
 
 Turns = list[tuple[str, str]]
@@ -33,7 +33,7 @@ def beside(before: Sequence[Sample], now: Sequence[Sample]) -> list[str]:
 
 
 def held_out_prompts(
-    corpus: Corpus, policy: Policy, number: int, longest: int, preferences: bool = False
+    corpus: Corpus, policy: LoadedModel, number: int, longest: int, preferences: bool = False
 ) -> list[Turns]:
     """What comes before the first assistant turn of the first conversations that leave `longest` tokens of room.
 
@@ -57,13 +57,15 @@ def held_out_prompts(
     return prompts
 
 
-def answer(policy: Policy, prompts: Sequence[Turns], longest: int) -> list[Sample]:
+def answer(policy: LoadedModel, prompts: Sequence[Turns], longest: int) -> list[Sample]:
     """The likeliest reply to each prompt, token by token."""
     if not prompts:
         return []
     tokenizer = policy.tokenizer
     ids = [render_prompt(tokenizer, turns) for turns in prompts]
     stops = [tokenizer.end_id, tokenizer.end_of_text_id]
-    replies = generate(policy.gpt2, ids, longest, stops, unsayable(tokenizer, policy.gpt2.wte.weight, stops))
+    replies = generate(
+        policy.gpt2, ids, longest, stops, suppressed_token_mask(tokenizer, policy.gpt2.wte.weight, stops)
+    )
     said = zip(prompts, replies, strict=True)
     return [Sample(turns[-1][1], tokenizer.decode(reply.ids), reply.stopped) for turns, reply in said]

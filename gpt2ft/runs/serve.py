@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gpt2ft.errors import SettingsError
 from gpt2ft.model.pretrained import ModelError
-from gpt2ft.runs.speaker import load_speaker
+from gpt2ft.runs.inference_model import load_inference_model
 from gpt2ft.settings.scripts import ServeSettings
 
 EXTRA = ("fastapi", "starlette", "uvicorn", "h11")
@@ -29,16 +29,16 @@ def run(settings: ServeSettings) -> None:
     key = read_key(settings)
     refuse_open_door(settings.host, key)
     with _listening(settings, connection.listen) as listening:
-        speaker = load_speaker(settings, seed=0)
-        name = settings.model_name or Path(settings.model or speaker.source).resolve().name
-        speaking = (speaker.model, speaker.tokenizer, speaker.frame)
-        server = service.create(settings, speaking, service.Served.now(name, speaker.digest), key)
+        inference_model = load_inference_model(settings, seed=0)
+        name = settings.model_name or Path(settings.model or inference_model.source).resolve().name
+        speaking = (inference_model.model, inference_model.tokenizer, inference_model.frame)
+        server = service.create(settings, speaking, service.Served.now(name, inference_model.digest), key)
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
-        print(f"{speaker.source} is served at {address(listening)} as {name}; Ctrl-C ends it", flush=True)
+        print(f"{inference_model.source} is served at {address(listening)} as {name}; Ctrl-C ends it", flush=True)
         server.run(sockets=[listening])
     if server.has_failed:
-        raise ModelError(f"{speaker.source} cannot say a single token: its weights are damaged")
+        raise ModelError(f"{inference_model.source} cannot say a single token: its weights are damaged")
 
 
 def read_key(settings: ServeSettings) -> str | None:
@@ -84,7 +84,7 @@ def is_own(host: str) -> bool:
 
 def _listening(settings: ServeSettings, listen: Callable[[str, int, float], socket.socket]) -> socket.socket:
     try:
-        return listen(settings.host, settings.port, settings.reader_seconds)
+        return listen(settings.host, settings.port, settings.write_timeout)
     except OSError as error:
         raise SettingsError(
             f"`host` = {settings.host} and `port` = {settings.port} cannot be listened on: {error.strerror or error}; "

@@ -5,15 +5,15 @@ from typing import Any
 
 from torch import nn
 
-from gpt2ft.data.plan import Conversations, Cutting, Plan
-from gpt2ft.distributed.signals import Interruption
+from gpt2ft.data.plan import ChunkingRule, Conversations, Plan
+from gpt2ft.distributed.signals import SignalHandler
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.objectives.objective import Objective
 from gpt2ft.objectives.sft import SFT
 from gpt2ft.runs.assemble import Corpus
-from gpt2ft.runs.progress import Scoring, Standing
+from gpt2ft.runs.progress import EvalResult, Evaluator
 from gpt2ft.runs.samples import Sample, Turns
-from gpt2ft.runs.train import Stage, train
+from gpt2ft.runs.train import RunSetup, train
 from gpt2ft.settings.scripts import SFTSettings
 from gpt2ft.training.evaluate import evaluate, total
 
@@ -31,26 +31,26 @@ class FineTuning:
         self.settings = settings
         self.objective = objective or SFT()
 
-    def cutting(self, for_training: bool) -> Cutting:
+    def cutting(self, for_training: bool) -> ChunkingRule:
         """Evaluation counts every message once."""
         data = self.settings.data
         weight = data.message_weight if for_training else "once"
         return Conversations(weight, data.max_length, self.settings.training.tokens_per_micro_batch)
 
-    def ready(self, stage: Stage, model: TargetLogProbs, interruption: Interruption) -> dict[str, Any]:
+    def ready(self, stage: RunSetup, model: TargetLogProbs, signals: SignalHandler) -> dict[str, Any]:
         return {}
 
-    def check_start(self, stage: Stage, model: TargetLogProbs, step: int) -> None:
+    def check_start(self, stage: RunSetup, model: TargetLogProbs, step: int) -> None:
         pass
 
-    def before(self, stage: Stage, prompts: list[Turns]) -> list[Sample]:
+    def before(self, stage: RunSetup, prompts: list[Turns]) -> list[Sample]:
         return []
 
-    def score(self, stage: Stage) -> Scoring:
+    def score(self, stage: RunSetup) -> Evaluator:
         byte_lengths = stage.policy.tokenizer.byte_lengths()
 
-        def scoring(model: nn.Module, held_out: Corpus, plan: Plan, told_to_stop: Callable[[], bool]) -> Standing:
-            scores = evaluate(model, plan, byte_lengths, stage.accelerator, told_to_stop)
+        def scoring(model: nn.Module, held_out: Corpus, plan: Plan, was_signalled: Callable[[], bool]) -> EvalResult:
+            scores = evaluate(model, plan, byte_lengths, stage.accelerator, was_signalled)
             score = total(scores)
             metrics = score.figures()
             if len(scores) > 1:
@@ -60,6 +60,6 @@ class FineTuning:
                 f"held-out loss {score.nats_per_token:.4f} nats/token, perplexity {score.perplexity:,.2f}, "
                 f"{score.bits_per_byte:.4f} bits/byte"
             )
-            return Standing(score.nats_per_token, metrics, line)
+            return EvalResult(score.nats_per_token, metrics, line)
 
         return scoring

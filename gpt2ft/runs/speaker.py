@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gpt2ft.inference.prompt_format import ChatFrame, Frame, frame_for
+from gpt2ft.inference.prompt_format import ChatPromptFormat, PromptFormat, prompt_format_for
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.runs.assemble import load_trained
 from gpt2ft.settings.scripts import ChatSettings, ServeSettings
@@ -12,15 +12,15 @@ from gpt2ft.text.tokenizer import ChatTokenizer
 
 
 @dataclass(frozen=True)
-class Speaker:
+class InferenceModel:
     model: GPT2
     tokenizer: ChatTokenizer
-    frame: Frame
+    frame: PromptFormat
     source: str  # what the weights came from, for people
     digest: str  # of the weights
 
 
-def load_speaker(settings: ChatSettings | ServeSettings, seed: int) -> Speaker:
+def load_inference_model(settings: ChatSettings | ServeSettings, seed: int) -> InferenceModel:
     """The model that `settings` name.
 
     Args:
@@ -33,6 +33,6 @@ def load_speaker(settings: ChatSettings | ServeSettings, seed: int) -> Speaker:
     half = settings.precision == "bf16" or (settings.precision == "auto" and device == "cuda")
     model = policy.gpt2.to(device, torch.bfloat16 if half else torch.float32).eval()
     tokenizer = policy.tokenizer
-    frame = ChatFrame(tokenizer) if settings.random_init else frame_for(tokenizer)
+    frame = ChatPromptFormat(tokenizer) if settings.random_init else prompt_format_for(tokenizer)
     source = f"random {settings.model}" if settings.random_init else policy.source
-    return Speaker(model, tokenizer, frame, source, policy.digest)
+    return InferenceModel(model, tokenizer, frame, source, policy.digest)

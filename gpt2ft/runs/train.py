@@ -15,19 +15,19 @@ from torch import Tensor
 from gpt2ft import checkpoint
 from gpt2ft.checkpoint import TrainState
 from gpt2ft.data.augmentation import Augmentation
-from gpt2ft.data.plan import Cutting, Plan, cut_to_fit
+from gpt2ft.data.plan import ChunkingRule, Plan, chunk
 from gpt2ft.distributed import launch_checks, watchdog
 from gpt2ft.distributed.accelerator import check_agreement, precision_of, raise_together, start_accelerator
 from gpt2ft.distributed.shared_folder import check_shared
-from gpt2ft.distributed.signals import Interruption
+from gpt2ft.distributed.signals import SignalHandler
 from gpt2ft.errors import SettingsError
 from gpt2ft.model.attention import Backend, default_backend
 from gpt2ft.model.logprobs import TargetLogProbs
-from gpt2ft.model.lora import load_trained_weights, trained_weights
+from gpt2ft.model.lora import load_trainable_parameters, trainable_parameters
 from gpt2ft.objectives.objective import Objective
 from gpt2ft.runs.assemble import (
     Corpus,
-    Policy,
+    LoadedModel,
     adapt,
     command,
     is_adapter,
@@ -40,14 +40,14 @@ from gpt2ft.runs.describe import Hardware, describe, dropped, shares
 from gpt2ft.runs.export import write_adapter_folder, write_folder
 from gpt2ft.runs.inspection import show, statistics, terminal_width
 from gpt2ft.runs.output import Output
-from gpt2ft.runs.progress import Evaluation, Scoring
+from gpt2ft.runs.progress import Evaluation, Evaluator
 from gpt2ft.runs.samples import Sample, Turns, held_out_prompts
 from gpt2ft.settings.scripts import DPOSettings, RunSettings
 from gpt2ft.training import preflight
-from gpt2ft.training.fit import Job, fit
-from gpt2ft.training.memory_probe import advice, fits, rehearse
+from gpt2ft.training.fit import LoopInputs, fit
+from gpt2ft.training.memory_probe import advice, fits, probe_memory
 from gpt2ft.training.optimizer import adamw
-from gpt2ft.training.strategy import Strategy, hold_frozen, prepare
+from gpt2ft.training.strategy import Strategy, cast_frozen, prepare
 from gpt2ft.training.tracking import Tracker
 
 
@@ -57,29 +57,29 @@ class Task(Protocol):
     objective: Objective
     preferences: bool  # whether the data are to be read as replies to compare
 
-    def cutting(self, for_training: bool) -> Cutting:
+    def cutting(self, for_training: bool) -> ChunkingRule:
         """How trees become pieces."""
 
-    def ready(self, stage: "Stage", model: TargetLogProbs, interruption: Interruption) -> dict[str, Any]:
+    def ready(self, stage: "RunSetup", model: TargetLogProbs, signals: SignalHandler) -> dict[str, Any]:
         """Makes what must be there before training, by the model as it is at step 0; what the manifest says of it."""
 
-    def check_start(self, stage: "Stage", model: TargetLogProbs, step: int) -> None:
+    def check_start(self, stage: "RunSetup", model: TargetLogProbs, step: int) -> None:
         """Raises an error unless the model, still as at step 0, starts from where it should."""
 
-    def score(self, stage: "Stage") -> Scoring:
+    def score(self, stage: "RunSetup") -> Evaluator:
         """What held-out data are scored by."""
 
-    def before(self, stage: "Stage", prompts: list[Turns]) -> list[Sample]:
+    def before(self, stage: "RunSetup", prompts: list[Turns]) -> list[Sample]:
         """Replies of the model at step 0, to be shown beside later ones."""
 
 
 @dataclass(frozen=True)
-class Stage:
+class RunSetup:
     """What a run trains, on what, and where."""
 
     settings: RunSettings
     accelerator: Any
-    policy: Policy
+    policy: LoadedModel
     corpus: Corpus
     held_out: Corpus | None
     plan: Plan
@@ -87,7 +87,7 @@ class Stage:
     steps: int
 
 
-def set_up(settings: RunSettings, task: Task, accelerator: Any) -> Stage:
+def set_up(settings: RunSettings, task: Task, accelerator: Any) -> RunSetup:
     """Loads model and data, and says what is to be done."""
     training = settings.training
     policy = load_policy(settings.model, training.seed)
@@ -98,12 +98,12 @@ def set_up(settings: RunSettings, task: Task, accelerator: Any) -> Stage:
     plan = plan_for(corpus, settings, task.cutting(for_training=True), for_training=True)
     eval_plan = plan_for(held_out, settings, task.cutting(for_training=False), for_training=False) if held_out else None
     steps = training.steps or training.epochs * plan.steps_per_epoch
-    stage = Stage(settings, accelerator, policy, corpus, held_out, plan, eval_plan, steps)
+    stage = RunSetup(settings, accelerator, policy, corpus, held_out, plan, eval_plan, steps)
     if accelerator.is_main_process:
         bf16 = precision_of(accelerator) == "bf16"
-        recomputes = training.activation_checkpointing
+        activation_checkpointing = training.activation_checkpointing
         processes, device = accelerator.num_processes, accelerator.device.type
-        hardware = Hardware(processes, device, launch_checks.strategy(), bf16, recomputes)
+        hardware = Hardware(processes, device, launch_checks.strategy(), bf16, activation_checkpointing)
         print(describe(policy, corpus, held_out, plan, eval_plan, steps, hardware), flush=True)
         if settings.show:
             print(show(plan, policy.tokenizer, settings.show, width=terminal_width()))
@@ -112,10 +112,10 @@ def set_up(settings: RunSettings, task: Task, accelerator: Any) -> Stage:
     return stage
 
 
-def model_of(stage: Stage) -> TargetLogProbs:
+def model_of(stage: RunSetup) -> TargetLogProbs:
     """The policy as the loop asks it, on the device."""
     policy, settings = stage.policy, stage.settings
-    policy.gpt2.recomputes = settings.training.activation_checkpointing
+    policy.gpt2.activation_checkpointing = settings.training.activation_checkpointing
     model = TargetLogProbs(policy.gpt2, len(policy.tokenizer), backend_for(settings, stage.accelerator.device))
     return model.to(stage.accelerator.device)
 
@@ -142,11 +142,11 @@ def train(settings: RunSettings, task: Task) -> None:
     state, found = (TrainState(), None) if settings.resume == "never" else resume(output, identity, verbose=main)
     contents = [part.content() for part in (corpus, held_out) if part]
     check_agreement(accelerator, state.step, *contents)
-    interruption = Interruption()
-    with interruption.listening():
-        made_ready = task.ready(stage, model, interruption)
+    signals = SignalHandler()
+    with signals.listening():
+        made_ready = task.ready(stage, model, signals)
     if settings.lora.rank:
-        hold_frozen(accelerator, policy.gpt2)
+        cast_frozen(accelerator, policy.gpt2)
     task.check_start(stage, model, state.step)
     longest = training.sample_tokens
     prompts = (
@@ -157,14 +157,14 @@ def train(settings: RunSettings, task: Task) -> None:
     before = task.before(stage, prompts)
     if found:
         try:
-            load_trained_weights(policy.gpt2, checkpoint.read_weights(found))
+            load_trainable_parameters(policy.gpt2, checkpoint.read_weights(found))
         except ValueError as error:
             raise checkpoint.CheckpointError(f"{found} does not hold the weights of this run: {error}") from error
     optimizer = adamw(policy.gpt2, settings.optimizer, fused=accelerator.device.type == "cuda")
     shards = launch_checks.strategy() != "ddp"
     with fits(advice(training, settings.data.max_length, bool(settings.lora.rank), shards)):
         strategy = prepare(accelerator, model, optimizer, training.max_grad_norm)
-        rehearsed(stage, strategy)
+        probed(stage, strategy)
     moments = checkpoint.read_moments(found) if found and state.updates else None
     strategy.load_moments(moments, state.updates)
 
@@ -199,7 +199,7 @@ def train(settings: RunSettings, task: Task) -> None:
         score=task.score(stage),
         tracker=tracker,
         training=training,
-        interruption=interruption,
+        signals=signals,
         prompts=prompts,
         before=before,
     )
@@ -209,14 +209,14 @@ def train(settings: RunSettings, task: Task) -> None:
         whole, moments, problem = strategy.whole(), strategy.moments(), None
         if whole is not None:
             try:
-                checkpoint.save(output.checkpoints, trained_weights(whole), moments, state, identity)
+                checkpoint.save(output.checkpoints, trainable_parameters(whole), moments, state, identity)
                 checkpoint.prune(output.checkpoints, training.keep_checkpoints, state.best_step)
             except OSError as error:
                 problem = error
         watchdog.at("waiting until it is saved")
         raise_together(accelerator, problem)
 
-    job = Job(
+    job = LoopInputs(
         accelerator=accelerator,
         strategy=strategy,
         objective=task.objective,
@@ -227,10 +227,10 @@ def train(settings: RunSettings, task: Task) -> None:
         tracker=tracker,
         evaluate=evaluation,
         save=save,
-        interruption=interruption,
+        signals=signals,
     )
     try:
-        with interruption.listening():
+        with signals.listening():
             if not found:
                 evaluation.of_the_start()
             state = fit(job, state)
@@ -249,16 +249,16 @@ def train(settings: RunSettings, task: Task) -> None:
     accelerator.end_training()
 
 
-def rehearsed(stage: Stage, strategy: Strategy) -> None:
+def probed(stage: RunSetup, strategy: Strategy) -> None:
     """The largest stream once through model and optimizer; says what memory that has taken."""
     accelerator, plan = stage.accelerator, stage.plan
-    peak = rehearse(strategy, accelerator, plan.stream(plan.streams[0]))
+    peak = probe_memory(strategy, accelerator, plan.stream(plan.streams[0]))
     if accelerator.is_main_process:
         each = " on each process" if accelerator.num_processes > 1 else ""
-        print(f"rehearsed the largest stream, peak memory {peak / 2**30:.2f} GiB{each}", flush=True)
+        print(f"probed the largest stream, peak memory {peak / 2**30:.2f} GiB{each}", flush=True)
 
 
-def check_length(settings: RunSettings, policy: Policy) -> None:
+def check_length(settings: RunSettings, policy: LoadedModel) -> None:
     context = policy.gpt2.config.n_positions
     if settings.training.sample_tokens >= context - 2:
         raise SettingsError(
@@ -282,15 +282,15 @@ def backend_for(settings: RunSettings, device: torch.device) -> Backend:
     return backend
 
 
-def plan_for(corpus: Corpus, settings: RunSettings, cutting: Cutting, for_training: bool) -> Plan:
+def plan_for(corpus: Corpus, settings: RunSettings, cutting: ChunkingRule, for_training: bool) -> Plan:
     data, training = settings.data, settings.training
-    pieces = cut_to_fit(corpus.stores, corpus.rows, cutting)
+    pieces = chunk(corpus.stores, corpus.rows, cutting)
     augmentation = Augmentation(data.position_jitter, data.prompt_noise, data.max_length) if for_training else None
     micro_batches = training.micro_batches_per_step
     return Plan(pieces, training.tokens_per_micro_batch, micro_batches, training.seed, for_training, augmentation)
 
 
-def check(model: TargetLogProbs, plan: Plan, policy: Policy, settings: RunSettings, verbose: bool) -> None:
+def check(model: TargetLogProbs, plan: Plan, policy: LoadedModel, settings: RunSettings, verbose: bool) -> None:
     """Everything that can be known to be wrong before step 1.
 
     Raises:
@@ -311,7 +311,7 @@ def check(model: TargetLogProbs, plan: Plan, policy: Policy, settings: RunSettin
         print(f"checked   {turns} supervised turns all stop; {isolation}", flush=True)
 
 
-def what_must_not_change(stage: Stage) -> dict[str, Any]:
+def what_must_not_change(stage: RunSetup) -> dict[str, Any]:
     """What a run must share with its checkpoint to continue from it."""
     settings, held_out = stage.settings, stage.held_out
     training = {"tokens_per_micro_batch", "micro_batches_per_step", "seed", "max_grad_norm", "deterministic"}
@@ -349,7 +349,7 @@ def resume(output: Output, identity: dict, verbose: bool) -> tuple[TrainState, P
     return state, found
 
 
-def export(output: Output, settings: RunSettings, policy: Policy, state: TrainState) -> None:
+def export(output: Output, settings: RunSettings, policy: LoadedModel, state: TrainState) -> None:
     """Writes `best/` where evaluation ran, `adapter/` for LoRA, and `model/` last: it makes the run finished.
 
     An adapter needs a whole model to stand on: where the run started from another adapter, that is `start/`.
@@ -366,7 +366,7 @@ def export(output: Output, settings: RunSettings, policy: Policy, state: TrainSt
             write_folder(output.best, plain(checkpoint.read_weights(folder)), config, tokenizer)
         except checkpoint.CheckpointError as error:
             print(f"warning: best/ is not written: {error}", file=sys.stderr)
-    merged = plain(trained_weights(policy.gpt2))
+    merged = plain(trainable_parameters(policy.gpt2))
     if settings.lora.rank:
         base = settings.model.path
         if is_adapter(base):
@@ -377,7 +377,7 @@ def export(output: Output, settings: RunSettings, policy: Policy, state: TrainSt
     write_folder(output.model, merged, config, tokenizer)
 
 
-def next_commands(settings: RunSettings, policy: Policy, output: Output) -> Iterator[str]:
+def next_commands(settings: RunSettings, policy: LoadedModel, output: Output) -> Iterator[str]:
     """A talk with the model, and the same evaluation as during training where there was one."""
     yield shlex.join(["python", "launch/chat.py", str(output.folder)])
     data = settings.data

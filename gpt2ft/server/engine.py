@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import NamedTuple
 
-from gpt2ft.inference.detokenizer import ReplyText
+from gpt2ft.inference.detokenizer import IncrementalDetokenizer
 from gpt2ft.inference.generate import Decoder, Step
 from gpt2ft.inference.prompt_format import Prompt
 from gpt2ft.inference.sampling import GREEDY, Sampling
@@ -33,7 +33,7 @@ STOPPING = "the server is being stopped: it takes no new requests"
 
 
 @dataclass(frozen=True)
-class Order:
+class GenerationRequest:
     """What a request asks of the model.
 
     Args:
@@ -45,10 +45,10 @@ class Order:
     sampling: Sampling
     max_new_tokens: int
     stop_ids: tuple[int, ...]
-    text: ReplyText
+    text: IncrementalDetokenizer
 
 
-class News(NamedTuple):
+class Delta(NamedTuple):
     """What has come since the last time: text, and if that was the end, how it ended."""
 
     text: str
@@ -69,7 +69,7 @@ class Reply:
         deadline: of the monotonic clock; set by `Engine.submit`.
     """
 
-    order: Order
+    order: GenerationRequest
     wake: Callable[[], None]
     tokens: int = 0
     finish: str | None = None
@@ -78,11 +78,11 @@ class Reply:
     is_abandoned: bool = False
     _texts: deque[str] = field(default_factory=deque)
 
-    def take(self) -> News:
+    def take(self) -> Delta:
         """What has come since the last call."""
         finish, failure = self.finish, self.failure  # before the text, which is complete if one of them is set
         texts = [self._texts.popleft() for _ in range(len(self._texts))]
-        return News("".join(texts), finish, failure)
+        return Delta("".join(texts), finish, failure)
 
     def push(self, id: int | None, finish: str | None) -> None:
         """What a step of the decoder brought."""

@@ -246,7 +246,7 @@ class ServeSettings(Section):
     """Replies that are decoded together. Each can take the memory of one full context."""
     queue: NotNegative = 64
     """Requests that may wait for a slot; further ones are answered with 429."""
-    read_per_step: Positive = 256
+    prefill_chunk: Positive = 256
     """Tokens of new prompts that are read between two tokens of the others: fewer keeps those flowing."""
     connections: Positive = 512
     """Connections that may be open at once."""
@@ -254,11 +254,11 @@ class ServeSettings(Section):
     """Largest request."""
     body_seconds: Annotated[float, Field(gt=0)] = 10.0
     """Longest time that a request may take to arrive: its head, and then its body."""
-    reader_seconds: Annotated[float, Field(gt=0)] = 30.0
+    write_timeout: Annotated[float, Field(gt=0)] = 30.0
     """Longest time that a client may leave what is sent to it unread before it is hung up on."""
-    reply_seconds: Annotated[float, Field(gt=0)] = 600.0
+    request_timeout: Annotated[float, Field(gt=0)] = 600.0
     """Longest time that a reply may take, waiting included; it ends there as at its longest length."""
-    drain_seconds: Annotated[float, Field(gt=0)] = 30.0
+    shutdown_timeout: Annotated[float, Field(gt=0)] = 30.0
     """Longest time that replies are given to finish after SIGTERM or Ctrl-C."""
     messages: Positive = 256
     """Most messages in a request."""

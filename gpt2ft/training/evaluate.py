@@ -45,7 +45,7 @@ class Score:
         }
 
 
-class EvaluationCut(Exception):
+class EvaluationInterrupted(Exception):
     """A process was told to stop, so there is no score. All processes raise it together."""
 
 
@@ -54,17 +54,17 @@ def evaluate(
     plan: Plan,
     byte_lengths: Sequence[int],
     accelerator: Any,
-    told_to_stop: Callable[[], bool] | None = None,
+    was_signalled: Callable[[], bool] | None = None,
 ) -> list[Score]:
     """The score of each data source of the plan.
 
     Args:
         model: TargetLogProbs, prepared by the accelerator.
         byte_lengths: UTF-8 bytes of each id.
-        told_to_stop: asked before each stream, of all processes together.
+        was_signalled: asked before each stream, of all processes together.
 
     Raises:
-        EvaluationCut: if any process was told to stop meanwhile.
+        EvaluationInterrupted: if any process was told to stop meanwhile.
     """
     bytes_of = torch.tensor(byte_lengths, dtype=torch.float64, device=accelerator.device)
     num_sources = len(plan.pieces.stores)
@@ -76,7 +76,7 @@ def evaluate(
         by_source = torch.zeros(num_sources, 3, dtype=torch.float64, device=log_probs.device)  # nats, tokens, bytes
         return by_source.index_add_(0, stream.groups[real], torch.stack(columns, dim=1))
 
-    scores = _summed(model, plan, sums, accelerator, told_to_stop)
+    scores = _summed(model, plan, sums, accelerator, was_signalled)
     return [Score(nats, round(tokens), round(bytes)) for nats, tokens, bytes in scores.tolist()]
 
 
@@ -85,7 +85,7 @@ def evaluate_objective(
     plan: Plan,
     objective: Objective,
     accelerator: Any,
-    told_to_stop: Callable[[], bool] | None = None,
+    was_signalled: Callable[[], bool] | None = None,
 ) -> dict[str, float]:
     """The mean loss over the whole plan, and of whatever else the objective measures. Arguments as above."""
 
@@ -94,7 +94,7 @@ def evaluate_objective(
         count = torch.full_like(first, objective.count(stream))
         return torch.cat([first, objective.measure(log_probs, stream), count])
 
-    *totals, count = _summed(model, plan, sums, accelerator, told_to_stop).tolist()
+    *totals, count = _summed(model, plan, sums, accelerator, was_signalled).tolist()
     return {name: value / count for name, value in zip(("loss", *objective.names), totals, strict=True)}
 
 
@@ -103,7 +103,7 @@ def _summed(
     plan: Plan,
     sums: Callable[[Tensor, TokenStream], Tensor],
     accelerator: Any,
-    told_to_stop: Callable[[], bool] | None,
+    was_signalled: Callable[[], bool] | None,
 ) -> Tensor:
     """`sums` of log-probs [S] and their stream, added up over all streams of a plan and all processes."""
     was_training = model.training
@@ -112,9 +112,9 @@ def _summed(
     with torch.no_grad():
         for micro_batch in share(plan.streams, accelerator.process_index, accelerator.num_processes):
             watchdog.at("held-out stream")
-            if told_to_stop is not None and any(global_sum(accelerator, float(told_to_stop()))):
+            if was_signalled is not None and any(global_sum(accelerator, float(was_signalled()))):
                 model.train(was_training)
-                raise EvaluationCut
+                raise EvaluationInterrupted
             stream = plan.stream(micro_batch or []).to(accelerator.device)
             found = sums(model(stream), stream)
             added = found if added is None else added + found

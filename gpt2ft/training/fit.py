@@ -15,12 +15,12 @@ from gpt2ft.checkpoint import TrainState
 from gpt2ft.data.plan import Plan
 from gpt2ft.distributed import watchdog
 from gpt2ft.distributed.accelerator import global_sum, loss_scale
-from gpt2ft.distributed.signals import Interruption, ToldToStop
+from gpt2ft.distributed.signals import Preempted, SignalHandler
 from gpt2ft.objectives.objective import Objective
 from gpt2ft.random import seed_for
 from gpt2ft.settings.sections import OptimizerSettings, TrainingSettings
 from gpt2ft.stream import TokenStream
-from gpt2ft.training.evaluate import EvaluationCut
+from gpt2ft.training.evaluate import EvaluationInterrupted
 from gpt2ft.training.optimizer import learning_rate, set_learning_rate
 from gpt2ft.training.strategy import Strategy
 from gpt2ft.training.tracking import Tracker
@@ -31,7 +31,7 @@ class TrainingDiverged(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Job:
+class LoopInputs:
     """What the loop is handed."""
 
     accelerator: Any
@@ -44,14 +44,14 @@ class Job:
     tracker: Tracker
     evaluate: Callable[[int], float | None]  # steps done -> held-out loss, None without held-out data
     save: Callable[[TrainState], None]
-    interruption: Interruption = field(default_factory=Interruption)
+    signals: SignalHandler = field(default_factory=SignalHandler)
 
 
-def fit(job: Job, state: TrainState) -> TrainState:
+def fit(job: LoopInputs, state: TrainState) -> TrainState:
     """Trains from `state` to the last step.
 
     Raises:
-        ToldToStop: once the step that was under way is saved.
+        Preempted: once the step that was under way is saved.
         TrainingDiverged: if it makes no sense to go on.
     """
     model = job.strategy.model
@@ -91,7 +91,7 @@ def fit(job: Job, state: TrainState) -> TrainState:
         if is_due(state.step, job.training.log_every, job.steps):
             recent.log(state, rate)
         watchdog.at("end of the step")
-        if any(global_sum(job.accelerator, float(bool(job.interruption)))):  # wherever the signal has arrived
+        if any(global_sum(job.accelerator, float(bool(job.signals)))):  # wherever the signal has arrived
             stop(job, state)
         state = evaluated(job, state, recent)
         save_every = job.training.save_every or job.training.eval_every or job.plan.steps_per_epoch
@@ -101,7 +101,7 @@ def fit(job: Job, state: TrainState) -> TrainState:
     return state
 
 
-def evaluated(job: Job, state: TrainState, recent: "Recent", is_saved: bool = False) -> TrainState:
+def evaluated(job: LoopInputs, state: TrainState, recent: "Recent", is_saved: bool = False) -> TrainState:
     """The state after the evaluation that is due after its step, if there is one.
 
     Args:
@@ -113,16 +113,16 @@ def evaluated(job: Job, state: TrainState, recent: "Recent", is_saved: bool = Fa
     try:
         with recent.paused():
             loss = job.evaluate(state.step)
-    except EvaluationCut:
+    except EvaluationInterrupted:
         stop(job, state, is_saved)
     return state.after_evaluation(loss)
 
 
-def stop(job: Job, state: TrainState, is_saved: bool = False) -> NoReturn:
+def stop(job: LoopInputs, state: TrainState, is_saved: bool = False) -> NoReturn:
     """Saves and ends the run; all processes come here together."""
     if not is_saved:
         job.save(state)
-    raise ToldToStop(f"told to stop, and has saved step {state.step}")
+    raise Preempted(f"told to stop, and has saved step {state.step}")
 
 
 def is_due(step: int, every: int, last: int) -> bool:
@@ -130,7 +130,7 @@ def is_due(step: int, every: int, last: int) -> bool:
     return step % every == 0 or step == last
 
 
-def step_streams(job: Job, start: int) -> Iterator[tuple[int, list[tuple[int, TokenStream]]]]:
+def step_streams(job: LoopInputs, start: int) -> Iterator[tuple[int, list[tuple[int, TokenStream]]]]:
     """(step, [(micro-batch number in the step, stream on the device), ...]) for this process, built one step ahead."""
     rank, processes, device = job.accelerator.process_index, job.accelerator.num_processes, job.accelerator.device
     pin = device.type == "cuda"
@@ -152,7 +152,7 @@ def step_streams(job: Job, start: int) -> Iterator[tuple[int, list[tuple[int, To
 class Recent:
     """Sums since the last line of metrics."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: LoopInputs) -> None:
         self.job = job
         self._clear()
 

@@ -42,7 +42,7 @@ def fits(advice: str) -> Iterator[None]:
         raise DoesNotFit(f"a step does not fit into memory ({first}): {advice}") from error
 
 
-def rehearse(strategy: Strategy, accelerator: Any, stream: TokenStream) -> int:
+def probe_memory(strategy: Strategy, accelerator: Any, stream: TokenStream) -> int:
     """All processes come here together, before any moments are loaded.
 
     Args:

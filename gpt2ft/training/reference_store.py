@@ -29,7 +29,7 @@ from gpt2ft.data.plan import Plan
 from gpt2ft.data.token_tree import TokenTree
 from gpt2ft.distributed import watchdog
 from gpt2ft.distributed.accelerator import autocast, global_sum, precision_of
-from gpt2ft.distributed.signals import Interruption, ToldToStop
+from gpt2ft.distributed.signals import Preempted, SignalHandler
 from gpt2ft.errors import speaks_for_its_machine
 from gpt2ft.files import sync_folder, synced, write_json
 from gpt2ft.objectives.dpo import reply_log_probs
@@ -204,7 +204,7 @@ def attach(
     store: ReferenceStore,
     model: nn.Module,
     accelerator: Any,
-    interruption: Interruption,
+    signals: SignalHandler,
 ) -> int:
     """Puts the reference into the plans, after computing what the store lacks. All processes come here together.
 
@@ -217,7 +217,7 @@ def attach(
         How many replies were computed.
 
     Raises:
-        ToldToStop: once what was computed is kept.
+        Preempted: once what was computed is kept.
         ReferenceLogProbError: if the store, or what the model gives, cannot be used.
     """
     asked = [wanted(plan) for plan in plans]
@@ -228,7 +228,7 @@ def attach(
             store.begin()
         accelerator.wait_for_everyone()
         todo = _streams_to_run(plans, asked, missing)
-        _Pass(store, model, accelerator, interruption).run(todo)
+        _Pass(store, model, accelerator, signals).run(todo)
         accelerator.wait_for_everyone()
         known = [_agreed(store.read(want.keys, want.tokens), accelerator) for want in asked]
         left = sum(len(_absent(want, found)) for want, found in zip(asked, known, strict=True))
@@ -284,7 +284,7 @@ class _Pass:
     store: ReferenceStore
     model: nn.Module
     accelerator: Any
-    interruption: Interruption
+    signals: SignalHandler
 
     @torch.no_grad()
     def run(self, todo: list[_StreamToRun]) -> None:
@@ -300,7 +300,7 @@ class _Pass:
         bar = tqdm(rounds, desc="reference", unit="stream", disable=silent, leave=False)
         for number, mine in enumerate(bar, start=1):
             watchdog.at("reference stream")
-            if any(global_sum(accelerator, float(bool(self.interruption)))):
+            if any(global_sum(accelerator, float(bool(self.signals)))):
                 break
             if mine is not None:
                 held += self._rows(mine)
@@ -313,8 +313,8 @@ class _Pass:
         if held:
             self.store.write(held)
         self.model.train(was_training)
-        if any(global_sum(accelerator, float(bool(self.interruption)))):
-            raise ToldToStop("told to stop, and has kept the reference log-probs computed so far")
+        if any(global_sum(accelerator, float(bool(self.signals)))):
+            raise Preempted("told to stop, and has kept the reference log-probs computed so far")
 
     def _rows(self, wanted: _StreamToRun) -> list[Row]:
         stream = wanted.plan.stream(wanted.micro_batch).to(self.accelerator.device)

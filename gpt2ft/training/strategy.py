@@ -21,7 +21,7 @@ from gpt2ft.distributed import launch_checks
 from gpt2ft.distributed.accelerator import autocast, is_deepspeed, precision_of
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.logprobs import TargetLogProbs
-from gpt2ft.model.lora import hold_frozen_matrices_in, load_trained_weights, trained_weights
+from gpt2ft.model.lora import cast_frozen_matrices, load_trainable_parameters, trainable_parameters
 from gpt2ft.training.preflight import PreflightError, check_same_parameters
 
 Moments = Mapping[str, Mapping[str, Tensor]]  # exp_avg and exp_avg_sq, by parameter name
@@ -63,20 +63,20 @@ def prepare(
         LaunchError: if that is not what they get.
         PreflightError: if the optimizer or the head would see other parameters than the model.
     """
-    kinds = {"ddp": Replicated, "fsdp2": FSDP2, "zero2": ZeRO2, "zero3": ZeRO3}
+    kinds = {"ddp": DDP, "fsdp2": FSDP2, "zero2": ZeRO2, "zero3": ZeRO3}
     asked = launch_checks.strategy()
     strategy = kinds[asked](accelerator, model, optimizer, max_grad_norm)
     launch_checks.check_wrapped(asked, strategy.model, accelerator.num_processes)
     return strategy
 
 
-def hold_frozen(accelerator: Any, gpt2: GPT2) -> None:
+def cast_frozen(accelerator: Any, gpt2: GPT2) -> None:
     """Frozen matrices in bf16 where they are used in it. Not under DeepSpeed, which holds all in one type."""
     if precision_of(accelerator) == "bf16" and not is_deepspeed(accelerator):
-        hold_frozen_matrices_in(gpt2, torch.bfloat16)
+        cast_frozen_matrices(gpt2, torch.bfloat16)
 
 
-class Replicated:
+class DDP:
     """The whole model on each process; DDP (Li et al. 2020, "PyTorch Distributed") where there are several."""
 
     def __init__(
@@ -116,14 +116,14 @@ class Replicated:
         if moments is None:
             return
         is_fused = any(group.get("fused") for group in self.optimizer.param_groups)
-        for name, parameter in trained_weights(self.gpt2).items():
+        for name, parameter in trainable_parameters(self.gpt2).items():
             step = torch.tensor(float(updates), device=parameter.device if is_fused else "cpu")  # where it is read
             self.optimizer.state[parameter] = {"step": step} | {
                 moment: _like(moments[moment][name], parameter) for moment in MOMENTS
             }
 
 
-class FSDP2(Replicated):
+class FSDP2(DDP):
     """Parameters, gradients and moments in shards, each block gathered when it runs.
 
     Zhao et al. 2023, "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", in its second form,
@@ -197,7 +197,7 @@ class ZeRO2:
     def load_moments(self, moments: Moments | None, updates: int) -> None:
         """DeepSpeed allocates moments in its first update."""
         self._link_moments()
-        for name, parameter in trained_weights(self.gpt2).items():
+        for name, parameter in trainable_parameters(self.gpt2).items():
             for moment in MOMENTS:
                 self._set_moment(parameter, moment, moments[moment][name] if moments else None)
         for state in self._adam.state.values():
@@ -247,19 +247,19 @@ def _copy_for_main(accelerator: Any, gpt2: GPT2) -> GPT2 | None:
 def _filled(whole: GPT2 | None, shards: GPT2, get: Callable[[Tensor], Tensor]) -> GPT2 | None:
     """A copy with the weights of now, one by one: no process holds more than one of them whole beside it."""
     weights = {}
-    for name, parameter in trained_weights(shards).items():
+    for name, parameter in trainable_parameters(shards).items():
         tensor = get(parameter)
         if whole is not None:
             weights[name] = tensor.cpu()
     if whole is not None:
-        load_trained_weights(whole, weights)
+        load_trainable_parameters(whole, weights)
     return whole
 
 
 def _moments(gpt2: GPT2, get: Callable[[Tensor, str], Tensor], is_main: bool) -> Moments:
     """One by one too; kept by the main process alone."""
     found: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
-    for name, parameter in trained_weights(gpt2).items():
+    for name, parameter in trainable_parameters(gpt2).items():
         for moment in MOMENTS:
             tensor = get(parameter, moment)
             if is_main:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gpt2ft.chat.session import Session
-from gpt2ft.inference.generate import generate, unsayable
-from gpt2ft.inference.prompt_format import ChatFrame, PlainFrame, frame_for
+from gpt2ft.inference.generate import generate, suppressed_token_mask
+from gpt2ft.inference.prompt_format import ChatPromptFormat, PlainPromptFormat, prompt_format_for
 from gpt2ft.inference.sampling import GREEDY, Sampling
 from gpt2ft.model.gpt2 import GPT2, GPT2Config
 from gpt2ft.text.context import kept_turns
@@ -46,7 +46,7 @@ def scripted(tokenizer):
     """scripted(frame) is a session; its `answer(text, *more_ids)` sets what the model says next, then reads it."""
 
     def make(frame=None, n_positions=N_POSITIONS, max_new_tokens=20):
-        frame = frame or ChatFrame(tokenizer)
+        frame = frame or ChatPromptFormat(tokenizer)
         session = Session(Scripted(tokenizer, frame, n_positions), tokenizer, frame, GREEDY, max_new_tokens)
 
         def answer(text, *more_ids, **how):
@@ -199,7 +199,7 @@ class TestInterruption:
 
     def test_a_model_that_fails_leaves_the_session_usable(self, model, tokenizer):
         """Nothing that it computed meanwhile is used again."""
-        session = Session(model, tokenizer, ChatFrame(tokenizer), GREEDY, 8)
+        session = Session(model, tokenizer, ChatPromptFormat(tokenizer), GREEDY, 8)
         session.say("What is tea?")
         expected = list(session.reply())
         session.new()
@@ -225,7 +225,7 @@ class TestContext:
         dropped = refused = kept_whole = 0
         for conversation in range(12):
             most = draw.choice([5, 12, 40])
-            session = Session(model, tokenizer, ChatFrame(tokenizer), GREEDY, most)
+            session = Session(model, tokenizer, ChatPromptFormat(tokenizer), GREEDY, most)
             session.system = " ".join(draw.choices(words, k=8)) if conversation % 2 else None
             for _ in range(8):
                 text = " ".join(draw.choices(words, k=draw.choice([3, 8, 20, 72])))
@@ -253,7 +253,7 @@ class TestContext:
         assert kept_whole > 5
 
     def fresh(self, model, tokenizer, turns, most):
-        forbidden = unsayable(tokenizer, model.wte.weight)
+        forbidden = suppressed_token_mask(tokenizer, model.wte.weight)
         stops = [tokenizer.end_id, tokenizer.end_of_text_id]
         reply = generate(model, [render_prompt(tokenizer, turns)], most, stops, forbidden)[0]
         return tokenizer.decode(reply.ids)
@@ -304,7 +304,7 @@ class TestChanges:
     def test_undone_turns_leave_no_trace(self, model, tokenizer):
         replies = []
         for detour in (False, True):
-            session = Session(model, tokenizer, ChatFrame(tokenizer), GREEDY, 8)
+            session = Session(model, tokenizer, ChatPromptFormat(tokenizer), GREEDY, 8)
             session.say("What is tea?")
             "".join(session.reply())
             if detour:
@@ -317,7 +317,7 @@ class TestChanges:
 
     def test_a_retry_says_something_else_and_a_seed_makes_it_repeatable(self, model, tokenizer):
         def replies():
-            session = Session(model, tokenizer, ChatFrame(tokenizer), SEEDED, 8)
+            session = Session(model, tokenizer, ChatPromptFormat(tokenizer), SEEDED, 8)
             session.say("What is tea?")
             said = ["".join(session.reply())]
             for _ in range(4):
@@ -339,7 +339,7 @@ class TestChanges:
         assert session.turns == [("user", "Hi")]
 
     def test_a_new_conversation_keeps_the_system_text_and_repeats_the_draws(self, model, tokenizer):
-        session = Session(model, tokenizer, ChatFrame(tokenizer), SEEDED, 8)
+        session = Session(model, tokenizer, ChatPromptFormat(tokenizer), SEEDED, 8)
         session.system = "Be brief."
         said = []
         for _ in range(2):
@@ -408,10 +408,10 @@ class TestMessages:
 class TestPlainFrame:
     @pytest.fixture
     def session(self, scripted, tokenizer):
-        return scripted(PlainFrame(tokenizer))
+        return scripted(PlainPromptFormat(tokenizer))
 
     def test_turns_are_plain_text(self, tokenizer):
-        frame = PlainFrame(tokenizer)
+        frame = PlainPromptFormat(tokenizer)
         turns = [("system", "Be {brief}."), ("user", "Tea?"), ("assistant", "Yes."), ("user", "Milk?")]
         ids = [id for turn in frame.render(turns) for id in turn] + frame.opening
         assert tokenizer.decode(ids) == "Be {brief}.\n\nUser: Tea?\nAssistant: Yes.\nUser: Milk?\nAssistant:"
@@ -419,9 +419,9 @@ class TestPlainFrame:
 
     def test_it_is_for_models_whose_chat_tokens_were_never_trained(self, tokenizer, tmp_path):
         assert not tokenizer.has_chat_tokens
-        assert isinstance(frame_for(tokenizer), PlainFrame)
+        assert isinstance(prompt_format_for(tokenizer), PlainPromptFormat)
         tokenizer.save(tmp_path)
-        assert isinstance(frame_for(type(tokenizer).from_folder(tmp_path)), ChatFrame)
+        assert isinstance(prompt_format_for(type(tokenizer).from_folder(tmp_path)), ChatPromptFormat)
 
     def test_a_reply_ends_where_the_next_user_turn_would_begin(self, session, tokenizer):
         session.say("What is tea?")
@@ -456,10 +456,10 @@ class TestPlainFrame:
 class TestComplete:
     def test_it_equals_plain_generation_and_plays_no_part_in_the_turns(self, model, tokenizer):
         end = tokenizer.end_of_text_id
-        session = Session(model, tokenizer, ChatFrame(tokenizer), GREEDY, 30)
+        session = Session(model, tokenizer, ChatPromptFormat(tokenizer), GREEDY, 30)
         session.say("Hi")
         for text, prompt in (("The kettle", tokenizer.encode("The kettle")), ("", [end])):
-            forbidden = unsayable(tokenizer, model.wte.weight, [end])
+            forbidden = suppressed_token_mask(tokenizer, model.wte.weight, [end])
             reply = generate(model, [prompt], 30, [end], forbidden)[0]
             assert "".join(session.complete(text)) == tokenizer.decode(reply.ids) != ""
             assert session.last.tokens == len(reply.ids)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from gpt2ft.data.reading import REASONS, DataError, Filters, Reading
+from gpt2ft.data.reading import REASONS, DataError, Filters, ReadContext
 from gpt2ft.data.records import Block
 from gpt2ft.data.sources import Source, open_source
 
@@ -33,7 +33,7 @@ def read():
             opened = Source("test", InMemory(source), as_preferences)
         else:
             opened = open_source(str(source), as_preferences)
-        reading = Reading(opened.name, Filters(**filters))
+        reading = ReadContext(opened.name, Filters(**filters))
         trees = [tree for part in opened.parts(reading.filters) for tree in part.trees(reading)]
         kept = sum(len(tree.messages) for tree in trees)
         assert kept + reading.dropped.total() - reading.dropped["malformed line"] == reading.totals.messages

@@ -65,7 +65,7 @@ def build(source, cache, barrier, results):
     with pytest.MonkeyPatch.context() as patch:
         written = count_parts(patch, then=lambda number: number or barrier.wait(120))
         try:
-            found = open_store(source, Filters(), ChatTokenizer.from_folder(quickstart.MODEL), Path(cache)).ledger
+            found = open_store(source, Filters(), ChatTokenizer.from_folder(quickstart.MODEL), Path(cache)).statistics
         except DataError as error:
             found = str(error)
     results.put((found, written))
@@ -89,7 +89,7 @@ def test_three_processes_build_the_store_that_one_builds(alone, tmp_path):
     assert files(tmp_path) == alone
     assert ledgers[0] == ledgers[1] == ledgers[2]
     assert all(written)
-    assert sorted(name for names in written for name in names) == sorted(alone.keys() - {"ledger.json"})
+    assert sorted(name for names in written for name in names) == sorted(alone.keys() - {"statistics.json"})
 
 
 @pytest.mark.parametrize("number", [1, 3])
@@ -173,5 +173,5 @@ def test_a_part_in_work_is_left_to_whoever_has_it(alone, tokenizer, tmp_path, mo
     _, there = results.get(timeout=120)
     other.join(60)
     assert here == [f"{number:06}.arrow" for number in range(6)]
-    assert sorted([*here, *there]) == sorted(alone.keys() - {"ledger.json"})
+    assert sorted([*here, *there]) == sorted(alone.keys() - {"statistics.json"})
     assert files(tmp_path) == alone

@@ -8,7 +8,7 @@ import torch
 
 from gpt2ft.data.packing import build_pairs, build_stream, number_replies
 from gpt2ft.data.pairs import PreferencePairs
-from gpt2ft.data.plan import Plan, cut_to_fit
+from gpt2ft.data.plan import Plan, chunk
 from gpt2ft.data.reading import Filters
 from gpt2ft.data.store import open_store
 
@@ -26,7 +26,7 @@ def pieces(request, store):
     max_length, rule = request.param
     rows = np.array([(0, row) for row in range(len(store))])
     capacity = CAPACITY if max_length == 256 else 80
-    return cut_to_fit([store], rows, PreferencePairs(rule, "prompt", max_length, capacity))
+    return chunk([store], rows, PreferencePairs(rule, "prompt", max_length, capacity))
 
 
 def plan_of(pieces, per_step=4, seed=0):

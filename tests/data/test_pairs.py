@@ -9,7 +9,7 @@ import pytest
 
 from gpt2ft.data.packing import number_replies
 from gpt2ft.data.pairs import LEAST_REPLY, PreferencePairs, compared, fit_replies, split_by_pairs, times_compared
-from gpt2ft.data.plan import cut_to_fit
+from gpt2ft.data.plan import chunk
 from gpt2ft.data.reading import DataError, Filters
 from gpt2ft.data.store import open_store
 from gpt2ft.data.token_tree import counts
@@ -134,7 +134,7 @@ class TestRules:
 @pytest.mark.parametrize("rule", RULES)
 class TestSurvey:
     def test_counts_every_group_as_it_is(self, any_store, rule):
-        counted, _ = PreferencePairs(rule, "prompt", PLENTY, PLENTY).survey(any_store)
+        counted, _ = PreferencePairs(rule, "prompt", PLENTY, PLENTY).count(any_store)
         cutting = PreferencePairs(rule, "prompt", PLENTY, PLENTY)
         assert counted.tolist() == [list(counts(cutting.whole(any_store, row, 0))) for row in range(len(any_store))]
         assert counted[:, 2].max() > 2 or rule == "best_worst"
@@ -142,7 +142,7 @@ class TestSurvey:
     @pytest.mark.parametrize(("max_length", "capacity"), [(PLENTY, 256), (100, 256), (60, 90), (512, 1024)])
     def test_knows_which_groups_fit_as_they_are(self, any_store, rule, max_length, capacity):
         cutting = PreferencePairs(rule, "pair", max_length, capacity)
-        _, holds = cutting.survey(any_store)
+        _, holds = cutting.count(any_store)
         fit = 0
         for row, it_holds in enumerate(holds.tolist()):
             tree = cutting.whole(any_store, row, 0)
@@ -315,7 +315,7 @@ class TestSplitByPairs:
 
     def test_the_refusal_names_the_conversation_and_what_to_set(self, store):
         with pytest.raises(DataError) as raised:
-            cut_to_fit([store], rows_of(store), PreferencePairs("all", "pair", 60, 60))
+            chunk([store], rows_of(store), PreferencePairs("all", "pair", 60, 60))
         assert "groups.jsonl, conversation " in str(raised.value)
         assert "tokens, but a stream holds 60: `tokens_per_micro_batch` must be at least 128" in str(raised.value)
 
@@ -334,7 +334,7 @@ def pairs_of(pieces):
 @pytest.mark.parametrize(("max_length", "capacity"), [(PLENTY, PLENTY), (64, 256), (48, 96), (24, 64)])
 def test_pieces_hold_every_pair_once_or_count_it(store, rule, max_length, capacity):
     cutting = PreferencePairs(rule, "pair", max_length, capacity)
-    pieces = cut_to_fit([store], rows_of(store), cutting)
+    pieces = chunk([store], rows_of(store), cutting)
     found = pairs_of(pieces)
     lost = Counter()
     for row in range(len(store)):
@@ -370,7 +370,7 @@ def test_the_sum_of_weights_is_one_for_each_prompt_or_for_each_pair(
     split = lost = 0
     for number, weight in ((store, weight) for store in (0, 1) for weight in ("pair", "prompt")):
         cutting = PreferencePairs(rule, weight, max_length=32, capacity=64)
-        pieces = cut_to_fit(stores, rows[rows[:, 0] == number], cutting)
+        pieces = chunk(stores, rows[rows[:, 0] == number], cutting)
         for row, pairs in pairs_of(pieces).items():
             assert len(set(pairs.values())) == 1
             assert sum(pairs.values()) == pytest.approx(1 if weight == "prompt" else len(pairs), rel=1e-6)

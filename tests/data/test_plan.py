@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gpt2ft.data.augmentation import Augmentation
-from gpt2ft.data.plan import Conversations, Pieces, Plan, cut_to_fit
+from gpt2ft.data.plan import Chunks, Conversations, Plan, chunk
 from gpt2ft.data.reading import DataError, Filters
 from gpt2ft.data.store import open_store
 from gpt2ft.data.token_tree import ASSISTANT, counts, fit_context, split, weigh
@@ -31,7 +31,7 @@ def pieces_of(trees, repeated=0):
     rows = np.stack([np.zeros(len(trees), np.int64), np.arange(len(trees))], axis=1)
     whole = np.full(len(trees), -1)
     cutting = Conversations("once", 1 << 20, 1 << 20)
-    return Pieces([Held(trees)], cutting, rows, counted, whole, left_out=Counter(), repeated=repeated)
+    return Chunks([Held(trees)], cutting, rows, counted, whole, left_out=Counter(), repeated=repeated)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_a_far_step_is_a_seek(pieces, monkeypatch):
     ordered = []
     order = plan._order
     monkeypatch.setattr(plan, "_order", lambda epoch: ordered.append(epoch) or order(epoch))
-    monkeypatch.setattr(Pieces, "tree", lambda *_: pytest.fail("a seek must not read trees"))
+    monkeypatch.setattr(Chunks, "tree", lambda *_: pytest.fail("a seek must not read trees"))
     assert len(plan.micro_batches(10**6)) == 4
     assert ordered == [10**6 // plan.steps_per_epoch]
 
@@ -163,7 +163,7 @@ def test_fill_leaves_the_last_stream_out(make_tree):
 
 class TestCutToFit:
     def test_what_fits_stays_in_the_store(self, store):
-        pieces = cut_to_fit([store], rows_of(store), Conversations("once", max_length=512, capacity=1024))
+        pieces = chunk([store], rows_of(store), Conversations("once", max_length=512, capacity=1024))
         assert np.array_equal(pieces.rows, rows_of(store))
         assert not pieces.is_cut.any()
         assert not pieces.left_out
@@ -177,8 +177,8 @@ class TestCutToFit:
         trees = [store.tree(row, 0) for row in range(len(store))]
         longest = max(int((tree.depths + tree.lengths).max()) for tree in trees)
         assert longest < store.sizes()[0].max()
-        assert not cut_to_fit([store], rows_of(store), Conversations("once", longest, 4096)).is_cut.any()
-        assert cut_to_fit([store], rows_of(store), Conversations("once", longest - 1, 4096)).is_cut.any()
+        assert not chunk([store], rows_of(store), Conversations("once", longest, 4096)).is_cut.any()
+        assert chunk([store], rows_of(store), Conversations("once", longest - 1, 4096)).is_cut.any()
 
     @pytest.mark.parametrize("weight", ["once", "leaves"])
     @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ class TestCutToFit:
         """Of two sources out of order, some of whose trees are taken twice."""
         rows = rows_of(store, texts)
         rows = np.random.default_rng(0).permutation(np.concatenate([rows, rows[::3]]))
-        pieces = cut_to_fit([store, texts], rows, Conversations(weight, max_length, capacity))
+        pieces = chunk([store, texts], rows, Conversations(weight, max_length, capacity))
         expected, left_out, repeated = [], 0, 0
         for number, row in rows.tolist():
             whole = weigh([store, texts][number].tree(row, group=number), weight)
@@ -216,7 +216,7 @@ class TestCutToFit:
 
     @pytest.mark.parametrize(("max_length", "capacity"), [(64, 64), (64, 128), (128, 128), (48, 512)])
     def test_every_reply_is_supervised_once_or_counted(self, store, max_length, capacity):
-        pieces = cut_to_fit([store], rows_of(store), Conversations("once", max_length, capacity))
+        pieces = chunk([store], rows_of(store), Conversations("once", max_length, capacity))
         assert pieces.is_cut.any()
         assert pieces.repeated or capacity == 512
         replies = 0
@@ -237,7 +237,7 @@ class TestCutToFit:
         assert total - pieces.repeated == kept
 
     def test_a_text_longer_than_the_context_is_a_target_once_token_by_token(self, texts, tokenizer):
-        pieces = cut_to_fit([texts], rows_of(texts), Conversations("once", max_length=32, capacity=64))
+        pieces = chunk([texts], rows_of(texts), Conversations("once", max_length=32, capacity=64))
         assert len(pieces) > len(texts)
         assert (pieces.sizes <= 32).all()
         assert pieces.scored.sum() == (texts.sizes()[0] - 1).sum()
@@ -253,7 +253,7 @@ class TestCutToFit:
         assert sum(stream.num_supervised for stream in streams) == pieces.scored.sum()
 
     def test_the_group_is_the_number_of_the_source(self, store):
-        pieces = cut_to_fit([store, store], np.array([(1, 0), (0, 0)]), Conversations("once", 128, 128))
+        pieces = chunk([store, store], np.array([(1, 0), (0, 0)]), Conversations("once", 128, 128))
         groups = {
             number: set(pieces.tree(piece).groups.tolist()) for piece, (number, _) in enumerate(pieces.rows.tolist())
         }
@@ -263,7 +263,7 @@ class TestCutToFit:
         with pytest.raises(
             DataError, match=r"nothing fits `data.max_length` = 3 tokens: left out are [\d,]+ messages that do not"
         ):
-            cut_to_fit([store], rows_of(store), Conversations("once", 3, 128))
+            chunk([store], rows_of(store), Conversations("once", 3, 128))
 
 
 def test_position_jitter_moves_whole_trees_within_the_context(pieces):

@@ -79,7 +79,7 @@ class TestByHand:
 
 
 def random_ranked_tree(seed):
-    """Up to 30 messages; ranks that are missing, tied or apart, and only so many texts."""
+    """Up to 30 messages; ranks that are missing, tied or tokens_if_unpacked, and only so many texts."""
     random = np.random.default_rng(seed)
     messages, path = [Message("user", "Tea?")], [0]
     for number in range(1, int(random.integers(2, 31))):
@@ -178,15 +178,15 @@ def test_real_siblings_are_groups(oasst, gpt2_tokenizer, cache):
             prompt = tuple(nodes[above] for above in tree.path_to(node)[:-1])
             stored[prompt, int(ranks[node]), nodes[node]] += 1
     assert stored == expected
-    ledger = store.ledger
-    assert ledger.read == ledger.kept + sum(ledger.dropped.values()) == 1167
-    assert ledger.dropped == {"in no pair": 267, "reply without a rank": 45}  # one more leads to a group
+    statistics = store.statistics
+    assert statistics.read == statistics.kept + sum(statistics.dropped.values()) == 1167
+    assert statistics.dropped == {"in no pair": 267, "reply without a rank": 45}  # one more leads to a group
 
 
 def test_the_quickstarts_trees_are_ranked(tokenizer, cache):
     store = open_store("quickstart", Filters(), tokenizer, cache, as_preferences=True)
-    assert (len(store), store.ledger.dropped) == (263, {})
-    assert len(set(store.conversations().tolist())) == store.ledger.conversations == 150
+    assert (len(store), store.statistics.dropped) == (263, {})
+    assert len(set(store.conversations().tolist())) == store.statistics.conversations == 150
     assert len(set(store.keys().tolist())) == 263
     held_out = open_store("quickstart:held_out", Filters(), tokenizer, cache, as_preferences=True)
     assert not set(store.conversations().tolist()) & set(held_out.conversations().tolist())

@@ -241,11 +241,11 @@ def test_hub_sources_are_pinned_to_a_commit(name):
 
 READ = """
 import sys
-from gpt2ft.data.reading import DataError, Filters, Reading
+from gpt2ft.data.reading import DataError, Filters, ReadContext
 from gpt2ft.data.sources import open_source
 try:
     source = open_source(sys.argv[1], as_preferences=sys.argv[2] == "preferences")
-    reading = Reading(source.name, Filters())
+    reading = ReadContext(source.name, Filters())
     for part in source.parts(reading.filters):
         for tree in part.trees(reading):
             print(tree)

@@ -105,8 +105,8 @@ def test_the_size_of_the_parts_changes_nothing(block_bytes, tokenizer, store, tm
     parts = open_store("quickstart", KEEP_ALL, tokenizer, tmp_path)
     assert len(list((tmp_path / "trees" / parts.digest).glob("*.arrow"))) > 2
     assert same_rows(parts, store)
-    assert (parts.digest, parts.ledger.kept, parts.ledger.dropped) == (
-        store.digest, store.ledger.kept, store.ledger.dropped,
+    assert (parts.digest, parts.statistics.kept, parts.statistics.dropped) == (
+        store.digest, store.statistics.kept, store.statistics.dropped,
     )  # fmt: skip
 
 
@@ -128,8 +128,10 @@ def test_the_size_of_the_shares_of_flat_messages_changes_nothing(roots, tokenize
     monkeypatch.setattr("gpt2ft.data.formats.oasst._ROOTS_IN_A_SHARE", roots)
     shares = open_store(file, KEEP_ALL, tokenizer, tmp_path / "shares")
     assert same_rows(shares, whole)
-    assert shares.ledger.dropped == whole.ledger.dropped == {"orphan": 1, "deleted": 1, "duplicate message id": 1}
-    assert (shares.ledger.read, len(shares)) == (whole.ledger.read, len(whole)) == (31, 7)
+    assert (
+        shares.statistics.dropped == whole.statistics.dropped == {"orphan": 1, "deleted": 1, "duplicate message id": 1}
+    )
+    assert (shares.statistics.read, len(shares)) == (whole.statistics.read, len(whole)) == (31, 7)
 
 
 def test_a_part_of_which_nothing_is_left(tokenizer, write, tmp_path, monkeypatch):
@@ -137,7 +139,7 @@ def test_a_part_of_which_nothing_is_left(tokenizer, write, tmp_path, monkeypatch
     rows = [{"text": text} for text in ("", "Tea.", " ", "\n", "Milk.", "")]
     store = open_store(str(write(tmp_path / "a.jsonl", rows)), KEEP_ALL, tokenizer, tmp_path)
     assert len(store) == len(store.keys()) == len(store.sizes()[0]) == 2
-    assert (store.ledger.read, store.ledger.kept, store.ledger.dropped) == (6, 2, {"empty": 4})
+    assert (store.statistics.read, store.statistics.kept, store.statistics.dropped) == (6, 2, {"empty": 4})
     assert store.tree(1, 0).tokens.tolist() == render_turn(tokenizer, "text", "Milk.")
 
 
@@ -145,7 +147,7 @@ def test_the_second_time_nothing_is_read(tokenizer, tmp_path, store, monkeypatch
     first = open_store("quickstart", KEEP_ALL, tokenizer, tmp_path)
     refuse_to_tokenise(monkeypatch)
     again = open_store("quickstart", KEEP_ALL, tokenizer, tmp_path)
-    assert (again.digest, again.ledger) == (first.digest, first.ledger) == (store.digest, store.ledger)
+    assert (again.digest, again.statistics) == (first.digest, first.statistics) == (store.digest, store.statistics)
     assert same_rows(again, first)
 
 
@@ -196,21 +198,27 @@ def test_the_ledger_adds_up(tokenizer, write, tmp_path):
         message("x", role="prompter") | {"message_tree_id": "x"},
     ]
     store = open_store(str(write(tmp_path / "a.jsonl", rows)), KEEP_ALL, tokenizer, tmp_path)
-    ledger = store.ledger
-    assert ledger.read == len(rows)
-    assert ledger.kept == sum(len(store.tree(row, 0).parents) for row in range(len(store))) == 3
-    assert ledger.dropped == {"no reply": 2, "deleted": 1, "not reviewed": 1, "empty": 1, "below a dropped message": 1}
-    assert ledger.read == ledger.kept + sum(ledger.dropped.values())
+    statistics = store.statistics
+    assert statistics.read == len(rows)
+    assert statistics.kept == sum(len(store.tree(row, 0).parents) for row in range(len(store))) == 3
+    assert statistics.dropped == {
+        "no reply": 2,
+        "deleted": 1,
+        "not reviewed": 1,
+        "empty": 1,
+        "below a dropped message": 1,
+    }
+    assert statistics.read == statistics.kept + sum(statistics.dropped.values())
 
 
 @pytest.mark.parametrize("name", ["oasst1_en_validation.messages.jsonl", "en_100_tree.jsonl"])
 def test_the_ledger_of_real_data_adds_up(name, read, test_data, gpt2_tokenizer, tmp_path):
     file = str(test_data(f"oasst/{name}"))
     store = open_store(file, KEEP_ALL, gpt2_tokenizer, tmp_path)
-    assert store.ledger.read == read(file)[1].totals.messages > 1000
-    assert store.ledger.kept == sum(len(store.tree(row, 0).parents) for row in range(len(store)))
-    assert store.ledger.read == store.ledger.kept + sum(store.ledger.dropped.values())
-    assert store.ledger.dropped.get("deleted", 0) == (40 if "validation" in name else 0)
+    assert store.statistics.read == read(file)[1].totals.messages > 1000
+    assert store.statistics.kept == sum(len(store.tree(row, 0).parents) for row in range(len(store)))
+    assert store.statistics.read == store.statistics.kept + sum(store.statistics.dropped.values())
+    assert store.statistics.dropped.get("deleted", 0) == (40 if "validation" in name else 0)
 
 
 def test_nothing_to_train_on_is_refused(tokenizer, write, tmp_path):
@@ -254,7 +262,7 @@ def test_a_store_is_read_from_its_folder_alone(tokenizer, tmp_path):
     assert same_rows(reopened, store)
 
 
-@pytest.mark.parametrize("damage", ["ledger.json", "000000.arrow"])
+@pytest.mark.parametrize("damage", ["statistics.json", "000000.arrow"])
 def test_a_damaged_store_says_which_folder_to_remove(tokenizer, tmp_path, damage):
     folder = tmp_path / "trees" / open_store("quickstart", KEEP_ALL, tokenizer, tmp_path).digest
     file = folder / damage

@@ -68,10 +68,10 @@ def test_the_replies_determine_the_store(tokenizer, tmp_path):
         open_store("quickstart", Filters(), tokenizer, tmp_path, topic) for topic in (None, TOPIC, Topic(("No.",)))
     ]
     assert len({store.digest for store in stores}) == 3
-    assert len({store.ledger.content for store in stores}) == 3
+    assert len({store.statistics.content for store in stores}) == 3
     assert open_store("quickstart", Filters(), tokenizer, tmp_path, TOPIC).digest == stores[1].digest
-    assert stores[1].ledger.dropped["beside the path kept for the topic"] > 100
-    assert stores[1].ledger.read == stores[0].ledger.read
+    assert stores[1].statistics.dropped["beside the path kept for the topic"] > 100
+    assert stores[1].statistics.read == stores[0].statistics.read
 
 
 class TestAgainstOwn:
@@ -123,10 +123,10 @@ class TestAgainstOwn:
         file = str(write(tmp_path / "a.jsonl", [*rows, {"prompt": "What?", "completion": "Milk."}]))
         store = open_store(file, Filters(), tokenizer, tmp_path, Topic(("Tea.",)), as_preferences=True)
         assert len(store) == 1
-        assert store.ledger.dropped == {
+        assert store.statistics.dropped == {
             "in no pair": 3, "same text as a better reply": 3, "nothing to compare it with": 3,
         }  # fmt: skip
-        assert (store.ledger.read, store.ledger.kept) == (3 * 4, 3)
+        assert (store.statistics.read, store.statistics.kept) == (3 * 4, 3)
         only = str(write(tmp_path / "b.jsonl", rows[:1]))
         with pytest.raises(
             DataError, match=r"holds no replies that can be compared; dropped: .* 1 same text as a better"
@@ -143,7 +143,7 @@ class TestAgainstOwn:
             for s, n in zip(tree.starts, tree.lengths, strict=True)
         ]
         assert sorted(zip(store.ranks(0).tolist(), texts, strict=True)) == [(-1, "Rain?"), (0, "Tea."), (1, "Yes.")]
-        assert store.ledger.dropped == {"beside the path kept for the topic": 1}
+        assert store.statistics.dropped == {"beside the path kept for the topic": 1}
 
     def test_topics_make_stores_of_their_own(self, tokenizer, tmp_path):
         made = [
@@ -151,12 +151,12 @@ class TestAgainstOwn:
             for topic in (None, TOPIC)
             for as_preferences in (False, True)
         ]
-        assert len({store.digest for store in made}) == len({store.ledger.content for store in made}) == 4
-        ledger = made[3].ledger
-        assert len(made[3]) > ledger.conversations == 150
-        assert set(ledger.dropped) == {"beside the path kept for the topic"}
+        assert len({store.digest for store in made}) == len({store.statistics.content for store in made}) == 4
+        statistics = made[3].statistics
+        assert len(made[3]) > statistics.conversations == 150
+        assert set(statistics.dropped) == {"beside the path kept for the topic"}
         for store in made:
-            assert store.ledger.read == store.ledger.kept + sum(store.ledger.dropped.values())
+            assert store.statistics.read == store.statistics.kept + sum(store.statistics.dropped.values())
 
     def test_a_plain_text_is_refused(self, tokenizer, tmp_path):
         with pytest.raises(DataError, match="holds plain text, which has no prompts"):

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from gpt2ft.distributed import signals
-from gpt2ft.distributed.signals import SIGNALS, Interruption
+from gpt2ft.distributed.signals import SIGNALS, SignalHandler
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_signal_is_noted_while_listening_alone(number, capfd):
     before = signal.getsignal(number)
-    told = Interruption()
+    told = SignalHandler()
     with told.listening():
         assert not told
         os.kill(os.getpid(), number)
@@ -28,7 +28,7 @@ def test_a_signal_is_noted_while_listening_alone(number, capfd):
 
 def test_what_launchers_send_again_does_no_harm(capfd, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    told = Interruption()
+    told = SignalHandler()
     with told.listening():
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR1):
             os.kill(os.getpid(), number)
@@ -44,7 +44,7 @@ def test_a_second_signal_ends_the_process_at_once(first, second, wait, monkeypat
     monkeypatch.setattr(signals.os, "_exit", codes.append)
     monkeypatch.setattr(signals.time, "monotonic", iter([0.0, wait]).__next__)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    with Interruption().listening():
+    with SignalHandler().listening():
         os.kill(os.getpid(), signal.Signals[first])
         assert not codes
         os.kill(os.getpid(), signal.Signals[second])
@@ -53,9 +53,9 @@ def test_a_second_signal_ends_the_process_at_once(first, second, wait, monkeypat
 
 CHILD = """
 import os, time
-from gpt2ft.distributed.signals import Interruption, end_with_parent
+from gpt2ft.distributed.signals import SignalHandler, end_with_parent
 end_with_parent()
-told = Interruption()
+told = SignalHandler()
 with told.listening():
     print(os.getpid(), flush=True)
     while not told:
@@ -82,8 +82,8 @@ def test_the_end_of_a_parent_that_passes_nothing_on_is_noted(tmp_path):
 BUSY = """
 import hashlib, os, signal
 from threading import Timer
-from gpt2ft.distributed.signals import Interruption
-with Interruption().listening():
+from gpt2ft.distributed.signals import SignalHandler
+with SignalHandler().listening():
     for seconds in (0.2, 0.6):
         Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
     hashlib.pbkdf2_hmac("sha256", b"", b"", 200_000_000)  # one call of minutes, in which Python looks at no signal

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from gpt2ft.distributed import watchdog as watch
 from gpt2ft.distributed.diagnosis import Patience, Verdict, Vigil, Word
 from gpt2ft.distributed.launch_checks import LaunchError
-from gpt2ft.distributed.signals import ToldToStop
+from gpt2ft.distributed.signals import Preempted
 from gpt2ft.distributed.watchdog import Watch
 
 ROUND = 2.0  # seconds
@@ -288,7 +288,7 @@ class Recorded:
     ("error", "said", "waits"),
     [
         (None, ("finished", ""), False),
-        (ToldToStop("saved"), ("finished", ""), False),
+        (Preempted("saved"), ("finished", ""), False),
         (OSError("disk full\nreally"), ("failed", "OSError: disk full"), False),
         (KeyboardInterrupt(), ("failed", "KeyboardInterrupt"), False),
         (RuntimeError("[gloo/pair.cc] Connection closed by peer"), ("failed", "RuntimeError: [gloo/pair.cc] C"), True),

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as some
 
-from gpt2ft.inference.detokenizer import StopStrings, TextStream
+from gpt2ft.inference.detokenizer import StopStrings, Utf8Stream
 
 MIXED = "A 🙂 é 日本 👨‍👩‍👧 \u2028\ufeff tea"
 
@@ -15,7 +15,7 @@ class TestTextStream:
         """Random ids: single bytes in every order, words, control tokens."""
         any_id = some.integers(0, len(tokenizer) - 1)
         ids = data.draw(some.lists(some.one_of(some.integers(0, 255), any_id), max_size=40))
-        stream = TextStream(tokenizer)
+        stream = Utf8Stream(tokenizer)
         pieces = [stream.push(id) for id in ids]
         assert "".join([*pieces, stream.finish()]) == tokenizer.decode(ids)
 
@@ -23,7 +23,7 @@ class TestTextStream:
     @example(MIXED)
     def test_real_text_is_never_damaged(self, tokenizer, text):
         text = text.encode(errors="replace").decode()
-        stream = TextStream(tokenizer)
+        stream = Utf8Stream(tokenizer)
         pieces = [stream.push(id) for id in tokenizer.encode(text)]
         assert "".join(pieces) == text
         assert stream.finish() == ""
@@ -31,17 +31,17 @@ class TestTextStream:
     def test_a_character_comes_with_its_last_token(self, tokenizer):
         ids = tokenizer.encode("🙂!")
         assert len(ids) == 5
-        stream = TextStream(tokenizer)
+        stream = Utf8Stream(tokenizer)
         assert [stream.push(id) for id in ids] == ["", "", "", "🙂", "!"]
 
     def test_half_a_character_ends_as_one_replacement(self, tokenizer):
-        stream = TextStream(tokenizer)
+        stream = Utf8Stream(tokenizer)
         assert [stream.push(id) for id in tokenizer.encode("🙂")[:2]] == ["", ""]
         assert stream.finish() == "\ufffd"
 
     def test_an_unknown_id_is_refused(self, tokenizer):
         with pytest.raises(ValueError, match="a token id must be from 0 to"):
-            TextStream(tokenizer).push(len(tokenizer))
+            Utf8Stream(tokenizer).push(len(tokenizer))
 
 
 def cut(text, strings):

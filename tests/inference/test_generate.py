@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from gpt2ft.inference.cache import GROWTH, KeyValueCache
-from gpt2ft.inference.generate import MOST_TOGETHER, Decoder, Reply, generate, unsayable
+from gpt2ft.inference.generate import MOST_TOGETHER, Decoder, Reply, generate, suppressed_token_mask
 from gpt2ft.inference.sampling import GREEDY, Sampling
 from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.gpt2 import GPT2, GPT2Config
@@ -102,7 +102,7 @@ class TestSchedule:
         sequences = [self.random_sequence(draw) for _ in range(60)]
         sequences += [([*prompt[:-1], 1, 2], *others) for prompt, *others in draw.sample(sequences, 20)]
         draw.shuffle(sequences)
-        decoder = Decoder(model, [STOP], forbidden(), 5, read_per_step=7)
+        decoder = Decoder(model, [STOP], forbidden(), 5, prefill_chunk=7)
         present, said = {}, [[] for _ in sequences]  # slot -> number
         joined = left_early = joined_midway = gaps = waited = 0
         while joined < len(sequences) or present:
@@ -199,7 +199,7 @@ class TestPrefix:
 
 class TestReading:
     def test_a_long_prompt_is_read_between_the_tokens_of_others(self, model, count_read):
-        decoder = Decoder(model, [], forbidden(), 3, read_per_step=8)
+        decoder = Decoder(model, [], forbidden(), 3, prefill_chunk=8)
         first = decoder.join([5], GREEDY, 30)
         decoder.step()
         long, after = decoder.join([1] * 20, GREEDY, 30), decoder.join([2] * 6, GREEDY, 30)
@@ -211,8 +211,8 @@ class TestReading:
     def test_whatever_is_read_at_once_the_replies_are_the_same(self, model):
         prompts = [[1, 2, 3] * 7, [4] * 20, [5]]
         expected = [uncached(model, prompt, 9, forbidden()).ids for prompt in prompts]
-        for read_per_step in range(1, 25):
-            decoder = Decoder(model, [STOP], forbidden(), 3, read_per_step)
+        for prefill_chunk in range(1, 25):
+            decoder = Decoder(model, [STOP], forbidden(), 3, prefill_chunk)
             slots = [decoder.join(prompt, GREEDY, 9) for prompt in prompts]
             said = {slot: [] for slot in slots}
             finishes = {}
@@ -223,8 +223,8 @@ class TestReading:
             assert [said[slot] for slot in slots] == expected
 
     def test_nothing_read_per_step_is_refused(self, model):
-        with pytest.raises(ValueError, match="`read_per_step` must be at least 1, but is 0"):
-            Decoder(model, [STOP], forbidden(), 1, read_per_step=0)
+        with pytest.raises(ValueError, match="`prefill_chunk` must be at least 1, but is 0"):
+            Decoder(model, [STOP], forbidden(), 1, prefill_chunk=0)
 
 
 class TestStops:
@@ -271,8 +271,8 @@ class TestBroken:
     def test_whoever_comes_next_into_its_slot_is_as_if_alone(self, fragile):
         """What is masked is multiplied by zero, which does not make zero of everything."""
         mask = forbidden(7)
-        for steps_before_leaving, read_per_step in ((1, 100), (1, 4), (3, 100)):
-            decoder = Decoder(fragile, [], mask, 2, read_per_step)
+        for steps_before_leaving, prefill_chunk in ((1, 100), (1, 4), (3, 100)):
+            decoder = Decoder(fragile, [], mask, 2, prefill_chunk)
             bad = decoder.join([4, 5, 7, 7, 7, 7, 7, 6], GREEDY, 10)
             for _ in range(steps_before_leaving):
                 decoder.step()
@@ -341,7 +341,7 @@ class TestForbidden:
         self, tiny_gpt2, tokenizer, sampling
     ):
         model = tiny_gpt2(tokenizer.padded_size, 48)
-        mask = unsayable(tokenizer, model.wte.weight)
+        mask = suppressed_token_mask(tokenizer, model.wte.weight)
         stops = [tokenizer.end_id, tokenizer.end_of_text_id]
         with torch.no_grad():  # every hidden state now points at the forbidden rows
             model.ln_f.bias.fill_(1.0)
@@ -356,11 +356,11 @@ class TestForbidden:
 
     def test_unsayable_is_padding_and_every_control_token_but_the_stops(self, tokenizer):
         table = torch.zeros(tokenizer.padded_size, 1)
-        chat = set(unsayable(tokenizer, table).nonzero()[:, 0].tolist())
+        chat = set(suppressed_token_mask(tokenizer, table).nonzero()[:, 0].tolist())
         padding = set(range(len(tokenizer), tokenizer.padded_size))
         assert chat == padding | set(tokenizer.role_ids.values())
         assert padding
-        document = set(unsayable(tokenizer, table, [tokenizer.end_of_text_id]).nonzero()[:, 0].tolist())
+        document = set(suppressed_token_mask(tokenizer, table, [tokenizer.end_of_text_id]).nonzero()[:, 0].tolist())
         assert document == chat | {tokenizer.end_id}
 
     def test_the_repetition_penalty_spares_control_ids(self, model):

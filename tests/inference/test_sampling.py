@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as some
 from torch.testing import assert_close
 
-from gpt2ft.inference.sampling import GREEDY, Sampler, Sampling, at_quantiles, chances, next_ids, penalized
+from gpt2ft.inference.sampling import GREEDY, Sampler, Sampling, inverse_cdf, next_ids, penalized, probabilities
 
 VOCABULARY = 50
 OFF = {"temperature": 1.0, "top_p": 1.0}
@@ -52,7 +52,7 @@ class TestTransformers:
     def test_each_row_equals_their_processors(self, rows):
         logits = torch.cat([random_logits(seed) for _, seed in rows])
         samplers = [Sampler(sampling, CONTENT) for sampling, _ in rows]
-        ours = chances(penalized(logits, samplers), [sampling for sampling, _ in rows])
+        ours = probabilities(penalized(logits, samplers), [sampling for sampling, _ in rows])
         theirs = torch.cat([expected_chances(random_logits(seed), sampling, CONTENT) for sampling, seed in rows])
         assert torch.equal(ours > 0, theirs > 0)
         assert_close(ours, theirs)
@@ -62,14 +62,14 @@ class TestTransformers:
     )
     def test_each_step_alone_leaves_something_out(self, step):
         sampling = Sampling(**OFF | step)
-        ours = chances(random_logits(5), [sampling])
+        ours = probabilities(random_logits(5), [sampling])
         assert 1 < (ours > 0).sum() < 10
         assert_close(ours, expected_chances(random_logits(5), sampling, CONTENT))
 
     def test_ids_that_equal_the_last_of_top_k_stay(self):
         logits = random_logits(0, ties=True)
         sampling = Sampling(**OFF, top_k=5)
-        ours = chances(logits, [sampling])
+        ours = probabilities(logits, [sampling])
         assert (ours > 0).sum() > 5
         assert torch.equal(ours > 0, expected_chances(logits, sampling, CONTENT) > 0)
 
@@ -121,7 +121,7 @@ class TestDraws:
     def test_ids_without_probability_are_never_taken_even_at_the_ends(self):
         for dtype in (torch.float32, torch.float64):
             probabilities = torch.tensor([[0, 0.3, 0, 0.7, 0, 0]], dtype=dtype)
-            taken = [int(at_quantiles(probabilities, [u])) for u in (0.0, 0.2999, 0.3001, 0.9999, 1 - 2**-53)]
+            taken = [int(inverse_cdf(probabilities, [u])) for u in (0.0, 0.2999, 0.3001, 0.9999, 1 - 2**-53)]
             assert taken == [1, 1, 3, 3, 3]
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -143,7 +143,7 @@ class TestDraws:
         logits[:, 10] = 0
         sampling = Sampling(**extreme)
         samplers = [Sampler(sampling, range(VOCABULARY)), Sampler(sampling, [])]
-        ours = chances(penalized(logits, samplers), [sampling] * 2)
+        ours = probabilities(penalized(logits, samplers), [sampling] * 2)
         assert_close(ours.sum(-1), torch.ones(2, dtype=dtype))
         assert (ours[:, :3] == 0).all()
 

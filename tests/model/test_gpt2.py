@@ -154,10 +154,10 @@ def test_recomputing_gives_the_same_bits_and_keeps_less(random_stream):
     config = GPT2Config(128, 384, 64, 3, 4, dropout=0.3, attention_dropout=0.2)
     stream = random_stream(np.random.default_rng(0), 100)
 
-    def run(recomputes):
+    def run(activation_checkpointing):
         """Log-probs, gradients, and how many numbers were kept for the backward pass."""
         gpt2 = GPT2(config).initialize(torch.Generator().manual_seed(0)).train()
-        gpt2.recomputes = recomputes
+        gpt2.activation_checkpointing = activation_checkpointing
         kept = []
 
         def keep(tensor):

@@ -13,10 +13,10 @@ from gpt2ft.model.lora import (
     TARGETS,
     LoRAConfig,
     apply_lora,
-    hold_frozen_matrices_in,
-    load_trained_weights,
+    cast_frozen_matrices,
+    load_trainable_parameters,
     merged_weights,
-    trained_weights,
+    trainable_parameters,
 )
 
 VOCABULARY, ROWS = 90, 128
@@ -50,7 +50,7 @@ def adapted(base, config, learnt=True):
     if learnt:
         random = torch.Generator().manual_seed(2)
         with torch.no_grad():
-            for parameter in trained_weights(model).values():
+            for parameter in trainable_parameters(model).values():
                 parameter += 0.3 * torch.randn(parameter.shape, generator=random)
     return model
 
@@ -91,7 +91,7 @@ def test_gradients_are_those_of_the_merged_matrices(base, stream):
     for one in (model, other):
         (log_probs(one, stream) * stream.weights).sum().backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert gradients.keys() == trained_weights(model).keys()
+    assert gradients.keys() == trainable_parameters(model).keys()
     assert_close(gradients["wte.rows"], other.wte.weight.grad[sorted(ROW_IDS)], rtol=1e-3, atol=1e-4)
     seen = set()
     for block in range(2):
@@ -115,7 +115,7 @@ def test_what_is_trained_and_what_is_frozen(base):
         for m, t in (("c_attn", "q"), ("c_proj", "o"))
         for w in "AB"
     ]
-    assert set(trained_weights(model)) == {*names, "wte.rows"}
+    assert set(trainable_parameters(model)) == {*names, "wte.rows"}
     assert model.wte.rows.shape == (3, 64)
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen.keys() == base.state_dict().keys()
@@ -124,7 +124,7 @@ def test_what_is_trained_and_what_is_frozen(base):
 
 def test_the_order_of_targets_and_the_seed_of_others_do_not_matter(base):
     first, second = (adapted(base, LoRAConfig(4, 8.0, targets=t), learnt=False) for t in (("v", "q"), ("q", "v")))
-    assert all(torch.equal(p, trained_weights(second)[name]) for name, p in trained_weights(first).items())
+    assert all(torch.equal(p, trainable_parameters(second)[name]) for name, p in trainable_parameters(first).items())
     A = [first.h[n].attn.c_attn.adapters[t].A for n in range(2) for t in "qv"]
     assert len({a[0, 0].item() for a in A}) == 4
 
@@ -156,7 +156,7 @@ def test_frozen_matrices_are_held_once_in_half(base, stream):
     model = adapted(base, LoRAConfig(4, 8.0))
     whole = log_probs(model, stream)
     size = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    hold_frozen_matrices_in(model, torch.bfloat16)
+    cast_frozen_matrices(model, torch.bfloat16)
     assert sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad) < 0.7 * size
     for name, parameter in model.named_parameters():
         half = not parameter.requires_grad and parameter.ndim == 2 and name != "wpe.weight"
@@ -166,20 +166,20 @@ def test_frozen_matrices_are_held_once_in_half(base, stream):
         (found * stream.weights).sum().backward()
     assert found.dtype == torch.float32
     assert (found - whole).abs().mean() < 0.1
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in trained_weights(model).values())
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in trainable_parameters(model).values())
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
 def test_weights_of_another_model_are_refused(base):
     model, other = (adapted(base, LoRAConfig(4, 8.0, targets=t)) for t in (("q",), ("q", "v")))
     with pytest.raises(ValueError, match=r"`h\.0\.attn\.c_attn\.adapters\.v\.A` is trained either here or there"):
-        load_trained_weights(model, trained_weights(other))
-    broad = {name: torch.ones(1) for name in trained_weights(model)}
+        load_trainable_parameters(model, trainable_parameters(other))
+    broad = {name: torch.ones(1) for name in trainable_parameters(model)}
     with pytest.raises(ValueError, match=r"` must have shape \(\d+, \d+\), but has \(1,\)"):
-        load_trained_weights(model, broad)
+        load_trainable_parameters(model, broad)
     again = adapted(base, LoRAConfig(4, 8.0, targets=("q",)), learnt=False)
-    load_trained_weights(again, trained_weights(model))
-    assert all(torch.equal(p, trained_weights(model)[name]) for name, p in trained_weights(again).items())
+    load_trainable_parameters(again, trainable_parameters(model))
+    assert all(torch.equal(p, trainable_parameters(model)[name]) for name, p in trainable_parameters(again).items())
 
 
 @pytest.mark.parametrize("targets", [(), ("q", "gate")])

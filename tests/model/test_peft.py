@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.gpt2 import GPT2
-from gpt2ft.model.lora import TARGETS, LoRAConfig, apply_lora, merged_weights, trained_weights
+from gpt2ft.model.lora import TARGETS, LoRAConfig, apply_lora, merged_weights, trainable_parameters
 from gpt2ft.model.peft import CONFIG, WEIGHTS, merge_adapter, read_base, write_adapter
 from gpt2ft.model.pretrained import ModelError
 
@@ -81,7 +81,7 @@ def test_adapter_merged_peft_and_transformers_agree(base, base_folder, ids, tmp_
     config = LoRAConfig(rank, 6.0, targets=targets, rslora=rslora)
     model = plain(base, dict(base.named_parameters()))
     apply_lora(model, config, ROW_IDS, torch.Generator().manual_seed(1))
-    disturb(trained_weights(model).values())
+    disturb(trainable_parameters(model).values())
     write_adapter(tmp_path, model, config, str(base_folder))
     adapted = logits(model, ids)
     merged = merged_weights(model)

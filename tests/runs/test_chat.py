@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from gpt2ft.chat.session import Session
-from gpt2ft.inference.prompt_format import ChatFrame, PlainFrame
+from gpt2ft.inference.prompt_format import ChatPromptFormat, PlainPromptFormat
 from gpt2ft.inference.sampling import Sampling
 from gpt2ft.model.pretrained import write_model
 from gpt2ft.runs import chat
@@ -307,7 +307,9 @@ def through_pipe(arguments, text, environment):
 
 
 def in_this_process(policy, seed, max_new_tokens):
-    session = Session(policy.gpt2, policy.tokenizer, ChatFrame(policy.tokenizer), Sampling(seed=seed), max_new_tokens)
+    session = Session(
+        policy.gpt2, policy.tokenizer, ChatPromptFormat(policy.tokenizer), Sampling(seed=seed), max_new_tokens
+    )
     session.model.eval()
     return session
 
@@ -374,7 +376,7 @@ def handed_over(monkeypatch):
 
 def test_a_model_that_knows_chat_tokens_is_asked_with_them(handed_over, chat_model):
     met = handed_over(model=str(chat_model), system="Be brief.", top_k=3, max_new_tokens=9)
-    assert isinstance(met.session.frame, ChatFrame)
+    assert isinstance(met.session.frame, ChatPromptFormat)
     assert met.notice == ""
     assert met.session.system == "Be brief."
     assert (met.session.sampling, met.session.max_new_tokens) == (Sampling(top_k=3), 9)
@@ -383,7 +385,7 @@ def test_a_model_that_knows_chat_tokens_is_asked_with_them(handed_over, chat_mod
 
 def test_a_base_model_is_asked_in_plain_text_and_it_is_said(handed_over, base_model):
     met = handed_over(model=str(base_model))
-    assert isinstance(met.session.frame, PlainFrame)
+    assert isinstance(met.session.frame, PlainPromptFormat)
     assert met.notice.count("\n") == 0
     assert "plain text" in met.notice
     assert handed_over(model=str(base_model), complete=True).notice == ""
@@ -391,7 +393,7 @@ def test_a_base_model_is_asked_in_plain_text_and_it_is_said(handed_over, base_mo
 
 def test_random_weights_know_the_chat_tokens(handed_over, base_model):
     met = handed_over(model=str(base_model), random_init=True)
-    assert isinstance(met.session.frame, ChatFrame)
+    assert isinstance(met.session.frame, ChatPromptFormat)
     assert met.notice == ""
     one, same, other = (handed_over(model="quickstart", random_init=True, seed=seed) for seed in (None, 0, 1))
     weights = [met.session.model.wte.weight for met in (one, same, other)]

@@ -6,8 +6,8 @@ from gpt2ft.model.lora import LoRAConfig, apply_lora
 from gpt2ft.runs.describe import Hardware, memory_estimate
 
 
-def estimate(gpt2, strategy="ddp", processes=4, bf16=False, recomputes=True):
-    return memory_estimate(gpt2, 128, Hardware(processes, "cuda", strategy, bf16, recomputes))
+def estimate(gpt2, strategy="ddp", processes=4, bf16=False, activation_checkpointing=True):
+    return memory_estimate(gpt2, 128, Hardware(processes, "cuda", strategy, bf16, activation_checkpointing))
 
 
 def test_shards_divide_what_the_strategy_shards(tiny_gpt2):
@@ -18,9 +18,9 @@ def test_shards_divide_what_the_strategy_shards(tiny_gpt2):
     assert ddp - estimate(gpt2, "fsdp2") == pytest.approx(size * 16 * 3 / 4)
     assert ddp - estimate(gpt2, "zero2") == pytest.approx(size * (12 - 16 / 4))
     assert ddp - estimate(gpt2, "zero3") == pytest.approx(size * (16 - 20 / 4))
-    assert estimate(gpt2, "zero3", recomputes=False) - estimate(gpt2, recomputes=False) == pytest.approx(
-        size * (4 - (16 - 20 / 4))
-    )
+    assert estimate(gpt2, "zero3", activation_checkpointing=False) - estimate(
+        gpt2, activation_checkpointing=False
+    ) == pytest.approx(size * (4 - (16 - 20 / 4)))
 
 
 def test_deepspeed_holds_frozen_weights_in_float32(tiny_gpt2, one_generator):

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from gpt2ft.data.plan import Conversations, Plan, cut_to_fit
+from gpt2ft.data.plan import Conversations, Plan, chunk
 from gpt2ft.runs.assemble import load_corpora
 from gpt2ft.runs.inspection import show, statistics
 from gpt2ft.settings.sections import DataSettings
@@ -16,7 +16,7 @@ from gpt2ft.settings.sections import DataSettings
 def plan_of(tokenizer, cache):
     def make(max_length=256, weight="once", **settings):
         corpus, held_out = load_corpora(DataSettings(cache=str(cache), **settings), tokenizer)
-        pieces = cut_to_fit(corpus.stores, corpus.rows, Conversations(weight, max_length, 512))
+        pieces = chunk(corpus.stores, corpus.rows, Conversations(weight, max_length, 512))
         return corpus, held_out, Plan(pieces, 512, 2, seed=0)
 
     return make

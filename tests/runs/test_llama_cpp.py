@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2ft.inference.prompt_format import ChatFrame
+from gpt2ft.inference.prompt_format import ChatPromptFormat
 from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.gguf import Vocabulary, write_gguf
 from gpt2ft.runs import export
@@ -136,7 +136,7 @@ def test_replies_end_where_ours_do(exported, policy):
     llama, _ = exported
     vocabulary = llama_cpp.llama_model_get_vocab(llama.model)
     ends = {id for id in range(llama.n_vocab()) if llama_cpp.llama_vocab_is_eog(vocabulary, id)}
-    assert ends == set(ChatFrame(policy.tokenizer).stop_ids) | {policy.tokenizer.end_of_text_id}
+    assert ends == set(ChatPromptFormat(policy.tokenizer).stop_ids) | {policy.tokenizer.end_of_text_id}
     assert llama.token_eos() == policy.tokenizer.end_id
     controls = {id for id in range(llama.n_vocab()) if llama_cpp.llama_vocab_is_control(vocabulary, id)}
     assert controls == policy.tokenizer.control_ids

@@ -102,7 +102,7 @@ def test_told_to_stop_it_finishes_its_replies_and_ends_well(start, signal_):
 
 @pytest.mark.long
 def test_a_second_signal_does_not_wait(start):
-    process, address = start("--drain_seconds", "1000")
+    process, address = start("--shutdown_timeout", "1000")
     wait_until_ready(address)
     connection = socket.create_connection((address[1], int(address[2])), timeout=PATIENCE)
     connection.sendall(asking_for_a_stream())

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from gpt2ft import checkpoint
 from gpt2ft.data.plan import Plan
-from gpt2ft.distributed.signals import ToldToStop
+from gpt2ft.distributed.signals import Preempted
 from gpt2ft.settings.parsing import RECIPES, to_yaml
 from gpt2ft.settings.scripts import SFTSettings
 from gpt2ft.training.tracking import Tracker
@@ -65,7 +65,7 @@ def test_during_a_step(step, number, uninterrupted, run_sft, tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(Tracker, "advance", advance)
-        with pytest.raises(ToldToStop, match=f"has saved step {step}"):
+        with pytest.raises(Preempted, match=f"has saved step {step}"):
             run_sft(tmp_path / "run", steps=STEPS)
     assert checkpoint.find_newest(tmp_path / "run" / "checkpoints", verbose=True).name.endswith(str(step))
     assert not (tmp_path / "run" / "model").exists()
@@ -87,7 +87,7 @@ def test_during_evaluation(evaluation, uninterrupted, run_sft, tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(Plan, "stream", stream)
-        with pytest.raises(ToldToStop):
+        with pytest.raises(Preempted):
             run_sft(tmp_path / "run", steps=STEPS)
     assert len(asked) >= 3
     run_sft(tmp_path / "run", steps=STEPS)
@@ -106,7 +106,7 @@ def test_during_saving(uninterrupted, run_sft, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write_json", write_json)
-        with pytest.raises(ToldToStop, match="has saved step 3"):
+        with pytest.raises(Preempted, match="has saved step 3"):
             run_sft(tmp_path / "run", steps=STEPS)
     assert sent
     run_sft(tmp_path / "run", steps=STEPS)
@@ -126,7 +126,7 @@ def test_while_it_waits_for_data(uninterrupted, run_sft, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Plan, "training_stream", training_stream)
-        with pytest.raises(ToldToStop, match="has saved step [23]"):
+        with pytest.raises(Preempted, match="has saved step [23]"):
             run_sft(tmp_path / "run", steps=STEPS)
     assert sent
     run_sft(tmp_path / "run", steps=STEPS)

@@ -13,12 +13,12 @@ def speaking(lively, tokenizer):
     """A model in float64 whose replies are lively and often end by themselves, its tokenizer and its frame."""
     import torch
 
-    from gpt2ft.inference.prompt_format import ChatFrame
+    from gpt2ft.inference.prompt_format import ChatPromptFormat
 
     model = lively(tokenizer.padded_size, N_POSITIONS)
     with torch.no_grad():
         model.wte.weight[tokenizer.end_id] *= 4
-    return model, tokenizer, ChatFrame(tokenizer)
+    return model, tokenizer, ChatPromptFormat(tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +32,7 @@ def serving(speaking):
     @contextmanager
     def serve(key=None, model=None, ready=True, **settings):
         given = ServeSettings(host="127.0.0.1", port=0, **settings)
-        listening = connection.listen(given.host, given.port, given.reader_seconds)
+        listening = connection.listen(given.host, given.port, given.write_timeout)
         parts = (model or deepcopy(speaking[0]), *speaking[1:])
         server = service.create(given, parts, service.Served.now("tiny", "0123456789abcdef"), key)
         running = Running(server, listening, parts)
@@ -73,14 +73,14 @@ def idle_again(request):
 @pytest.fixture(scope="session")
 def alone(speaking):
     """alone(turns, most, **sampling): the text that `generate` gives for a conversation by itself."""
-    from gpt2ft.inference.generate import generate, unsayable
+    from gpt2ft.inference.generate import generate, suppressed_token_mask
     from gpt2ft.inference.sampling import Sampling
 
     model, tokenizer, frame = speaking
 
     def text(turns, most, **sampling):
         prompt = [id for turn in frame.render(turns) for id in turn] + frame.opening
-        forbidden = unsayable(tokenizer, model.wte.weight, frame.stop_ids)
+        forbidden = suppressed_token_mask(tokenizer, model.wte.weight, frame.stop_ids)
         [reply] = generate(model, [prompt], most, frame.stop_ids, forbidden, Sampling(**sampling))
         return tokenizer.decode(reply.ids), len(prompt), len(reply.ids), "stop" if reply.stopped else "length"
 

@@ -14,7 +14,7 @@ END = b"data: [DONE]\n\n\r\n0\r\n\r\n"
 @pytest.fixture
 def small(serving):
     """Two slots and one place in the queue, with a model that waits to be let on."""
-    with serving(slots=2, queue=1, read_per_step=16) as running:
+    with serving(slots=2, queue=1, prefill_chunk=16) as running:
         running.gate.shut()
         yield running
 
@@ -126,7 +126,7 @@ def test_a_reader_that_never_reads_holds_up_nobody(serving, alone):
 
 
 def test_a_reply_that_takes_too_long_ends_as_at_its_longest(serving):
-    with serving(slots=1, queue=1, reply_seconds=0.2) as running:
+    with serving(slots=1, queue=1, request_timeout=0.2) as running:
         running.gate.shut()
         answers = []
         thread = say_in_thread(running, answers, max_tokens=100, stop=["no such"])
@@ -230,7 +230,7 @@ def test_told_to_stop_it_finishes_what_it_has_and_takes_nothing_new(small):
 
 
 def test_what_does_not_finish_in_time_is_told_so(serving):
-    with serving(slots=1, queue=1, drain_seconds=0.2) as running:
+    with serving(slots=1, queue=1, shutdown_timeout=0.2) as running:
         running.gate.shut()
         connections = [running.stream(max_tokens=100), running.stream(max_tokens=100)]
         eventually(lambda: running.engine.num_unfinished == 2)

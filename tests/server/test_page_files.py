@@ -27,7 +27,7 @@ def with_page(serving, tmp_path_factory):
     (folder.parent / "outside.txt").write_text("secret")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gpt2ft.server.openai.routes.read_page", lambda: page_files.read_page(folder))
-        with serving(key="0123456789abcdef", reader_seconds=0.5) as running:
+        with serving(key="0123456789abcdef", write_timeout=0.5) as running:
             yield running
 
 
@@ -45,10 +45,10 @@ def with_page(serving, tmp_path_factory):
 def test_files_need_no_key_and_bring_their_policy(with_page, path, kind):
     status, headers, content = with_page.ask(path)
     assert (status, headers["Content-Type"]) == (200, kind)
-    policy = dict(part.split(" ", 1) for part in headers["Content-Security-Policy"].split("; "))
+    policy = dict(part.split(" ", 1) for part in headers["Content-Security-LoadedModel"].split("; "))
     assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == "'none'"
     assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
-    assert "unsafe" not in headers["Content-Security-Policy"]
+    assert "unsafe" not in headers["Content-Security-LoadedModel"]
     assert content
     assert with_page.ask(path, method="HEAD")[0] == 200
 

@@ -9,10 +9,10 @@ from gpt2ft.data.packing import build_stream
 from gpt2ft.data.token_tree import weigh
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.settings.sections import OptimizerSettings, TrainingSettings
-from gpt2ft.training.memory_probe import DoesNotFit, advice, fits, rehearse
+from gpt2ft.training.memory_probe import DoesNotFit, advice, fits, probe_memory
 from gpt2ft.training.optimizer import adamw
 from gpt2ft.training.preflight import PreflightError
-from gpt2ft.training.strategy import Replicated
+from gpt2ft.training.strategy import DDP
 
 VOCABULARY = 4096
 
@@ -26,12 +26,12 @@ def stream(make_tree):
 @pytest.fixture
 def strategy(tiny_gpt2, accelerator):
     model = TargetLogProbs(tiny_gpt2(VOCABULARY, 64), VOCABULARY, "segments")
-    return Replicated(accelerator, model, adamw(model.gpt2, OptimizerSettings(weight_decay=0.1), False), 1.0)
+    return DDP(accelerator, model, adamw(model.gpt2, OptimizerSettings(weight_decay=0.1), False), 1.0)
 
 
 def test_it_leaves_no_trace(strategy, stream, accelerator):
     before = {name: parameter.clone() for name, parameter in strategy.model.named_parameters()}
-    peak = rehearse(strategy, accelerator, stream)
+    peak = probe_memory(strategy, accelerator, stream)
     strategy.load_moments(None, 0)
     assert peak > 2**20
     assert all(torch.equal(parameter, before[name]) for name, parameter in strategy.model.named_parameters())
@@ -44,7 +44,7 @@ def test_a_broken_model_is_refused(strategy, stream, accelerator):
     with torch.no_grad():
         strategy.gpt2.ln_f.weight[0] = math.nan
     with pytest.raises(PreflightError, match="not finite"):
-        rehearse(strategy, accelerator, stream)
+        probe_memory(strategy, accelerator, stream)
 
 
 def test_what_does_not_fit_is_said_with_a_way_out(strategy, stream, accelerator, monkeypatch):
@@ -53,14 +53,14 @@ def test_what_does_not_fit_is_said_with_a_way_out(strategy, stream, accelerator,
 
     monkeypatch.setattr(strategy.model.gpt2, "forward", full)
     with pytest.raises(DoesNotFit) as error, fits("try less"):
-        rehearse(strategy, accelerator, stream)
+        probe_memory(strategy, accelerator, stream)
     assert str(error.value) == (
         "a step does not fit into memory (CUDA out of memory. Tried to allocate 2.00 GiB): try less"
     )
 
 
 @pytest.mark.parametrize(
-    ("tokens", "longest", "recomputes", "adapts", "shards", "expected"),
+    ("tokens", "longest", "activation_checkpointing", "adapts", "shards", "expected"),
     [
         (
             4096, 1024, False, False, False,
@@ -72,8 +72,8 @@ def test_what_does_not_fit_is_said_with_a_way_out(strategy, stream, accelerator,
         (1024, 1024, True, True, True, "take a smaller model, or a GPU with more memory"),
     ],
 )  # fmt: skip
-def test_the_way_out_keeps_the_step_if_it_can(tokens, longest, recomputes, adapts, shards, expected):
+def test_the_way_out_keeps_the_step_if_it_can(tokens, longest, activation_checkpointing, adapts, shards, expected):
     training = TrainingSettings(
-        tokens_per_micro_batch=tokens, micro_batches_per_step=8, activation_checkpointing=recomputes
+        tokens_per_micro_batch=tokens, micro_batches_per_step=8, activation_checkpointing=activation_checkpointing
     )
     assert advice(training, longest, adapts, shards) == expected

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gpt2ft.data.packing import build_stream
-from gpt2ft.data.plan import Conversations, Plan, cut_to_fit
+from gpt2ft.data.plan import Conversations, Plan, chunk
 from gpt2ft.data.reading import Filters
 from gpt2ft.data.store import open_store
 from gpt2ft.data.token_tree import TEXT, weigh
@@ -30,7 +30,7 @@ MAX_LENGTH, CAPACITY = 256, 1024
 def plan(tokenizer, cache):
     """Of the quickstart, with some trees re-rooted and split."""
     store = open_store("quickstart", Filters(), tokenizer, cache)
-    pieces = cut_to_fit([store], np.array([(0, row) for row in range(len(store))]), Conversations("once", 96, CAPACITY))
+    pieces = chunk([store], np.array([(0, row) for row in range(len(store))]), Conversations("once", 96, CAPACITY))
     assert pieces.is_cut.sum() > 10
     return Plan(pieces, CAPACITY, micro_batches_per_step=4, seed=0)
 
@@ -55,7 +55,7 @@ def mixed(tokenizer, cache, tmp_path_factory):
     stores = [open_store(str(source), Filters(), tokenizer, cache) for source in (file, "quickstart")]
     rows = [(number, row) for number in range(2) for row in range(12)]
     return Plan(
-        cut_to_fit(stores, np.array(rows), Conversations("once", 96, CAPACITY)),
+        chunk(stores, np.array(rows), Conversations("once", 96, CAPACITY)),
         CAPACITY,
         micro_batches_per_step=4,
         seed=0,

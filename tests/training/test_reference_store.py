@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from gpt2ft.data.pairs import PreferencePairs
-from gpt2ft.data.plan import Plan, cut_to_fit
+from gpt2ft.data.plan import Plan, chunk
 from gpt2ft.data.reading import Filters
 from gpt2ft.data.store import open_store
-from gpt2ft.distributed.signals import Interruption, ToldToStop
+from gpt2ft.distributed.signals import Preempted, SignalHandler
 from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.objectives.dpo import DPO, DPOConfig, start_loss
-from gpt2ft.runs.assemble import Policy
+from gpt2ft.runs.assemble import LoadedModel
 from gpt2ft.runs.dpo import store_for
 from gpt2ft.training import reference_store
 from gpt2ft.training.reference_store import ReferenceLogProbError, ReferenceStore, Row, attach, check_start, wanted
@@ -47,7 +47,7 @@ def make_plan(tokenizer, cache):
     def make(pairs="all", capacity=512, seed=0, source="quickstart"):
         store = open_store(source, Filters(), tokenizer, cache, as_preferences=True)
         rows = np.array([(0, row) for row in range(len(store))])
-        pieces = cut_to_fit([store], rows, PreferencePairs(pairs, "pair", 256, capacity))
+        pieces = chunk([store], rows, PreferencePairs(pairs, "pair", 256, capacity))
         return Plan(pieces, capacity, 2, seed=seed)
 
     return make
@@ -77,7 +77,7 @@ def contents(folder):
 def test_a_row_is_the_reply_alone(make_plan, make_store, gpt2, model, accelerator):
     """The log-prob of each token and of all, in a tree among others, is that of prompt and reply by themselves."""
     plan, store = make_plan(), make_store()
-    assert attach([plan], store, model, accelerator, Interruption()) == len(plan.reference)
+    assert attach([plan], store, model, accelerator, SignalHandler()) == len(plan.reference)
     rows, checked = contents(store.folder), 0
     for piece in range(0, len(plan.pieces), 9):
         tree = plan.pieces.tree(piece)
@@ -116,7 +116,7 @@ def test_the_plan_gets_every_reply_in_its_place(make_plan, make_store, model, ac
     """Whatever the packing, the order and the rule, a reply finds its row."""
     plans = [make_plan(), make_plan(capacity=1024, seed=5), make_plan("best_worst", seed=9)]
     store = make_store()
-    computed = [attach([plan], store, model, accelerator, Interruption()) for plan in plans]
+    computed = [attach([plan], store, model, accelerator, SignalHandler()) for plan in plans]
     assert computed[0] > 200
     assert computed[1:] == [0, 0]
     known = {}
@@ -133,9 +133,9 @@ def test_the_plan_gets_every_reply_in_its_place(make_plan, make_store, model, ac
 
 def test_only_what_is_missing_is_computed(make_plan, make_store, model, accelerator):
     plan, store = make_plan("best_worst"), make_store()
-    few = attach([plan], store, model, accelerator, Interruption())
+    few = attach([plan], store, model, accelerator, SignalHandler())
     before = {file.name: file.read_bytes() for file in store.folder.glob("*.parquet")}
-    more = attach([make_plan("all")], store, model, accelerator, Interruption())
+    more = attach([make_plan("all")], store, model, accelerator, SignalHandler())
     assert 0 < more < few + more
     assert {name: (store.folder / name).read_bytes() for name in before} == before
     assert len(contents(store.folder)) == few + more
@@ -160,7 +160,7 @@ def test_the_folder_goes_by_what_is_really_used(tokenizer, tiny_gpt2, accelerato
     def folder(policy, model=model):
         return store_for(policy, model, accelerator, cache=None).folder
 
-    policy = Policy(model.gpt2, tokenizer, "here", "digest")
+    policy = LoadedModel(model.gpt2, tokenizer, "here", "digest")
     assert folder(replace(policy, source="there")) == folder(policy)
     assert folder(replace(policy, digest="other")) != folder(policy)
     dense = TargetLogProbs(model.gpt2, len(tokenizer), "dense")
@@ -237,7 +237,7 @@ def checked(model, plan, store, accelerator):
 
 def test_the_start_is_checked_against_what_is_stored(make_plan, make_store, model, accelerator, tiny_gpt2, tokenizer):
     plan, store = make_plan(), make_store()
-    attach([plan], store, model, accelerator, Interruption())
+    attach([plan], store, model, accelerator, SignalHandler())
     assert checked(model, plan, store, accelerator) < 1e-5
     other = TargetLogProbs(tiny_gpt2(tokenizer.padded_size, 256, seed=1), len(tokenizer), "segments")
     with pytest.raises(ReferenceLogProbError, match=r"by .* nats per token of a reply, more than 0.0001: all digests"):
@@ -253,7 +253,7 @@ def test_the_start_is_checked_against_what_is_stored(make_plan, make_store, mode
 def test_the_first_loss_must_be_the_known_one(make_plan, make_store, model, accelerator):
     """A loss that is not ln 2 although nothing has moved: the objective reads something else than it should."""
     plan, store = make_plan(), make_store()
-    attach([plan], store, model, accelerator, Interruption())
+    attach([plan], store, model, accelerator, SignalHandler())
     with pytest.raises(ReferenceLogProbError, match=r"must have the loss 0.7000, as .*, but has 0.6931"):
         check_start(model, plan, 0, store, accelerator, DPO(DPOConfig()), 0.7)
 
@@ -264,7 +264,7 @@ def test_a_reference_that_is_not_finite_is_named(make_plan, make_store, tiny_gpt
         gpt2.wpe.weight[30] = float("nan")
     plan, store = make_plan(), make_store()
     with pytest.raises(ReferenceLogProbError, match=r"no finite log-prob to a reply in the stream that opens with"):
-        attach([plan], store, TargetLogProbs(gpt2, len(tokenizer), "segments"), accelerator, Interruption())
+        attach([plan], store, TargetLogProbs(gpt2, len(tokenizer), "segments"), accelerator, SignalHandler())
     assert not list(store.folder.glob("*.parquet"))
 
 
@@ -272,22 +272,22 @@ def test_a_reference_that_is_not_finite_is_named(make_plan, make_store, tiny_gpt
 
 
 def test_told_to_stop_it_keeps_what_it_has(make_plan, make_store, model, accelerator, monkeypatch):
-    plan, store, interruption = make_plan(), make_store(), Interruption()
+    plan, store, signals = make_plan(), make_store(), SignalHandler()
     whole, done = Plan.stream, []
 
     def stream(self, micro_batch):
         done.append(None)
         if len(done) == 5:
-            interruption._note(15)
+            signals._note(15)
         return whole(self, micro_batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(Plan, "stream", stream)
-        with pytest.raises(ToldToStop, match="has kept the reference log-probs"):
-            attach([plan], store, model, accelerator, interruption)
+        with pytest.raises(Preempted, match="has kept the reference log-probs"):
+            attach([plan], store, model, accelerator, signals)
     kept = contents(store.folder)
     assert 0 < len(kept) < len(wanted(plan).keys)
-    assert attach([plan], store, model, accelerator, Interruption()) == len(set(wanted(plan).keys)) - len(kept)
+    assert attach([plan], store, model, accelerator, SignalHandler()) == len(set(wanted(plan).keys)) - len(kept)
     assert kept.items() <= contents(store.folder).items()
 
 

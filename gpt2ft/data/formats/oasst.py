@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, MutableSequence, Sequen
 from dataclasses import dataclass, field
 
 from gpt2ft.conversation import Message, MessageTree, Role
-from gpt2ft.data.reading import Filters, Malformed, Reading, Record, objects, of, role_of, show, text_of, value
+from gpt2ft.data.reading import Filters, Malformed, ReadContext, Record, objects, of, role_of, show, text_of, value
 
 _ROOTS_IN_A_SHARE = 2000
 _LAST_RANK = 2**15 - 1
@@ -33,7 +33,7 @@ class NestedTrees:
     def matches(self, record: Record) -> bool:
         return isinstance(record.get("prompt"), dict) or ("prompt" in record and "message_tree_id" in record)
 
-    def tree(self, record: Record, where: str, reading: Reading) -> MessageTree | None:
+    def tree(self, record: Record, where: str, reading: ReadContext) -> MessageTree | None:
         """The tree in a record, or None if nothing of it is left.
 
         Raises:
@@ -58,7 +58,7 @@ class FlatMessages:
     def matches(self, record: Record) -> bool:
         return "message_id" in record or {"role", "text"} <= record.keys()
 
-    def gather(self, records: Iterable[tuple[str, Record]], reading: Reading) -> list["Share"]:
+    def gather(self, records: Iterable[tuple[str, Record]], reading: ReadContext) -> list["Share"]:
         """Reads all records, counting in `reading`, and gives their trees in shares.
 
         Raises:
@@ -85,7 +85,7 @@ class Share:
     forest: "_Forest"
     tops: Sequence["_Row"]
 
-    def trees(self, reading: Reading) -> Iterator[MessageTree]:
+    def trees(self, reading: ReadContext) -> Iterator[MessageTree]:
         found = (self.forest.tree(top, reading) for top in self.tops)
         return (tree for tree in found if tree is not None)
 
@@ -129,7 +129,7 @@ class _TextsOnDisk:
         return self._file.read(self._ends[number + 1] - self._ends[number]).decode()
 
 
-def _flat_rows(records: Iterable[tuple[str, Record]], texts: _TextsOnDisk, reading: Reading) -> Iterator[_Row]:
+def _flat_rows(records: Iterable[tuple[str, Record]], texts: _TextsOnDisk, reading: ReadContext) -> Iterator[_Row]:
     for where, record in records:
         try:
             parent_id = value(record, "parent_id", str, "a string or null", optional=True)  # some exports omit nulls
@@ -192,7 +192,7 @@ def _rank(message: Record) -> int | None:
 # --- from rows to trees ---------------------------------------------------------------------------------------------
 
 
-def _unique(rows: Iterable[_Row], reading: Reading) -> dict[str, _Row]:
+def _unique(rows: Iterable[_Row], reading: ReadContext) -> dict[str, _Row]:
     """Rows by message id, in the order of the data. Of equal rows the first stays; so it does under "skip"."""
     unique: dict[str, _Row] = {}
     roots: dict[str, _Row] = {}
@@ -219,7 +219,7 @@ def _replies_by_parent(rows: Mapping[str, _Row]) -> dict[str, list[_Row]]:
     return replies
 
 
-def _remove_cycles(rows: dict[str, _Row], replies: Mapping[str, list[_Row]], reading: Reading) -> None:
+def _remove_cycles(rows: dict[str, _Row], replies: Mapping[str, list[_Row]], reading: ReadContext) -> None:
     """Refuses the rows that hang in a cycle: no root or orphan leads down to them."""
     waiting = [row for row in rows.values() if row.parent_id not in rows]
     reached = set()
@@ -241,7 +241,7 @@ class _Forest:
     replies: Mapping[str, list[_Row]]
     texts: Sequence[str] | _TextsOnDisk
 
-    def tree(self, top: _Row, reading: Reading) -> MessageTree | None:
+    def tree(self, top: _Row, reading: ReadContext) -> MessageTree | None:
         """The tree under a root, or under an orphan, of which nothing is left."""
         messages = self._messages(top, reading)
         if any(message.role == "assistant" for message in messages):
@@ -249,7 +249,7 @@ class _Forest:
         reading.dropped["no reply"] += len(messages)
         return None
 
-    def _messages(self, top: _Row, reading: Reading) -> list[Message]:
+    def _messages(self, top: _Row, reading: ReadContext) -> list[Message]:
         """The messages kept of `top` and all below it, depth first; the others are counted."""
         messages: list[Message] = []
         waiting: list[tuple[_Row, int | None, bool]] = [(top, None, False)]

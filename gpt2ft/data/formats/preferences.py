@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from gpt2ft.conversation import Message, MessageTree, Role, tidy
 from gpt2ft.data.formats.messages import chat_messages
 from gpt2ft.data.formats.turns import BESIDE_THE_TURNS, Turns, clean, content_id, in_full, joined
-from gpt2ft.data.reading import Malformed, Reading, Record, objects, show, value
+from gpt2ft.data.reading import Malformed, ReadContext, Record, objects, show, value
 
 Transcript = tuple[Turns, int | None]  # a conversation that ends in a reply, and the rank of that reply
 
@@ -48,7 +48,7 @@ class PreferenceFormat:
     def matches(self, record: Record) -> bool:
         return all(key in record for key in self.keys)
 
-    def tree(self, record: Record, where: str, reading: Reading) -> MessageTree | None:
+    def tree(self, record: Record, where: str, reading: ReadContext) -> MessageTree | None:
         """The prompt in a record with its replies, or None if they do not belong together.
 
         Raises:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from gpt2ft.conversation import MessageTree, Role, tidy
-from gpt2ft.data.reading import Malformed, Reading, Record, value
+from gpt2ft.data.reading import Malformed, ReadContext, Record, value
 
 Turns = Sequence[tuple[Role, str]]
 
@@ -48,7 +48,7 @@ class Format:
     def matches(self, record: Record) -> bool:
         return all(key in record for key in self.keys)
 
-    def tree(self, record: Record, where: str, reading: Reading) -> MessageTree | None:
+    def tree(self, record: Record, where: str, reading: ReadContext) -> MessageTree | None:
         """The conversation in a record, or None if nothing of it is left.
 
         Raises:
@@ -90,7 +90,7 @@ def _beside(record: Record) -> Turns:
     return [("system", text) for text in texts if text]
 
 
-def clean(turns: Turns, reading: Reading) -> list[tuple[Role, str]]:
+def clean(turns: Turns, reading: ReadContext) -> list[tuple[Role, str]]:
     """The turns that stay, by the rules above."""
     dropped = reading.dropped
     alternating = joined(turns)

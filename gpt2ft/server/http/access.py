@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Access:
+class AccessPolicy:
     """Who may come in.
 
     Args:
@@ -54,14 +54,14 @@ class ClientLeft(Exception):
     """There is nobody to answer any more."""
 
 
-class Door:
+class AccessMiddleware:
     """An ASGI application around another.
 
     Args:
         routes: paths that may be named in the log; others are somebody's text.
     """
 
-    def __init__(self, app: App, access: Access, routes: frozenset[str]) -> None:
+    def __init__(self, app: App, access: AccessPolicy, routes: frozenset[str]) -> None:
         self._app = app
         self._access = access
         self._routes = routes
@@ -153,7 +153,7 @@ def urlsplit_host(origin: str) -> str:
         return ""
 
 
-async def read_body(scope: MutableMapping[str, Any], receive: Receive, access: Access) -> bytes:
+async def read_body(scope: MutableMapping[str, Any], receive: Receive, access: AccessPolicy) -> bytes:
     """The whole body.
 
     Raises:
@@ -182,7 +182,7 @@ async def read_body(scope: MutableMapping[str, Any], receive: Receive, access: A
         raise ApiError(408, f"the body must arrive within {access.body_seconds:g} s", "request_timeout") from None
 
 
-def _too_large(access: Access) -> ApiError:
+def _too_large(access: AccessPolicy) -> ApiError:
     return ApiError(413, f"the body must have at most {access.body_bytes:,} bytes", "request_too_large")
 
 

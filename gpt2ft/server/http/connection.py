@@ -19,10 +19,10 @@ WRITE_BUFFER = 16 * 1024  # bytes that may wait for a reader before it counts as
 
 @dataclass(frozen=True)
 class Patience:
-    """`head_seconds` for the head of a request, `reader_seconds` for a reader to take what is there."""
+    """`head_seconds` for the head of a request, `write_timeout` for a reader to take what is there."""
 
     head_seconds: float
-    reader_seconds: float
+    write_timeout: float
     connections: int
 
 
@@ -56,7 +56,7 @@ class Connection(H11Protocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         if self._reader is None:
-            self._reader = self.loop.call_later(self._patience.reader_seconds, self.transport.abort)
+            self._reader = self.loop.call_later(self._patience.write_timeout, self.transport.abort)
 
     def resume_writing(self) -> None:
         self._reader = _cancelled(self._reader)
@@ -93,7 +93,7 @@ def _cancelled(timer: asyncio.TimerHandle | None) -> None:
         timer.cancel()
 
 
-def listen(host: str, port: int, reader_seconds: float) -> socket.socket:
+def listen(host: str, port: int, write_timeout: float) -> socket.socket:
     """A listening socket; port 0 is a free one.
 
     What is sent last may wait in the kernel, where nothing of ours watches over it: it is given the same patience.
@@ -107,7 +107,7 @@ def listen(host: str, port: int, reader_seconds: float) -> socket.socket:
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
-            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(reader_seconds * 1000))
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(write_timeout * 1000))
         if family == socket.AF_INET6:
             listening.setsockopt(
                 socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1

@@ -21,12 +21,12 @@ class Server(uvicorn.Server):
     at once.
 
     Args:
-        drain_seconds: the longest time that replies are given to finish.
+        shutdown_timeout: the longest time that replies are given to finish.
     Attributes:
         has_failed: it has ended because of that rehearsal.
     """
 
-    def __init__(self, app: App, engine: Engine, patience: Patience, drain_seconds: float) -> None:
+    def __init__(self, app: App, engine: Engine, patience: Patience, shutdown_timeout: float) -> None:
         config = uvicorn.Config(
             app,
             http=connection_class(patience),  # type: ignore[arg-type]
@@ -40,7 +40,7 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._engine = engine
-        self._drain_seconds = drain_seconds
+        self._drain_seconds = shutdown_timeout
         self._num_signals = 0
         self._drain_ends: float | None = None
         self._was_ready = False

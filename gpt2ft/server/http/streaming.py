@@ -9,9 +9,9 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
-from gpt2ft.server.engine import Engine, News, Order, Reply
+from gpt2ft.server.engine import Delta, Engine, GenerationRequest, Reply
 from gpt2ft.server.http.access import ClientLeft, Receive, Send
-from gpt2ft.server.openai.responses import Envelope, Json
+from gpt2ft.server.openai.responses import Json, ResponseBuilder
 
 KEEP_ALIVE = 15.0  # seconds without news after which a comment is sent, so that nobody on the way loses patience
 STREAM_HEADERS = {
@@ -23,10 +23,10 @@ STREAM_HEADERS = {
 log = logging.getLogger(__name__)
 
 
-class Listener:
+class StreamBridge:
     """Between the engine's thread, which has news, and the event loop, which waits for them."""
 
-    def __init__(self, engine: Engine, order: Order) -> None:
+    def __init__(self, engine: Engine, order: GenerationRequest) -> None:
         """Puts the order in the queue.
 
         Raises:
@@ -40,7 +40,7 @@ class Listener:
         self.reply = Reply(order, self._wake)
         engine.submit(self.reply)
 
-    async def news(self, seconds: float | None) -> News | None:
+    async def news(self, seconds: float | None) -> Delta | None:
         """What has come since the last call, as soon as there is something; None if there was nothing for `seconds`.
 
         Raises:
@@ -81,12 +81,12 @@ class Listener:
 class ReplyResponse(Response):
     """Waits for the reply. As a response, since only the one who sends it can see that nobody is there any more."""
 
-    def __init__(self, listener: Listener, envelope: Envelope) -> None:
+    def __init__(self, listener: StreamBridge, response_builder: ResponseBuilder) -> None:
         super().__init__()
         self._listener = listener
-        self._envelope = envelope
+        self._envelope = response_builder
         dropped = listener.reply.order.prompt.dropped_turns
-        self._own_headers = {"x-dropped-turns": str(dropped), "x-request-id": envelope.full_id}
+        self._own_headers = {"x-dropped-turns": str(dropped), "x-request-id": response_builder.full_id}
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         watch = asyncio.create_task(self._listener.watch(receive))
@@ -118,16 +118,16 @@ class ReplyStream(ReplyResponse):
         headers = STREAM_HEADERS | self._own_headers
         pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": 200, "headers": pairs})
-        listener, envelope = self._listener, self._envelope
-        await self._send(send, event(envelope.opening(listener.reply)))
+        listener, response_builder = self._listener, self._envelope
+        await self._send(send, event(response_builder.opening(listener.reply)))
         while True:
             news = await listener.news(KEEP_ALIVE)
             if news is None:
                 await self._send(send, b": keep-alive\n\n")
                 continue
-            events = [*envelope.pieces(news), *([news.failure.body()] if news.failure else [])]
+            events = [*response_builder.pieces(news), *([news.failure.body()] if news.failure else [])]
             if news.finish:
-                events += envelope.closing(listener.reply)
+                events += response_builder.closing(listener.reply)
             await self._send(send, b"".join(map(event, events)) + (b"data: [DONE]\n\n" if news.finish else b""))
             if news.is_end:
                 await self._send(send, b"", more=False)

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from gpt2ft.conversation import tidy
-from gpt2ft.inference.detokenizer import ReplyText
-from gpt2ft.inference.prompt_format import Frame, TooLong, Turn, chat_prompt, prompt_limit, text_prompt
+from gpt2ft.inference.detokenizer import IncrementalDetokenizer
+from gpt2ft.inference.prompt_format import PromptFormat, TooLong, Turn, chat_prompt, prompt_limit, text_prompt
 from gpt2ft.inference.sampling import Sampling
-from gpt2ft.server.engine import Order
+from gpt2ft.server.engine import GenerationRequest
 from gpt2ft.server.errors import ApiError, invalid, spelled
-from gpt2ft.server.openai.requests import Asked, ChatMessage, ChatRequest, CompletionRequest
+from gpt2ft.server.openai.requests import BaseRequest, ChatMessage, ChatRequest, CompletionRequest
 from gpt2ft.text.tokenizer import ChatTokenizer
 
 
@@ -23,7 +23,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Interpreter:
+class RequestConverter:
     """Makes orders of requests.
 
     Args:
@@ -32,12 +32,12 @@ class Interpreter:
     """
 
     tokenizer: ChatTokenizer
-    frame: Frame
+    frame: PromptFormat
     n_positions: int
     sampling: Sampling
     limits: Limits
 
-    def chat(self, request: ChatRequest) -> Order:
+    def chat(self, request: ChatRequest) -> GenerationRequest:
         """Raises ApiError if the messages make no conversation, or not one that fits."""
         if len(request.messages) > self.limits.messages:
             raise invalid(
@@ -50,25 +50,25 @@ class Interpreter:
         except ValueError as error:
             raise _too_long(error, "messages") from None
         frame = self.frame
-        text = ReplyText(self.tokenizer, (*frame.stop_strings, *request.stop), frame.opens_with_space)
-        return Order(prompt, self._sampling(request), most, tuple(frame.stop_ids), text)
+        text = IncrementalDetokenizer(self.tokenizer, (*frame.stop_strings, *request.stop), frame.opens_with_space)
+        return GenerationRequest(prompt, self._sampling(request), most, tuple(frame.stop_ids), text)
 
-    def completion(self, request: CompletionRequest) -> Order:
+    def completion(self, request: CompletionRequest) -> GenerationRequest:
         """Raises ApiError if the prompt does not fit."""
         most = self._max_new_tokens(request)
         try:
             prompt = text_prompt(self.tokenizer, request.prompt, prompt_limit(self.n_positions, most))
         except ValueError as error:
             raise _too_long(error, "prompt") from None
-        text = ReplyText(self.tokenizer, request.stop)
-        return Order(prompt, self._sampling(request), most, (self.tokenizer.end_of_text_id,), text)
+        text = IncrementalDetokenizer(self.tokenizer, request.stop)
+        return GenerationRequest(prompt, self._sampling(request), most, (self.tokenizer.end_of_text_id,), text)
 
-    def _sampling(self, request: Asked) -> Sampling:
+    def _sampling(self, request: BaseRequest) -> Sampling:
         names = [field.name for field in fields(Sampling)]
         asked = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
         return replace(self.sampling, **asked)
 
-    def _max_new_tokens(self, request: Asked, newer: int | None = None) -> int:
+    def _max_new_tokens(self, request: BaseRequest, newer: int | None = None) -> int:
         """`max_tokens`, or `max_completion_tokens` as chats call it now."""
         if newer is not None and request.max_tokens is not None:
             raise invalid("`max_tokens` and `max_completion_tokens` must not both be given", "max_tokens")

@@ -66,7 +66,7 @@ StopStrings = Annotated[list[StopString], Field(max_length=4), BeforeValidator(_
 Content = Annotated[list[TextPart], BeforeValidator(_as_parts)]  # or text
 
 
-class Asked(Body):
+class BaseRequest(Body):
     """What both kinds of requests may ask; `top_k`, `min_p` and `repetition_penalty` are our own."""
 
     model: str | None = None
@@ -96,16 +96,16 @@ class ChatMessage(Body):
         return "".join(part.text for part in self.content)
 
 
-class ChatRequest(Asked):
+class ChatRequest(BaseRequest):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
 
-class CompletionRequest(Asked):
+class CompletionRequest(BaseRequest):
     prompt: str
 
 
-Kind = TypeVar("Kind", bound=Asked)
+Kind = TypeVar("Kind", bound=BaseRequest)
 
 
 def parse(kind: type[Kind], content_types: Sequence[str], body: bytes) -> Kind:

@@ -5,14 +5,14 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gpt2ft.server.engine import News, Reply
+from gpt2ft.server.engine import Delta, Reply
 
 Json = dict[str, Any]
 Shape = Literal["chat", "text"]
 
 
 @dataclass(frozen=True)
-class Envelope:
+class ResponseBuilder:
     """What all pieces of one answer say.
 
     `dropped_turns`, how many of the oldest turns did not fit the context, is our own.
@@ -42,7 +42,7 @@ class Envelope:
         delta = {"role": "assistant", "content": ""}
         return self._piece(delta, None) | {"dropped_turns": reply.order.prompt.dropped_turns}
 
-    def pieces(self, news: News) -> list[Json]:
+    def pieces(self, news: Delta) -> list[Json]:
         """A piece for the text, and one for how it ended: as clients know it."""
         pieces = [self._piece({"content": news.text}, None)] if news.text else []
         return [*pieces, self._piece({}, news.finish)] if news.finish else pieces

@@ -18,13 +18,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from gpt2ft.server.engine import Engine, Order
+from gpt2ft.server.engine import Engine, GenerationRequest
 from gpt2ft.server.errors import FAILED, ApiError
-from gpt2ft.server.http.access import Access, App, Door
-from gpt2ft.server.http.streaming import Listener, ReplyResponse, ReplyStream
-from gpt2ft.server.openai.conversion import Interpreter
-from gpt2ft.server.openai.requests import Asked, ChatRequest, CompletionRequest, parse
-from gpt2ft.server.openai.responses import Envelope, Json, Shape, model_object
+from gpt2ft.server.http.access import AccessMiddleware, AccessPolicy, App
+from gpt2ft.server.http.streaming import ReplyResponse, ReplyStream, StreamBridge
+from gpt2ft.server.openai.conversion import RequestConverter
+from gpt2ft.server.openai.requests import BaseRequest, ChatRequest, CompletionRequest, parse
+from gpt2ft.server.openai.responses import Json, ResponseBuilder, Shape, model_object
 from gpt2ft.server.page_files import read_page
 
 OPEN = ("/health", "/ready")
@@ -51,17 +51,17 @@ class Served:
             raise ApiError(404, f"there is no such model here: this is `{self.name}`", "model_not_found", "model")
 
 
-def create_app(engine: Engine, interpreter: Interpreter, served: Served, access: Access) -> App:
+def create_app(engine: Engine, converter: RequestConverter, served: Served, access: AccessPolicy) -> App:
     """The whole application. The open paths of `access` are completed here: the page, health and readiness."""
     page = read_page()
     open_paths = frozenset({*OPEN, *page})
     api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    for router in (_states(engine), _models(served), _replies(engine, interpreter, served), _files(page)):
+    for router in (_states(engine), _models(served), _replies(engine, converter, served), _files(page)):
         api.include_router(router)
     api.add_exception_handler(ApiError, _refused)
     api.add_exception_handler(HTTPException, _not_routed)
     api.add_exception_handler(Exception, _failed)
-    return Door(api, replace(access, open_paths=open_paths), open_paths | {MODELS, CHAT, COMPLETIONS})
+    return AccessMiddleware(api, replace(access, open_paths=open_paths), open_paths | {MODELS, CHAT, COMPLETIONS})
 
 
 def _states(engine: Engine) -> APIRouter:
@@ -95,24 +95,26 @@ def _models(served: Served) -> APIRouter:
     return router
 
 
-def _replies(engine: Engine, interpreter: Interpreter, served: Served) -> APIRouter:
+def _replies(engine: Engine, converter: RequestConverter, served: Served) -> APIRouter:
     router = APIRouter()
 
     @router.post(CHAT)
     async def chat(request: Request) -> Response:
-        return await reply(request, ChatRequest, interpreter.chat, "chat")
+        return await reply(request, ChatRequest, converter.chat, "chat")
 
     @router.post(COMPLETIONS)
     async def completion(request: Request) -> Response:
-        return await reply(request, CompletionRequest, interpreter.completion, "text")
+        return await reply(request, CompletionRequest, converter.completion, "text")
 
-    async def reply(request: Request, kind: type[Asked], interpret: Callable[..., Order], shape: Shape) -> Response:
+    async def reply(
+        request: Request, kind: type[BaseRequest], interpret: Callable[..., GenerationRequest], shape: Shape
+    ) -> Response:
         asked = parse(kind, request.headers.getlist("content-type"), await request.body())
         served.refuse_another(asked.model)
         engine.refuse_if_unavailable()
         order = await run_in_threadpool(interpret, asked)
-        envelope = Envelope(shape, served.name, served.fingerprint, asked.includes_usage)
-        return (ReplyStream if asked.stream else ReplyResponse)(Listener(engine, order), envelope)
+        response_builder = ResponseBuilder(shape, served.name, served.fingerprint, asked.includes_usage)
+        return (ReplyStream if asked.stream else ReplyResponse)(StreamBridge(engine, order), response_builder)
 
     return router
 

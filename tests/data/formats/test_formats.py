@@ -140,9 +140,9 @@ def test_filters_that_a_layout_knows_nothing_of_drop_nothing(layout, read):
 def test_the_ledger_says_what_a_file_was_taken_for(layout, write, tokenizer, tmp_path):
     name, rows = PUBLISHED[layout]
     file = write(tmp_path / "t.jsonl", [record for record, _ in rows])
-    ledger = open_store(str(file), Filters(), tokenizer, tmp_path).ledger
-    assert (ledger.format, ledger.dropped) == (name, {})
-    assert ledger.read == ledger.kept == sum(len(turns) for _, turns in rows)
+    statistics = open_store(str(file), Filters(), tokenizer, tmp_path).statistics
+    assert (statistics.format, statistics.dropped) == (name, {})
+    assert statistics.read == statistics.kept == sum(len(turns) for _, turns in rows)
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ PUBLISHED = {
             ),
         ],
     ),
-    "HH-RLHF with its prompt apart": (
+    "HH-RLHF with its prompt tokens_if_unpacked": (
         CHOSEN,
         [
             (
@@ -249,13 +249,13 @@ def test_the_ledger_of_a_store_of_groups(write, tokenizer, tmp_path):
     """Ties, missing scores and single replies are in no pair."""
     file = write(tmp_path / "t.jsonl", [record for record, *_ in PUBLISHED["UltraFeedback"][1]])
     store = open_store(str(file), Filters(), tokenizer, tmp_path, as_preferences=True)
-    assert store.ledger.format == "`completions` with scores"
+    assert store.statistics.format == "`completions` with scores"
     assert [store.ranks(row).tolist() for row in range(len(store))] == [[-1, 0, 1, 2, 3], [-1, 0, 1, 1]]
-    assert store.ledger.dropped == {"reply without a rank": 1, "in no pair": 1, "nothing to compare it with": 1}
-    assert (store.ledger.read, store.ledger.kept) == (12, 9)
+    assert store.statistics.dropped == {"reply without a rank": 1, "in no pair": 1, "nothing to compare it with": 1}
+    assert (store.statistics.read, store.statistics.kept) == (12, 9)
     tied = write(tmp_path / "ties.jsonl", [record for record, *_ in PUBLISHED["binarised UltraFeedback"][1]])
     store = open_store(str(tied), Filters(), tokenizer, tmp_path, as_preferences=True)
-    assert (len(store), store.ledger.dropped) == (1, {"tied with all others": 2, "in no pair": 1})
+    assert (len(store), store.statistics.dropped) == (1, {"tied with all others": 2, "in no pair": 1})
 
 
 def test_real_ultrafeedback(test_data, compare):
@@ -525,7 +525,7 @@ MALFORMED = {
             "`prompt` must be given where `rejected` is a reply alone",
         ),
     ],
-    "HH-RLHF with its prompt apart": [
+    "HH-RLHF with its prompt tokens_if_unpacked": [
         (
             {"prompt": transcript(*BEFORE, told("Well,")), **ALONE},
             "`prompt` must end in a user turn where `chosen` is a reply alone, but ends in one of the role assistant",

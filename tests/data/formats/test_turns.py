@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from gpt2ft.conversation import MessageTree
 from gpt2ft.data.formats.turns import clean, content_id
-from gpt2ft.data.reading import REASONS, Filters, Reading
+from gpt2ft.data.reading import REASONS, Filters, ReadContext
 
 NAMES = {"s": "system", "u": "user", "a": "assistant", "t": "text"}
 
@@ -21,7 +21,7 @@ def turns_of(words):
 
 
 def cleaned(turns):
-    reading = Reading("test", Filters())
+    reading = ReadContext("test", Filters())
     return list(clean(list(turns), reading)), +reading.dropped
 
 

@@ -4,7 +4,7 @@ import threading
 from collections import deque
 
 from gpt2ft.inference.generate import Step
-from gpt2ft.inference.prompt_format import ChatFrame
+from gpt2ft.inference.prompt_format import ChatPromptFormat
 from gpt2ft.server import service
 from gpt2ft.server.http import connection
 from gpt2ft.settings.scripts import ServeSettings
@@ -84,7 +84,7 @@ class ScriptedServer:
     def __init__(self, model, tokenizer):
         self.scripts = Scripts(tokenizer)
         self.will_say = self.scripts.add
-        self._speaking = (model, tokenizer, ChatFrame(tokenizer))
+        self._speaking = (model, tokenizer, ChatPromptFormat(tokenizer))
         self._port = 0
 
     def start(self, name="scripted", key=None, **settings):
@@ -92,7 +92,7 @@ class ScriptedServer:
         listening = connection.listen("127.0.0.1", self._port, PATIENCE)
         self._port = listening.getsockname()[1]
         served = service.Served.now(name, "0" * 10)
-        settings = {"slots": SLOTS, "drain_seconds": 0.01} | settings
+        settings = {"slots": SLOTS, "shutdown_timeout": 0.01} | settings
         self._server = service.create(ServeSettings(**settings), self._speaking, served, key)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listening]})
         self._thread.start()
