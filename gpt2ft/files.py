@@ -19,6 +19,11 @@ def user_path(name: str) -> Path:
         return Path(name)
 
 
+def cache_root(setting: str | None) -> Path:
+    """Return the folder of what can be made again: `data.cache`, else $GPT2FT_CACHE, else ~/.cache/gpt2ft."""
+    return user_path(setting or os.environ.get("GPT2FT_CACHE") or str(Path.home() / ".cache" / "gpt2ft"))
+
+
 @contextmanager
 def failing_as(sentence: str) -> Iterator[None]:
     """Has what the system refuses (a full disk, missing rights) say in `sentence` what that was for.

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from gpt2ft.files import (
+    cache_root,
     complete_folder,
     discard,
     file_digest,
@@ -239,3 +240,13 @@ def test_tensors_may_be_read_by_whoever_may_read_other_new_files(tmp_path):
     write_text(tmp_path / "a.txt", "a")
     write_safetensors(tmp_path / "a.safetensors", {"a": torch.ones(1)})
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "a.txt").stat().st_mode
+
+
+def test_where_the_cache_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPT2FT_CACHE", str(tmp_path / "environment"))
+    assert cache_root(str(tmp_path / "setting")) == tmp_path / "setting"
+    assert cache_root(None) == tmp_path / "environment"
+    monkeypatch.delenv("GPT2FT_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_root(None) == tmp_path / ".cache" / "gpt2ft"
+    assert cache_root("~/teapot") == tmp_path / "teapot"

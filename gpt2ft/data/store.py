@@ -33,7 +33,7 @@ from gpt2ft.data.sources import Part, Source, open_source
 from gpt2ft.data.token_tree import TokenTree, is_learnt
 from gpt2ft.data.topic import Topic
 from gpt2ft.errors import speaks_for_its_machine
-from gpt2ft.files import sync_folder, user_path, write_json
+from gpt2ft.files import sync_folder, write_json
 from gpt2ft.text.template import render_turn, template_digest
 from gpt2ft.text.tokenizer import ChatTokenizer
 
@@ -149,11 +149,6 @@ def _sizes(batch: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     sums = [np.cumsum(values, dtype=np.int64) for values in (lengths, (lengths - 1) * is_learnt(roles))]
     tokens, scored = (np.diff(np.concatenate([[0], sum])[offsets]) for sum in sums)
     return tokens, scored
-
-
-def cache_root(setting: str | None) -> Path:
-    """`data.cache`, else $GPT2FT_CACHE, else ~/.cache/gpt2ft."""
-    return user_path(setting or os.environ.get("GPT2FT_CACHE") or str(Path.home() / ".cache" / "gpt2ft"))
 
 
 def open_store(

@@ -18,9 +18,10 @@ from gpt2ft import checkpoint, quickstart
 from gpt2ft.data.mixing import Keys, first_of_each, is_held_out, sampled
 from gpt2ft.data.plan import Rows
 from gpt2ft.data.reading import DataError, Filters
-from gpt2ft.data.store import TokenStore, cache_root, open_store
+from gpt2ft.data.store import TokenStore, open_store
 from gpt2ft.data.topic import Topic
 from gpt2ft.errors import SettingsError
+from gpt2ft.files import cache_root
 from gpt2ft.model import peft, pretrained
 from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.gpt2 import GPT2, GPT2Config

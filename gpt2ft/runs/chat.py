@@ -5,7 +5,7 @@ from dataclasses import fields
 
 from gpt2ft.chat.session import Session
 from gpt2ft.chat.terminal import talk
-from gpt2ft.data.store import cache_root
+from gpt2ft.files import cache_root
 from gpt2ft.inference.prompt_format import PlainPromptFormat
 from gpt2ft.inference.sampling import Sampling
 from gpt2ft.runs.inference_model import load_inference_model

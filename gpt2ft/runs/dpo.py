@@ -10,9 +10,9 @@ from torch import nn
 
 from gpt2ft.data.pairs import PreferencePairs
 from gpt2ft.data.plan import ChunkingRule, Plan
-from gpt2ft.data.store import cache_root
 from gpt2ft.distributed.accelerator import autocast, precision_of
 from gpt2ft.distributed.signals import SignalHandler
+from gpt2ft.files import cache_root
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.objectives.dpo import DPO, DPOConfig, start_loss
 from gpt2ft.runs.assemble import Corpus, LoadedModel, versions

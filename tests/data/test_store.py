@@ -12,7 +12,7 @@ from gpt2ft.conversation import ROLES
 from gpt2ft.data import records
 from gpt2ft.data.reading import DataError, Filters
 from gpt2ft.data.sources import read_trees
-from gpt2ft.data.store import TokenStore, cache_root, open_store
+from gpt2ft.data.store import TokenStore, open_store
 from gpt2ft.data.token_tree import is_learnt
 from gpt2ft.text.template import render_turn
 from gpt2ft.text.tokenizer import ChatTokenizer
@@ -269,13 +269,3 @@ def test_a_damaged_store_says_which_folder_to_remove(tokenizer, tmp_path, damage
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(DataError, match=f"the tokenised data in {folder} is damaged .*: remove that folder"):
         open_store("quickstart", KEEP_ALL, tokenizer, tmp_path)
-
-
-def test_where_the_cache_is(tmp_path, monkeypatch):
-    monkeypatch.setenv("GPT2FT_CACHE", str(tmp_path / "environment"))
-    assert cache_root(str(tmp_path / "setting")) == tmp_path / "setting"
-    assert cache_root(None) == tmp_path / "environment"
-    monkeypatch.delenv("GPT2FT_CACHE")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_root(None) == tmp_path / ".cache" / "gpt2ft"
-    assert cache_root("~/teapot") == tmp_path / "teapot"

@@ -209,7 +209,7 @@ def test_the_defaults_of_sampling_are_those_of_a_chat():
 
 
 def test_serving_imports_nothing_that_only_training_needs():
-    code = "import sys; from gpt2ft.runs import main, serve; from gpt2ft.serving import service; print(*sys.modules)"
+    code = "import sys; from gpt2ft.runs import main, serve; from gpt2ft.server import service; print(*sys.modules)"
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     modules = set(printed.split())
     assert {"torch", "fastapi", "uvicorn"} <= modules

@@ -45,10 +45,10 @@ def with_page(serving, tmp_path_factory):
 def test_files_need_no_key_and_bring_their_policy(with_page, path, kind):
     status, headers, content = with_page.ask(path)
     assert (status, headers["Content-Type"]) == (200, kind)
-    policy = dict(part.split(" ", 1) for part in headers["Content-Security-LoadedModel"].split("; "))
+    policy = dict(part.split(" ", 1) for part in headers["Content-Security-Policy"].split("; "))
     assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == "'none'"
     assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
-    assert "unsafe" not in headers["Content-Security-LoadedModel"]
+    assert "unsafe" not in headers["Content-Security-Policy"]
     assert content
     assert with_page.ask(path, method="HEAD")[0] == 200
 

@@ -69,13 +69,13 @@ class TestHost:
     def test_pages_of_other_sites_are_not(self, server, origin):
         status, headers, answer = server.ask(content=HI, headers={"Origin": origin})
         assert (status, answer["error"]["code"]) == (403, "origin_not_allowed")
-        assert "AccessPolicy-Control-Allow-Origin" not in headers
+        assert "Access-Control-Allow-Origin" not in headers
 
     def test_its_own_page_is(self, server):
         assert server.ask(content=HI, headers={"Origin": server.url})[0] == 200
 
     def test_no_other_site_is_ever_allowed_to_read(self, server):
-        asked = {"Origin": server.url, "AccessPolicy-Control-Request-Method": "POST"}
+        asked = {"Origin": server.url, "Access-Control-Request-Method": "POST"}
         status, headers, _ = server.ask("/v1/chat/completions", headers=asked, method="OPTIONS")
         assert status == 405
         assert not [name for name in headers if name.lower().startswith("access-control")]

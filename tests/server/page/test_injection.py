@@ -75,4 +75,4 @@ def test_the_policy_is_in_force(visit):
         }"""
     )
     assert visit.tab.evaluate("window.hasRun") is None
-    assert "Content Security LoadedModel" in visit.troubles.pop()
+    assert "Content Security Policy" in visit.troubles.pop()
