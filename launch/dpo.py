@@ -7,6 +7,6 @@ from gpt2ft.settings.scripts import DPOSettings
 
 if __name__ == "__main__":
     settings = parse_recipe(DPOSettings, "quickstart-dpo", sys.argv[1:])
-    from gpt2ft.runs import dpo, main
+    from gpt2ft.runs import main, train_dpo
 
-    main.run(dpo.run, settings)
+    main.run(train_dpo.run, settings)

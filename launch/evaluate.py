@@ -7,6 +7,6 @@ from gpt2ft.settings.scripts import EvaluateSettings
 
 if __name__ == "__main__":
     settings = parse_script(EvaluateSettings, "model", sys.argv[1:])
-    from gpt2ft.runs import evaluate, main
+    from gpt2ft.runs import evaluate_model, main
 
-    main.run(evaluate.run, settings)
+    main.run(evaluate_model.run, settings)

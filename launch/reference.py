@@ -7,6 +7,6 @@ from gpt2ft.settings.scripts import DPOSettings
 
 if __name__ == "__main__":
     settings = parse_recipe(DPOSettings, "quickstart-dpo", sys.argv[1:])
-    from gpt2ft.runs import main, reference
+    from gpt2ft.runs import compute_reference, main
 
-    main.run(reference.run, settings)
+    main.run(compute_reference.run, settings)

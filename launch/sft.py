@@ -7,6 +7,6 @@ from gpt2ft.settings.scripts import SFTSettings
 
 if __name__ == "__main__":
     settings = parse_recipe(SFTSettings, "quickstart", sys.argv[1:])
-    from gpt2ft.runs import main, sft
+    from gpt2ft.runs import main, train_sft
 
-    main.run(sft.run, settings)
+    main.run(train_sft.run, settings)

@@ -113,11 +113,12 @@ def test_the_quickstart_ends_in_clean_replies_about_tea(tmp_path):
     assert chat == f"next: python launch/chat.py {tmp_path / 'run'}"
     assert evaluate.startswith(f"next: python launch/evaluate.py {tmp_path / 'run'} --data quickstart:held_out")
 
-    from gpt2ft.runs.assemble import load_corpora, load_trained
+    from gpt2ft.data.corpus import load_corpora
+    from gpt2ft.runs.loaded_model import find_model
     from gpt2ft.runs.samples import answer, held_out_prompts
     from gpt2ft.settings.sections import DataSettings
 
-    policy, _ = load_trained(str(tmp_path / "run"))
+    policy, _ = find_model(str(tmp_path / "run"))
     held_out, _ = load_corpora(DataSettings(train=("quickstart:held_out",)), policy.tokenizer)
     samples = answer(policy, held_out_prompts(held_out, policy, 1000, 100), 100)
     replies = [sample.reply for sample in samples]

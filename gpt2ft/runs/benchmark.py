@@ -26,8 +26,8 @@ from gpt2ft.model.pretrained import HUB_MODELS
 from gpt2ft.objectives.dpo import DPO, DPOConfig
 from gpt2ft.objectives.sft import SFT
 from gpt2ft.random import generator, seed_for
-from gpt2ft.runs.assemble import lora_config
 from gpt2ft.runs.describe import parameter_counts
+from gpt2ft.runs.loaded_model import lora_config
 from gpt2ft.settings.scripts import BenchmarkSettings
 from gpt2ft.settings.sections import OptimizerSettings
 from gpt2ft.stream import TokenStream

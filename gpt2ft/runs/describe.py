@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gpt2ft.data.corpus import Corpus
 from gpt2ft.data.plan import Plan
 from gpt2ft.distributed.launch_checks import NAMES, StrategyName
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.logprobs import CHUNK
-from gpt2ft.runs.assemble import Corpus, LoadedModel
+from gpt2ft.runs.loaded_model import LoadedModel
 
 GIB = 2**30
 

@@ -20,15 +20,15 @@ from gpt2ft.model.gpt2 import GPT2Config
 from gpt2ft.model.lora import is_adapted, merged_weights
 from gpt2ft.model.peft import merge_adapter, write_adapter
 from gpt2ft.model.pretrained import HUB_MODELS, ModelError, find_folder, write_model
-from gpt2ft.runs.assemble import (
+from gpt2ft.runs.loaded_model import (
     LoadedModel,
+    find_model,
     is_adapter,
     load_adapted,
-    load_policy,
-    load_trained,
+    load_model,
     lora_config,
     newest_run,
-    read_run,
+    read_run_settings,
 )
 from gpt2ft.settings.scripts import ExportSettings, RunSettings
 from gpt2ft.text.template import CHAT_TEMPLATE, END, OLLAMA_TEMPLATE
@@ -90,9 +90,9 @@ def _export_adapter(settings: ExportSettings, output: Path) -> None:
     elif is_adapter(folder):
         raise ModelError(f"{folder} is an adapter already: copy the folder")
     else:
-        policy, _ = load_trained(str(folder))
+        policy, _ = find_model(str(folder))
         if is_adapter(folder / "adapter"):
-            run_settings = read_run(folder)
+            run_settings = read_run_settings(folder)
             with complete_folder(output) as temporary:
                 shutil.copytree(folder / "adapter", temporary, dirs_exist_ok=True)
                 _check_adapter(temporary, run_settings, policy.weights())
@@ -108,7 +108,7 @@ def _chat_model(model: str | None) -> LoadedModel:
     Raises:
         ModelError: if it cannot be had, or knows no chat tokens: their rows would be noise.
     """
-    policy, _ = load_trained(model)
+    policy, _ = find_model(model)
     if not policy.tokenizer.has_chat_tokens:
         raise ModelError(f"only chat models can be exported, but {policy.source} was never trained with chat tokens")
     return policy
@@ -141,7 +141,7 @@ def _check_adapter(folder: Path, settings: RunSettings, merged: Mapping[str, Ten
     Raises:
         OSError: if it does not.
     """
-    base = load_policy(settings.model, settings.training.seed)
+    base = load_model(settings.model, settings.training.seed)
     for name, weight in merge_adapter(folder, base.weights()).items():
         if not torch.allclose(weight, merged[name], atol=1e-5, rtol=1e-4):
             raise OSError(f"the adapter does not make of {settings.model.path} what was trained: `{name}` differs")

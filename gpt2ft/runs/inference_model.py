@@ -6,7 +6,7 @@ import torch
 
 from gpt2ft.inference.prompt_format import ChatPromptFormat, PromptFormat, prompt_format_for
 from gpt2ft.model.gpt2 import GPT2
-from gpt2ft.runs.assemble import load_trained
+from gpt2ft.runs.loaded_model import find_model
 from gpt2ft.settings.scripts import ChatSettings, ServeSettings
 from gpt2ft.text.tokenizer import ChatTokenizer
 
@@ -28,7 +28,7 @@ def load_inference_model(settings: ChatSettings | ServeSettings, seed: int) -> I
     Raises:
         ModelError, ConnectionError: if it cannot be had.
     """
-    policy, _ = load_trained(settings.model, settings.random_init, seed)
+    policy, _ = find_model(settings.model, settings.random_init, seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     half = settings.precision == "bf16" or (settings.precision == "auto" and device == "cuda")
     model = policy.gpt2.to(device, torch.bfloat16 if half else torch.float32).eval()

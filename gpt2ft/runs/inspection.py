@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2ft.conversation import LEARNT_ROLES, ROLES
+from gpt2ft.data.corpus import Corpus
 from gpt2ft.data.plan import Plan
 from gpt2ft.data.token_tree import TokenTree
-from gpt2ft.runs.assemble import Corpus
 from gpt2ft.stream import TokenStream
 from gpt2ft.text.display import visible
 from gpt2ft.text.tokenizer import ChatTokenizer

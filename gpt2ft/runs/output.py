@@ -10,6 +10,8 @@ from gpt2ft.runs.lock import FolderLock
 from gpt2ft.settings.parsing import to_yaml
 from gpt2ft.settings.scripts import RunSettings
 
+RECIPE = "recipe.yaml"
+
 
 class Output:
     """recipe.yaml, manifest.json, metrics.jsonl, tensorboard/, checkpoints/, start/, adapter/, best/ and model/.
@@ -60,7 +62,7 @@ class Output:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder)
         remove_leftovers(self.checkpoints)
-        write_text(self.folder / "recipe.yaml", to_yaml(settings.model_copy(update={"resume": "auto"})))
+        write_text(self.folder / RECIPE, to_yaml(settings.model_copy(update={"resume": "auto"})))
         self.write_manifest(manifest)
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from gpt2ft.data.corpus import Corpus
 from gpt2ft.data.plan import Plan
 from gpt2ft.distributed import watchdog
 from gpt2ft.distributed.accelerator import autocast
 from gpt2ft.distributed.signals import SignalHandler
-from gpt2ft.runs.assemble import Corpus, LoadedModel
+from gpt2ft.runs.loaded_model import LoadedModel
 from gpt2ft.runs.samples import Sample, Turns, answer, beside
 from gpt2ft.settings.sections import TrainingSettings
 from gpt2ft.training.evaluate import EvaluationInterrupted

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gpt2ft.conversation import ROLES
+from gpt2ft.data.corpus import Corpus
 from gpt2ft.data.token_tree import ASSISTANT, TEXT
 from gpt2ft.inference.generate import generate, suppressed_token_mask
-from gpt2ft.runs.assemble import Corpus, LoadedModel
+from gpt2ft.runs.loaded_model import LoadedModel
 from gpt2ft.text.template import render_prompt
 
 Turns = list[tuple[str, str]]

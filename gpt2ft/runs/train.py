@@ -15,6 +15,7 @@ from torch import Tensor
 from gpt2ft import checkpoint
 from gpt2ft.checkpoint import TrainState
 from gpt2ft.data.augmentation import Augmentation
+from gpt2ft.data.corpus import Corpus, load_corpora
 from gpt2ft.data.plan import ChunkingRule, Plan, chunk
 from gpt2ft.distributed import launch_checks, watchdog
 from gpt2ft.distributed.accelerator import check_agreement, precision_of, raise_together, start_accelerator
@@ -25,20 +26,11 @@ from gpt2ft.model.attention import Backend, default_backend
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.model.lora import load_trainable_parameters, trainable_parameters
 from gpt2ft.objectives.objective import Objective
-from gpt2ft.runs.assemble import (
-    Corpus,
-    LoadedModel,
-    adapt,
-    command,
-    is_adapter,
-    load_corpora,
-    load_policy,
-    plain_policy,
-    versions,
-)
 from gpt2ft.runs.describe import Hardware, describe, dropped, shares
 from gpt2ft.runs.export import write_adapter_folder, write_folder
 from gpt2ft.runs.inspection import show, statistics, terminal_width
+from gpt2ft.runs.loaded_model import LoadedModel, adapt, is_adapter, load_model, plain_model
+from gpt2ft.runs.manifest import command, versions
 from gpt2ft.runs.output import Output
 from gpt2ft.runs.progress import Evaluation, Evaluator
 from gpt2ft.runs.samples import Sample, Turns, held_out_prompts
@@ -90,7 +82,7 @@ class RunSetup:
 def set_up(settings: RunSettings, task: Task, accelerator: Any) -> RunSetup:
     """Loads model and data, and says what is to be done."""
     training = settings.training
-    policy = load_policy(settings.model, training.seed)
+    policy = load_model(settings.model, training.seed)
     check_length(settings, policy)
     if settings.lora.rank:
         adapt(policy, settings.lora, training.seed)
@@ -357,7 +349,7 @@ def export(output: Output, settings: RunSettings, policy: LoadedModel, state: Tr
     config, tokenizer = policy.gpt2.config, policy.tokenizer
 
     def plain(trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return plain_policy(settings, trained, policy.digest).weights() if settings.lora.rank else dict(trained)
+        return plain_model(settings, trained, policy.digest).weights() if settings.lora.rank else dict(trained)
 
     if state.best_step is not None:
         folder = checkpoint.step_folder(output.checkpoints, state.best_step)
@@ -370,7 +362,7 @@ def export(output: Output, settings: RunSettings, policy: LoadedModel, state: Tr
     if settings.lora.rank:
         base = settings.model.path
         if is_adapter(base):
-            start = load_policy(settings.model, settings.training.seed)
+            start = load_model(settings.model, settings.training.seed)
             write_folder(output.start, start.weights(), config, tokenizer)
             base = str(output.start)
         write_adapter_folder(output.adapter, policy, settings, merged, base)

@@ -31,7 +31,7 @@ import torch.utils.tensorboard
 
 from gpt2ft import checkpoint, quickstart
 from gpt2ft.distributed import accelerator
-from gpt2ft.runs import lock, sft, train
+from gpt2ft.runs import lock, train, train_sft
 from gpt2ft.runs import main as scripts
 from gpt2ft.runs.progress import Evaluation
 from gpt2ft.settings.scripts import SFTSettings
@@ -132,7 +132,7 @@ class Campaign:
         accelerator.available_cores = lambda: 1
         self.phase.watch()
         try:
-            scripts.run(sft.run, self.settings(kind, output))
+            scripts.run(train_sft.run, self.settings(kind, output))
             code = 0
         except SystemExit as exit:
             code = exit.code

@@ -25,12 +25,12 @@ def tiny_model_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_weights_folder(tiny_model_folder, tmp_path_factory):
     """The same shape with random weights in it."""
-    from gpt2ft.runs.assemble import load_policy
     from gpt2ft.runs.export import write_folder
+    from gpt2ft.runs.loaded_model import load_model
     from gpt2ft.settings.sections import ModelSettings
 
     folder = tmp_path_factory.mktemp("tiny_weights") / "model"
-    policy = load_policy(ModelSettings(path=str(tiny_model_folder), random_init=True), seed=3)
+    policy = load_model(ModelSettings(path=str(tiny_model_folder), random_init=True), seed=3)
     write_folder(folder, policy.weights(), policy.gpt2.config, policy.tokenizer)
     return folder
 
@@ -56,7 +56,7 @@ def run_sft(tiny_model_folder, tmp_path_factory):
         lora=None,
         **training,
     ):
-        from gpt2ft.runs.sft import FineTuning
+        from gpt2ft.runs.train_sft import FineTuning
 
         settings = SFTSettings(
             model={
@@ -98,8 +98,8 @@ def run_dpo(tiny_weights_folder, tmp_path_factory):
         only_reference=False,
         **training,
     ):
-        from gpt2ft.runs import reference
-        from gpt2ft.runs.dpo import PreferenceTuning
+        from gpt2ft.runs import compute_reference
+        from gpt2ft.runs.train_dpo import PreferenceTuning
 
         settings = DPOSettings(
             model={"path": str(path or tiny_weights_folder)},
@@ -112,7 +112,7 @@ def run_dpo(tiny_weights_folder, tmp_path_factory):
             resume=resume,
         )
         if only_reference:
-            in_one_thread(reference.run, settings)
+            in_one_thread(compute_reference.run, settings)
         else:
             train_here(settings, PreferenceTuning(settings))
 

@@ -19,9 +19,9 @@ import torch
 
 from gpt2ft.distributed import accelerator
 from gpt2ft.objectives.sft import SFT
-from gpt2ft.runs.dpo import PreferenceTuning
-from gpt2ft.runs.sft import FineTuning
 from gpt2ft.runs.train import train
+from gpt2ft.runs.train_dpo import PreferenceTuning
+from gpt2ft.runs.train_sft import FineTuning
 from gpt2ft.settings.scripts import DPOSettings, SFTSettings
 from gpt2ft.training.tracking import Tracker
 

@@ -19,8 +19,8 @@ from gpt2ft.inference.prompt_format import ChatPromptFormat, PlainPromptFormat
 from gpt2ft.inference.sampling import Sampling
 from gpt2ft.model.pretrained import write_model
 from gpt2ft.runs import chat
-from gpt2ft.runs.assemble import load_policy
 from gpt2ft.runs.export import write_folder
+from gpt2ft.runs.loaded_model import load_model
 from gpt2ft.settings.scripts import ChatSettings
 from gpt2ft.settings.sections import ModelSettings
 from gpt2ft.text.display import visible
@@ -40,7 +40,7 @@ def untrained(tiny_model_folder, tmp_path_factory):
         (folder / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"n_positions": CONTEXT}))
-    policy = load_policy(ModelSettings(path=str(folder), random_init=True), seed=0)
+    policy = load_model(ModelSettings(path=str(folder), random_init=True), seed=0)
     with torch.no_grad():
         policy.gpt2.ln_f.bias.fill_(1.0)
         policy.gpt2.wte.weight[[policy.tokenizer.end_id, policy.tokenizer.end_of_text_id]] = -1.0

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from gpt2ft.objectives.dpo import LOSSES, needs_reference
-from gpt2ft.runs import evaluate
-from gpt2ft.runs.assemble import load_policy, load_trained
+from gpt2ft.runs import evaluate_model
+from gpt2ft.runs.loaded_model import find_model, load_model
 from gpt2ft.settings.scripts import EvaluateSettings
 from gpt2ft.settings.sections import ModelSettings
 from gpt2ft.training.reference_store import ReferenceLogProbError
@@ -100,12 +100,12 @@ def test_the_output_is_a_run_like_any(run_folder):
     manifest = json.loads((run_folder / "manifest.json").read_text())
     assert manifest["finished"]["step"] == STEPS
     assert manifest["reference"]["computed_by"]["weights"] == manifest["identity"]["initial_weights"]
-    policy, folder = load_trained(str(run_folder))
+    policy, folder = find_model(str(run_folder))
     assert folder == run_folder
     theirs = transformers.AutoModelForCausalLM.from_pretrained(run_folder / "model")
     table = theirs.transformer.wte.weight
     assert torch.equal(table, policy.gpt2.wte.weight[: len(table)])
-    checkpoint, _ = load_trained(str(run_folder / "checkpoints" / f"step-{STEPS:08d}"))
+    checkpoint, _ = find_model(str(run_folder / "checkpoints" / f"step-{STEPS:08d}"))
     assert checkpoint.digest == policy.digest
 
 
@@ -148,12 +148,12 @@ def test_lora_tunes_an_adapter_merged_first(run_sft, run_dpo, tiny_weights_folde
         held_out = logged(tmp_path / name, "eval")
         assert held_out[2]["eval/margin"] > 0
         for folder in ("model", "adapter"):
-            policy, _ = load_trained(str(tmp_path / name / folder))
+            policy, _ = find_model(str(tmp_path / name / folder))
             found[name, folder] = policy.gpt2.wte.weight[ids]
     values = list(found.values())
     assert all(torch.allclose(value, values[0], atol=1e-4) for value in values)
-    base = load_policy(ModelSettings(path=str(tiny_weights_folder)), seed=0)
-    sft, _ = load_trained(str(tmp_path / "sft"))
+    base = load_model(ModelSettings(path=str(tiny_weights_folder)), seed=0)
+    sft, _ = find_model(str(tmp_path / "sft"))
     assert base.digest != sft.digest
 
 
@@ -200,7 +200,7 @@ def test_a_trained_in_place_model_is_another_reference(run_dpo, tiny_weights_fol
 
 def test_evaluation_reports_what_training_saw(run_folder, tmp_path):
     report = tmp_path / "report.json"
-    evaluate.run(
+    evaluate_model.run(
         EvaluateSettings(
             model=str(run_folder),
             data=("quickstart:held_out",),

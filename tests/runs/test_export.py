@@ -12,10 +12,11 @@ import torch
 from safetensors import safe_open
 
 from gpt2ft.conversation import CHAT_ROLES
+from gpt2ft.data.corpus import load_corpora
 from gpt2ft.data.reading import Filters
 from gpt2ft.data.sources import read_trees
-from gpt2ft.runs import evaluate
-from gpt2ft.runs.assemble import load_corpora, load_trained
+from gpt2ft.runs import evaluate_model
+from gpt2ft.runs.loaded_model import find_model
 from gpt2ft.runs.output import Output
 from gpt2ft.runs.samples import answer, held_out_prompts
 from gpt2ft.runs.train import next_commands
@@ -86,7 +87,7 @@ def test_log_probs_equal_those_of_evaluate(run_folder, theirs, tmp_path, capsys)
     settings = EvaluateSettings(
         model=str(run_folder), data=("quickstart:held_out",), report=str(report_file), cache=str(tmp_path / "cache")
     )
-    evaluate.run(settings)
+    evaluate_model.run(settings)
     report = json.loads(report_file.read_text())["total"]
 
     model, tokenizer = theirs
@@ -114,7 +115,7 @@ def test_the_figures_do_not_depend_on_batch_size(run_folder, tmp_path):
     found = []
     for size in (256, 1024, 4096):
         report = tmp_path / f"{size}.json"
-        evaluate.run(
+        evaluate_model.run(
             EvaluateSettings(
                 model=str(run_folder / "model"),
                 data=("quickstart:held_out",),
@@ -129,7 +130,7 @@ def test_the_figures_do_not_depend_on_batch_size(run_folder, tmp_path):
 
 def test_the_next_commands_talk_and_repeat_the_evaluation_of_the_run(run_folder):
     """Parsed as a shell and the script would: the same data, filters and context."""
-    policy, _ = load_trained(str(run_folder))
+    policy, _ = find_model(str(run_folder))
     data = {"train": ["a"], "eval": ["it's.jsonl", "b"], "max_rank": 0, "languages": ["en", "de"], "max_length": 128}
     settings = SFTSettings(data=data | {"reviewed_only": False, "on_error": "skip", "topic_replies": "tea.txt"})
     chat, evaluation = next_commands(settings, policy, Output(str(run_folder)))
@@ -145,19 +146,19 @@ def test_the_next_commands_talk_and_repeat_the_evaluation_of_the_run(run_folder)
 
 def test_adherence_to_a_topic(tmp_path, capsys):
     """Counted by whole words, whatever their case, in the replies of a model, here of one with random weights."""
-    policy, _ = load_trained("quickstart", random_init=True)
+    policy, _ = find_model("quickstart", random_init=True)
     held_out, _ = load_corpora(DataSettings(train=("quickstart:held_out",)), policy.tokenizer)
     replies = [sample.reply for sample in answer(policy, held_out_prompts(held_out, policy, 12, 10), 10)]
     words = Counter(word for reply in replies for word in set(re.findall(r"\w+", reply.lower())))
     word = next(word for word, number in words.most_common() if 0 < number < 12)
     report = tmp_path / "report.json"
     common = {"model": "quickstart", "random_init": True, "data": ("quickstart:held_out",), "report": str(report)}
-    evaluate.run(EvaluateSettings(**common, topic=(word.upper(),), topic_prompts=12, max_new_tokens=10))
+    evaluate_model.run(EvaluateSettings(**common, topic=(word.upper(),), topic_prompts=12, max_new_tokens=10))
     figures = json.loads(report.read_text())["topic"]
     assert figures["prompts"] == 12
     assert figures["on_topic"] == words[word]
     assert f"topic: {words[word]} of 12 replies" in capsys.readouterr().out
-    evaluate.run(EvaluateSettings(**common, topic=(word[:-1] + "~",), topic_prompts=12, max_new_tokens=10))
+    evaluate_model.run(EvaluateSettings(**common, topic=(word[:-1] + "~",), topic_prompts=12, max_new_tokens=10))
     assert json.loads(report.read_text())["topic"]["on_topic"] == 0
 
 
@@ -165,7 +166,7 @@ def test_a_checkpoint_evaluates_as_the_model_exported_from_it(run_folder, tmp_pa
     found = []
     for model in (run_folder, run_folder / "checkpoints" / "step-00000006"):
         report = tmp_path / "report.json"
-        evaluate.run(
+        evaluate_model.run(
             EvaluateSettings(
                 model=str(model), data=("quickstart:held_out",), report=str(report), cache=str(tmp_path / "cache")
             )

@@ -15,7 +15,7 @@ from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.gguf import Vocabulary, write_gguf
 from gpt2ft.model.pretrained import ModelError
 from gpt2ft.runs import export
-from gpt2ft.runs.assemble import load_trained
+from gpt2ft.runs.loaded_model import find_model
 from gpt2ft.settings.scripts import ExportSettings
 from gpt2ft.text.template import CHAT_TEMPLATE, render_prompt
 from gpt2ft.text.tokenizer import ChatTokenizer
@@ -56,7 +56,7 @@ def ids():
 @torch.no_grad()
 def logits(model, ids):
     """Of a model folder, run or checkpoint, as this package computes them."""
-    policy, _ = load_trained(str(model))
+    policy, _ = find_model(str(model))
     gpt2 = policy.gpt2.eval()
     hidden = gpt2(ids, torch.arange(len(ids)), dense_attention(torch.full_like(ids, len(ids))))
     return gpt2.logits(hidden)[:, : len(policy.tokenizer)]
@@ -120,7 +120,7 @@ def test_without_an_adapter_there_is_none_to_export(source, full_run, tmp_path):
 
 
 def test_an_adapter_whose_base_has_changed_is_not_exported(lora_run, tiny_weights_folder, tmp_path, monkeypatch):
-    from gpt2ft.runs import assemble
+    from gpt2ft.runs import loaded_model
 
     real = pretrained.read_weights
 
@@ -128,7 +128,7 @@ def test_an_adapter_whose_base_has_changed_is_not_exported(lora_run, tiny_weight
         weights = real(folder, config)
         return weights | {"wpe.weight": weights["wpe.weight"] + 0.1} if folder == tiny_weights_folder else weights
 
-    monkeypatch.setattr(assemble.pretrained, "read_weights", changed)
+    monkeypatch.setattr(loaded_model.pretrained, "read_weights", changed)
     with pytest.raises(OSError, match="the adapter does not make of .* what was trained: `wpe.weight` differs"):
         exported(lora_run, tmp_path / "out", format="adapter")
     assert not list(tmp_path.iterdir())

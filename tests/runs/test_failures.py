@@ -31,12 +31,12 @@ def run_through_main(arguments):
     """What launch/sft.py does, in this process: the exit code, 0 where the run ends by itself."""
     from accelerate.state import AcceleratorState, GradientState
 
-    from gpt2ft.runs import main, sft
+    from gpt2ft.runs import main, train_sft
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     try:
-        main.run(sft.run, parse_recipe(SFTSettings, "", arguments))
+        main.run(train_sft.run, parse_recipe(SFTSettings, "", arguments))
     except SystemExit as exit:
         return exit.code
     return 0
@@ -155,11 +155,11 @@ def test_more_context_than_the_model_has(failure):
 @pytest.fixture
 def model_folder(tiny_model_folder, tmp_path):
     """A whole model folder of our own making, to be spoilt."""
-    from gpt2ft.runs.assemble import load_policy
     from gpt2ft.runs.export import write_folder
+    from gpt2ft.runs.loaded_model import load_model
     from gpt2ft.settings.sections import ModelSettings
 
-    policy = load_policy(ModelSettings(path=str(tiny_model_folder), random_init=True), seed=0)
+    policy = load_model(ModelSettings(path=str(tiny_model_folder), random_init=True), seed=0)
     write_folder(tmp_path / "weights", policy.weights(), policy.gpt2.config, policy.tokenizer)
     return tmp_path / "weights"
 

@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 
+from gpt2ft.data.corpus import load_corpora
 from gpt2ft.data.plan import Conversations, Plan, chunk
-from gpt2ft.runs.assemble import load_corpora
 from gpt2ft.runs.inspection import show, statistics
 from gpt2ft.settings.sections import DataSettings
 

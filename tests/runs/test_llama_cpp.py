@@ -11,7 +11,7 @@ from gpt2ft.inference.prompt_format import ChatPromptFormat
 from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.gguf import Vocabulary, write_gguf
 from gpt2ft.runs import export
-from gpt2ft.runs.assemble import load_trained
+from gpt2ft.runs.loaded_model import find_model
 from gpt2ft.settings.scripts import ExportSettings
 from gpt2ft.text.template import CHAT_TEMPLATE, render_prompt
 
@@ -43,7 +43,7 @@ def load(file, **settings):
 
 @pytest.fixture(scope="module")
 def policy(tiny_weights_folder):
-    return load_trained(str(tiny_weights_folder))[0]
+    return find_model(str(tiny_weights_folder))[0]
 
 
 @pytest.fixture(scope="module", params=["float32", "float16", "bfloat16"])

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from gpt2ft import checkpoint
 from gpt2ft.errors import SettingsError
 from gpt2ft.model.attention import dense_attention
-from gpt2ft.runs import evaluate
-from gpt2ft.runs.assemble import load_policy, load_trained
+from gpt2ft.runs import evaluate_model
+from gpt2ft.runs.loaded_model import find_model, load_model
 from gpt2ft.settings.scripts import EvaluateSettings, SFTSettings
 from gpt2ft.settings.sections import ModelSettings
 
@@ -42,8 +42,8 @@ def logits(gpt2, ids):
 @torch.no_grad()
 def test_model_adapter_peft_and_transformers_agree(run_folder, tiny_weights_folder):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    merged, _ = load_trained(str(run_folder))
-    adapter, _ = load_trained(str(run_folder / "adapter"))
+    merged, _ = find_model(str(run_folder))
+    adapter, _ = find_model(str(run_folder / "adapter"))
     size = len(merged.tokenizer)
     ids = torch.randint(0, size, (60,), generator=torch.Generator().manual_seed(0))
     ids[::7] = merged.tokenizer.end_id
@@ -52,7 +52,7 @@ def test_model_adapter_peft_and_transformers_agree(run_folder, tiny_weights_fold
     base.resize_token_embeddings(len(transformers.AutoTokenizer.from_pretrained(run_folder / "adapter")))
     by_peft = peft.PeftModel.from_pretrained(base, run_folder / "adapter").eval()
     by_transformers = transformers.GPT2LMHeadModel.from_pretrained(run_folder / "model").eval()
-    before = load_policy(ModelSettings(path=str(tiny_weights_folder)), seed=0)
+    before = load_model(ModelSettings(path=str(tiny_weights_folder)), seed=0)
     assert (logits(before.gpt2, ids)[:, :size] - expected).abs().max() > 0.05
     for found in (
         logits(adapter.gpt2, ids)[:, :size],
@@ -67,7 +67,7 @@ def test_run_adapter_and_checkpoint_evaluate_alike(run_folder, tmp_path):
     found = []
     for model in (run_folder, run_folder / "adapter", run_folder / "checkpoints" / f"step-{STEPS:08d}"):
         report = tmp_path / "report.json"
-        evaluate.run(
+        evaluate_model.run(
             EvaluateSettings(
                 model=str(model),
                 data=("quickstart:held_out",),
@@ -115,7 +115,7 @@ def test_an_adapter_is_merged_before_it_is_adapted_again(run_folder, run_sft, tm
     run_sft(tmp_path / "run", 2, path=run_folder / "adapter", lora=LORA)
     ids = torch.arange(40)
     first, start, adapter, merged = (
-        logits(load_trained(str(folder))[0].gpt2, ids)
+        logits(find_model(str(folder))[0].gpt2, ids)
         for folder in (run_folder, *(tmp_path / "run" / name for name in ("start", "adapter", "model")))
     )
     torch.testing.assert_close(start, first, atol=1e-5, rtol=1e-5)
@@ -146,4 +146,4 @@ def test_an_adapter_without_its_base_says_so(run_folder, tmp_path):
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/no/where"}))
     with pytest.raises(ValueError, match="'/no/where' is neither"):
-        load_trained(str(folder))
+        find_model(str(folder))

@@ -40,7 +40,7 @@ def die_at(call: int) -> None:
     counted(Plan, "stream")
     counted(pyarrow.parquet, "write_table")
     counted(os, "replace")
-    counted(reference, "sync_folder")
+    counted(reference_store, "sync_folder")
 
 
 def is_in_store(argument: object) -> bool:
@@ -48,7 +48,7 @@ def is_in_store(argument: object) -> bool:
 
 
 if __name__ == "__main__":
-    from gpt2ft.runs import main, reference
+    from gpt2ft.runs import compute_reference, main
     from gpt2ft.settings.parsing import parse_recipe
     from gpt2ft.settings.scripts import DPOSettings
 
@@ -60,7 +60,7 @@ if __name__ == "__main__":
         child = os.fork()
         if child == 0:
             die_at(call)
-            main.run(reference.run, settings)
+            main.run(compute_reference.run, settings)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status):

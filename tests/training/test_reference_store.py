@@ -20,8 +20,8 @@ from gpt2ft.distributed.signals import Preempted, SignalHandler
 from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.objectives.dpo import DPO, DPOConfig, start_loss
-from gpt2ft.runs.assemble import LoadedModel
-from gpt2ft.runs.dpo import store_for
+from gpt2ft.runs.loaded_model import LoadedModel
+from gpt2ft.runs.train_dpo import store_for
 from gpt2ft.training import reference_store
 from gpt2ft.training.reference_store import ReferenceLogProbError, ReferenceStore, Row, attach, check_start, wanted
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from gpt2ft import quickstart
+from gpt2ft.data.corpus import load_corpora
 from gpt2ft.data.plan import Conversations, Plan, chunk
 from gpt2ft.data.reading import DataError
 from gpt2ft.errors import SettingsError
-from gpt2ft.runs.assemble import load_corpora
 from gpt2ft.runs.describe import dropped, shares
 from gpt2ft.settings.sections import DataSettings
 

@@ -3,8 +3,8 @@
 from gpt2ft.distributed.accelerator import check_agreement, start_accelerator
 from gpt2ft.distributed.signals import SignalHandler
 from gpt2ft.errors import SettingsError
-from gpt2ft.runs.dpo import PreferenceTuning
 from gpt2ft.runs.train import check, model_of, set_up
+from gpt2ft.runs.train_dpo import PreferenceTuning
 from gpt2ft.settings.scripts import DPOSettings
 
 

@@ -5,12 +5,12 @@ from typing import Any
 
 from torch import nn
 
+from gpt2ft.data.corpus import Corpus
 from gpt2ft.data.plan import ChunkingRule, Conversations, Plan
 from gpt2ft.distributed.signals import SignalHandler
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.objectives.objective import Objective
 from gpt2ft.objectives.sft import SFT
-from gpt2ft.runs.assemble import Corpus
 from gpt2ft.runs.progress import EvalResult, Evaluator
 from gpt2ft.runs.samples import Sample, Turns
 from gpt2ft.runs.train import RunSetup, train

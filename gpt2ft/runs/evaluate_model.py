@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpt2ft.data.corpus import Corpus, load_corpora
 from gpt2ft.data.pairs import PreferencePairs
 from gpt2ft.data.plan import Conversations, Plan, chunk
 from gpt2ft.distributed.accelerator import autocast, check_agreement, precision_of, start_accelerator
@@ -16,10 +17,11 @@ from gpt2ft.model.attention import default_backend
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.model.pretrained import ModelError
 from gpt2ft.objectives.dpo import DPO, DPOConfig
-from gpt2ft.runs.assemble import RECIPE, Corpus, LoadedModel, load_corpora, load_policy, load_trained, read_run
 from gpt2ft.runs.describe import listed
-from gpt2ft.runs.dpo import store_for
+from gpt2ft.runs.loaded_model import LoadedModel, find_model, load_model, read_run_settings
+from gpt2ft.runs.output import RECIPE
 from gpt2ft.runs.samples import Sample, Turns, answer, held_out_prompts
+from gpt2ft.runs.train_dpo import store_for
 from gpt2ft.settings.parsing import refuse_problems
 from gpt2ft.settings.scripts import DPOSettings, EvaluateSettings
 from gpt2ft.settings.sections import DataSettings, PreferenceSettings, stream_problems
@@ -29,7 +31,7 @@ from gpt2ft.training.reference_store import attach
 
 def run(settings: EvaluateSettings) -> None:
     accelerator = start_accelerator(settings.precision)
-    policy, folder = load_trained(settings.model, settings.random_init)
+    policy, folder = find_model(settings.model, settings.random_init)
     context = policy.gpt2.config.n_positions
     max_length = settings.max_length or context
     if max_length > context:
@@ -140,12 +142,12 @@ def _reference(
         ModelError: if it is not what the run started from, or knows other ids.
     """
     homes = [home for home in (folder, *(folder.parents[:2] if folder else ())) if home and (home / RECIPE).is_file()]
-    trained = read_run(homes[0]) if homes else None
+    trained = read_run_settings(homes[0]) if homes else None
     beta = trained.dpo.beta if isinstance(trained, DPOSettings) else PreferenceSettings().beta
     if settings.reference is not None:
-        found, _ = load_trained(settings.reference)
+        found, _ = find_model(settings.reference)
     elif isinstance(trained, DPOSettings):
-        found = load_policy(trained.model, trained.training.seed)
+        found = load_model(trained.model, trained.training.seed)
         manifest = json.loads((homes[0] / "manifest.json").read_text(encoding="utf-8"))
         if manifest["identity"]["initial_weights"] != found.digest:
             raise ModelError(

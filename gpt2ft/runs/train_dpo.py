@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from gpt2ft.data.corpus import Corpus
 from gpt2ft.data.pairs import PreferencePairs
 from gpt2ft.data.plan import ChunkingRule, Plan
 from gpt2ft.distributed.accelerator import autocast, precision_of
@@ -15,7 +16,8 @@ from gpt2ft.distributed.signals import SignalHandler
 from gpt2ft.files import cache_root
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.objectives.dpo import DPO, DPOConfig, start_loss
-from gpt2ft.runs.assemble import Corpus, LoadedModel, versions
+from gpt2ft.runs.loaded_model import LoadedModel
+from gpt2ft.runs.manifest import versions
 from gpt2ft.runs.progress import EvalResult, Evaluator
 from gpt2ft.runs.samples import Sample, Turns, answer
 from gpt2ft.runs.train import RunSetup, train

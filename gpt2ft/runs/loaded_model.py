@@ -1,38 +1,26 @@
-"""What every run puts together from the same parts: model and tokenizer, data and plan, folder and manifest."""
+"""A model with its tokenizer, from wherever it lies: a published name, a folder, an adapter, a run or a checkpoint.
 
-import hashlib
-import importlib.metadata
-import os
-import platform
-import sys
-from collections import Counter
-from collections.abc import Mapping, Sequence
+Serving and exporting need this and nothing of data or training.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gpt2ft import checkpoint, quickstart
-from gpt2ft.data.mixing import Keys, first_of_each, is_held_out, sampled
-from gpt2ft.data.plan import Rows
-from gpt2ft.data.reading import DataError, Filters
-from gpt2ft.data.store import TokenStore, open_store
-from gpt2ft.data.topic import Topic
-from gpt2ft.errors import SettingsError
-from gpt2ft.files import cache_root
 from gpt2ft.model import peft, pretrained
 from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.gpt2 import GPT2, GPT2Config
 from gpt2ft.model.lora import LoRAConfig, apply_lora, is_adapted, load_trainable_parameters, merged_weights
 from gpt2ft.random import seed_for
+from gpt2ft.runs.output import RECIPE
 from gpt2ft.settings.parsing import read_sections, read_yaml
 from gpt2ft.settings.scripts import DPOSettings, RunSettings, SFTSettings
-from gpt2ft.settings.sections import DataSettings, LoRASettings, ModelSettings, split_factor
+from gpt2ft.settings.sections import LoRASettings, ModelSettings
 from gpt2ft.text.tokenizer import ChatTokenizer
-
-RECIPE = "recipe.yaml"  # of a run, in its folder
 
 
 @dataclass(frozen=True)
@@ -48,7 +36,7 @@ class LoadedModel:
         return dict(self.gpt2.named_parameters())
 
 
-def load_policy(settings: ModelSettings, seed: int) -> LoadedModel:
+def load_model(settings: ModelSettings, seed: int) -> LoadedModel:
     """The model that `model.path` names, its table extended by the chat tokens if it does not know them yet.
 
     Raises:
@@ -89,7 +77,7 @@ def _load_adapter(settings: ModelSettings, seed: int) -> LoadedModel:
         raise pretrained.ModelError(f"{folder} is an adapter, which has no shape of its own: name its base instead")
     base = peft.read_base(folder)
     names = {model.repository: name for name, model in pretrained.HUB_MODELS.items()}
-    policy = load_policy(settings.model_copy(update={"path": names.get(base, base)}), seed)
+    policy = load_model(settings.model_copy(update={"path": names.get(base, base)}), seed)
     tokenizer = policy.tokenizer
     if any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
         tokenizer = _read_tokenizer(folder)
@@ -141,7 +129,7 @@ def _shape_and_tokenizer(settings: ModelSettings) -> tuple[GPT2Config, ChatToken
     return config, tokenizer, None if settings.random_init else folder
 
 
-def load_trained(path: str | None, random_init: bool = False, seed: int = 0) -> tuple[LoadedModel, Path | None]:
+def find_model(path: str | None, random_init: bool = False, seed: int = 0) -> tuple[LoadedModel, Path | None]:
     """The model of a run, a model folder, a checkpoint or a published name; by default of the newest finished run.
 
     Args:
@@ -153,10 +141,10 @@ def load_trained(path: str | None, random_init: bool = False, seed: int = 0) -> 
     path = path or newest_run()
     folder = Path(path)
     if random_init:
-        return load_policy(ModelSettings(path=path, random_init=True), seed), None
+        return load_model(ModelSettings(path=path, random_init=True), seed), None
     if (folder / "state.json").is_file():
         return _load_checkpoint(folder), folder
-    return load_policy(ModelSettings(path=path), seed=0), folder if folder.is_dir() else None
+    return load_model(ModelSettings(path=path), seed=0), folder if folder.is_dir() else None
 
 
 def newest_run() -> str:
@@ -184,13 +172,13 @@ def load_adapted(folder: Path) -> tuple[LoadedModel, RunSettings]:
         CheckpointError, SettingsError, ModelError: if it is damaged or what it starts from is not what it was.
     """
     checkpoint.verify(folder)
-    settings = read_run(folder.parent.parent)
+    settings = read_run_settings(folder.parent.parent)
     _, identity = checkpoint.read_state(folder)
     policy = _with_weights(settings, checkpoint.read_weights(folder), identity.get("initial_weights"))
     return replace(policy, source=str(folder), tokenizer=policy.tokenizer.as_trained()), settings
 
 
-def read_run(folder: Path) -> RunSettings:
+def read_run_settings(folder: Path) -> RunSettings:
     """The settings of the run in a folder.
 
     Raises:
@@ -201,7 +189,7 @@ def read_run(folder: Path) -> RunSettings:
     return kind(**read_yaml(kind, recipe))
 
 
-def plain_policy(settings: RunSettings, trained: Mapping[str, Tensor], initial_digest: str | None) -> LoadedModel:
+def plain_model(settings: RunSettings, trained: Mapping[str, Tensor], initial_digest: str | None) -> LoadedModel:
     """The plain model that trained weights make of what a run starts from: adapters merged, in float32.
 
     Args:
@@ -216,7 +204,7 @@ def plain_policy(settings: RunSettings, trained: Mapping[str, Tensor], initial_d
 
 def _with_weights(settings: RunSettings, trained: Mapping[str, Tensor], initial_digest: str | None) -> LoadedModel:
     """What a run starts from, adapted if it adapts, with the weights that it has trained; arguments as above."""
-    policy = load_policy(settings.model, settings.training.seed)
+    policy = load_model(settings.model, settings.training.seed)
     if settings.lora.rank and policy.digest != initial_digest:
         raise pretrained.ModelError(f"{settings.model.path} has changed since these adapters were trained on it")
     if settings.lora.rank:
@@ -252,103 +240,3 @@ def check_merged(plain: GPT2, adapted: GPT2, vocabulary: int) -> None:
     worst = float((found[0] - found[1]).abs().max())
     if not worst < 1e-3:
         raise pretrained.ModelError(f"merging the adapters changes log-probs by {worst:.2g}, more than rounding does")
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Tokenised sources and which of their trees are used, some of them more than once where a factor says so."""
-
-    stores: list[TokenStore]
-    factors: list[float]
-    rows: Rows
-    dropped: Counter[str]  # trees left out here, by reason
-    is_whole: bool = True  # not a part held out of the sources of another, which tells what they dropped
-
-    def identity(self) -> dict[str, str | int]:
-        """What tells this corpus from another."""
-        named = zip(self.stores, self.factors, strict=True)
-        digests = {store.source + (f"@{factor:g}" if factor != 1 else ""): store.digest for store, factor in named}
-        return digests | {"conversations": len(self.rows)}
-
-    def content(self) -> str:
-        """A digest of the tokens themselves and of which are used, to compare machines."""
-        parts = [*(store.statistics.content.encode() for store in self.stores), self.rows.tobytes()]
-        return hashlib.sha256(b"".join(parts)).hexdigest()
-
-    def conversations(self) -> Keys:
-        """Of which conversation each row is."""
-        of_stores = enumerate(store.conversations() for store in self.stores)
-        return np.concatenate([found[self.rows[self.rows[:, 0] == number, 1]] for number, found in of_stores])
-
-
-def load_corpora(
-    settings: DataSettings, tokenizer: ChatTokenizer, seed: int = 0, as_preferences: bool = False
-) -> tuple[Corpus, Corpus | None]:
-    """The training and the held-out conversations, by whole trees, none in both.
-
-    A conversation met twice counts once; one that is held out is dropped from training. Factors come last.
-
-    Args:
-        seed: of what a source's factor leaves out or takes twice.
-        as_preferences: whether they are read as prompts with replies to compare.
-    """
-    held_out, nothing = None, np.zeros(0, np.uint64)
-    unit = "prompts" if as_preferences else "conversations"
-    if settings.eval:
-        stores = _open_stores(settings.eval, settings, tokenizer, as_preferences)
-        held_out = _unique(stores, nothing, f"{unit} met before")
-    kept_back = held_out.conversations() if held_out else nothing
-    reason = f"{unit} met before" + (" or held out" if held_out else "")
-    corpus = _unique(_open_stores(settings.train, settings, tokenizer, as_preferences), kept_back, reason)
-    if settings.eval_fraction:
-        chosen = is_held_out(corpus.conversations(), settings.eval_fraction)
-        held_out = replace(corpus, rows=corpus.rows[chosen], dropped=Counter(), is_whole=False)
-        corpus = replace(corpus, rows=corpus.rows[~chosen])
-        if not len(held_out.rows):
-            raise SettingsError(f"`data.eval_fraction` = {settings.eval_fraction} holds no conversation out: raise it")
-    if not len(corpus.rows):
-        raise DataError("no conversation is left to train on: all of them are held out")
-    return _sampled(corpus, [split_factor(source)[1] for source in settings.train], seed), held_out
-
-
-def _open_stores(
-    sources: Sequence[str], settings: DataSettings, tokenizer: ChatTokenizer, as_preferences: bool
-) -> list[TokenStore]:
-    filters = Filters(settings.languages, settings.max_rank, settings.reviewed_only, settings.on_error)
-    topic = Topic.read(settings.topic_replies) if settings.topic_replies else None
-    names = [split_factor(source)[0] for source in sources]
-    cache = cache_root(settings.cache)
-    return [open_store(name, filters, tokenizer, cache, topic, as_preferences) for name in names]
-
-
-def _unique(stores: list[TokenStore], kept_back: Keys, reason: str) -> Corpus:
-    """Every row once, none of a conversation that is kept back."""
-    rows, seen = [], np.zeros(0, np.uint64)
-    dropped: Counter[str] = Counter()
-    for number, store in enumerate(stores):
-        keys = store.keys()
-        new = np.flatnonzero(first_of_each(keys, seen) & ~np.isin(store.conversations(), kept_back))
-        dropped[reason] += len(keys) - len(new)
-        seen = np.concatenate([seen, keys[new]])
-        rows.append(np.stack([np.full(len(new), number), new], axis=1))
-    return Corpus(stores, [1.0] * len(stores), np.concatenate(rows), +dropped)
-
-
-def _sampled(corpus: Corpus, factors: list[float], seed: int) -> Corpus:
-    rows = []
-    for number, (store, factor) in enumerate(zip(corpus.stores, factors, strict=True)):
-        here = corpus.rows[corpus.rows[:, 0] == number]
-        rows.append(here[sampled(store.keys()[here[:, 1]], factor, seed)])
-        if not len(rows[-1]) and len(here):
-            raise SettingsError(f"the factor {factor:g} leaves nothing of {store.source}: raise it")
-    return replace(corpus, rows=np.concatenate(rows), factors=factors)
-
-
-def versions() -> dict[str, str]:
-    names = ["gpt2ft", "torch", "accelerate", "tiktoken", "datasets", "safetensors"]
-    found = {name: importlib.metadata.version(name) for name in names}
-    return {"python": platform.python_version()} | found
-
-
-def command() -> str:
-    return " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
