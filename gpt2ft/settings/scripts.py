@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from gpt2ft.settings.sections import (
+    CorpusSettings,
     DataSettings,
     LoRASettings,
     ModelSettings,
@@ -14,6 +15,8 @@ from gpt2ft.settings.sections import (
     PairRule,
     Positive,
     PreferenceSettings,
+    SamplingDefaults,
+    SamplingSettings,
     Section,
     TrainingSettings,
     source_problems,
@@ -86,7 +89,7 @@ class DPOSettings(RunSettings):
             yield "`data.message_weight` must be once in DPO, where pairs are weighed: see `dpo.pair_weight`"
 
 
-class EvaluateSettings(Section):
+class EvaluateSettings(CorpusSettings):
     """Scores a model on held-out conversations: nats per token, perplexity, bits per byte."""
 
     model: str | None = None
@@ -95,18 +98,8 @@ class EvaluateSettings(Section):
     """Held-out data: hub names such as oasst1:validation, `quickstart:held_out`, or files."""
     max_length: Positive | None = None
     """Tokens of context; default the model's."""
-    languages: tuple[str, ...] = ()
-    """Keep messages in these languages only; empty keeps all."""
-    max_rank: NotNegative | None = None
-    """Keep replies ranked this well or better; unranked replies stay."""
-    reviewed_only: bool = True
-    """Drop messages whose review said no."""
-    on_error: Literal["fail", "skip"] = "fail"
-    """What a malformed line does."""
     tokens_per_micro_batch: Positive = 8192
     """Tokens in one forward pass. The result does not depend on it."""
-    topic_replies: str | None = None
-    """As in training."""
     random_init: bool = False
     """Take shape and tokenizer from `model` but weights from the seed 0: what a run from random weights starts from."""
     pairs: PairRule | None = None
@@ -123,8 +116,6 @@ class EvaluateSettings(Section):
     """Longest of those replies in tokens."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """As in training."""
-    cache: str | None = None
-    """Folder of the tokenised data; default $GPT2FT_CACHE or ~/.cache/gpt2ft."""
     report: str | None = None
     """Where to write the figures; default report.json in the run or model folder, or here for a published name."""
 
@@ -172,7 +163,7 @@ class BenchmarkSettings(Section):
         yield from self.lora.problems()
 
 
-class ChatSettings(Section):
+class ChatSettings(SamplingSettings):
     """Talks with a model in the terminal."""
 
     model: str | None = None
@@ -183,16 +174,6 @@ class ChatSettings(Section):
     """Continue texts as documents instead of answering messages; what comes through a pipe is one document."""
     system: str | None = None
     """Instructions that stand before the conversation."""
-    temperature: Annotated[float, Field(ge=0)] = 0.7
-    """Higher is more varied, lower more predictable; 0 always takes the likeliest token."""
-    top_k: NotNegative = 0
-    """Choose among this many of the likeliest tokens; 0 among all."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Choose among the likeliest tokens that together are this probable."""
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Leave out tokens less probable than this share of the likeliest one's probability."""
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
-    """Above 1 makes tokens that have already appeared less likely."""
     seed: NotNegative | None = None
     """The same seed gives the same replies; default: others every time."""
     max_new_tokens: Positive = 256
@@ -225,7 +206,7 @@ class ExportSettings(Section):
             yield "`dtype` must not be set where `format` is adapter: adapters are written as they were trained"
 
 
-class ServeSettings(Section):
+class ServeSettings(SamplingDefaults):
     """Serves a model to programs that speak OpenAI's API, and a page to talk with it in a browser."""
 
     model: str | None = None
@@ -267,15 +248,7 @@ class ServeSettings(Section):
     max_new_tokens: Positive = 256
     """Longest reply in tokens where a request does not say."""
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
-    """As in a chat, where a request does not say; so are the four below."""
-    top_k: NotNegative = 0
-    """Choose among this many of the likeliest tokens; 0 among all."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Choose among the likeliest tokens that together are this probable."""
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Leave out tokens less probable than this share of the likeliest one's probability."""
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
-    """Above 1 makes tokens that have already appeared less likely."""
+    """Of replies where the request does not say; higher is more varied, 0 always takes the likeliest token."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto is bf16 on CUDA and fp32 on CPU."""
 

@@ -58,7 +58,34 @@ class LoRASettings(Section):
             yield f"`lora.targets` must name at least one of q, k, v, o, fc, proj, each once, but names {names}"
 
 
-class DataSettings(Section):
+class FilterSettings(Section):
+    """Which messages of a data source are kept."""
+
+    languages: tuple[str, ...] = ()
+    """Keep messages in these languages only; empty keeps all. Formats that name no languages are kept."""
+    max_rank: NotNegative | None = None
+    """Keep replies ranked this well or better among their siblings (0 is the best); unranked replies stay."""
+    reviewed_only: bool = True
+    """Drop messages whose review said no."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What a malformed line does: end the run, or be skipped and counted."""
+
+    @property
+    def filters(self) -> "FilterSettings":
+        """These four settings alone."""
+        return FilterSettings(**{name: getattr(self, name) for name in FilterSettings.model_fields})
+
+
+class CorpusSettings(FilterSettings):
+    """How data sources are read, whatever is then done with them."""
+
+    topic_replies: str | None = None
+    """Replies that take the place of all others, whatever the prompt: a .txt with one a line, or any data source."""
+    cache: str | None = None
+    """Folder of the tokenised data; default $GPT2FT_CACHE or ~/.cache/gpt2ft."""
+
+
+class DataSettings(CorpusSettings):
     train: tuple[str, ...] = ()
     """What to train on: hub names (oasst1, oasst2, smoltalk, ultrachat, alpaca, dolly), `quickstart`, files (.jsonl,
     .jsonl.gz, .json, .parquet) or folders of them. `oasst1@0.5` takes half of the trees, `@1.5` every second twice."""
@@ -68,12 +95,6 @@ class DataSettings(Section):
     """Without `eval`: the share of whole trees to hold out of `train`."""
     max_length: Positive = 1024
     """Tokens of context. Older turns of longer paths give way, whole turns at a time."""
-    languages: tuple[str, ...] = ()
-    """Keep messages in these languages only; empty keeps all. Formats that name no languages are kept."""
-    max_rank: NotNegative | None = None
-    """Keep replies ranked this well or better among their siblings (0 is the best); unranked replies stay."""
-    reviewed_only: bool = True
-    """Drop messages whose review said no."""
     message_weight: Literal["once", "leaves"] = "once"
     """How often a message counts: once, or once for every path through it."""
     position_jitter: NotNegative = 0
@@ -82,12 +103,28 @@ class DataSettings(Section):
     prompt_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Training replaces tokens of user turns, of each conversation a share between 0 and this. For random weights and
     little data, where a model ties its reply to the exact words of the prompt."""
-    topic_replies: str | None = None
-    """Replies that take the place of all others, whatever the prompt: a .txt with one a line, or any data source."""
-    on_error: Literal["fail", "skip"] = "fail"
-    """What a malformed line does: end the run, or be skipped and counted."""
-    cache: str | None = None
-    """Folder of the tokenised data; default $GPT2FT_CACHE or ~/.cache/gpt2ft."""
+
+
+class SamplingDefaults(Section):
+    """How the tokens of a reply are chosen."""
+
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    """Higher is more varied, lower more predictable; 0 always takes the likeliest token."""
+    top_k: NotNegative = 0
+    """Choose among this many of the likeliest tokens; 0 among all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Choose among the likeliest tokens that together are this probable."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Leave out tokens less probable than this share of the likeliest one's probability."""
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    """Above 1 makes tokens that have already appeared less likely."""
+
+
+class SamplingSettings(SamplingDefaults):
+    """How the tokens of one reply are chosen."""
+
+    seed: int | None = None
+    """The same seed gives the same reply; default: another every time."""
 
 
 class TrainingSettings(Section):
