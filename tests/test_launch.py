@@ -6,18 +6,11 @@ tests/distributed/test_launch_checks.py.
 
 import json
 import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from processes import OF_LAUNCHERS, ROOT, run, torchrun
 
 SCRIPT = "launch/sft.py"
-ROOT = Path(__file__).parents[1]
-PROGRAMS = Path(sys.executable).parent
-FORGOTTEN = ("ACCELERATE_", "FSDP_", "OMPI_", "PMI_", "MV2_", "SLURM_", "TORCHELASTIC_")
-RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 RECIPE = """
 model: {path: quickstart, random_init: true}
 data: {train: [quickstart], max_rank: 1, max_length: 256}
@@ -26,42 +19,17 @@ training: {steps: 1, tokens_per_micro_batch: 256, micro_batches_per_step: 2, sam
 TWO_ON_CPU = (ROOT / "accelerate_configs" / "cpu.yaml").read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def bare_environment(tmp_path_factory):
-    """No GPU, no launcher around this one, no accelerate config of the user's."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(FORGOTTEN) and k not in RANKS}
-    return kept | {"CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(tmp_path_factory.mktemp("hf"))}
-
-
 @pytest.fixture
-def launch(tmp_path, bare_environment):
-    """launch(words before the script, **environment): exit code, what was printed, and the folder of the run."""
+def launch(tmp_path):
+    """launch(words before the script, **environment): how a training run of one step has ended, and its folder."""
 
     def launch(*words, **environment):
         (tmp_path / "one_step.yaml").write_text(RECIPE)
-        run = tmp_path / "run"
-        command = [str(PROGRAMS / words[0]), *words[1:], SCRIPT, str(tmp_path / "one_step.yaml"), "--output", str(run)]
-        started = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=bare_environment | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            printed, _ = started.communicate(timeout=150)
-        except subprocess.TimeoutExpired:
-            os.killpg(started.pid, signal.SIGKILL)
-            raise
-        return started.returncode, printed, run
+        command = [*words, SCRIPT, tmp_path / "one_step.yaml", "--output", tmp_path / "run"]
+        no_accelerate_config = {"HF_HOME": tmp_path / "hf"}
+        return run(command, seconds=150, **no_accelerate_config, **environment), tmp_path / "run"
 
     return launch
-
-
-def errors(printed):
-    return [line for line in printed.splitlines() if line.startswith("error: ")]
 
 
 @pytest.fixture
@@ -76,11 +44,11 @@ def config(tmp_path):
 # --- what must work -------------------------------------------------------------------------------------------------
 
 
-def outcome(run):
+def outcome(folder):
     """How many processes trained, and the loss of the one step."""
-    assert (run / "model" / "config.json").is_file()
-    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
-    return json.loads((run / "manifest.json").read_text())["processes"], first["train/loss"]
+    assert (folder / "model" / "config.json").is_file()
+    first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    return json.loads((folder / "manifest.json").read_text())["processes"], first["train/loss"]
 
 
 @pytest.fixture(scope="module")
@@ -94,26 +62,27 @@ def losses():
     [
         (["python"], 1),
         (["accelerate", "launch"], 1),
-        pytest.param(["torchrun", "--standalone", "--nproc_per_node", "2"], 2, marks=pytest.mark.long),
+        pytest.param(torchrun(2), 2, marks=pytest.mark.long),
     ],
     ids=["python", "accelerate launch", "torchrun"],
 )
 def test_these_launches_train_the_same(launch, losses, words, processes):
     environment = {"ACCELERATE_USE_CPU": "true"} if processes > 1 else {}
-    code, printed, run = launch(*words, **environment)
-    assert (code, errors(printed)) == (0, []), printed
-    trained, loss = outcome(run)
+    ended, folder = launch(*words, **environment)
+    assert not ended.errors
+    trained, loss = outcome(folder)
     assert trained == processes
     losses.append(loss)
     assert losses == [pytest.approx(losses[0], rel=1e-5)] * len(losses)
-    assert printed.count("finished: ") == 1
+    assert ended.printed.count("finished: ") == 1
 
 
 @pytest.mark.long
 def test_accelerate_with_two_processes_on_a_cpu(launch, config):
-    code, printed, run = launch("accelerate", "launch", "--config_file", config(TWO_ON_CPU), ACCELERATE_USE_CPU="true")
-    assert (code, errors(printed)) == (0, []), printed
-    assert outcome(run)[0] == 2
+    words = ["accelerate", "launch", "--config_file", config(TWO_ON_CPU)]
+    ended, folder = launch(*words, ACCELERATE_USE_CPU="true")
+    assert not ended.errors
+    assert outcome(folder)[0] == 2
 
 
 # --- the same checks without starting anything ----------------------------------------------------------------------
@@ -122,8 +91,8 @@ def test_accelerate_with_two_processes_on_a_cpu(launch, config):
 @pytest.fixture
 def start(monkeypatch):
     """start(micro-batches a step, **environment): the accelerator that this process would train with."""
-    for name in [*RANKS, *(name for name in os.environ if name.startswith(FORGOTTEN))]:
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith(OF_LAUNCHERS)]:
+        monkeypatch.delenv(name)
 
     def start(micro_batches_per_step, **environment):
         import torch
@@ -185,12 +154,8 @@ def test_accelerate_itself_refuses_it_in_its_config(config):
         load_config_from_file(config(TWO_ON_CPU + "gradient_accumulation_steps: 4\n"))
 
 
-def test_a_precision_that_is_not_ours_is_refused(monkeypatch, start):
-    from gpt2ft.distributed.accelerator import LaunchError
-
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    with pytest.raises(LaunchError, match="mixed_precision must be no or bf16, but is fp16"):
-        start("auto", 1)
+def test_a_precision_that_is_not_ours_is_refused(refusal):
+    assert "mixed_precision must be no or bf16, but is fp16" in refusal(1, ACCELERATE_MIXED_PRECISION="fp16")
 
 
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
@@ -199,14 +164,14 @@ def test_processes_of_mpirun_or_srun_are_refused(refusal, name):
 
 
 @pytest.fixture
-def asked_for(monkeypatch, bare_environment):
+def asked_for(monkeypatch, tmp_path):
     """asked_for("accelerate launch ..."): how many processes such a parent of this process was told to start."""
     import psutil
     from accelerate.commands.config import config_args
 
     from gpt2ft.distributed.launcher_arguments import find_launch
 
-    monkeypatch.setattr(config_args, "default_config_file", f"{bare_environment['HF_HOME']}/none.yaml")
+    monkeypatch.setattr(config_args, "default_config_file", str(tmp_path / "none.yaml"))
 
     class Parent:
         def parent(self):

@@ -5,25 +5,21 @@
 None is refused by the launcher itself. A machine that does nothing else should need less than 10 seconds for each.
 """
 
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+sys.path.append(str(Path(__file__).parents[1]))
+from processes import run, torchrun
+
 SCRIPT = "launch/sft.py"
-PROGRAMS = Path(sys.executable).parent
-FORGOTTEN = ("ACCELERATE_", "FSDP_", "OMPI_", "PMI_", "MV2_", "SLURM_", "TORCHELASTIC_")
-RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 ON_CPU = {"ACCELERATE_USE_CPU": "true"}
 USE_TWO = f"use `ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 {SCRIPT}`"
 TWO = "num_processes: 2\nnum_machines: 1\nmain_process_port: 0\n"
 LAUNCH = ["accelerate", "launch"]
-TORCHRUN = ["torchrun", "--standalone", "--nproc_per_node", "2"]
+TORCHRUN = torchrun(2)
 
 
 @dataclass(frozen=True)
@@ -118,31 +114,16 @@ class Outcome:
 
 def launch(silent: Silent, folder: Path) -> Outcome:
     """Starts it, without a GPU and without a launcher around this process; all its processes have ended then."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(FORGOTTEN) and k not in RANKS}
-    environment = kept | {"CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(folder / "hf")} | silent.environment
     words = [*silent.words]
     if silent.config:
         (folder / "accelerate.yaml").write_text(silent.config)
         words += ["--config_file", str(folder / "accelerate.yaml")]
-    command = [str(PROGRAMS / words[0]), *words[1:], SCRIPT, "--output", str(folder / "run")]
+    command = [*words, SCRIPT, "--output", folder / "run"]
     since = time.monotonic()
-    started = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        printed, _ = started.communicate(timeout=150)
-    except subprocess.TimeoutExpired:
-        os.killpg(started.pid, signal.SIGKILL)
-        raise
+    ended = run(command, code=None, seconds=150, HF_HOME=folder / "hf", **silent.environment)
     seconds = time.monotonic() - since
-    errors = [line.removeprefix("error: ") for line in printed.splitlines() if line.startswith("error: ")]
-    return Outcome(started.returncode, seconds, errors, printed, (folder / "run").exists())
+    errors = [line.removeprefix("error: ") for line in ended.errors]
+    return Outcome(ended.code, seconds, errors, ended.printed, (folder / "run").exists())
 
 
 def problem(silent: Silent, outcome: Outcome) -> str | None:
