@@ -176,9 +176,9 @@ class DPO:
     def __init__(self, config: DPOConfig) -> None:
         self.config = config
         ones = PairLogProbs(*torch.ones(6, 1))
-        self.names = tuple(pair_metrics(config, ones))
+        self.metric_names = tuple(pair_metrics(config, ones))
 
-    def count(self, stream: TokenStream) -> float:
+    def normalizer(self, stream: TokenStream) -> float:
         return float(stream.pairs.weights.double().sum())
 
     def loss(self, log_probs: Tensor, stream: TokenStream) -> Tensor:
@@ -186,7 +186,7 @@ class DPO:
         # The second term is zero: it keeps a stream without pairs connected to the gradient all-reduce.
         return (_weights(stream) * losses).sum().float() + 0.0 * log_probs.sum()
 
-    def measure(self, log_probs: Tensor, stream: TokenStream) -> Tensor:
+    def metrics(self, log_probs: Tensor, stream: TokenStream) -> Tensor:
         metrics = pair_metrics(self.config, of_pairs(log_probs.detach(), stream))
         return torch.stack([(_weights(stream) * values).sum() for values in metrics.values()])
 

@@ -1,4 +1,9 @@
-"""What the loop asks of an objective: a loss as a sum, and what the sum is to be divided by."""
+"""The interface between the training loop and an objective: a loss as a sum, and the normalizer of that sum.
+
+    loss of a step  =  sum of `loss` over all its streams  /  sum of `normalizer` over all its streams
+
+Sums and normalizers are added up over processes before they are divided, so a mean never depends on how a step is cut.
+"""
 
 from typing import Protocol
 
@@ -8,15 +13,15 @@ from gpt2ft.stream import TokenStream
 
 
 class Objective(Protocol):
-    """One thing to train for. The loss of a step is the sum over all its streams / the count over all of them."""
+    """One thing to train for. Shape letters: S supervised targets, M metrics."""
 
-    names: tuple[str, ...]  # of what is measured besides the loss
+    metric_names: tuple[str, ...]  # [M] of what is logged besides the loss
 
-    def count(self, stream: TokenStream) -> float:
-        """What a stream adds to the divisor, known before the model runs."""
+    def normalizer(self, stream: TokenStream) -> float:
+        """Return how much a stream adds to the normalizer: known before the model runs."""
 
     def loss(self, log_probs: Tensor, stream: TokenStream) -> Tensor:
-        """log_probs [S] of a stream -> its sum of losses, a scalar."""
+        """Return the sum of a stream's losses, a scalar, from the log-prob of each target [S]."""
 
-    def measure(self, log_probs: Tensor, stream: TokenStream) -> Tensor:
-        """log_probs [S] of a stream -> [len(names)] sums in float64, divided like the loss, for people alone."""
+    def metrics(self, log_probs: Tensor, stream: TokenStream) -> Tensor:
+        """Return sums [M] in float64, to be normalized like the loss. They are logged; nothing is trained on them."""

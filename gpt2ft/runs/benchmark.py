@@ -69,9 +69,9 @@ def run(settings: BenchmarkSettings) -> None:
         for _ in range(settings.micro_batches):
             with accelerator.accumulate(model):
                 stream = timed(seconds, "stream", device, lambda: streams.next().to(device))
-                count = objective.count(stream) * settings.micro_batches
+                normalizer = objective.normalizer(stream) * settings.micro_batches
                 loss = timed(seconds, "forward", device, lambda s=stream: objective.loss(model(s), s))
-                scale = loss_scale(accelerator, count)
+                scale = loss_scale(accelerator, normalizer)
                 timed(seconds, "backward", device, lambda x=loss * scale: accelerator.backward(x))
                 tokens += stream.num_tokens
         timed(seconds, "optimizer", device, strategy.update)

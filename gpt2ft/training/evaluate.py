@@ -91,11 +91,11 @@ def evaluate_objective(
 
     def sums(log_probs: Tensor, stream: TokenStream) -> Tensor:
         first = torch.stack([objective.loss(log_probs, stream).double()])
-        count = torch.full_like(first, objective.count(stream))
-        return torch.cat([first, objective.measure(log_probs, stream), count])
+        count = torch.full_like(first, objective.normalizer(stream))
+        return torch.cat([first, objective.metrics(log_probs, stream), count])
 
     *totals, count = _summed(model, plan, sums, accelerator, was_signalled).tolist()
-    return {name: value / count for name, value in zip(("loss", *objective.names), totals, strict=True)}
+    return {name: value / count for name, value in zip(("loss", *objective.metric_names), totals, strict=True)}
 
 
 def _summed(

@@ -62,12 +62,12 @@ def fit(job: LoopInputs, state: TrainState) -> TrainState:
         rate = learning_rate(step, job.steps, job.optimization)
         set_learning_rate(job.strategy.optimizer, rate)
         watchdog.at("counting", step)
-        counted = sum(job.objective.count(stream) for _, stream in streams)
+        counted = sum(job.objective.normalizer(stream) for _, stream in streams)
         tokens = sum(stream.num_tokens for _, stream in streams)
         counted, tokens = global_sum(job.accelerator, counted, tokens)
         scale = loss_scale(job.accelerator, counted)
         step_loss = torch.zeros((), device=job.accelerator.device)
-        measured = torch.zeros(len(job.objective.names), dtype=torch.float64, device=job.accelerator.device)
+        measured = torch.zeros(len(job.objective.metric_names), dtype=torch.float64, device=job.accelerator.device)
         for number, stream in streams:
             with job.accelerator.accumulate(model):
                 torch.manual_seed(seed_for(job.training.seed, "dropout", step, number))
@@ -77,7 +77,7 @@ def fit(job: LoopInputs, state: TrainState) -> TrainState:
                 watchdog.at("backward")
                 job.accelerator.backward(loss * scale)
                 step_loss += loss.detach()
-                measured += job.objective.measure(log_probs.detach(), stream)
+                measured += job.objective.metrics(log_probs.detach(), stream)
         watchdog.at("update")
         norm = job.strategy.update()
         state = state.after_step(updated=math.isfinite(norm))
@@ -159,7 +159,7 @@ class Recent:
     def _clear(self) -> None:
         device = self.job.accelerator.device
         self.loss = torch.zeros((), device=device)  # of this process, as is what is measured
-        self.measured = torch.zeros(len(self.job.objective.names), dtype=torch.float64, device=device)
+        self.measured = torch.zeros(len(self.job.objective.metric_names), dtype=torch.float64, device=device)
         self.steps, self.updates = 0, 0
         self.counted, self.tokens, self.norms = 0.0, 0.0, 0.0
         self.seconds, self.since = 0.0, time.perf_counter()
@@ -190,7 +190,7 @@ class Recent:
     def log(self, state: TrainState, rate: float) -> None:
         sums = global_sum(self.job.accelerator, float(self.loss), *self.measured.tolist())
         seconds = self.seconds + time.perf_counter() - self.since
-        names = ("loss", *self.job.objective.names)
+        names = ("loss", *self.job.objective.metric_names)
         means = {
             f"train/{name}": total / self.counted if self.counted else math.nan
             for name, total in zip(names, sums, strict=True)

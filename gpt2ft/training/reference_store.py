@@ -368,7 +368,7 @@ def check_start(
         changes = (reply_log_probs(log_probs, stream) - stream.pairs.reference).abs() / stream.pairs.lengths
         worst = max(worst, float(changes.max())) if bool(torch.isfinite(changes).all()) else math.inf
         loss += float(objective.loss(log_probs, stream))
-        counted += objective.count(stream)
+        counted += objective.normalizer(stream)
     tolerance = TOLERANCES[precision_of(accelerator)]
     loss, counted = global_sum(accelerator, loss, counted)
     local = torch.tensor(worst, dtype=torch.float64, device=accelerator.device)

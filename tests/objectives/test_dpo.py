@@ -260,15 +260,15 @@ def test_the_mean_over_a_step_does_not_depend_on_how_pairs_are_cut_into_streams(
     objective = DPO(CONFIGS[loss])
 
     def step(cuts, num_pairs):
-        total = count = 0.0
-        measured = torch.zeros(len(objective.names), dtype=torch.float64)
+        total = normalizer = 0.0
+        metrics = torch.zeros(len(objective.metric_names), dtype=torch.float64)
         for cut in cuts:
             stream = make_stream([groups[i] for i in cut], num_pairs, num_replies=14, num_targets=90)
             values = torch.cat([*(log_probs[i] for i in cut), torch.full((90,), -1e30)])[:90]
             total += float(objective.loss(values, stream))
-            count += objective.count(stream)
-            measured += objective.measure(values, stream)
-        return [total / count, *(measured / count).tolist()]
+            normalizer += objective.normalizer(stream)
+            metrics += objective.metrics(values, stream)
+        return [total / normalizer, *(metrics / normalizer).tolist()]
 
     whole = step([[0, 1, 2, 3]], 12)
     assert step([[2], [], [0, 3], [1]], 12) == pytest.approx(whole, rel=1e-5)
@@ -285,9 +285,9 @@ def test_the_tail_adds_nothing_and_an_empty_stream_stays_connected(loss):
     value = objective.loss(log_probs, empty)
     value.backward()
     assert float(value) == 0
-    assert objective.count(empty) == 0
+    assert objective.normalizer(empty) == 0
     assert log_probs.grad.tolist() == [0.0] * 64
-    assert objective.measure(log_probs, empty).tolist() == [0.0] * len(objective.names)
+    assert objective.metrics(log_probs, empty).tolist() == [0.0] * len(objective.metric_names)
 
     stream = make_stream([([3, 4], [-2.0, -5.0], [(0, 1)], 1.0)])
     log_probs.grad = None

@@ -30,4 +30,4 @@ def test_pairs_are_of_replies_in_their_stream():
         assert stream.pairs.lengths[stream.pairs.index[real]].tolist() == targets[stream.pairs.index[real]].tolist()
         loss = objective.loss(-torch.rand(len(stream.targets)), stream)
         assert torch.isfinite(loss)
-        assert objective.count(stream) == real.sum()
+        assert objective.normalizer(stream) == real.sum()
