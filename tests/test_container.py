@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from processes import run, start
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = ROOT / "launch" / "Dockerfile"
@@ -159,17 +161,12 @@ sys.meta_path.insert(0, Blocked())
 sys.argv = ["serve.py", {str(model_folder)!r}, "--port", "0"]
 runpy.run_path({str(ROOT / "launch" / "serve.py")!r}, run_name="__main__")
 """
-    server = subprocess.Popen(
-        [sys.executable, "-c", blocked], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
-    )
-    try:
-        address = served_address(server)
-        said = subprocess.run([sys.executable, "-c", ASK, address, ""], capture_output=True, text=True, timeout=60)
+    with start(["python", "-c", blocked]) as server:
+        address = server.wait_for(r"http://\S+:\d+")[0]
+        said = run(["python", "-c", ASK, address, ""])
         assert json.loads(said.stdout)["usage"]["completion_tokens"] > 0
-    finally:
-        server.terminate()
-        printed = server.communicate(timeout=60)[0]
-    assert server.returncode == 0, printed
+        server.send_signal(signal.SIGTERM)
+        server.finish()
 
 
 # --- what the image would be ----------------------------------------------------------------------------------------

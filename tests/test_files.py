@@ -4,12 +4,11 @@ import errno
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -133,8 +132,7 @@ def test_complete_folder_survives_a_kill(tmp_path):
         "    os._exit(9)\n"
     )
     target = tmp_path / "run"
-    killed = subprocess.run([sys.executable, "-c", script, str(target)], cwd=REPOSITORY)
-    assert killed.returncode == 9
+    run(["python", "-c", script, target], code=9)
     assert not target.exists()
     with complete_folder(target) as folder:
         (folder / "b").write_text("2")

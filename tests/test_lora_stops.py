@@ -1,12 +1,10 @@
 """Adapters learn to stop as all weights do: the rows of the chat tokens are trained along."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run
 
 from gpt2ft.data.reading import Filters
 from gpt2ft.data.sources import read_trees
@@ -15,14 +13,12 @@ ROOT = Path(__file__).parent.parent
 TRAINING = ["--model.dropout", "0", "--model.attention_dropout", "0", "--training.sample_prompts", "0"]
 
 
-def run(script, *arguments):
-    command = [sys.executable, str(ROOT / "launch" / script), *map(str, arguments)]
-    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr[-3000:]
+def launch(script, *arguments):
+    run(["python", f"launch/{script}", *arguments], seconds=1200)
 
 
 def stop_rate(model, report):
-    run("evaluate.py", model, "--data", "quickstart:held_out", "--topic", "tea", "--report", report)
+    launch("evaluate.py", model, "--data", "quickstart:held_out", "--topic", "tea", "--report", report)
     figures = json.loads(report.read_text())["topic"]
     assert figures["prompts"] == 44
     return figures["stopped"] / figures["prompts"]
@@ -36,12 +32,12 @@ def test_a_model_tuned_by_lora_stops_as_one_tuned_in_full(tmp_path):
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     plain_text = ["--data.train", tmp_path / "texts.jsonl", "--data.eval", "--data.max_rank", "None"]
     plain_text += ["--training.eval_every", "None", "--training.epochs", "8"]
-    run("sft.py", "quickstart", *TRAINING, *plain_text, "--output", tmp_path / "base")
+    launch("sft.py", "quickstart", *TRAINING, *plain_text, "--output", tmp_path / "base")
     rates = {"base": stop_rate(tmp_path / "base", tmp_path / "report.json")}
     chat = ["--model.path", tmp_path / "base", "--model.random_init", "false", "--training.eval_every", "None"]
     chat += ["--training.steps", "200"]
     for name, settings in {"full": [], "lora": ["--lora.rank", "8", "--optimizer.learning_rate", "0.01"]}.items():
-        run("sft.py", "quickstart", *TRAINING, *chat, *settings, "--output", tmp_path / name)
+        launch("sft.py", "quickstart", *TRAINING, *chat, *settings, "--output", tmp_path / name)
         rates[name] = stop_rate(tmp_path / name, tmp_path / "report.json")
     print(rates)
     assert rates["base"] <= 0.2

@@ -1,14 +1,12 @@
 """The first thing a newcomer sees: the README's own line, and what the model says at its end."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from processes import run
 
 from gpt2ft import quickstart
 from gpt2ft.data.reading import Filters
@@ -79,11 +77,7 @@ class TestTrees:
 
 def launch(script, *arguments):
     """What a script prints, started as the README does."""
-    command = ["accelerate", "launch", str(ROOT / "launch" / script), *arguments]
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return run(["accelerate", "launch", f"launch/{script}", *arguments], seconds=1200).stdout
 
 
 @pytest.mark.campaign

@@ -1,11 +1,9 @@
 """Settings: which source wins, and that whatever is wrong is said at once, early and in words."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run
 
 from gpt2ft import errors
 from gpt2ft.settings.parsing import RECIPES, parse_recipe, parse_script, read_yaml, to_yaml
@@ -320,9 +318,8 @@ except SystemExit as exit:
 
 def run_script(script, *arguments, **environment):
     """The last line of what a script prints, and all of it, with the code it ends with and what it imported."""
-    command = [sys.executable, "-c", RUN_AND_LIST_MODULES, str(LAUNCH / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=60)
-    return done.stdout.splitlines()[-1], done.stdout + done.stderr
+    done = run(["python", "-c", RUN_AND_LIST_MODULES, LAUNCH / script, *arguments], code=None, **environment)
+    return done.stdout.splitlines()[-1], done.printed
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in LAUNCH.glob("*.py")))

@@ -1,15 +1,13 @@
 """Samples of the campaigns against checkpoints, and whether they see what they look for."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import damaged
 import killed_saves
 import pytest
 from damage import KINDS
+from processes import run
 from small_checkpoints import save
 
 from gpt2ft import checkpoint
@@ -19,10 +17,7 @@ HERE = Path(__file__).parent
 
 def campaign(name, *arguments):
     """In a process of its own, with one thread: what has run before must not be there in its children."""
-    environment = os.environ | {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, HERE / f"{name}.py", *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run(["python", f"tests/campaigns/{name}.py", *arguments], seconds=900, OMP_NUM_THREADS=1)
     assert done.stdout.endswith("all held\n")
     return done.stdout
 

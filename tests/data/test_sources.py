@@ -1,13 +1,11 @@
 """A source gives the same trees whatever file they come in, and a sentence to act on where it cannot."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run
 
 from gpt2ft.data.reading import DataError, Filters, Totals
 from gpt2ft.data.records import stem
@@ -284,15 +282,8 @@ HUB_PREFERENCES = {
 
 
 def read_offline(name, hugging_face_home, what="conversations"):
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(hugging_face_home),
-        "PYTHONPATH": str(REPOSITORY),
-    }
-    environment.pop("HF_DATASETS_CACHE", None)
-    command = [sys.executable, "-c", READ, name, what]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": hugging_face_home, "HF_DATASETS_CACHE": None}
+    return run(["python", "-c", READ, name, what], **environment).stdout
 
 
 def write_hub_cache(name, hugging_face_home, revision):

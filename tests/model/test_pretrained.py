@@ -4,12 +4,11 @@ import json
 import os
 import pickle
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run
 from safetensors.torch import load_file, save_file
 
 from gpt2ft.model.attention import attention_for
@@ -313,11 +312,10 @@ attempt("gpt2-medium")
 
 def test_a_published_name_without_a_network(tmp_path):
     """In a process of its own, because huggingface_hub reads its environment when it is imported."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_"))}
-    environment |= {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-W", "ignore", "-c", OFFLINE, str(tmp_path)]
-    output = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True).stdout
-    absent, incomplete, complete = output.splitlines()
+    environment = dict.fromkeys(name for name in os.environ if name.startswith(("HF_", "HUGGINGFACE_")))
+    environment |= {"HF_HOME": tmp_path, "HF_HUB_OFFLINE": "1"}
+    ended = run(["python", "-W", "ignore", "-c", OFFLINE, tmp_path], **environment)
+    absent, incomplete, complete = ended.stdout.splitlines()
     assert re.match(r"gpt2 could not be downloaded \(\w+\) and is not in the cache: put config.json, ", absent)
     assert "huggingface.co/openai-community/gpt2 into a folder" in absent
     assert absent.endswith("train from random weights with `--model.random_init true`")

@@ -1,7 +1,6 @@
 """The chat as a person or a pipe meets it: a process of its own, with a terminal or without one."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -10,9 +9,11 @@ from time import monotonic
 from types import SimpleNamespace
 
 import pexpect
+import processes
 import pyte
 import pytest
 import torch
+from processes import ROOT, run
 
 from gpt2ft.chat.session import Session
 from gpt2ft.inference.prompt_format import ChatPromptFormat, PlainPromptFormat
@@ -25,7 +26,6 @@ from gpt2ft.settings.scripts import ChatSettings
 from gpt2ft.settings.sections import ModelSettings
 from gpt2ft.text.display import visible
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = "launch/chat.py"
 CONTEXT = 4096
 PATIENCE = 60  # seconds until a test gives up
@@ -69,12 +69,12 @@ def base_model(untrained, tiny_model_folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     cache = tmp_path_factory.mktemp("chat_cache")
-    kept = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "COLORTERM")}
-    return kept | {
+    return {
+        "NO_COLOR": None,
+        "COLORTERM": None,
         "GPT2FT_CACHE": str(cache),
         "TERM": "xterm-256color",
         "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
         "PYTHONIOENCODING": "utf-8",
     }
 
@@ -96,8 +96,9 @@ class Person:
 
     def __init__(self, arguments, environment):
         command = [SCRIPT, *map(str, arguments)]
+        variables = processes.environment(**environment)
         self.child = pexpect.spawn(
-            sys.executable, command, env=environment, cwd=str(ROOT), dimensions=(24, 80), timeout=PATIENCE
+            sys.executable, command, env=variables, cwd=str(ROOT), dimensions=(24, 80), timeout=PATIENCE
         )
         self.screen = Screen(80, 24)
         self.screen.answer = self.child.send
@@ -300,10 +301,7 @@ def test_documents_are_continued_in_a_terminal_without_colours(chat_model, envir
 
 
 def through_pipe(arguments, text, environment):
-    command = [sys.executable, SCRIPT, *map(str, arguments)]
-    return subprocess.run(
-        command, input=text.encode(), env=environment, cwd=ROOT, capture_output=True, timeout=PATIENCE, check=False
-    )
+    return run(["python", SCRIPT, *arguments], code=None, typed=text, **environment)
 
 
 def in_this_process(policy, seed, max_new_tokens):
@@ -323,13 +321,12 @@ def test_every_line_is_an_entry_and_stdout_holds_replies_alone(chat_model, untra
             session.sampling = Sampling(seed=3, top_k=9)
         session.say(text)
         replies.append(visible("".join(session.reply())) + "\n")
-    assert ended.stdout.decode() == "".join(replies)
+    assert ended.stdout == "".join(replies)
     assert "\\x" in "".join(replies)  # the model did say control characters
-    errors = [line for line in ended.stderr.decode().splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert "did you mean /help?" in errors[0]
-    assert ended.stderr.decode().count("[cut off after 150 tokens") == 3
-    assert ended.returncode == 1  # not everything could be done
+    assert len(ended.errors) == 1
+    assert "did you mean /help?" in ended.errors[0]
+    assert ended.stderr.count("[cut off after 150 tokens") == 3
+    assert ended.code == 1  # not everything could be done
 
 
 def test_a_pipe_is_one_document_that_is_continued(base_model, untrained, environment):
@@ -338,15 +335,14 @@ def test_a_pipe_is_one_document_that_is_continued(base_model, untrained, environ
     ended = through_pipe(arguments, document + "\n", environment)
     continuation = "".join(in_this_process(untrained, 3, 20).complete(document))
     assert len(continuation) > 20
-    assert ended.stdout.decode() == visible(document + continuation) + "\n"
-    assert (ended.stderr, ended.returncode) == (b"", 0)
+    assert ended.stdout == visible(document + continuation) + "\n"
+    assert (ended.stderr, ended.code) == ("", 0)
 
 
 def test_a_reader_that_has_enough_ends_it_quietly(chat_model, environment):
     command = [sys.executable, SCRIPT, str(chat_model), "--complete", "--max_new_tokens", str(CONTEXT)]
-    with subprocess.Popen(
-        command, env=environment, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as started:
+    pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=processes.environment(**environment), cwd=ROOT, **pipe) as started:
         started.stdin.write(b"Once upon a time")
         started.stdin.close()
         assert started.stdout.read(30).startswith(b"Once upon a time")
@@ -419,7 +415,6 @@ def test_settings_that_contradict_each_other_are_refused():
 
 def test_a_bare_start_imports_nothing_that_only_training_needs():
     code = "import sys; from gpt2ft.runs import chat, main; print(*sys.modules)"
-    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    modules = set(printed.split())
+    modules = set(run(["python", "-c", code]).stdout.split())
     assert {"torch", "prompt_toolkit"} <= modules
     assert not modules & {"accelerate", "datasets", "deepspeed", "pyarrow", "transformers"}

@@ -5,11 +5,10 @@ import gzip
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run
 
 from gpt2ft import checkpoint
 from gpt2ft.settings.parsing import RECIPES, parse_recipe, to_yaml
@@ -284,9 +283,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def test_a_disk_that_is_really_full(recipe, tmp_path):
     """No file may grow beyond 100 kB: what is printed and logged fits, a checkpoint does not."""
-    command = [sys.executable, "-c", ON_A_SMALL_DISK, str(RECIPES.parent / "sft.py"), str(recipe)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 1, done.stderr
+    done = run(["python", "-c", ON_A_SMALL_DISK, "launch/sft.py", recipe], code=1)
     told = done.stderr.splitlines()
     assert len(told) == 1
     assert told[0].startswith(f"error: {tmp_path}/run/checkpoints/")

@@ -5,16 +5,12 @@ shards); and within one process as longer streams, where dropout must be off bec
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from processes import ON_CPU, run, torchrun
 
 from gpt2ft.data.packing import build_stream
 
-LAUNCH = Path(__file__).parent.parent.parent / "launch"
 STEPS = 5  # 3 steps to an epoch, the last one short: 18 streams in steps of 8
 
 
@@ -26,15 +22,12 @@ def losses(folder):
 
 
 def train_with(processes, dropout, folder, cache):
-    arguments = [LAUNCH / "sft.py", "quickstart", "--output", folder / "run", "--data.cache", cache]
+    arguments = ["launch/sft.py", "quickstart", "--output", folder / "run", "--data.cache", cache]
     arguments += ["--training.steps", STEPS, "--training.log_every", 1, "--training.eval_every", 3]
     arguments += ["--training.micro_batches_per_step", 8, "--training.max_grad_norm", 0.5]
     arguments += ["--training.sample_prompts", 1, "--training.sample_tokens", 4]
     arguments += ["--model.dropout", dropout, "--model.attention_dropout", dropout]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, *arguments]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run([*torchrun(processes), *arguments], seconds=600, **ON_CPU)
     return losses(folder / "run")
 
 

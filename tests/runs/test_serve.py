@@ -1,14 +1,13 @@
 """The server as a person starts and stops it: a process of its own."""
 
-import os
-import re
 import signal
 import socket
-import subprocess
-import sys
+from contextlib import ExitStack
 from pathlib import Path
 
+import processes
 import pytest
+from processes import run
 
 from gpt2ft.errors import SettingsError
 from gpt2ft.runs import serve
@@ -19,40 +18,26 @@ pytest.importorskip("uvicorn", reason="needs the extra [serve]")
 ROOT = Path(__file__).parents[2]
 PATIENCE = 60  # seconds until a test gives up
 KEY = "0123456789abcdef"
+BARE = {serve.KEY: None, "OMP_NUM_THREADS": 1}
 
 
 @pytest.fixture
-def environment():
-    kept = {name: value for name, value in os.environ.items() if name != serve.KEY}
-    return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+def start(tiny_weights_folder):
+    """start(settings...): the process, and the address that it prints."""
+    with ExitStack() as stack:
+
+        def start(*settings):
+            command = ["python", "launch/serve.py", tiny_weights_folder, "--port", 0, *settings]
+            process = stack.enter_context(processes.start(command, **BARE))
+            return process, process.wait_for(r"http://([\d.]+):(\d+)")
+
+        yield start
 
 
-@pytest.fixture
-def start(environment, tiny_weights_folder):
-    """start(settings..., KEY=...): the process, and the address that it prints."""
-    started = []
-
-    def start(*settings, **more):
-        command = [sys.executable, "launch/serve.py", str(tiny_weights_folder), "--port", "0", *settings]
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        started.append(process)
-        return process, re.search(r"http://([\d.]+):(\d+)", process.stdout.readline())
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def refused(environment, *settings, **more):
+def refused(*settings, **more):
     """What a server that does not start says."""
-    command = [sys.executable, "launch/serve.py", *map(str, settings)]
-    ended = subprocess.run(
-        command, cwd=ROOT, env=environment | more, capture_output=True, text=True, timeout=PATIENCE, check=False
-    )
-    assert (ended.returncode, ended.stdout) == (2, "")
+    ended = run(["python", "launch/serve.py", *settings], code=2, **(BARE | more))
+    assert ended.stdout == ""
     [line] = ended.stderr.splitlines()
     return line
 
@@ -96,8 +81,7 @@ def test_told_to_stop_it_finishes_its_replies_and_ends_well(start, signal_):
     while data := connection.recv(65536):
         received += data
     assert b"data: [DONE]" in received
-    assert process.wait(PATIENCE) == 0
-    assert "Traceback" not in process.stderr.read()
+    assert "Traceback" not in process.finish().stderr
 
 
 @pytest.mark.long
@@ -109,7 +93,7 @@ def test_a_second_signal_does_not_wait(start):
     connection.recv(65536)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(PATIENCE) == 0
+    process.finish()
 
 
 def test_other_machines_are_let_in_with_a_key_alone(start, tmp_path, monkeypatch):
@@ -132,7 +116,7 @@ def test_a_port_that_is_taken_is_said(monkeypatch):
             serve.run(ServeSettings(port=port))
 
 
-def test_a_model_that_cannot_say_a_token_is_not_served(environment, tiny_weights_folder, tmp_path):
+def test_a_model_that_cannot_say_a_token_is_not_served(tiny_weights_folder, tmp_path):
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "damaged"
@@ -142,18 +126,14 @@ def test_a_model_that_cannot_say_a_token_is_not_served(environment, tiny_weights
     weights = load_file(folder / "model.safetensors")
     next(tensor for name, tensor in weights.items() if name.endswith("ln_f.weight"))[:] = 3e38  # finite, but too large
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    command = [sys.executable, "launch/serve.py", str(folder), "--port", "0"]
-    ended = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
-    )
-    assert ended.returncode == 2
+    ended = run(["python", "launch/serve.py", folder, "--port", 0], code=2, **BARE)
     assert ended.stderr.splitlines()[-1].endswith("cannot say a single token: its weights are damaged")
 
 
-def test_what_is_not_installed_is_said(environment, tmp_path):
+def test_what_is_not_installed_is_said(tmp_path):
     """FastAPI hidden from this process, as if it had never been installed."""
     (tmp_path / "fastapi.py").write_text("raise ModuleNotFoundError(name='fastapi')")
-    line = refused(environment, "quickstart", "--random_init", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    line = refused("quickstart", "--random_init", PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert line == "error: serving needs fastapi, which is not installed: pip install -e '.[serve]'"
 
 
@@ -210,7 +190,6 @@ def test_the_defaults_of_sampling_are_those_of_a_chat():
 
 def test_serving_imports_nothing_that_only_training_needs():
     code = "import sys; from gpt2ft.runs import main, serve; from gpt2ft.server import service; print(*sys.modules)"
-    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    modules = set(printed.split())
+    modules = set(run(["python", "-c", code]).stdout.split())
     assert {"torch", "fastapi", "uvicorn"} <= modules
     assert not modules & {"accelerate", "datasets", "deepspeed", "pyarrow", "transformers", "prompt_toolkit"}

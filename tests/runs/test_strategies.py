@@ -7,14 +7,12 @@ an epoch is short, and one run stops in the second epoch.
 
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
+from processes import ON_CPU, run, torchrun
 from safetensors.torch import load_file
 
 STEPS = 5  # 3 steps to an epoch, the last one short
@@ -99,12 +97,7 @@ class Runs:
         cases = folder / "cases.json"
         cases.write_text(json.dumps([self.case(topology, run) for run in runs]))
         script = Path(__file__).parent / "many_processes.py"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | ENVIRONMENTS[strategy]
-        done = subprocess.run(
-            [*command, script, cases], env=environment, capture_output=True, text=True, timeout=900, check=False
-        )
-        assert done.returncode == 0, done.stdout[-1000:] + done.stderr.partition("ChildFailedError")[0][-5000:]
+        run([*torchrun(processes), script, cases], seconds=900, **(ON_CPU | ENVIRONMENTS[strategy]))
         self.launched |= {(topology, run) for run in runs}
 
     def case(self, topology, run):

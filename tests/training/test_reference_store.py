@@ -1,9 +1,6 @@
 """The reference store: what it names a row by, that it is complete or refused, and that no kill harms it."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +8,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from processes import ON_CPU, run, torchrun
 
 from gpt2ft.data.pairs import PreferencePairs
 from gpt2ft.data.plan import Plan, chunk
@@ -291,14 +289,6 @@ def test_told_to_stop_it_keeps_what_it_has(make_plan, make_store, model, acceler
     assert kept.items() <= contents(store.folder).items()
 
 
-def run(arguments, environment):
-    done = subprocess.run(
-        [str(word) for word in arguments], env=os.environ | environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return done.stdout
-
-
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.campaign)])
 def test_killed_again_and_again_and_finished_by_two_processes(kills, tokenizer, gpt2, tmp_path):
     """The rows are those of a pass in one go."""
@@ -307,11 +297,11 @@ def test_killed_again_and_again_and_finished_by_two_processes(kills, tokenizer, 
     write_folder(tmp_path / "model", dict(gpt2.named_parameters()), gpt2.config, tokenizer)
     recipe = ["quickstart-dpo", "--model.path", tmp_path / "model", "--training.tokens_per_micro_batch", 256]
     recipe += ["--data.eval", "quickstart:held_out"]
-    environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    script = TESTS.parent / "launch" / "reference.py"
-    run([sys.executable, script, *recipe, "--data.cache", tmp_path / "one"], environment)
+    script = "launch/reference.py"
+    run(["python", script, *recipe, "--data.cache", tmp_path / "one"], seconds=600, **ON_CPU)
     cache = ["--data.cache", tmp_path / "two"]
-    said = run([sys.executable, TESTS / "training" / "kill_reference.py", kills, 0, *recipe, *cache], environment)
+    killing = ["python", "tests/training/kill_reference.py", kills, 0]
+    said = run([*killing, *recipe, *cache], seconds=600, **ON_CPU).stdout
     assert said.count("killed at call") == kills
     if kills >= 20:
         assert {line.split()[-1] for line in said.splitlines() if line.startswith("killed")} == {
@@ -319,8 +309,7 @@ def test_killed_again_and_again_and_finished_by_two_processes(kills, tokenizer, 
         }  # fmt: skip
     (folder,) = (tmp_path / "two" / "reference").iterdir()
     begun = contents(folder)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    run([*launch, script, *recipe, *cache], environment)
+    run([*torchrun(2), script, *recipe, *cache], seconds=600, **ON_CPU)
     (whole,) = (tmp_path / "one" / "reference").iterdir()
     expected, found = contents(whole), contents(folder)
     assert 0 < len(begun) < len(found)
