@@ -19,7 +19,7 @@ from typing import Literal, get_args
 Role = Literal["system", "user", "assistant", "text"]
 ROLES: tuple[Role, ...] = get_args(Role)
 CHAT_ROLES: tuple[Role, ...] = ROLES[:3]
-LEARNT_ROLES: tuple[Role, ...] = ROLES[2:]  # what training supervises
+SUPERVISED_ROLES: tuple[Role, ...] = ROLES[2:]  # what training supervises
 
 
 def tidy(text: str) -> str:
@@ -70,7 +70,7 @@ class MessageTree:
 
     def leading_to_reply(self) -> list[int]:
         """The messages that training can use: those to be learnt, and what stands above one."""
-        useful = [message.role in LEARNT_ROLES for message in self.messages]
+        useful = [message.role in SUPERVISED_ROLES for message in self.messages]
         for index in range(len(useful) - 1, 0, -1):
             if useful[index]:
                 useful[self.messages[index].parent] = True  # type: ignore[index]

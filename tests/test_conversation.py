@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from gpt2ft.conversation import CHAT_ROLES, LEARNT_ROLES, ROLES, Message, MessageTree
+from gpt2ft.conversation import CHAT_ROLES, ROLES, SUPERVISED_ROLES, Message, MessageTree
 
 # The tree drawn in gpt2ft/conversation.py.
 TEA = (
@@ -24,7 +24,7 @@ def tree(*parents):
 def test_roles():
     assert ROLES == ("system", "user", "assistant", "text")
     assert CHAT_ROLES == ("system", "user", "assistant")
-    assert LEARNT_ROLES == ("assistant", "text")
+    assert SUPERVISED_ROLES == ("assistant", "text")
 
 
 @pytest.mark.parametrize(("leaf", "path"), [(0, [0]), (1, [0, 1]), (3, [0, 1, 2, 3]), (4, [0, 4])])

@@ -35,17 +35,17 @@ class Case:
 
 def case_of(store, vocabulary, gpt2, max_length, capacity, chosen):
     """A plan of the smallest prompts with four replies or more, of several turns, and of those that are cut."""
-    rows, cutting = (
+    rows, chunking = (
         np.array([(0, row) for row in range(len(store))]),
         PreferencePairs("all", "prompt", max_length, capacity),
     )
-    pieces = chunk([store], rows, cutting)
-    by_size = np.argsort(pieces.sizes, kind="stable").tolist()
-    large = [piece for piece in by_size if pieces.replies[piece] >= 4]
-    deep = [piece for piece in by_size if len(pieces.tree(piece).parents) - pieces.replies[piece] >= 3]
-    cut = [piece for piece in by_size if pieces.is_cut[piece]]
-    small = np.unique([pieces.rows[piece, 1] for kind in (large, deep, cut) for piece in kind[:chosen]])
-    plan = Plan(chunk([store], rows[small], cutting), capacity, 4, seed=0)
+    chunks = chunk([store], rows, chunking)
+    by_size = np.argsort(chunks.sizes, kind="stable").tolist()
+    large = [index for index in by_size if chunks.replies[index] >= 4]
+    deep = [index for index in by_size if len(chunks.tree(index).parents) - chunks.replies[index] >= 3]
+    cut = [index for index in by_size if chunks.is_cut[index]]
+    small = np.unique([chunks.rows[index, 1] for kind in (large, deep, cut) for index in kind[:chosen]])
+    plan = Plan(chunk([store], rows[small], chunking), capacity, 4, seed=0)
     plan.reference = np.random.default_rng(0).uniform(-300, -30, len(plan.reference))
     return Case(plan, TargetLogProbs(gpt2, vocabulary, "segments"), plan.streams)
 
@@ -131,7 +131,7 @@ def alone(tree, node):
 
 def replies_of(case, micro_batch):
     """(tree, node) of each reply of a micro-batch, in the order of its stream."""
-    trees = [case.plan.pieces.tree(piece) for piece in micro_batch]
+    trees = [case.plan.chunks.tree(index) for index in micro_batch]
     return [(tree, node) for tree in trees for node in np.flatnonzero(tree.weights).tolist()]
 
 
@@ -142,14 +142,14 @@ def gradients(model, loss):
 
 
 def test_the_groups_are_worth_testing(case):
-    pieces = case.plan.pieces
-    shown = [piece for micro_batch in case.micro_batches for piece in micro_batch]
-    assert pieces.replies[shown].max() >= 4
-    assert pieces.pairs[shown].max() >= 6
+    chunks = case.plan.chunks
+    shown = [index for micro_batch in case.micro_batches for index in micro_batch]
+    assert chunks.replies[shown].max() >= 4
+    assert chunks.pairs[shown].max() >= 6
     assert max(map(len, case.micro_batches)) >= 2
-    assert pieces.is_cut[shown].any()
+    assert chunks.is_cut[shown].any()
     assert (
-        max(len(pieces.tree(piece).parents) - int(pieces.replies[piece]) for piece in shown) >= 3
+        max(len(chunks.tree(index).parents) - int(chunks.replies[index]) for index in shown) >= 3
     )  # turns of a prompt
 
 
@@ -194,7 +194,7 @@ def test_gradients_of_a_group_are_those_of_its_pairs_as_sequences(case):
         found = gradients(case.model, loss)
         replies, reference = replies_of(case, micro_batch), stream.pairs.reference.tolist()
         expected = torch.zeros((), dtype=torch.float64)
-        for tree in number_replies([case.plan.pieces.tree(piece) for piece in micro_batch]):
+        for tree in number_replies([case.plan.chunks.tree(index) for index in micro_batch]):
             changes = {
                 number: case.model(alone(*replies[number])).double().sum() - reference[number]
                 for number in tree.groups[tree.weights > 0].tolist()
@@ -213,10 +213,10 @@ def test_a_group_says_the_same_whatever_it_is_packed_with(case):
     stream = case.plan.stream(micro_batch)
     together = reply_log_probs(case.model(stream), stream)
     at = 0
-    for piece in micro_batch:
-        tree = number_replies([case.plan.pieces.tree(piece)])
+    for index in micro_batch:
+        tree = number_replies([case.plan.chunks.tree(index)])
         single = build_stream(tree, len(tree[0].tokens), tree[0].num_supervised)
-        expected = torch.zeros(int(case.plan.pieces.replies[piece]), dtype=torch.float64)
+        expected = torch.zeros(int(case.plan.chunks.replies[index]), dtype=torch.float64)
         expected.index_add_(0, single.groups, case.model(single).double())
         found = together[at : at + len(expected)]
         assert ((found - expected).abs() <= TOLERANCE * expected.abs()).all()
@@ -229,13 +229,13 @@ def test_real_groups_need_a_third_of_the_tokens_of_their_pairs(test_data, gpt2_t
     file = str(test_data("oasst/en_100_tree.jsonl"))
     store = open_store(file, Filters(), gpt2_tokenizer, cache, as_preferences=True)
     rows = np.array([(0, row) for row in range(len(store))])
-    pieces = chunk([store], rows, PreferencePairs("all", "pair", max_length=1024, capacity=8192))
-    plan = Plan(pieces, 8192, micro_batches_per_step=8, seed=0)
-    assert (pieces.pairs.sum(), pieces.replies.sum(), pieces.repeated) == (754, 641, 0)
+    chunks = chunk([store], rows, PreferencePairs("all", "pair", max_length=1024, capacity=8192))
+    plan = Plan(chunks, 8192, micro_batches_per_step=8, seed=0)
+    assert (chunks.pairs.sum(), chunks.replies.sum(), chunks.repeated) == (754, 641, 0)
     sequences = 0
-    for piece in range(len(pieces)):
-        tree = pieces.tree(piece)
+    for index in range(len(chunks)):
+        tree = chunks.tree(index)
         sequences += sum(len(alone(tree, node).tokens) for pair in tree.pairs.tolist() for node in pair)
-    assert sequences == pieces.apart.sum()
+    assert sequences == chunks.tokens_if_unpacked.sum()
     assert plan.tokens == sum(stream.num_tokens for stream in map(plan.stream, plan.streams))
     assert round(sequences / plan.tokens, 2) == 3.07

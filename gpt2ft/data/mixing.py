@@ -23,12 +23,12 @@ def is_held_out(keys: Keys, fraction: float) -> NDArray[np.bool_]:
     return _numbers(keys, seed_for(0, "held out")) < fraction
 
 
-def sampled(keys: Keys, factor: float, seed: int) -> NDArray[np.int64]:
-    """Indices of the trees, in their order: each as often as `factor` says in whole, and a share of them once more.
+def sampled(keys: Keys, weight: float, seed: int) -> NDArray[np.int64]:
+    """Indices of the trees, in their order: each as often as `weight` says in whole, and a share of them once more.
 
-    The share is exact to half a tree. With the same seed, the trees of a smaller factor are among those of a larger.
+    The share is exact to half a tree. With the same seed, the trees of a smaller weight are among those of a larger.
     """
-    whole, share = divmod(factor, 1)
+    whole, share = divmod(weight, 1)
     times = np.full(len(keys), int(whole), np.int64)
     chosen = np.argsort(_numbers(keys, seed_for(seed, "sampling of a source")), kind="stable")
     times[chosen[: round(share * len(keys))]] += 1

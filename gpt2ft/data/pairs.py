@@ -31,7 +31,7 @@ LEAST_REPLY = 16  # tokens that a prompt must leave to a reply that is cut
 
 @dataclass(frozen=True)
 class PreferencePairs:
-    """How stored groups become pieces: replies compared by `rule`, cut to the context, split by pairs.
+    """How stored groups become chunks: replies compared by `rule`, cut to the context, split by pairs.
 
     `weight`: whether every pair counts 1, or every prompt, whose pairs share it: those that are left to it, should some
     be alike once cut, in however many streams they are.

@@ -29,13 +29,13 @@ Rows = NDArray[np.int64]  # [n, 2]: which store, which of its trees
 
 
 class ChunkingRule(Protocol):
-    """How the trees of a store become pieces that fit context and streams."""
+    """How the trees of a store become chunks that fit context and streams."""
 
     max_length: int
     capacity: int
 
     def count(self, store: TokenStore) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """[rows, 5] the counts of each whole tree, and [rows] whether they hold: the tree is a piece as it is."""
+        """[rows, 5] the counts of each whole tree, and [rows] whether they hold: the tree is a chunk as it is."""
 
     def whole(self, store: TokenStore, row: int, group: int) -> TokenTree:
         """The tree of a row, supervised and uncut."""
@@ -80,11 +80,11 @@ class Chunks:
     """
 
     stores: Sequence[TokenStore]
-    cutting: ChunkingRule
+    chunking: ChunkingRule
     rows: Rows
     counts: NDArray[np.int64]  # [n, 5] see token_tree.counts
-    parts: NDArray[np.int64]  # [n] which part of its tree a piece is, -1 for the whole
-    left_out: Counter[str]  # what is in no piece, by reason
+    parts: NDArray[np.int64]  # [n] which part of its tree a chunk is, -1 for the whole
+    left_out: Counter[str]  # what is in no chunk, by reason
     repeated: int  # tokens that stand in a stream a second time, to give a later turn its context
 
     def __len__(self) -> int:
@@ -96,7 +96,7 @@ class Chunks:
         return self.counts[:, 0]
 
     @property
-    def scored(self) -> NDArray[np.int64]:
+    def supervised(self) -> NDArray[np.int64]:
         """[n] supervised targets."""
         return self.counts[:, 1]
 
@@ -117,18 +117,18 @@ class Chunks:
 
     @property
     def is_cut(self) -> NDArray[np.bool_]:
-        """[n] whether a piece is a part of its tree."""
+        """[n] whether a chunk is a part of its tree."""
         return self.parts >= 0
 
-    def tree(self, piece: int) -> TokenTree:
-        store, row = self.rows[piece].tolist()
-        tree = self.cutting.whole(self.stores[store], row, group=store)
-        part = int(self.parts[piece])
-        return tree if part < 0 else self.cutting.cut(tree, Counter())[part]
+    def tree(self, number: int) -> TokenTree:
+        store, row = self.rows[number].tolist()
+        tree = self.chunking.whole(self.stores[store], row, group=store)
+        part = int(self.parts[number])
+        return tree if part < 0 else self.chunking.cut(tree, Counter())[part]
 
 
-def chunk(stores: Sequence[TokenStore], rows: Rows, cutting: ChunkingRule) -> Chunks:
-    """Every tree in `rows`, in pieces.
+def chunk(stores: Sequence[TokenStore], rows: Rows, chunking: ChunkingRule) -> Chunks:
+    """Every tree in `rows`, in chunks.
 
     Raises:
         DataError: if a tree cannot be cut to fit, or nothing fits.
@@ -136,15 +136,15 @@ def chunk(stores: Sequence[TokenStore], rows: Rows, cutting: ChunkingRule) -> Ch
     counted, is_whole = np.zeros((len(rows), 5), np.int64), np.zeros(len(rows), bool)
     for number, store in enumerate(stores):
         here = rows[:, 0] == number
-        counted[here], is_whole[here] = (values[rows[here, 1]] for values in cutting.count(store))
+        counted[here], is_whole[here] = (values[rows[here, 1]] for values in chunking.count(store))
     cuts: dict[int, list[tuple[int, ...]]] = {}  # the counts of the parts of a tree
     left_out: Counter[str] = Counter()
     repeated = 0
     for index in np.flatnonzero(~is_whole).tolist():
         store, row = rows[index].tolist()
-        tree = cutting.whole(stores[store], row, group=store)
+        tree = chunking.whole(stores[store], row, group=store)
         try:
-            parts = cutting.cut(tree, left_out)
+            parts = chunking.cut(tree, left_out)
         except ValueError as error:
             raise DataError(f"{stores[store].source}, conversation {stores[store].id(row)}: {error}") from error
         if len(parts) == 1 and parts[0] is tree:
@@ -163,12 +163,12 @@ def chunk(stores: Sequence[TokenStore], rows: Rows, cutting: ChunkingRule) -> Ch
         counted[here] = np.array(parts, np.int64).reshape(-1, 5)
     if not len(rows):
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in left_out.items())
-        raise DataError(f"nothing fits `data.max_length` = {cutting.max_length} tokens: left out are {reasons}")
-    return Chunks(stores, cutting, rows, counted, part_numbers, +left_out, repeated)
+        raise DataError(f"nothing fits `data.max_length` = {chunking.max_length} tokens: left out are {reasons}")
+    return Chunks(stores, chunking, rows, counted, part_numbers, +left_out, repeated)
 
 
 def _repeated(parts: Sequence[TokenTree]) -> int:
-    """Tokens of the parts of one tree beyond the first of each message; of a text, the openings of its later pieces."""
+    """Tokens of the parts of one tree beyond the first of each message; of a text, the openings of its later chunks."""
     if parts and parts[0].roles[0] == TEXT:
         return len(parts) - 1
     lengths: dict[int, int] = {}
@@ -182,7 +182,7 @@ class Plan:
 
     def __init__(
         self,
-        pieces: Chunks,
+        chunks: Chunks,
         capacity: int,
         micro_batches_per_step: int,
         seed: int,
@@ -195,26 +195,26 @@ class Plan:
             shuffle: whether epochs visit the streams in an order of their own (evaluation does not care).
             augmentation: what training does to the trees; nothing unless given.
         """
-        self.pieces = pieces
+        self.chunks = chunks
         self.capacity = capacity
         self.micro_batches_per_step = micro_batches_per_step
         self.seed = seed
         self.shuffle = shuffle
         self.augmentation = augmentation or Augmentation()
-        bins = pack(pieces.sizes, capacity, generator(seed, "packing"))
-        self.streams = sorted(bins, key=lambda bin: -pieces.sizes[bin].sum())  # fullest first
-        most = max(int(pieces.scored[bin].sum()) for bin in self.streams)
+        bins = pack(chunks.sizes, capacity, generator(seed, "packing"))
+        self.streams = sorted(bins, key=lambda bin: -chunks.sizes[bin].sum())  # fullest first
+        most = max(int(chunks.supervised[bin].sum()) for bin in self.streams)
         self.target_capacity = -(-most // 64) * 64
         self.pair_capacity, self.reply_capacity = (
             -(-max(int(number[bin].sum()) for bin in self.streams) // 8) * 8
-            for number in (pieces.pairs, pieces.replies)
+            for number in (chunks.pairs, chunks.replies)
         )
-        self._first_replies = np.cumsum(pieces.replies) - pieces.replies  # [n] of each piece, among all
-        self.reference = np.full(int(pieces.replies.sum()), np.nan)  # log-prob of each reply, once it is known
+        self._first_replies = np.cumsum(chunks.replies) - chunks.replies  # [n] of each chunk, among all
+        self.reference = np.full(int(chunks.replies.sum()), np.nan)  # log-prob of each reply, once it is known
         self.steps_per_epoch = -(-len(self.streams) // micro_batches_per_step)
 
     def micro_batches(self, step: int) -> list[list[int]]:
-        """The micro-batches of a step as lists of pieces; the last step of an epoch ends in empty ones."""
+        """The micro-batches of a step as lists of chunks; the last step of an epoch ends in empty ones."""
         epoch, within = divmod(step, self.steps_per_epoch)
         first = within * self.micro_batches_per_step
         chosen = self._order(epoch)[first : first + self.micro_batches_per_step]
@@ -223,14 +223,14 @@ class Plan:
 
     def stream(self, micro_batch: Sequence[int]) -> TokenStream:
         """The trees of a micro-batch, each starting at position 0."""
-        return self._laid_out(micro_batch, [self.pieces.tree(piece) for piece in micro_batch])
+        return self._laid_out(micro_batch, [self.chunks.tree(number) for number in micro_batch])
 
     def training_stream(self, step: int, number: int) -> TokenStream:
         """Micro-batch `number` of a step, augmented by what is drawn anew for each step."""
         micro_batch = self.micro_batches(step)[number]
         if not micro_batch or self.augmentation == Augmentation():
             return self.stream(micro_batch)
-        trees = [self.pieces.tree(piece) for piece in micro_batch]
+        trees = [self.chunks.tree(number) for number in micro_batch]
         random = generator(self.seed, "augmentation", step, number)
         trees, first_positions = augment(trees, self.augmentation, random)
         return self._laid_out(micro_batch, trees, first_positions)
@@ -247,7 +247,7 @@ class Plan:
 
     def replies_of(self, micro_batch: Sequence[int]) -> NDArray[np.int64]:
         """Where the replies of a micro-batch stand among all replies of the plan, in the order of its stream."""
-        firsts, numbers = self._first_replies, self.pieces.replies
+        firsts, numbers = self._first_replies, self.chunks.replies
         return np.concatenate([np.zeros(0, np.int64), *(firsts[p] + np.arange(numbers[p]) for p in micro_batch)])
 
     def _order(self, epoch: int) -> list[int]:
@@ -260,16 +260,16 @@ class Plan:
     @property
     def tokens(self) -> int:
         """Tokens in an epoch, repeated context included."""
-        return int(self.pieces.sizes.sum())
+        return int(self.chunks.sizes.sum())
 
     @property
     def supervised(self) -> int:
         """Targets in an epoch."""
-        return int(self.pieces.scored.sum())
+        return int(self.chunks.supervised.sum())
 
     @property
     def fill(self) -> float:
         """Unique tokens / capacity over all streams but the emptiest, which ends the epoch."""
         counted = self.streams[:-1] or self.streams
-        used = sum(int(self.pieces.sizes[bin].sum()) for bin in counted)
-        return (used - self.pieces.repeated) / (self.capacity * len(counted))
+        used = sum(int(self.chunks.sizes[bin].sum()) for bin in counted)
+        return (used - self.chunks.repeated) / (self.capacity * len(counted))

@@ -31,10 +31,10 @@ Columns = Callable[[list[str]], list[str]]
 
 
 @dataclass(frozen=True)
-class Block:
+class RecordBlock:
     """Some records that follow each other.
 
-    `parse` gives them; a malformed one is refused by the reading that it is handed. `size` is in bytes, for a
+    `parse` gives them; a malformed one is refused by the context that it is handed. `size` is in bytes, for a
     progress bar.
     """
 
@@ -47,7 +47,7 @@ def stem(file: Path) -> str:
     return next((file.name[: -len(kind)] for kind in FILE_KINDS if file.name.lower().endswith(kind)), file.name)
 
 
-def read_file(file: Path, columns: Columns) -> Iterator[Block]:
+def read_file(file: Path, columns: Columns) -> Iterator[RecordBlock]:
     """The blocks of a file, by its kind; of a table, the columns that `columns` chooses from their names.
 
     Raises:
@@ -61,7 +61,7 @@ def read_file(file: Path, columns: Columns) -> Iterator[Block]:
     return _lines(file)
 
 
-def read_table(table: Any, place: str, columns: Columns) -> Iterator[Block]:
+def read_table(table: Any, place: str, columns: Columns) -> Iterator[RecordBlock]:
     """The blocks of a `datasets.Dataset`."""
     table = table.select_columns(columns(table.column_names)).with_format("arrow")
     return _batches(table.iter(_ROWS_IN_A_BLOCK), place)
@@ -70,7 +70,7 @@ def read_table(table: Any, place: str, columns: Columns) -> Iterator[Block]:
 # --- lines ----------------------------------------------------------------------------------------------------------
 
 
-def _lines(file: Path) -> Iterator[Block]:
+def _lines(file: Path) -> Iterator[RecordBlock]:
     with _whole(file), _open(file) as handle:
         held: list[tuple[int, bytes | None]] = []
         size = 0
@@ -84,10 +84,10 @@ def _lines(file: Path) -> Iterator[Block]:
                 size += _skip_line(handle)
             held.append((number, line))
             if size >= BLOCK_BYTES:
-                yield Block(size, partial(_parse_lines, file, held))
+                yield RecordBlock(size, partial(_parse_lines, file, held))
                 held, size = [], 0
         if held:
-            yield Block(size, partial(_parse_lines, file, held))
+            yield RecordBlock(size, partial(_parse_lines, file, held))
 
 
 def _skip_line(handle: IO[bytes]) -> int:
@@ -100,17 +100,17 @@ def _skip_line(handle: IO[bytes]) -> int:
     return skipped
 
 
-def _parse_lines(file: Path, lines: list[tuple[int, bytes | None]], reading: ReadContext) -> Parsed:
+def _parse_lines(file: Path, lines: list[tuple[int, bytes | None]], context: ReadContext) -> Parsed:
     """Blank lines hold nothing and are passed over."""
     for number, line in lines:
         if line is None:
-            reading.refuse(f"{file}:{number}", f"must be at most {LONGEST_RECORD:,} bytes long, but is longer")
+            context.refuse(f"{file}:{number}", f"must be at most {LONGEST_RECORD:,} bytes long, but is longer")
         elif line.strip():
             record = _parse(line)
             if isinstance(record, dict):
                 yield f"{file}:{number}", record
             else:
-                reading.refuse(f"{file}:{number}", record)
+                context.refuse(f"{file}:{number}", record)
 
 
 def _parse(line: bytes) -> Record | str:
@@ -139,7 +139,7 @@ def _opens_with_bracket(file: Path) -> bool:
         return handle.read(_GULP).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
-def _array(file: Path) -> Iterator[Block]:
+def _array(file: Path) -> Iterator[RecordBlock]:
     """The elements of one array, parsed here as nothing else tells where they end."""
     with _whole(file):
         held: list[tuple[int, Any]] = []
@@ -148,19 +148,19 @@ def _array(file: Path) -> Iterator[Block]:
             held.append((number, element))
             size += length
             if size >= BLOCK_BYTES:
-                yield Block(size, partial(_parsed_elements, file, held))
+                yield RecordBlock(size, partial(_parsed_elements, file, held))
                 held, size = [], 0
         if held:
-            yield Block(size, partial(_parsed_elements, file, held))
+            yield RecordBlock(size, partial(_parsed_elements, file, held))
 
 
-def _parsed_elements(file: Path, elements: list[tuple[int, Any]], reading: ReadContext) -> Parsed:
+def _parsed_elements(file: Path, elements: list[tuple[int, Any]], context: ReadContext) -> Parsed:
     for number, element in elements:
         record = _as_object(element)
         if isinstance(record, dict):
             yield f"{file}: record {number}", record
         else:
-            reading.refuse(f"{file}: record {number}", record)
+            context.refuse(f"{file}: record {number}", record)
 
 
 def _elements(file: Path) -> Iterator[tuple[Any, int]]:
@@ -229,7 +229,7 @@ def _past_space(text: str, at: int) -> int:
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
-def _parquet(file: Path, columns: Columns) -> Iterator[Block]:
+def _parquet(file: Path, columns: Columns) -> Iterator[RecordBlock]:
     import pyarrow.parquet
 
     with _whole(file), pyarrow.parquet.ParquetFile(file) as table:
@@ -237,14 +237,14 @@ def _parquet(file: Path, columns: Columns) -> Iterator[Block]:
         yield from _batches(table.iter_batches(_ROWS_IN_A_BLOCK, columns=wanted), str(file))
 
 
-def _batches(batches: Iterable[Any], place: str) -> Iterator[Block]:
+def _batches(batches: Iterable[Any], place: str) -> Iterator[RecordBlock]:
     first = 1
     for batch in batches:
-        yield Block(batch.nbytes, partial(_rows, batch, place, first))
+        yield RecordBlock(batch.nbytes, partial(_rows, batch, place, first))
         first += len(batch)
 
 
-def _rows(batch: Any, place: str, first: int, reading: ReadContext) -> Parsed:
+def _rows(batch: Any, place: str, first: int, context: ReadContext) -> Parsed:
     try:
         rows = batch.to_pylist()
     except UnicodeDecodeError as error:

@@ -24,7 +24,7 @@ from gpt2ft import quickstart
 from gpt2ft.conversation import MessageTree
 from gpt2ft.data.formats import AnyFormat, columns_to_read, detect, oasst
 from gpt2ft.data.reading import DataError, Filters, Malformed, ReadContext, show
-from gpt2ft.data.records import FILE_KINDS, Block, Columns, Parsed, read_file, read_table, stem
+from gpt2ft.data.records import FILE_KINDS, Columns, Parsed, RecordBlock, read_file, read_table, stem
 from gpt2ft.files import file_digest, user_path
 
 
@@ -51,7 +51,7 @@ class HubSource:
         config = f"/{self.config}" if self.config else ""
         return hashlib.sha256(f"{self.repo}{config}@{self.revision}:{self.split}".encode()).hexdigest()
 
-    def blocks(self, columns: Columns) -> Iterator[Block]:
+    def blocks(self, columns: Columns) -> Iterator[RecordBlock]:
         return read_table(_load(self), self.place, columns)
 
 
@@ -112,16 +112,16 @@ class Files:
         digests = [file_digest(file) for file in self.files]
         return digests[0] if len(digests) == 1 else hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
-    def blocks(self, columns: Columns) -> Iterator[Block]:
+    def blocks(self, columns: Columns) -> Iterator[RecordBlock]:
         return chain.from_iterable(read_file(file, columns) for file in self.files)
 
 
-class Part(Protocol):
+class Shard(Protocol):
     """Some trees of a source, which any process can read alone."""
 
     size: int  # bytes, as far as known
 
-    def trees(self, reading: ReadContext) -> Iterator[MessageTree]: ...
+    def trees(self, context: ReadContext) -> Iterator[MessageTree]: ...
 
 
 @dataclass(frozen=True)
@@ -156,68 +156,68 @@ class Source:
         several = isinstance(self.origin, Files) and self.origin.is_folder
         return self.format.name + (f" in {len(self.origin.files)} files" if several else "")
 
-    def _blocks(self) -> Iterator[Block]:
+    def _blocks(self) -> Iterator[RecordBlock]:
         return self.origin.blocks(partial(columns_to_read, as_preferences=self.as_preferences))
 
-    def _records(self, reading: ReadContext) -> Parsed:
-        return chain.from_iterable(block.parse(reading) for block in self._blocks())
+    def _records(self, context: ReadContext) -> Parsed:
+        return chain.from_iterable(block.parse(context) for block in self._blocks())
 
-    def parts(self, filters: Filters) -> Iterator[Part]:
-        """The source in parts, the same whoever asks. What concerns them all is counted in the first.
+    def shards(self, filters: Filters) -> Iterator[Shard]:
+        """The source in shards, the same whoever asks. What concerns them all is counted in the first.
 
         Raises:
-            DataError: if the source cannot be read, or is malformed in a way that concerns all parts.
+            DataError: if the source cannot be read, or is malformed in a way that concerns all shards.
         """
         format = self.format
         if not isinstance(format, oasst.FlatMessages):
             yield from (_Records(block, format) for block in self._blocks())
             return
-        reading = ReadContext(self.name, filters)
-        records = (found for block in self._blocks() for found in _of_format(block, format, reading))
-        shares = format.gather(records, reading)
-        for number, share in enumerate(shares):
-            yield _Share(share, reading if number == 0 else None, (self.origin.size or 0) // len(shares))
+        context = ReadContext(self.name, filters)
+        records = (found for block in self._blocks() for found in _of_format(block, format, context))
+        shards = format.gather(records, context)
+        for number, shard in enumerate(shards):
+            yield _FlatShard(shard, context if number == 0 else None, (self.origin.size or 0) // len(shards))
 
 
 @dataclass(frozen=True)
 class _Records:
-    block: Block
+    block: RecordBlock
     format: Any
 
     @property
     def size(self) -> int:
         return self.block.size
 
-    def trees(self, reading: ReadContext) -> Iterator[MessageTree]:
-        for where, record in _of_format(self.block, self.format, reading):
+    def trees(self, context: ReadContext) -> Iterator[MessageTree]:
+        for where, record in _of_format(self.block, self.format, context):
             try:
-                tree = self.format.tree(record, where, reading)
+                tree = self.format.tree(record, where, context)
             except Malformed as malformed:
-                reading.refuse(where, str(malformed))
+                context.refuse(where, str(malformed))
             else:
                 if tree is not None:
                     yield tree
 
 
 @dataclass(frozen=True)
-class _Share:
-    share: oasst.Share
+class _FlatShard:
+    shard: oasst.Shard
     counted: ReadContext | None
     size: int
 
-    def trees(self, reading: ReadContext) -> Iterator[MessageTree]:
+    def trees(self, context: ReadContext) -> Iterator[MessageTree]:
         if self.counted:
-            reading.add(self.counted)
-        return self.share.trees(reading)
+            context.add(self.counted)
+        return self.shard.trees(context)
 
 
-def _of_format(block: Block, format: AnyFormat, reading: ReadContext) -> Parsed:
-    for where, record in block.parse(reading):
+def _of_format(block: RecordBlock, format: AnyFormat, context: ReadContext) -> Parsed:
+    for where, record in block.parse(context):
         if format.matches(record):
             yield where, record
         else:
             keys = ", ".join(map(show, record)) or "no keys"
-            reading.refuse(where, f"must be {format.name} like the first record, but holds {keys}")
+            context.refuse(where, f"must be {format.name} like the first record, but holds {keys}")
 
 
 def open_source(name: str, as_preferences: bool = False) -> Source:
@@ -247,8 +247,8 @@ def read_trees(source: str, filters: Filters, dropped: Counter[str] | None = Non
         DataError: at once if there is no such source; while iterating if its data are malformed.
     """
     opened = open_source(source)
-    reading = ReadContext(opened.name, filters, Counter() if dropped is None else dropped)
-    return chain.from_iterable(part.trees(reading) for part in opened.parts(filters))
+    context = ReadContext(opened.name, filters, Counter() if dropped is None else dropped)
+    return chain.from_iterable(shard.trees(context) for shard in opened.shards(filters))
 
 
 # --- names ----------------------------------------------------------------------------------------------------------

@@ -4,9 +4,9 @@ A store holds one data source after its filters, without what leads to no reply;
 prompt with replies to compare. Its folder is named by a digest of everything that determines the tokens: the data, the
 filters, the template and the tokenizer.
 
-All processes of a machine that ask for the same store build it together: each walks over the parts of the source
-and takes those that nobody has taken yet. A part is a file, complete or absent, so that whoever is killed loses
-one part at most, and the next start goes on from there.
+All processes of a machine that ask for the same store build it together: each walks over the shards of the source
+and takes those that nobody has taken yet. A shard is a file, complete or absent, so that whoever is killed loses
+one shard at most, and the next start goes on from there.
 """
 
 import fcntl
@@ -27,17 +27,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2ft.conversation import ROLES, MessageTree
-from gpt2ft.data.preferences import groups
+from gpt2ft.data.preference_groups import preference_groups
 from gpt2ft.data.reading import DataError, Filters, ReadContext, show
-from gpt2ft.data.sources import Part, Source, open_source
-from gpt2ft.data.token_tree import TokenTree, is_learnt
+from gpt2ft.data.sources import Shard, Source, open_source
+from gpt2ft.data.token_tree import TokenTree, is_supervised
 from gpt2ft.data.topic import Topic
 from gpt2ft.errors import speaks_for_its_machine
 from gpt2ft.files import sync_folder, write_json
 from gpt2ft.text.template import render_turn, template_digest
 from gpt2ft.text.tokenizer import ChatTokenizer
 
-FORMAT = 7  # of the stored columns, and of how a source is read and cut into parts
+FORMAT = 7  # of the stored columns, and of how a source is read and cut into shards
 
 Digests = NDArray[np.uint64]
 
@@ -146,7 +146,7 @@ def _sizes(batch: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Tokens and supervised targets of each row of a record batch."""
     offsets = batch.column("lengths").offsets.to_numpy()
     lengths, roles = (batch.column(name).values.to_numpy() for name in ("lengths", "roles"))
-    sums = [np.cumsum(values, dtype=np.int64) for values in (lengths, (lengths - 1) * is_learnt(roles))]
+    sums = [np.cumsum(values, dtype=np.int64) for values in (lengths, (lengths - 1) * is_supervised(roles))]
     tokens, scored = (np.diff(np.concatenate([[0], sum])[offsets]) for sum in sums)
     return tokens, scored
 
@@ -198,39 +198,39 @@ class _Work:
     tokenizer: ChatTokenizer
     topic: Topic | None
 
-    def rows(self, tree: MessageTree, reading: ReadContext) -> tuple[MessageTree, list[list[int]]]:
+    def rows(self, tree: MessageTree, context: ReadContext) -> tuple[MessageTree, list[list[int]]]:
         """The tree as it is learnt from, and the messages of each row that it becomes; what is in none is counted."""
         if self.source.as_preferences:
             if self.topic:
-                tree = self.topic.against_own(tree, reading.dropped)
-                reading.totals.messages += sum(message.rank == 0 for message in tree.messages)  # the topic's own
-            return tree, groups(tree, reading.dropped)
-        tree = self.topic.applied_to(tree, reading.dropped) if self.topic else tree
+                tree = self.topic.against_own(tree, context.dropped)
+                context.totals.messages += sum(message.rank == 0 for message in tree.messages)  # the topic's own
+            return tree, preference_groups(tree, context.dropped)
+        tree = self.topic.applied_to(tree, context.dropped) if self.topic else tree
         useful = tree.leading_to_reply()
-        reading.dropped["no reply"] += len(tree.messages) - len(useful)
+        context.dropped["no reply"] += len(tree.messages) - len(useful)
         return tree, [useful] if useful else []
 
 
 def _build(work: _Work, folder: Path) -> None:
     """Tokenises what nobody else does; the last to be done puts the store together."""
-    parts_folder = folder.with_name(f"{folder.name}.parts")
+    shards_folder = folder.with_name(f"{folder.name}.shards")
     lock = folder.with_name(f"{folder.name}.lock")
     files: list[Path] = []
     with _locked(lock, fcntl.LOCK_SH):
         if not folder.is_dir():
-            parts_folder.mkdir(exist_ok=True)
-            files = _tokenise(work, parts_folder)
+            shards_folder.mkdir(exist_ok=True)
+            files = _tokenise(work, shards_folder)
     with _locked(lock, fcntl.LOCK_EX):  # once nobody is at work any more
         if folder.is_dir():
             return
-        if not files or not all(file.exists() for file in files):  # one that took a part was killed meanwhile
-            files = _tokenise(work, parts_folder)
-        write_json(parts_folder / "statistics.json", asdict(_statistics(work.source, files)))
-        for file in parts_folder.iterdir():
+        if not files or not all(file.exists() for file in files):  # one that took a shard was killed meanwhile
+            files = _tokenise(work, shards_folder)
+        write_json(shards_folder / "statistics.json", asdict(_statistics(work.source, files)))
+        for file in shards_folder.iterdir():
             if file not in files and file.name != "statistics.json":
                 file.unlink()
-        sync_folder(parts_folder)
-        os.rename(parts_folder, folder)
+        sync_folder(shards_folder)
+        os.rename(shards_folder, folder)
         sync_folder(folder.parent)
 
 
@@ -247,26 +247,26 @@ def _locked(file: Path, mode: int) -> Iterator[bool]:
 
 
 def _tokenise(work: _Work, folder: Path) -> list[Path]:
-    """Writes the parts that are absent and not in work elsewhere. Returns the files of all parts."""
+    """Writes the shards that are absent and not in work elsewhere. Returns the files of all shards."""
     files = []
-    for number, part in enumerate(_with_progress(work)):
+    for number, shard in enumerate(_with_progress(work)):
         file = folder / f"{number:06}.arrow"
         files.append(file)
         if not file.exists():
             with _locked(file.with_suffix(".lock"), fcntl.LOCK_EX | fcntl.LOCK_NB) as mine:
                 if mine and not file.exists():
-                    _write_part(file, part, work)
+                    _write_shard(file, shard, work)
     return files
 
 
-def _write_part(file: Path, part: Part, work: _Work) -> None:
+def _write_shard(file: Path, shard: Shard, work: _Work) -> None:
     import pyarrow as pa
 
-    reading = ReadContext(work.source.name, work.filters)
+    context = ReadContext(work.source.name, work.filters)
     columns = _Columns(work.tokenizer, work.source.as_preferences)
     kept = 0
-    for tree in part.trees(reading):
-        said, rows = work.rows(tree, reading)
+    for tree in shard.trees(context):
+        said, rows = work.rows(tree, context)
         kept += len(set().union(*rows))
         try:
             for indices in rows:
@@ -276,10 +276,10 @@ def _write_part(file: Path, part: Part, work: _Work) -> None:
             raise DataError(f"{work.source.origin.place}: a conversation that opens with {opening}: {error}") from error
     batch = columns.batch()
     counts = {
-        "trees": reading.totals.trees,
-        "read": reading.totals.messages + reading.dropped["malformed line"],
+        "trees": context.totals.trees,
+        "read": context.totals.messages + context.dropped["malformed line"],
         "kept": kept,
-        "dropped": dict(reading.dropped),
+        "dropped": dict(context.dropped),
         "content": columns.content(),
     }
     schema = batch.schema.with_metadata({"statistics": json.dumps(counts)})
@@ -313,7 +313,7 @@ def _statistics(source: Source, files: Sequence[Path]) -> SourceStatistics:
 
 
 class _Columns:
-    """The columns of one part, in flat lists: a million tokens a second leave no time for an array per tree."""
+    """The columns of one shard, in flat lists: a million tokens a second leave no time for an array per tree."""
 
     def __init__(self, tokenizer: ChatTokenizer, by_group: bool) -> None:
         self.tokenizer = tokenizer
@@ -390,7 +390,7 @@ def _digest(*texts: str) -> int:
     return int.from_bytes(hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest(), "little")
 
 
-def _with_progress(work: _Work) -> Iterator[Part]:
+def _with_progress(work: _Work) -> Iterator[Shard]:
     from tqdm import tqdm
 
     silent = not (sys.stderr.isatty() and speaks_for_its_machine())
@@ -398,6 +398,6 @@ def _with_progress(work: _Work) -> Iterator[Part]:
     with tqdm(
         total=size, desc=f"tokenising {work.source.name}", unit="B", unit_scale=True, disable=silent, leave=False
     ) as bar:
-        for part in work.source.parts(work.filters):
-            yield part
-            bar.update(part.size)
+        for shard in work.source.shards(work.filters):
+            yield shard
+            bar.update(shard.size)

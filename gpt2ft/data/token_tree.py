@@ -110,7 +110,7 @@ def counts(tree: TokenTree) -> Counts:
     return len(tree.tokens), tree.num_supervised, nodes, len(tree.pairs), int(ends[tree.pairs].sum())
 
 
-def is_learnt(roles: NDArray[np.int8]) -> NDArray[np.bool_]:
+def is_supervised(roles: NDArray[np.int8]) -> NDArray[np.bool_]:
     """Which nodes training supervises: assistant turns and plain texts."""
     return (roles == ASSISTANT) | (roles == TEXT)
 
@@ -121,7 +121,7 @@ def weigh(tree: TokenTree, rule: MessageWeight) -> TokenTree:
     `once` counts each message once. `leaves` counts it as often as there are paths through it, which gives
     the gradient of training on every root-to-leaf path separately.
     """
-    weights = is_learnt(tree.roles).astype(np.float32)
+    weights = is_supervised(tree.roles).astype(np.float32)
     if rule == "leaves":
         weights *= leaves_below(tree)
     return replace(tree, weights=weights)
@@ -176,11 +176,11 @@ def fit_context(tree: TokenTree, limit: int) -> tuple[list[TokenTree], int]:
 def _cut_text(tree: TokenTree, limit: int) -> list[TokenTree]:
     """Chunks of at most `limit` tokens, each opened as the whole is; only the last holds its end."""
     opening, rest = tree.tokens[:1], tree.tokens[1:]
-    pieces = []
+    chunks = []
     for start in range(0, len(rest), limit - 1):
         tokens = np.concatenate([opening, rest[start : start + limit - 1]])
-        pieces.append(replace(tree, tokens=tokens, lengths=np.array([len(tokens)], np.int32)))
-    return pieces
+        chunks.append(replace(tree, tokens=tokens, lengths=np.array([len(tokens)], np.int32)))
+    return chunks
 
 
 def split(tree: TokenTree, capacity: int) -> list[TokenTree]:

@@ -63,9 +63,9 @@ def describe(
         f"{plan.supervised / plan.tokens:.0%} of the tokens are supervised"
     )
     if plan.pair_capacity:
-        pairs, tokens_if_unpacked = int(plan.pieces.pairs.sum()), int(plan.pieces.tokens_if_unpacked.sum())
+        pairs, tokens_if_unpacked = int(plan.chunks.pairs.sum()), int(plan.chunks.tokens_if_unpacked.sum())
         lines.append(
-            f"pairs     {pairs:,} of {int(plan.pieces.replies.sum()):,} replies; as {2 * pairs:,} sequences of their "
+            f"pairs     {pairs:,} of {int(plan.chunks.replies.sum()):,} replies; as {2 * pairs:,} sequences of their "
             f"own they would be {tokens_if_unpacked:,} tokens, {tokens_if_unpacked / plan.tokens:.1f} times as many"
         )
     lines.append(
@@ -116,7 +116,7 @@ def dropped(corpus: Corpus, plan: Plan) -> Counter[str]:
     reasons: Counter[str] = Counter()
     for store in corpus.stores if corpus.is_whole else ():
         reasons.update(store.statistics.dropped)
-    return +(reasons + plan.pieces.left_out + corpus.dropped)
+    return +(reasons + plan.chunks.left_out + corpus.dropped)
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def shares(corpus: Corpus, plan: Plan) -> list[SourceShare]:
     """The sources of a corpus, in its order."""
     found = []
     for number, (store, factor) in enumerate(zip(corpus.stores, corpus.factors, strict=True)):
-        here = plan.pieces.rows[:, 0] == number
+        here = plan.chunks.rows[:, 0] == number
         rows = corpus.rows[corpus.rows[:, 0] == number]
         share = SourceShare(
             source=store.source,
@@ -160,11 +160,11 @@ def shares(corpus: Corpus, plan: Plan) -> list[SourceShare]:
             factor=factor,
             messages_read=store.statistics.read if corpus.is_whole else None,
             dropped=store.statistics.dropped if corpus.is_whole else {},
-            conversations=len(np.unique(plan.pieces.rows[here, 1])),
+            conversations=len(np.unique(plan.chunks.rows[here, 1])),
             conversations_read=store.statistics.conversations if corpus.is_whole else len(rows),
-            tokens=int(plan.pieces.sizes[here].sum()),
-            supervised=int(plan.pieces.scored[here].sum()),
-            pairs=int(plan.pieces.pairs[here].sum()),
+            tokens=int(plan.chunks.sizes[here].sum()),
+            supervised=int(plan.chunks.supervised[here].sum()),
+            pairs=int(plan.chunks.pairs[here].sum()),
         )
         found.append(share)
     return found
@@ -181,6 +181,6 @@ def _data_lines(label: str, corpus: Corpus, plan: Plan) -> Iterator[str]:
         label = ""
         if share.dropped:
             yield f"{'':<9} dropped: {listed(share.dropped)}"
-    reasons = +(corpus.dropped + plan.pieces.left_out)
+    reasons = +(corpus.dropped + plan.chunks.left_out)
     if reasons:
         yield f"{'':<9} left out: {listed(reasons)}"

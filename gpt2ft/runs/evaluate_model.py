@@ -115,7 +115,7 @@ def preferences(
     config = DPOConfig("simpo" if started_from is None else "sigmoid", beta)
     with autocast(accelerator):
         means = evaluate_objective(_on_device(policy, accelerator), plan, DPO(config), accelerator)
-    pieces = plan.pieces
+    pieces = plan.chunks
     lines = [
         f"pairs     {pieces.pairs.sum():,} of {pieces.replies.sum():,} replies to {len(pieces):,} prompts",
         f"likelier  {means['likelier']:.1%} of chosen replies have the higher log-prob per token",

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2ft.conversation import LEARNT_ROLES, ROLES
+from gpt2ft.conversation import ROLES, SUPERVISED_ROLES
 from gpt2ft.data.corpus import Corpus
 from gpt2ft.data.plan import Plan
 from gpt2ft.data.token_tree import TokenTree
@@ -22,7 +22,7 @@ from gpt2ft.stream import TokenStream
 from gpt2ft.text.display import visible
 from gpt2ft.text.tokenizer import ChatTokenizer
 
-LEARNT = [ROLES.index(role) for role in LEARNT_ROLES]
+LEARNT = [ROLES.index(role) for role in SUPERVISED_ROLES]
 MOST_EXAMPLES = 5  # of leaking messages
 
 # What a token looks like: (supervised, every other token) -> the terminal's colour. Two shades show where one ends.
@@ -73,9 +73,9 @@ def _examples(plan: Plan, number: int) -> Iterator[_Example]:
             for piece in pieces:
                 if not left:
                     return
-                tree = plan.pieces.tree(piece)
-                store, row = plan.pieces.rows[piece].tolist()
-                source = plan.pieces.stores[store]
+                tree = plan.chunks.tree(piece)
+                store, row = plan.chunks.rows[piece].tolist()
+                source = plan.chunks.stores[store]
                 title = (
                     f"example {number - left + 1}: {source.source}, conversation {source.id(row)}, "
                     f"{len(tree.tokens):,} tokens, {tree.num_supervised:,} supervised; "
@@ -169,9 +169,9 @@ def statistics(corpus: Corpus, held_out: Corpus | None, plan: Plan, tokenizer: C
         if len(values):
             least, middle, high, most = np.percentile(values, (0, 50, 90, 100), method="nearest").astype(int).tolist()
             lines.append(f"{name:<26}{least:>8,}{middle:>8,}{high:>8,}{most:>8,}")
-    cut = int(plan.pieces.sizes[plan.pieces.is_cut].sum())
+    cut = int(plan.chunks.sizes[plan.chunks.is_cut].sum())
     lines.append(
-        f"cut to fit                {cut:,} tokens of {plan.tokens:,}, {plan.pieces.repeated:,} of them repeated"
+        f"cut to fit                {cut:,} tokens of {plan.tokens:,}, {plan.chunks.repeated:,} of them repeated"
     )
     lines += _duplicates(nodes, tokenizer)
     if held_out is not None:

@@ -292,7 +292,7 @@ def check(model: TargetLogProbs, plan: Plan, policy: LoadedModel, settings: RunS
     cut_at = settings.data.max_length if plan.pair_capacity else None
     for number, pieces in enumerate(plan.micro_batches(0)):
         found = preflight.check_supervision(plan.training_stream(0, number), policy.tokenizer, cut_at)
-        expected = sum(int((plan.pieces.tree(piece).weights > 0).sum()) for piece in pieces)
+        expected = sum(int((plan.chunks.tree(piece).weights > 0).sum()) for piece in pieces)
         if found != expected or (pieces and not found):
             raise preflight.PreflightError(f"{expected} turns of a stream should be supervised, but {found} are")
         turns += found

@@ -67,7 +67,7 @@ def evaluate(
         EvaluationInterrupted: if any process was told to stop meanwhile.
     """
     bytes_of = torch.tensor(byte_lengths, dtype=torch.float64, device=accelerator.device)
-    num_sources = len(plan.pieces.stores)
+    num_sources = len(plan.chunks.stores)
 
     def sums(log_probs: Tensor, stream: TokenStream) -> Tensor:
         real = slice(stream.num_supervised)

@@ -6,7 +6,7 @@ They look at finished streams and at the model itself, and use nothing of the co
 import torch
 from torch import Tensor, nn
 
-from gpt2ft.conversation import LEARNT_ROLES
+from gpt2ft.conversation import SUPERVISED_ROLES
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.stream import TokenStream
 from gpt2ft.text.tokenizer import ChatTokenizer
@@ -46,7 +46,7 @@ def check_supervision(stream: TokenStream, tokenizer: ChatTokenizer, cut_at: int
         if following >= len(tokens) or tokens[following] != target or turn_of[following] != turn_of[index]:
             raise PreflightError(f"the target of token {index} of a stream is not the next token of the same turn")
         role = turns[turn_of[index]]
-        if role not in LEARNT_ROLES:
+        if role not in SUPERVISED_ROLES:
             raise PreflightError(f"the {role} token at {index} of a stream is supervised; only assistant turns may be")
         taught.add((turn_of[index], target == tokenizer.end_id))
     supervised_turns = {turn for turn, _ in taught}

@@ -177,8 +177,8 @@ class Wanted:
 def wanted(plan: Plan) -> Wanted:
     """What a plan needs to know of its replies."""
     keys, tokens = [], []
-    for piece in range(len(plan.pieces)):
-        tree = plan.pieces.tree(piece)
+    for piece in range(len(plan.chunks)):
+        tree = plan.chunks.tree(piece)
         for node in np.flatnonzero(tree.weights > 0).tolist():
             keys.append(reply_key(tree, node))
             tokens.append(int(tree.lengths[node]) - 1)
@@ -321,8 +321,8 @@ class _Pass:
         with autocast(self.accelerator):
             log_probs = self.model(stream)[: stream.num_supervised].double().cpu()
         if not bool(torch.isfinite(log_probs).all()):
-            store, row = wanted.plan.pieces.rows[wanted.micro_batch[0]].tolist()
-            name = wanted.plan.pieces.stores[store].id(row)
+            store, row = wanted.plan.chunks.rows[wanted.micro_batch[0]].tolist()
+            name = wanted.plan.chunks.stores[store].id(row)
             raise ReferenceLogProbError(
                 f"the reference gives no finite log-prob to a reply in the stream that opens with conversation {name}: "
                 "look at its weights"

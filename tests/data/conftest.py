@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from gpt2ft.data.reading import REASONS, DataError, Filters, ReadContext
-from gpt2ft.data.records import Block
+from gpt2ft.data.records import RecordBlock
 from gpt2ft.data.sources import Source, open_source
 
 
@@ -21,25 +21,25 @@ class InMemory:
 
     def blocks(self, columns):
         places = [f"{self.place}:{number}" for number in range(1, len(self.records) + 1)]
-        yield Block(0, lambda reading: zip(places, self.records, strict=True))
+        yield RecordBlock(0, lambda context: zip(places, self.records, strict=True))
 
 
 @pytest.fixture(scope="session")
 def read():
-    """read(source, as_preferences, **filters): the trees and the reading of a name, a file or a list of records."""
+    """read(source, as_preferences, **filters): the trees and the context of a name, a file or a list of records."""
 
     def read(source, as_preferences=False, **filters):
         if isinstance(source, list):
             opened = Source("test", InMemory(source), as_preferences)
         else:
             opened = open_source(str(source), as_preferences)
-        reading = ReadContext(opened.name, Filters(**filters))
-        trees = [tree for part in opened.parts(reading.filters) for tree in part.trees(reading)]
+        context = ReadContext(opened.name, Filters(**filters))
+        trees = [tree for shard in opened.shards(context.filters) for tree in shard.trees(context)]
         kept = sum(len(tree.messages) for tree in trees)
-        assert kept + reading.dropped.total() - reading.dropped["malformed line"] == reading.totals.messages
-        assert set(reading.dropped) <= set(REASONS)
+        assert kept + context.dropped.total() - context.dropped["malformed line"] == context.totals.messages
+        assert set(context.dropped) <= set(REASONS)
         assert {tree.source for tree in trees} <= {opened.name}
-        return trees, reading
+        return trees, context
 
     return read
 

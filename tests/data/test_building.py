@@ -17,7 +17,7 @@ from gpt2ft.data.reading import DataError, Filters
 from gpt2ft.data.store import open_store
 from gpt2ft.text.tokenizer import ChatTokenizer
 
-BLOCK_BYTES = 5_000  # some forty parts of the quickstart
+BLOCK_BYTES = 5_000  # some forty shards of the quickstart
 SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -47,20 +47,20 @@ def files(cache):
 
 
 def count_parts(monkeypatch, then=lambda number: None):
-    """A list that grows by each part written here; before that, `then` is told how many there were."""
-    written, write_part = [], store_module._write_part
+    """A list that grows by each shard written here; before that, `then` is told how many there were."""
+    written, write_shard = [], store_module._write_shard
 
     def counted(file, *arguments):
         then(len(written))
-        write_part(file, *arguments)
+        write_shard(file, *arguments)
         written.append(file.name)
 
-    monkeypatch.setattr(store_module, "_write_part", counted)
+    monkeypatch.setattr(store_module, "_write_shard", counted)
     return written
 
 
 def build(source, cache, barrier, results):
-    """In a process of its own: opens the store, and tells which parts it wrote. All begin before any is done."""
+    """In a process of its own: opens the store, and tells which shards it wrote. All begin before any is done."""
     records.BLOCK_BYTES = BLOCK_BYTES
     with pytest.MonkeyPatch.context() as patch:
         written = count_parts(patch, then=lambda number: number or barrier.wait(120))
@@ -72,7 +72,7 @@ def build(source, cache, barrier, results):
 
 
 def build_at_once(number, source, cache):
-    """What each process found, and the parts that each wrote."""
+    """What each process found, and the shards that each wrote."""
     barrier, results = SPAWN.Barrier(number), SPAWN.Queue()
     arguments = (source, str(cache), barrier, results)
     processes = [SPAWN.Process(target=build, args=arguments, daemon=True) for _ in range(number)]
@@ -85,9 +85,9 @@ def build_at_once(number, source, cache):
 
 
 def test_three_processes_build_the_store_that_one_builds(alone, tmp_path):
-    ledgers, written = build_at_once(3, "quickstart", tmp_path)
+    statistics, written = build_at_once(3, "quickstart", tmp_path)
     assert files(tmp_path) == alone
-    assert ledgers[0] == ledgers[1] == ledgers[2]
+    assert statistics[0] == statistics[1] == statistics[2]
     assert all(written)
     assert sorted(name for names in written for name in names) == sorted(alone.keys() - {"statistics.json"})
 
@@ -100,7 +100,7 @@ def test_a_malformed_line_in_a_late_part_is_reported_by_each(number, tmp_path):
     found, _ = build_at_once(number, str(tmp_path / "t.jsonl"), tmp_path)
     assert len(set(found)) == 1
     assert found[0].startswith(f"{tmp_path}/t.jsonl:141: must be one JSON object, but does not parse")
-    assert {path.suffix for path in (tmp_path / "trees").iterdir()} == {".parts", ".lock"}
+    assert {path.suffix for path in (tmp_path / "trees").iterdir()} == {".shards", ".lock"}
 
 
 def test_nothing_to_train_on_is_reported_by_each(tmp_path):
@@ -108,11 +108,11 @@ def test_nothing_to_train_on_is_reported_by_each(tmp_path):
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found, _ = build_at_once(3, str(tmp_path / "t.jsonl"), tmp_path)
     assert set(found) == {f"{tmp_path}/t.jsonl holds nothing to train on; dropped: 50 no reply"}
-    assert {path.suffix for path in (tmp_path / "trees").iterdir()} == {".parts", ".lock"}
+    assert {path.suffix for path in (tmp_path / "trees").iterdir()} == {".shards", ".lock"}
 
 
 def killed_in_the_middle(cache):
-    """In a process of its own: ends itself as the kernel would, with a part half done."""
+    """In a process of its own: ends itself as the kernel would, with a shard half done."""
     records.BLOCK_BYTES = BLOCK_BYTES
     writes = []
     finish = os.replace
@@ -132,9 +132,9 @@ def test_after_a_kill_only_what_is_missing_is_tokenised(alone, tokenizer, tmp_pa
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
-    (parts,) = (tmp_path / "trees").glob("*.parts")
-    assert len(list(parts.glob("*.arrow"))) == 12
-    assert len(list(parts.glob("*.tmp"))) == 1
+    (shards,) = (tmp_path / "trees").glob("*.shards")
+    assert len(list(shards.glob("*.arrow"))) == 12
+    assert len(list(shards.glob("*.tmp"))) == 1
     written = count_parts(monkeypatch)
     open_store("quickstart", Filters(), tokenizer, tmp_path)
     assert sorted(written) == [f"{number:06}.arrow" for number in range(12, len(alone) - 1)]
@@ -150,7 +150,7 @@ def test_an_interrupted_build_leaves_no_store_and_is_finished_later(alone, token
         count_parts(patch, then=interrupt)
         with pytest.raises(KeyboardInterrupt):
             open_store("quickstart", Filters(), tokenizer, tmp_path)
-    assert {path.suffix for path in (tmp_path / "trees").iterdir()} == {".parts", ".lock"}
+    assert {path.suffix for path in (tmp_path / "trees").iterdir()} == {".shards", ".lock"}
     written = count_parts(monkeypatch)
     open_store("quickstart", Filters(), tokenizer, tmp_path)
     assert len(written) == len(alone) - 1 - 7
@@ -158,14 +158,14 @@ def test_an_interrupted_build_leaves_no_store_and_is_finished_later(alone, token
 
 
 def test_a_part_in_work_is_left_to_whoever_has_it(alone, tokenizer, tmp_path, monkeypatch):
-    """While one process is at its sixth part, another writes all that remain and waits for it."""
+    """While one process is at its sixth shard, another writes all that remain and waits for it."""
     barrier, results = SPAWN.Barrier(1), SPAWN.Queue()
     other = SPAWN.Process(target=build, args=("quickstart", str(tmp_path), barrier, results), daemon=True)
 
     def let_the_other_work(number):
         if number == 5:
             other.start()
-            while len(list(tmp_path.glob("trees/*.parts/*.arrow"))) < len(alone) - 2:
+            while len(list(tmp_path.glob("trees/*.shards/*.arrow"))) < len(alone) - 2:
                 time.sleep(0.01)
 
     here = count_parts(monkeypatch, then=let_the_other_work)

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from gpt2ft.data.mixing import _numbers, first_of_each, is_held_out, sampled
 
 KEYS = np.random.default_rng(0).integers(0, 2**64, 10_001, dtype=np.uint64)
-FACTORS = [0.001, 0.3, 0.5, 0.75, 1, 1.2, 1.5, 2, 2.5, 7]
+WEIGHTS = [0.001, 0.3, 0.5, 0.75, 1, 1.2, 1.5, 2, 2.5, 7]
 
 
-def times(keys, factor, seed=0):
+def times(keys, weight, seed=0):
     """{key: how often it is taken}"""
-    return Counter(keys[sampled(keys, factor, seed)].tolist())
+    return Counter(keys[sampled(keys, weight, seed)].tolist())
 
 
 def test_numbers_are_those_of_splitmix64():
@@ -45,13 +45,13 @@ def test_the_first_of_each_is_what_a_loop_finds(keys, seen):
 
 
 class TestSampled:
-    @pytest.mark.parametrize("factor", FACTORS)
+    @pytest.mark.parametrize("weight", WEIGHTS)
     @pytest.mark.parametrize("number", [1, 2, 10, 999, 10_001])
-    def test_exact_to_half_a_tree(self, number, factor):
-        chosen = sampled(KEYS[:number], factor, seed=3)
-        assert abs(len(chosen) - factor * number) <= 0.5
+    def test_exact_to_half_a_tree(self, number, weight):
+        chosen = sampled(KEYS[:number], weight, seed=3)
+        assert abs(len(chosen) - weight * number) <= 0.5
         counts = np.bincount(chosen, minlength=number)
-        assert set(counts.tolist()) <= {int(factor), int(factor) + 1}
+        assert set(counts.tolist()) <= {int(weight), int(weight) + 1}
         assert (np.diff(chosen) >= 0).all()  # in the order of the data
 
     def test_a_factor_of_one_takes_all_in_order(self):
@@ -63,12 +63,12 @@ class TestSampled:
         assert 0.45 < both.total() / (len(KEYS) / 2) < 0.55
 
     def test_the_trees_of_a_smaller_factor_are_among_those_of_a_larger(self):
-        for smaller, larger in pairwise(FACTORS):
+        for smaller, larger in pairwise(WEIGHTS):
             assert times(KEYS, smaller) < times(KEYS, larger)
 
     def test_the_order_of_the_data_changes_nothing(self):
-        for factor in (0.5, 1.5):
-            assert times(np.random.default_rng(1).permutation(KEYS), factor) == times(KEYS, factor)
+        for weight in (0.5, 1.5):
+            assert times(np.random.default_rng(1).permutation(KEYS), weight) == times(KEYS, weight)
 
     def test_nothing_to_sample(self):
         assert sampled(KEYS[:0], 1.5, 0).tolist() == []

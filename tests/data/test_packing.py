@@ -154,8 +154,8 @@ def test_streams_of_real_conversations_are_full(test_data, gpt2_tokenizer, cache
     files = [test_data("oasst/en_100_tree.jsonl"), test_data("oasst/oasst1_en_validation.messages.jsonl")]
     stores = [open_store(str(file), Filters(), gpt2_tokenizer, Path(cache)) for file in files]
     rows = np.array([(number, row) for number, store in enumerate(stores) for row in range(len(store))])
-    pieces = chunk(stores, rows, Conversations("once", max_length=1024, capacity=capacity))
-    plan = Plan(pieces, capacity, micro_batches_per_step=8, seed=0)
-    assert pieces.repeated > 0
+    chunks = chunk(stores, rows, Conversations("once", max_length=1024, capacity=capacity))
+    plan = Plan(chunks, capacity, micro_batches_per_step=8, seed=0)
+    assert chunks.repeated > 0
     assert len(plan.streams) > 20
     assert plan.fill >= 0.98

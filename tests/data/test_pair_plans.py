@@ -21,7 +21,7 @@ def store(tokenizer, cache):
 
 
 @pytest.fixture(scope="module", params=[(256, "all"), (64, "all"), (256, "adjacent")])
-def pieces(request, store):
+def chunks(request, store):
     """Of the quickstart's groups; with 64 tokens of context many are cut, so that some come in parts."""
     max_length, rule = request.param
     rows = np.array([(0, row) for row in range(len(store))])
@@ -29,22 +29,22 @@ def pieces(request, store):
     return chunk([store], rows, PreferencePairs(rule, "prompt", max_length, capacity))
 
 
-def plan_of(pieces, per_step=4, seed=0):
+def plan_of(chunks, per_step=4, seed=0):
     """With the number of each reply in the place of its log-prob, so that streams tell which is which."""
-    plan = Plan(pieces, CAPACITY, per_step, seed)
+    plan = Plan(chunks, CAPACITY, per_step, seed)
     assert np.isnan(plan.reference).all()
     plan.reference = np.arange(len(plan.reference), dtype=np.float64)
     return plan
 
 
-def replies_in_order(pieces):
-    """[(row, message, tokens after the role)] of each reply, piece by piece."""
+def replies_in_order(chunks):
+    """[(row, message, tokens after the role)] of each reply, chunk by chunk."""
     found = []
-    for piece in range(len(pieces)):
-        tree = pieces.tree(piece)
+    for index in range(len(chunks)):
+        tree = chunks.tree(index)
         for node in np.flatnonzero(tree.weights).tolist():
             tokens = tree.tokens[tree.starts[node] + 1 : tree.starts[node] + tree.lengths[node]]
-            found.append((int(pieces.rows[piece, 1]), int(tree.messages[node]), tokens.tolist()))
+            found.append((int(chunks.rows[index, 1]), int(tree.messages[node]), tokens.tolist()))
     return found
 
 
@@ -59,14 +59,14 @@ def epoch_streams(plan, rank, processes, epoch=0):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_every_pair_once_in_an_epoch_for_any_number_of_processes(store, pieces, processes):
-    plan = plan_of(pieces)
-    replies = replies_in_order(pieces)
+def test_every_pair_once_in_an_epoch_for_any_number_of_processes(store, chunks, processes):
+    plan = plan_of(chunks)
+    replies = replies_in_order(chunks)
     expected = Counter()
     for row in range(len(store)):
-        tree = pieces.cutting.whole(store, row, 0)
+        tree = chunks.chunking.whole(store, row, 0)
         expected.update((row, chosen, rejected) for chosen, rejected in tree.messages[tree.pairs].tolist())
-    assert not pieces.left_out
+    assert not chunks.left_out
     for epoch in (0, 3):
         found, weights = Counter(), Counter()
         for rank in range(processes):
@@ -79,13 +79,13 @@ def test_every_pair_once_in_an_epoch_for_any_number_of_processes(store, pieces, 
                     assert replies[rejected][0] == row
         assert found == expected
         assert list(weights.values()) == pytest.approx([1.0] * len(store))
-    assert pieces.is_cut.any() == (pieces.cutting.max_length == 64)
-    assert pieces.pairs.sum() == expected.total() > 250
+    assert chunks.is_cut.any() == (chunks.chunking.max_length == 64)
+    assert chunks.pairs.sum() == expected.total() > 250
 
 
-def test_the_replies_of_a_micro_batch_are_those_of_its_stream(pieces):
-    plan = plan_of(pieces)
-    replies = replies_in_order(pieces)
+def test_the_replies_of_a_micro_batch_are_those_of_its_stream(chunks):
+    plan = plan_of(chunks)
+    replies = replies_in_order(chunks)
     seen = []
     for micro_batch, stream in epoch_streams(plan, 0, 1):
         numbers = plan.replies_of(micro_batch).tolist()
@@ -100,12 +100,12 @@ def test_the_replies_of_a_micro_batch_are_those_of_its_stream(pieces):
     assert sorted(seen) == list(range(len(replies)))
 
 
-def test_the_tail_of_a_stream_compares_nothing(pieces):
-    plan = plan_of(pieces)
+def test_the_tail_of_a_stream_compares_nothing(chunks):
+    plan = plan_of(chunks)
     shapes, tails = set(), 0
     for micro_batch, stream in epoch_streams(plan, 0, 1):
         pairs = stream.pairs
-        num_pairs, num_replies = (int(number[micro_batch].sum()) for number in (pieces.pairs, pieces.replies))
+        num_pairs, num_replies = (int(number[micro_batch].sum()) for number in (chunks.pairs, chunks.replies))
         assert real_pairs(stream).tolist() == [True] * num_pairs + [False] * (len(pairs.weights) - num_pairs)
         assert not pairs.index[num_pairs:].any()
         assert not pairs.reference[num_replies:].any()
@@ -121,17 +121,17 @@ def test_the_tail_of_a_stream_compares_nothing(pieces):
     assert not empty.index.any()
 
 
-def test_what_is_not_yet_known_of_the_reference_is_no_number(pieces):
-    stream = Plan(pieces, CAPACITY, 4, seed=0).stream([0, 1])
-    known = int(pieces.replies[[0, 1]].sum())
+def test_what_is_not_yet_known_of_the_reference_is_no_number(chunks):
+    stream = Plan(chunks, CAPACITY, 4, seed=0).stream([0, 1])
+    known = int(chunks.replies[[0, 1]].sum())
     assert torch.isnan(stream.pairs.reference).tolist() == [True] * known + [False] * (
         len(stream.pairs.reference) - known
     )
 
 
-def test_more_pairs_or_replies_than_there_is_room_for_are_refused(pieces):
-    trees = number_replies([pieces.tree(0), pieces.tree(1)])
-    pairs, replies = (int(number[:2].sum()) for number in (pieces.pairs, pieces.replies))
+def test_more_pairs_or_replies_than_there_is_room_for_are_refused(chunks):
+    trees = number_replies([chunks.tree(0), chunks.tree(1)])
+    pairs, replies = (int(number[:2].sum()) for number in (chunks.pairs, chunks.replies))
     reference = np.zeros(replies)
     assert build_pairs(trees, reference, pairs, replies).weights.all()
     for capacity in ((pairs - 1, replies), (pairs, replies - 1)):
@@ -141,14 +141,14 @@ def test_more_pairs_or_replies_than_there_is_room_for_are_refused(pieces):
             build_pairs(trees, reference, *capacity)
 
 
-def test_a_group_is_in_a_stream_what_it_is_alone(pieces):
-    plan = plan_of(pieces)
+def test_a_group_is_in_a_stream_what_it_is_alone(chunks):
+    plan = plan_of(chunks)
     micro_batch = max(plan.streams, key=len)
     assert len(micro_batch) > 1
     packed = plan.stream(micro_batch)
     at = scored = replies = pairs = 0
-    for piece in micro_batch:
-        alone = plan.stream([piece])
+    for index in micro_batch:
+        alone = plan.stream([index])
         tokens, targets = slice(at, at + alone.num_tokens), slice(scored, scored + alone.num_supervised)
         assert torch.equal(packed.tokens[tokens], alone.tokens[: alone.num_tokens])
         assert torch.equal(packed.positions[tokens], alone.positions[: alone.num_tokens])
@@ -156,18 +156,18 @@ def test_a_group_is_in_a_stream_what_it_is_alone(pieces):
         assert torch.equal(packed.supervised[targets] - at, alone.supervised[: alone.num_supervised])
         assert torch.equal(packed.targets[targets], alone.targets[: alone.num_supervised])
         assert torch.equal(packed.groups[targets] - replies, alone.groups[: alone.num_supervised])
-        here = slice(pairs, pairs + int(pieces.pairs[piece]))
+        here = slice(pairs, pairs + int(chunks.pairs[index]))
         assert torch.equal(packed.pairs.index[here] - replies, alone.pairs.index[real_pairs(alone)])
         assert torch.equal(packed.pairs.weights[here], alone.pairs.weights[real_pairs(alone)])
         at, scored = tokens.stop, targets.stop
-        replies, pairs = replies + int(pieces.replies[piece]), here.stop
+        replies, pairs = replies + int(chunks.replies[index]), here.stop
     assert (at, scored) == (packed.num_tokens, packed.num_supervised)
 
 
-def test_a_reply_sees_its_prompt_and_no_other_reply(pieces):
+def test_a_reply_sees_its_prompt_and_no_other_reply(chunks):
     """In numbers: each reply's tokens are within no other's horizon, and all of the prompt's reach to the end."""
-    piece = int(np.argmax(pieces.replies))
-    tree = pieces.tree(piece)
+    index = int(np.argmax(chunks.replies))
+    tree = chunks.tree(index)
     stream = build_stream([tree], CAPACITY, 256)
     prompt = int(tree.lengths[tree.weights == 0].sum())
     assert (stream.horizons[:prompt] == len(tree.tokens)).all()
@@ -175,4 +175,4 @@ def test_a_reply_sees_its_prompt_and_no_other_reply(pieces):
         here = slice(int(tree.starts[node]), int(tree.starts[node] + tree.lengths[node]))
         assert (stream.horizons[here] == here.stop).all()
         assert stream.positions[here].tolist() == list(range(prompt, prompt + int(tree.lengths[node])))
-    assert pieces.replies[piece] >= 2
+    assert chunks.replies[index] >= 2

@@ -135,26 +135,26 @@ class TestRules:
 class TestSurvey:
     def test_counts_every_group_as_it_is(self, any_store, rule):
         counted, _ = PreferencePairs(rule, "prompt", PLENTY, PLENTY).count(any_store)
-        cutting = PreferencePairs(rule, "prompt", PLENTY, PLENTY)
-        assert counted.tolist() == [list(counts(cutting.whole(any_store, row, 0))) for row in range(len(any_store))]
+        chunking = PreferencePairs(rule, "prompt", PLENTY, PLENTY)
+        assert counted.tolist() == [list(counts(chunking.whole(any_store, row, 0))) for row in range(len(any_store))]
         assert counted[:, 2].max() > 2 or rule == "best_worst"
 
     @pytest.mark.parametrize(("max_length", "capacity"), [(PLENTY, 256), (100, 256), (60, 90), (512, 1024)])
     def test_knows_which_groups_fit_as_they_are(self, any_store, rule, max_length, capacity):
-        cutting = PreferencePairs(rule, "pair", max_length, capacity)
-        _, holds = cutting.count(any_store)
+        chunking = PreferencePairs(rule, "pair", max_length, capacity)
+        _, holds = chunking.count(any_store)
         fit = 0
         for row, it_holds in enumerate(holds.tolist()):
-            tree = cutting.whole(any_store, row, 0)
+            tree = chunking.whole(any_store, row, 0)
             longest = int((tree.depths + tree.lengths).max())
             assert it_holds == (longest <= max_length and len(tree.tokens) <= capacity)
             fit += it_holds
         assert 0 < fit < len(holds) or max_length >= 512 or "oasst" in any_store.source
 
     def test_whole_groups_hold_the_pairs_of_their_ranks(self, any_store, rule):
-        cutting = PreferencePairs(rule, "pair", PLENTY, PLENTY)
+        chunking = PreferencePairs(rule, "pair", PLENTY, PLENTY)
         for row in range(0, len(any_store), 5):
-            tree, stored, ranks = cutting.whole(any_store, row, 0), any_store.tree(row, 0), any_store.ranks(row)
+            tree, stored, ranks = chunking.whole(any_store, row, 0), any_store.tree(row, 0), any_store.ranks(row)
             leaves = sorted(set(range(len(stored.parents))) - set(stored.parents.tolist()))
             names = stored.messages.tolist()
             of_leaves = ranks[leaves].tolist()
@@ -283,10 +283,10 @@ class TestFitReplies:
 
 class TestSplitByPairs:
     def test_every_pair_stands_in_one_part_with_both_its_replies(self, store):
-        cutting = PreferencePairs("all", "pair", PLENTY, PLENTY)
+        chunking = PreferencePairs("all", "pair", PLENTY, PLENTY)
         parts_met, refused = Counter(), 0
         for row in range(len(store)):
-            whole = cutting.whole(store, row, 0)
+            whole = chunking.whole(store, row, 0)
             prompt = int(whole.lengths[whole.weights == 0].sum())
             needed = max(prompt + int(whole.lengths[pair].sum()) for pair in whole.pairs.tolist())
             for capacity in (needed, needed + 40, needed + 100):
@@ -320,11 +320,11 @@ class TestSplitByPairs:
         assert "tokens, but a stream holds 60: `tokens_per_micro_batch` must be at least 128" in str(raised.value)
 
 
-def pairs_of(pieces):
-    """{row: {pair as messages: weight}} over all pieces, each pair once."""
+def pairs_of(chunks):
+    """{row: {pair as messages: weight}} over all chunks, each pair once."""
     found = {}
-    for piece in range(len(pieces)):
-        pairs, of_row = by_message(pieces.tree(piece)), found.setdefault(int(pieces.rows[piece, 1]), {})
+    for index in range(len(chunks)):
+        pairs, of_row = by_message(chunks.tree(index)), found.setdefault(int(chunks.rows[index, 1]), {})
         assert not pairs.keys() & of_row.keys()
         of_row |= pairs
     return found
@@ -332,23 +332,23 @@ def pairs_of(pieces):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("max_length", "capacity"), [(PLENTY, PLENTY), (64, 256), (48, 96), (24, 64)])
-def test_pieces_hold_every_pair_once_or_count_it(store, rule, max_length, capacity):
-    cutting = PreferencePairs(rule, "pair", max_length, capacity)
-    pieces = chunk([store], rows_of(store), cutting)
-    found = pairs_of(pieces)
+def test_chunks_hold_every_pair_once_or_count_it(store, rule, max_length, capacity):
+    chunking = PreferencePairs(rule, "pair", max_length, capacity)
+    chunks = chunk([store], rows_of(store), chunking)
+    found = pairs_of(chunks)
     lost = Counter()
     for row in range(len(store)):
-        whole = by_message(cutting.whole(store, row, 0))
+        whole = by_message(chunking.whole(store, row, 0))
         kept = found.get(row, {})
         assert kept.items() <= whole.items()
         lost["prompts that leave no room for a reply"] += not kept
         lost["pairs whose replies are alike once cut"] += len(whole) - len(kept) if kept else 0
     if max_length == 24:
         assert lost["prompts that leave no room for a reply"] > 10
-    assert pieces.left_out == +lost
-    assert (pieces.repeated > 0) == (len(pieces) > len(found))
-    for piece in range(len(pieces)):
-        assert tuple(pieces.counts[piece].tolist()) == counts(pieces.tree(piece))
+    assert chunks.left_out == +lost
+    assert (chunks.repeated > 0) == (len(chunks) > len(found))
+    for index in range(len(chunks)):
+        assert tuple(chunks.counts[index].tolist()) == counts(chunks.tree(index))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -369,20 +369,20 @@ def test_the_sum_of_weights_is_one_for_each_prompt_or_for_each_pair(
     rows = np.array([(number, row) for number, store in enumerate(stores) for row in range(len(store))])
     split = lost = 0
     for number, weight in ((store, weight) for store in (0, 1) for weight in ("pair", "prompt")):
-        cutting = PreferencePairs(rule, weight, max_length=32, capacity=64)
-        pieces = chunk(stores, rows[rows[:, 0] == number], cutting)
-        for row, pairs in pairs_of(pieces).items():
+        chunking = PreferencePairs(rule, weight, max_length=32, capacity=64)
+        chunks = chunk(stores, rows[rows[:, 0] == number], chunking)
+        for row, pairs in pairs_of(chunks).items():
             assert len(set(pairs.values())) == 1
             assert sum(pairs.values()) == pytest.approx(1 if weight == "prompt" else len(pairs), rel=1e-6)
-            lost += len(pairs) < len(cutting.whole(stores[number], row, 0).pairs)
-            split += int((pieces.rows[:, 1] == row).sum()) > 1
+            lost += len(pairs) < len(chunking.whole(stores[number], row, 0).pairs)
+            split += int((chunks.rows[:, 1] == row).sum()) > 1
     assert lost > 0 or rule == "best_worst"
     assert split > 50 or rule != "all"
 
 
 def test_replies_are_numbered_through(store):
-    cutting = PreferencePairs("all", "pair", 64, 128)
-    trees = number_replies([cutting.whole(store, row, 0) for row in range(5)])
+    chunking = PreferencePairs("all", "pair", 64, 128)
+    trees = number_replies([chunking.whole(store, row, 0) for row in range(5)])
     numbers = np.concatenate([tree.groups[tree.weights > 0] for tree in trees])
     assert numbers.tolist() == list(range(len(numbers)))
     assert not np.concatenate([tree.groups[tree.weights == 0] for tree in trees]).any()

@@ -25,22 +25,22 @@ class Held:
         return self.trees[row]
 
 
-def pieces_of(trees, repeated=0):
+def chunks_of(trees, repeated=0):
     """Of trees that need no store."""
     counted = np.array([counts(tree) for tree in trees])
     rows = np.stack([np.zeros(len(trees), np.int64), np.arange(len(trees))], axis=1)
     whole = np.full(len(trees), -1)
-    cutting = Conversations("once", 1 << 20, 1 << 20)
-    return Chunks([Held(trees)], cutting, rows, counted, whole, left_out=Counter(), repeated=repeated)
+    chunking = Conversations("once", 1 << 20, 1 << 20)
+    return Chunks([Held(trees)], chunking, rows, counted, whole, left_out=Counter(), repeated=repeated)
 
 
 @pytest.fixture(scope="module")
-def pieces(random_tree):
+def chunks(random_tree):
     """Some 150 random trees."""
     trees = (weigh(random_tree(np.random.default_rng(seed)), "once") for seed in range(200))
-    pieces = pieces_of([tree for tree in trees if tree.num_supervised and len(tree.tokens) <= CAPACITY])
-    assert len(pieces) > 100
-    return pieces
+    chunks = chunks_of([tree for tree in trees if tree.num_supervised and len(tree.tokens) <= CAPACITY])
+    assert len(chunks) > 100
+    return chunks
 
 
 @pytest.fixture(scope="module")
@@ -78,55 +78,55 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("per_step", [1, 3, 8, 1000])
-def test_an_epoch_holds_every_piece_once_for_any_number_of_processes(pieces, per_step):
-    plan = Plan(pieces, CAPACITY, per_step, seed=0)
+def test_an_epoch_holds_every_chunk_once_for_any_number_of_processes(chunks, per_step):
+    plan = Plan(chunks, CAPACITY, per_step, seed=0)
     for epoch in range(3):
         steps = epoch_of(plan, epoch)
         assert all(len(step) == per_step for step in steps)
         for processes in {1, 2, per_step}:
             shares = [[bin for step in steps for bin in step[rank::processes]] for rank in range(processes)]
-            seen = sorted(piece for share in shares for bin in share for piece in bin)
-            assert seen == list(range(len(pieces)))
+            seen = sorted(index for share in shares for bin in share for index in bin)
+            assert seen == list(range(len(chunks)))
 
 
-def test_two_plans_are_the_same_plan(pieces):
-    one, other = (Plan(pieces, CAPACITY, 4, seed=7) for _ in range(2))
+def test_two_plans_are_the_same_plan(chunks):
+    one, other = (Plan(chunks, CAPACITY, 4, seed=7) for _ in range(2))
     assert [epoch_of(one, epoch) for epoch in (0, 1, 5)] == [epoch_of(other, epoch) for epoch in (0, 1, 5)]
     backwards = [other.micro_batches(step) for step in reversed(range(20))]
     assert [one.micro_batches(step) for step in range(20)] == backwards[::-1]
     assert same(one.stream(one.micro_batches(3)[0]), other.stream(other.micro_batches(3)[0]))
 
 
-def test_epochs_differ_in_order_and_seeds_in_packing(pieces):
-    plan = Plan(pieces, CAPACITY, 4, seed=0)
+def test_epochs_differ_in_order_and_seeds_in_packing(chunks):
+    plan = Plan(chunks, CAPACITY, 4, seed=0)
     assert plan.steps_per_epoch > 5
     first, second = epoch_of(plan, 0), epoch_of(plan, 1)
     assert first != second
     assert sorted(streams_of(first)) == sorted(streams_of(second))  # the same streams
-    other = Plan(pieces, CAPACITY, 4, seed=1)
+    other = Plan(chunks, CAPACITY, 4, seed=1)
     assert sorted(map(sorted, plan.streams)) != sorted(map(sorted, other.streams))
 
 
-def test_evaluation_goes_through_the_streams_in_one_order(pieces):
-    plan = Plan(pieces, CAPACITY, 4, seed=0, shuffle=False)
+def test_evaluation_goes_through_the_streams_in_one_order(chunks):
+    plan = Plan(chunks, CAPACITY, 4, seed=0, shuffle=False)
     assert epoch_of(plan, 0) == epoch_of(plan, 3)
     assert streams_of(epoch_of(plan))[: len(plan.streams)] == plan.streams
 
 
-def test_the_short_last_step_holds_the_emptiest_streams(pieces):
-    per_step = next(n for n in range(3, 20) if len(Plan(pieces, CAPACITY, 1, 0).streams) % n > 1)
-    plan = Plan(pieces, CAPACITY, per_step, seed=0)
+def test_the_short_last_step_holds_the_emptiest_streams(chunks):
+    per_step = next(n for n in range(3, 20) if len(Plan(chunks, CAPACITY, 1, 0).streams) % n > 1)
+    plan = Plan(chunks, CAPACITY, per_step, seed=0)
     short = len(plan.streams) % per_step
-    filled = sorted(sum(pieces.sizes[piece] for piece in bin) for bin in plan.streams)
+    filled = sorted(sum(chunks.sizes[index] for index in bin) for bin in plan.streams)
     for epoch in range(3):
         *_, last = epoch_of(plan, epoch)
         assert [bool(bin) for bin in last] == [True] * short + [False] * (per_step - short)
-        assert sorted(sum(pieces.sizes[piece] for piece in bin) for bin in last if bin) == filled[:short]
+        assert sorted(sum(chunks.sizes[index] for index in bin) for bin in last if bin) == filled[:short]
 
 
-def test_a_far_step_is_a_seek(pieces, monkeypatch):
+def test_a_far_step_is_a_seek(chunks, monkeypatch):
     """One epoch is put in order and nothing else is touched, wherever the step lies."""
-    plan = Plan(pieces, CAPACITY, 4, seed=0)
+    plan = Plan(chunks, CAPACITY, 4, seed=0)
     ordered = []
     order = plan._order
     monkeypatch.setattr(plan, "_order", lambda epoch: ordered.append(epoch) or order(epoch))
@@ -135,15 +135,15 @@ def test_a_far_step_is_a_seek(pieces, monkeypatch):
     assert ordered == [10**6 // plan.steps_per_epoch]
 
 
-def test_all_streams_have_the_same_shapes_and_empty_ones_are_valid(pieces):
-    plan = Plan(pieces, CAPACITY, 7, seed=0)
+def test_all_streams_have_the_same_shapes_and_empty_ones_are_valid(chunks):
+    plan = Plan(chunks, CAPACITY, 7, seed=0)
     streams = [plan.stream(bin) for bin in streams_of(epoch_of(plan))]
     empty = [stream for stream in streams if not stream.num_tokens]
     assert empty
     assert {(len(stream.tokens), len(stream.targets)) for stream in streams} == {(CAPACITY, plan.target_capacity)}
     assert plan.target_capacity % 64 == 0
-    assert sum(stream.num_supervised for stream in streams) == plan.supervised == pieces.scored.sum()
-    assert sum(stream.num_tokens for stream in streams) == plan.tokens == pieces.sizes.sum()
+    assert sum(stream.num_supervised for stream in streams) == plan.supervised == chunks.supervised.sum()
+    assert sum(stream.num_tokens for stream in streams) == plan.tokens == chunks.sizes.sum()
     for stream in empty:
         assert stream.num_supervised == 0
         assert not stream.weights.any()
@@ -153,7 +153,7 @@ def test_all_streams_have_the_same_shapes_and_empty_ones_are_valid(pieces):
 def test_fill_leaves_the_last_stream_out(make_tree):
     def plan_of(sizes, repeated=0):
         trees = [weigh(make_tree(("user", 2, -1), ("assistant", size - 2, 0)), "once") for size in sizes]
-        return Plan(pieces_of(trees, repeated), capacity=100, micro_batches_per_step=2, seed=0)
+        return Plan(chunks_of(trees, repeated), capacity=100, micro_batches_per_step=2, seed=0)
 
     assert plan_of([100, 90, 10]).fill == 1.0  # two streams: the full one counts
     assert plan_of([100, 90, 20]).fill == pytest.approx(190 / 200)
@@ -163,15 +163,15 @@ def test_fill_leaves_the_last_stream_out(make_tree):
 
 class TestCutToFit:
     def test_what_fits_stays_in_the_store(self, store):
-        pieces = chunk([store], rows_of(store), Conversations("once", max_length=512, capacity=1024))
-        assert np.array_equal(pieces.rows, rows_of(store))
-        assert not pieces.is_cut.any()
-        assert not pieces.left_out
-        assert not pieces.repeated
-        for piece, (size, scored) in enumerate(zip(pieces.sizes, pieces.scored, strict=True)):
-            tree = pieces.tree(piece)
+        chunks = chunk([store], rows_of(store), Conversations("once", max_length=512, capacity=1024))
+        assert np.array_equal(chunks.rows, rows_of(store))
+        assert not chunks.is_cut.any()
+        assert not chunks.left_out
+        assert not chunks.repeated
+        for index, (size, scored) in enumerate(zip(chunks.sizes, chunks.supervised, strict=True)):
+            tree = chunks.tree(index)
             assert (len(tree.tokens), tree.num_supervised) == (size, scored)
-        assert pieces.sizes.sum() == store.sizes()[0].sum()
+        assert chunks.sizes.sum() == store.sizes()[0].sum()
 
     def test_a_large_tree_of_short_paths_stays_there_too(self, store):
         trees = [store.tree(row, 0) for row in range(len(store))]
@@ -188,7 +188,7 @@ class TestCutToFit:
         """Of two sources out of order, some of whose trees are taken twice."""
         rows = rows_of(store, texts)
         rows = np.random.default_rng(0).permutation(np.concatenate([rows, rows[::3]]))
-        pieces = chunk([store, texts], rows, Conversations(weight, max_length, capacity))
+        chunks = chunk([store, texts], rows, Conversations(weight, max_length, capacity))
         expected, left_out, repeated = [], 0, 0
         for number, row in rows.tolist():
             whole = weigh([store, texts][number].tree(row, group=number), weight)
@@ -201,61 +201,61 @@ class TestCutToFit:
             left_out += len(whole.lengths) - len(lengths)
             tokens = sum(len(part.tokens) for part in parts)
             repeated += len(parts) - 1 if number else tokens - sum(lengths.values())
-        assert len(pieces) == len(expected)
-        for piece, (row, part) in enumerate(expected):
-            tree = pieces.tree(piece)
-            assert tuple(pieces.rows[piece].tolist()) == row
-            assert (pieces.sizes[piece], pieces.scored[piece]) == (len(part.tokens), part.num_supervised)
+        assert len(chunks) == len(expected)
+        for index, (row, part) in enumerate(expected):
+            tree = chunks.tree(index)
+            assert tuple(chunks.rows[index].tolist()) == row
+            assert (chunks.sizes[index], chunks.supervised[index]) == (len(part.tokens), part.num_supervised)
             assert all(
                 np.array_equal(getattr(tree, name), getattr(part, name))
                 for name in ("tokens", "lengths", "parents", "roles", "weights", "groups", "messages")
             )
-        assert (pieces.left_out.total(), pieces.repeated) == (left_out, repeated)
-        assert pieces.is_cut.any() == (max_length < 512)
+        assert (chunks.left_out.total(), chunks.repeated) == (left_out, repeated)
+        assert chunks.is_cut.any() == (max_length < 512)
         assert bool(left_out) == (max_length < 48)
 
     @pytest.mark.parametrize(("max_length", "capacity"), [(64, 64), (64, 128), (128, 128), (48, 512)])
     def test_every_reply_is_supervised_once_or_counted(self, store, max_length, capacity):
-        pieces = chunk([store], rows_of(store), Conversations("once", max_length, capacity))
-        assert pieces.is_cut.any()
-        assert pieces.repeated or capacity == 512
+        chunks = chunk([store], rows_of(store), Conversations("once", max_length, capacity))
+        assert chunks.is_cut.any()
+        assert chunks.repeated or capacity == 512
         replies = 0
         unique, total = set(), 0
-        for piece, (size, scored) in enumerate(zip(pieces.sizes, pieces.scored, strict=True)):
-            tree = pieces.tree(piece)
+        for index, (size, scored) in enumerate(zip(chunks.sizes, chunks.supervised, strict=True)):
+            tree = chunks.tree(index)
             assert len(tree.tokens) == size <= capacity
             assert tree.num_supervised == scored > 0
             assert ((tree.depths + tree.lengths)[tree.weights > 0] <= max_length).all()
             replies += int((tree.weights > 0).sum())
-            unique |= {(int(pieces.rows[piece, 1]), message) for message in tree.messages.tolist()}
+            unique |= {(int(chunks.rows[index, 1]), message) for message in tree.messages.tolist()}
             total += len(tree.tokens)
         in_store = [store.tree(row, 0) for row in range(len(store))]
         lost = sum(len(tree.roles) for tree in in_store) - len(unique)
-        assert pieces.left_out.total() == lost
+        assert chunks.left_out.total() == lost
         assert replies >= sum(int((tree.roles == ASSISTANT).sum()) for tree in in_store) - lost
         kept = sum(int(in_store[row].lengths[message]) for row, message in unique)
-        assert total - pieces.repeated == kept
+        assert total - chunks.repeated == kept
 
     def test_a_text_longer_than_the_context_is_a_target_once_token_by_token(self, texts, tokenizer):
-        pieces = chunk([texts], rows_of(texts), Conversations("once", max_length=32, capacity=64))
-        assert len(pieces) > len(texts)
-        assert (pieces.sizes <= 32).all()
-        assert pieces.scored.sum() == (texts.sizes()[0] - 1).sum()
-        assert pieces.repeated == len(pieces) - len(texts) > 10
+        chunks = chunk([texts], rows_of(texts), Conversations("once", max_length=32, capacity=64))
+        assert len(chunks) > len(texts)
+        assert (chunks.sizes <= 32).all()
+        assert chunks.supervised.sum() == (texts.sizes()[0] - 1).sum()
+        assert chunks.repeated == len(chunks) - len(texts) > 10
         learnt = {row: [] for row in range(len(texts))}
-        for piece, (_, row) in enumerate(pieces.rows.tolist()):
-            opening, *targets = pieces.tree(piece).tokens.tolist()
+        for index, (_, row) in enumerate(chunks.rows.tolist()):
+            opening, *targets = chunks.tree(index).tokens.tolist()
             assert opening == tokenizer.end_of_text_id
             learnt[row] += targets
         assert learnt == {row: texts.tree(row, 0).tokens[1:].tolist() for row in range(len(texts))}
-        plan = Plan(pieces, 64, micro_batches_per_step=4, seed=0)
+        plan = Plan(chunks, 64, micro_batches_per_step=4, seed=0)
         streams = [plan.stream(bin) for bin in streams_of(epoch_of(plan))]
-        assert sum(stream.num_supervised for stream in streams) == pieces.scored.sum()
+        assert sum(stream.num_supervised for stream in streams) == chunks.supervised.sum()
 
     def test_the_group_is_the_number_of_the_source(self, store):
-        pieces = chunk([store, store], np.array([(1, 0), (0, 0)]), Conversations("once", 128, 128))
+        chunks = chunk([store, store], np.array([(1, 0), (0, 0)]), Conversations("once", 128, 128))
         groups = {
-            number: set(pieces.tree(piece).groups.tolist()) for piece, (number, _) in enumerate(pieces.rows.tolist())
+            number: set(chunks.tree(index).groups.tolist()) for index, (number, _) in enumerate(chunks.rows.tolist())
         }
         assert groups == {1: {1}, 0: {0}}
 
@@ -266,11 +266,11 @@ class TestCutToFit:
             chunk([store], rows_of(store), Conversations("once", 3, 128))
 
 
-def test_position_jitter_moves_whole_trees_within_the_context(pieces):
+def test_position_jitter_moves_whole_trees_within_the_context(chunks):
     """Positions alone change, by one number for each tree; the longest path still ends within max_length."""
-    longest = max(int((pieces.tree(i).depths + pieces.tree(i).lengths).max()) for i in range(len(pieces)))
-    still = Plan(pieces, CAPACITY, 4, seed=0)
-    moved = Plan(pieces, CAPACITY, 4, seed=0, augmentation=Augmentation(position_jitter=40, max_length=longest + 20))
+    longest = max(int((chunks.tree(i).depths + chunks.tree(i).lengths).max()) for i in range(len(chunks)))
+    still = Plan(chunks, CAPACITY, 4, seed=0)
+    moved = Plan(chunks, CAPACITY, 4, seed=0, augmentation=Augmentation(position_jitter=40, max_length=longest + 20))
     shifts = []
     for step in range(3):
         for number, micro_batch in enumerate(still.micro_batches(step)):
@@ -281,8 +281,8 @@ def test_position_jitter_moves_whole_trees_within_the_context(pieces):
             assert torch.equal(found.positions, moved.training_stream(step, number).positions)
             assert int(found.positions.max()) < longest + 20
             start = 0
-            for piece in micro_batch:
-                end = start + len(pieces.tree(piece).tokens)
+            for index in micro_batch:
+                end = start + len(chunks.tree(index).tokens)
                 shift = (found.positions - expected.positions)[start:end]
                 assert shift.min() == shift.max()
                 shifts.append(int(shift[0]))

@@ -20,10 +20,10 @@ DEEP = b'{"text": ' + b"[" * 50_000 + b"]" * 50_000 + b"}"
 
 def parsed(file, on_error="fail"):
     """(records, what was dropped, blocks)"""
-    reading = ReadContext("test", Filters(on_error=on_error))
+    context = ReadContext("test", Filters(on_error=on_error))
     blocks = list(read_file(file, columns=lambda names: names))
-    found = [(where.removeprefix(str(file)), record) for block in blocks for where, record in block.parse(reading)]
-    return found, +reading.dropped, blocks
+    found = [(where.removeprefix(str(file)), record) for block in blocks for where, record in block.parse(context)]
+    return found, +context.dropped, blocks
 
 
 def problem(file, on_error="fail"):

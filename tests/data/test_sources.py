@@ -44,29 +44,29 @@ def messages_of(trees):
 
 
 def test_one_hundred_english_trees(read, test_data):
-    trees, reading = read(test_data(TREES), reviewed_only=False)
+    trees, context = read(test_data(TREES), reviewed_only=False)
     messages = [message for tree in trees for message in tree.messages]
-    assert (len(trees), len(messages), +reading.dropped) == (100, 1167, {})
+    assert (len(trees), len(messages), +context.dropped) == (100, 1167, {})
     assert sum(message.rank is not None for message in messages) == 641
-    assert reading.totals == Totals(trees=100, messages=1167)
+    assert context.totals == Totals(trees=100, messages=1167)
     assert {tree.source for tree in trees} == {"en_100_tree"}
 
 
 def test_the_best_replies_of_one_hundred_trees(read, test_data):
-    trees, reading = read(test_data(TREES), max_rank=0)
+    trees, context = read(test_data(TREES), max_rank=0)
     replies = [message for tree in trees for message in tree.messages if message.role == "assistant"]
     assert {message.rank for message in replies} == {0, None}
-    assert set(reading.dropped) == {"rank above limit", "below a dropped message"}
+    assert set(context.dropped) == {"rank above limit", "below a dropped message"}
 
 
 def test_the_validation_messages(read, test_data):
-    trees, reading = read(test_data(MESSAGES), reviewed_only=False)
-    assert reading.totals == Totals(trees=188, messages=2022)
-    assert +reading.dropped == {"deleted": 40, "orphan": 3}
+    trees, context = read(test_data(MESSAGES), reviewed_only=False)
+    assert context.totals == Totals(trees=188, messages=2022)
+    assert +context.dropped == {"deleted": 40, "orphan": 3}
     assert (len(trees), sum(len(tree.messages) for tree in trees)) == (188, 1979)
-    trees, reading = read(test_data(MESSAGES), languages=("en",))
+    trees, context = read(test_data(MESSAGES), languages=("en",))
     # 53 were rejected: 7 are deleted too, 3 are the orphans
-    assert +reading.dropped == {"deleted": 40, "not reviewed": 46}
+    assert +context.dropped == {"deleted": 40, "not reviewed": 46}
     assert (len(trees), sum(len(tree.messages) for tree in trees)) == (188, 1936)
     assert read(test_data(MESSAGES), languages=("de",))[0] == []
 
@@ -86,14 +86,14 @@ def test_real_trees_are_the_same_nested_and_flat(kind, read, write, records, tes
     nested = records(TREES)[:20]
     expected = read(test_data(TREES), reviewed_only=False)[0][:20]
     for layout in (nested, list(flatten(nested))):
-        trees, reading = read(write(tmp_path / kind, layout), reviewed_only=False)
+        trees, context = read(write(tmp_path / kind, layout), reviewed_only=False)
         assert [(tree.id, tree.messages) for tree in trees] == [(tree.id, tree.messages) for tree in expected]
-        assert not +reading.dropped
+        assert not +context.dropped
 
 
 def test_real_texts(read, test_data):
-    trees, reading = read(test_data("text/oasst1_en_train_texts.jsonl.gz"))
-    assert len(trees) + reading.dropped["empty"] == reading.totals.trees == 39_283
+    trees, context = read(test_data("text/oasst1_en_train_texts.jsonl.gz"))
+    assert len(trees) + context.dropped["empty"] == context.totals.trees == 39_283
     assert {tree.messages[0].role for tree in trees} == {"text"}
     assert {len(tree.messages) for tree in trees} == {1}
 
@@ -200,9 +200,9 @@ def test_unknown_splits_are_refused(error):
 
 @pytest.mark.parametrize("name", BUNDLED)
 def test_the_bundled_sets_are_whole(name, read):
-    trees, reading = read(name)
-    assert not +reading.dropped
-    assert len(trees) == reading.totals.trees > 0
+    trees, context = read(name)
+    assert not +context.dropped
+    assert len(trees) == context.totals.trees > 0
     assert {tree.source for tree in trees} == {name}
 
 
@@ -243,9 +243,9 @@ from gpt2ft.data.reading import DataError, Filters, ReadContext
 from gpt2ft.data.sources import open_source
 try:
     source = open_source(sys.argv[1], as_preferences=sys.argv[2] == "preferences")
-    reading = ReadContext(source.name, Filters())
-    for part in source.parts(reading.filters):
-        for tree in part.trees(reading):
+    context = ReadContext(source.name, Filters())
+    for shard in source.shards(context.filters):
+        for tree in shard.trees(context):
             print(tree)
 except DataError as error:
     print("DataError:", error)

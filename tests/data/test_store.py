@@ -13,7 +13,7 @@ from gpt2ft.data import records
 from gpt2ft.data.reading import DataError, Filters
 from gpt2ft.data.sources import read_trees
 from gpt2ft.data.store import TokenStore, open_store
-from gpt2ft.data.token_tree import is_learnt
+from gpt2ft.data.token_tree import is_supervised
 from gpt2ft.text.template import render_turn
 from gpt2ft.text.tokenizer import ChatTokenizer
 
@@ -35,15 +35,15 @@ FAMILY = [
 
 
 def refuse_to_tokenise(monkeypatch):
-    monkeypatch.setattr(store_module, "_write_part", lambda *_: pytest.fail("must come from the cache"))
+    monkeypatch.setattr(store_module, "_write_shard", lambda *_: pytest.fail("must come from the cache"))
 
 
 def finished(cache):
-    return sorted(path.name for path in (cache / "trees").iterdir() if path.is_dir() and path.suffix != ".parts")
+    return sorted(path.name for path in (cache / "trees").iterdir() if path.is_dir() and path.suffix != ".shards")
 
 
 def same_rows(one, other):
-    """Whether two stores hold the same trees in the same order, whatever parts they are made of."""
+    """Whether two stores hold the same trees in the same order, whatever shards they are made of."""
     columns = ("tokens", "lengths", "parents", "roles", "ranks", "messages", "digests")
     return (
         [one.id(row) for row in range(len(one))] == [other.id(row) for row in range(len(other))]
@@ -59,8 +59,8 @@ def same_rows(one, other):
 
 @pytest.fixture(scope="module")
 def store(tokenizer, tmp_path_factory):
-    """The quickstart's, in one part."""
-    return open_store("quickstart", KEEP_ALL, tokenizer, tmp_path_factory.mktemp("one part"))
+    """The quickstart's, in one shard."""
+    return open_store("quickstart", KEEP_ALL, tokenizer, tmp_path_factory.mktemp("one shard"))
 
 
 def test_holds_what_was_read(tokenizer, store):
@@ -75,7 +75,7 @@ def test_holds_what_was_read(tokenizer, store):
         assert set(stored.groups.tolist()) == {3}
         assert not stored.weights.any()
         assert len(stored.tokens) == sizes[0][row]
-        assert ((stored.lengths - 1) * is_learnt(stored.roles)).sum() == sizes[1][row]
+        assert ((stored.lengths - 1) * is_supervised(stored.roles)).sum() == sizes[1][row]
         assert firsts[row + 1] - firsts[row] == len(stored.lengths)
         for node, original in enumerate(stored.messages.tolist()):
             wanted = tree.messages[original]
@@ -102,16 +102,16 @@ def test_ranks_are_stored_by_node(tokenizer, write, tmp_path):
 @pytest.mark.parametrize("block_bytes", [1, 5_000, 100_000])
 def test_the_size_of_the_parts_changes_nothing(block_bytes, tokenizer, store, tmp_path, monkeypatch):
     monkeypatch.setattr(records, "BLOCK_BYTES", block_bytes)
-    parts = open_store("quickstart", KEEP_ALL, tokenizer, tmp_path)
-    assert len(list((tmp_path / "trees" / parts.digest).glob("*.arrow"))) > 2
-    assert same_rows(parts, store)
-    assert (parts.digest, parts.statistics.kept, parts.statistics.dropped) == (
+    shards = open_store("quickstart", KEEP_ALL, tokenizer, tmp_path)
+    assert len(list((tmp_path / "trees" / shards.digest).glob("*.arrow"))) > 2
+    assert same_rows(shards, store)
+    assert (shards.digest, shards.statistics.kept, shards.statistics.dropped) == (
         store.digest, store.statistics.kept, store.statistics.dropped,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("roots", [1, 3])
-def test_the_size_of_the_shares_of_flat_messages_changes_nothing(roots, tokenizer, write, tmp_path, monkeypatch):
+def test_the_size_of_the_shards_of_flat_messages_changes_nothing(roots, tokenizer, write, tmp_path, monkeypatch):
     rows = [
         message(f"{tree}{turn}", f"{tree}{turn - 1}" if turn else None, "assistant" if turn % 2 else "prompter")
         | {"message_tree_id": str(tree)}
@@ -125,13 +125,13 @@ def test_the_size_of_the_shares_of_flat_messages_changes_nothing(roots, tokenize
     ]
     file = str(write(tmp_path / "a.jsonl", rows))
     whole = open_store(file, KEEP_ALL, tokenizer, tmp_path / "whole")
-    monkeypatch.setattr("gpt2ft.data.formats.oasst._ROOTS_IN_A_SHARE", roots)
-    shares = open_store(file, KEEP_ALL, tokenizer, tmp_path / "shares")
-    assert same_rows(shares, whole)
+    monkeypatch.setattr("gpt2ft.data.formats.oasst._ROOTS_IN_A_SHARD", roots)
+    shards = open_store(file, KEEP_ALL, tokenizer, tmp_path / "shards")
+    assert same_rows(shards, whole)
     assert (
-        shares.statistics.dropped == whole.statistics.dropped == {"orphan": 1, "deleted": 1, "duplicate message id": 1}
+        shards.statistics.dropped == whole.statistics.dropped == {"orphan": 1, "deleted": 1, "duplicate message id": 1}
     )
-    assert (shares.statistics.read, len(shares)) == (whole.statistics.read, len(whole)) == (31, 7)
+    assert (shards.statistics.read, len(shards)) == (whole.statistics.read, len(whole)) == (31, 7)
 
 
 def test_a_part_of_which_nothing_is_left(tokenizer, write, tmp_path, monkeypatch):
@@ -188,7 +188,7 @@ def smaller_tokenizer(folder, merges):
     return ChatTokenizer.from_folder(folder)
 
 
-def test_the_ledger_adds_up(tokenizer, write, tmp_path):
+def test_the_statistics_add_up(tokenizer, write, tmp_path):
     rows = [
         *FAMILY,
         message("e", "a", deleted=True),
@@ -212,7 +212,7 @@ def test_the_ledger_adds_up(tokenizer, write, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["oasst1_en_validation.messages.jsonl", "en_100_tree.jsonl"])
-def test_the_ledger_of_real_data_adds_up(name, read, test_data, gpt2_tokenizer, tmp_path):
+def test_the_statistics_of_real_data_add_up(name, read, test_data, gpt2_tokenizer, tmp_path):
     file = str(test_data(f"oasst/{name}"))
     store = open_store(file, KEEP_ALL, gpt2_tokenizer, tmp_path)
     assert store.statistics.read == read(file)[1].totals.messages > 1000

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gpt2ft.conversation import ROLES
-from gpt2ft.data.token_tree import ASSISTANT, fit_context, is_learnt, leaves_below, split, weigh
+from gpt2ft.data.token_tree import ASSISTANT, fit_context, is_supervised, leaves_below, split, weigh
 from gpt2ft.text.context import kept_turns
 
 # 0 user 3
@@ -86,7 +86,7 @@ class TestWeigh:
         assert tree.num_supervised == 4
 
     def test_what_is_learnt(self):
-        assert [ROLES[role] for role in np.arange(4)[is_learnt(np.arange(4))]] == ["assistant", "text"]
+        assert [ROLES[role] for role in np.arange(4)[is_supervised(np.arange(4))]] == ["assistant", "text"]
 
     def test_leaves_are_the_enumerated_paths_through_a_node(self, random_tree):
         branched = 0
@@ -150,17 +150,17 @@ class TestPlainText:
     @pytest.mark.parametrize("length", [2, 3, 7, 8, 9, 13, 14, 15, 22])
     def test_every_token_is_a_target_once_in_pieces_that_open_alike(self, make_tree, length):
         tree = weigh(make_tree(("text", length, -1), group=2), "once")
-        pieces, dropped = fit_context(tree, 8)
+        chunks, dropped = fit_context(tree, 8)
         assert dropped == 0
-        assert [piece.tokens[0] for piece in pieces] == [0] * len(pieces)
-        assert [token for piece in pieces for token in piece.tokens[1:].tolist()] == list(range(1, length))
-        assert all(len(piece.tokens) == 8 for piece in pieces[:-1])
-        assert sum(piece.num_supervised for piece in pieces) == length - 1
-        assert len(pieces) == -(-(length - 1) // 7)
-        for piece in pieces:
-            assert len(piece.tokens) == piece.lengths.sum() > 1
-            assert split(piece, 8) == [piece]
-            assert (piece.parents.tolist(), piece.groups.tolist(), piece.weights.tolist()) == ([-1], [2], [1])
+        assert [chunk.tokens[0] for chunk in chunks] == [0] * len(chunks)
+        assert [token for chunk in chunks for token in chunk.tokens[1:].tolist()] == list(range(1, length))
+        assert all(len(chunk.tokens) == 8 for chunk in chunks[:-1])
+        assert sum(chunk.num_supervised for chunk in chunks) == length - 1
+        assert len(chunks) == -(-(length - 1) // 7)
+        for chunk in chunks:
+            assert len(chunk.tokens) == chunk.lengths.sum() > 1
+            assert split(chunk, 8) == [chunk]
+            assert (chunk.parents.tolist(), chunk.groups.tolist(), chunk.weights.tolist()) == ([-1], [2], [1])
 
     def test_what_fits_is_left_alone(self, make_tree):
         tree = weigh(make_tree(("text", 8, -1)), "once")

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from gpt2ft.conversation import Message, MessageTree
-from gpt2ft.data.preferences import groups
+from gpt2ft.data.preference_groups import preference_groups
 from gpt2ft.data.reading import DataError, Filters
 from gpt2ft.data.sources import read_trees
 from gpt2ft.data.store import open_store
@@ -84,7 +84,7 @@ class TestAgainstOwn:
             answered = TOPIC.applied_to(tree, Counter()).messages
             against = TOPIC.against_own(tree, dropped)
             own = [message for message in tree.messages if message.role == "assistant" and message.rank in (0, None)]
-            kept = groups(against, Counter())
+            kept = preference_groups(against, Counter())
             assert len(kept) == sum(message.role == "assistant" for message in answered)
             for turn, group in enumerate(kept):
                 *prompt, worse, better = (against.messages[index] for index in group)

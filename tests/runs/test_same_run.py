@@ -49,7 +49,7 @@ class Regrouped:
 
     def training_stream(self, step, number):
         parts = self.plan.micro_batches(step)[number * self.size : (number + 1) * self.size]
-        trees = [self.plan.pieces.tree(piece) for part in parts for piece in part]
+        trees = [self.plan.chunks.tree(piece) for part in parts for piece in part]
         return build_stream(trees, self.plan.capacity * self.size, self.plan.target_capacity * self.size)
 
 

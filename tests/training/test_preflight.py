@@ -30,15 +30,15 @@ MAX_LENGTH, CAPACITY = 256, 1024
 def plan(tokenizer, cache):
     """Of the quickstart, with some trees re-rooted and split."""
     store = open_store("quickstart", Filters(), tokenizer, cache)
-    pieces = chunk([store], np.array([(0, row) for row in range(len(store))]), Conversations("once", 96, CAPACITY))
-    assert pieces.is_cut.sum() > 10
-    return Plan(pieces, CAPACITY, micro_batches_per_step=4, seed=0)
+    chunks = chunk([store], np.array([(0, row) for row in range(len(store))]), Conversations("once", 96, CAPACITY))
+    assert chunks.is_cut.sum() > 10
+    return Plan(chunks, CAPACITY, micro_batches_per_step=4, seed=0)
 
 
 @pytest.fixture(scope="module")
 def stream(plan):
     """A full one, with more than one conversation and a tail."""
-    trees = [plan.pieces.tree(piece) for piece in plan.streams[0]]
+    trees = [plan.chunks.tree(index) for index in plan.streams[0]]
     stream = build_stream(trees, CAPACITY + 128, plan.target_capacity + 64)
     assert len(trees) > 3
     assert stream.num_tokens < len(stream.tokens)
@@ -91,7 +91,7 @@ class TestSupervision:
         for step in range(plan.steps_per_epoch):
             for bin in plan.micro_batches(step):
                 found = check_supervision(plan.stream(bin), tokenizer)
-                assert found == sum(int((plan.pieces.tree(piece).weights > 0).sum()) for piece in bin)
+                assert found == sum(int((plan.chunks.tree(index).weights > 0).sum()) for index in bin)
                 turns += found
         assert turns > 300
 
@@ -166,7 +166,7 @@ class TestPlainText:
     def test_texts_and_pieces_of_texts_are_accepted(self, mixed, tokenizer):
         turns = endless = 0
         for bin, stream in self.streams(mixed):
-            trees = [mixed.pieces.tree(piece) for piece in bin]
+            trees = [mixed.chunks.tree(index) for index in bin]
             assert check_supervision(stream, tokenizer) == sum(int((tree.weights > 0).sum()) for tree in trees)
             turns += sum(tree.roles[0] == TEXT for tree in trees)
             endless += sum(tree.roles[0] == TEXT and tree.tokens[-1] != tokenizer.end_of_text_id for tree in trees)
@@ -179,7 +179,7 @@ class TestPlainText:
 
     def test_supervision_from_one_text_into_the_next(self, mixed, tokenizer):
         """Both have the same token at their ends, so only where a tree ends tells them apart."""
-        tree = next(tree for tree in map(mixed.pieces.tree, range(len(mixed.pieces))) if len(tree.tokens) < 20)
+        tree = next(tree for tree in map(mixed.chunks.tree, range(len(mixed.chunks))) if len(tree.tokens) < 20)
         assert tree.tokens[0] == tree.tokens[-1] == tokenizer.end_of_text_id
         stream = build_stream([tree, tree], 128, 64)
         assert check_supervision(stream, tokenizer) == 2
@@ -190,7 +190,7 @@ class TestPlainText:
             check_supervision(broken, tokenizer)
 
     def test_supervision_from_a_conversation_into_a_text(self, mixed, tokenizer):
-        trees = [mixed.pieces.tree(piece) for piece in range(len(mixed.pieces))]
+        trees = [mixed.chunks.tree(index) for index in range(len(mixed.chunks))]
         chat, text = (next(tree for tree in trees if (tree.roles[0] == TEXT) == wanted) for wanted in (False, True))
         both = build_stream([chat, text], CAPACITY, CAPACITY)
         check_supervision(both, tokenizer)

@@ -45,8 +45,8 @@ def make_plan(tokenizer, cache):
     def make(pairs="all", capacity=512, seed=0, source="quickstart"):
         store = open_store(source, Filters(), tokenizer, cache, as_preferences=True)
         rows = np.array([(0, row) for row in range(len(store))])
-        pieces = chunk([store], rows, PreferencePairs(pairs, "pair", 256, capacity))
-        return Plan(pieces, capacity, 2, seed=seed)
+        chunks = chunk([store], rows, PreferencePairs(pairs, "pair", 256, capacity))
+        return Plan(chunks, capacity, 2, seed=seed)
 
     return make
 
@@ -77,8 +77,8 @@ def test_a_row_is_the_reply_alone(make_plan, make_store, gpt2, model, accelerato
     plan, store = make_plan(), make_store()
     assert attach([plan], store, model, accelerator, SignalHandler()) == len(plan.reference)
     rows, checked = contents(store.folder), 0
-    for piece in range(0, len(plan.pieces), 9):
-        tree = plan.pieces.tree(piece)
+    for index in range(0, len(plan.chunks), 9):
+        tree = plan.chunks.tree(index)
         for node in np.flatnonzero(tree.weights > 0).tolist():
             turns = [tree.tokens[tree.starts[i] : tree.starts[i] + tree.lengths[i]] for i in tree.path_to(node)]
             ids = torch.from_numpy(np.concatenate(turns)).long()
@@ -94,7 +94,7 @@ def test_a_row_is_the_reply_alone(make_plan, make_store, gpt2, model, accelerato
 
 
 def test_rows_are_named_by_prompt_reply_and_mask(make_plan):
-    tree = make_plan().pieces.tree(0)
+    tree = make_plan().chunks.tree(0)
     first, second = np.flatnonzero(tree.weights > 0)[:2].tolist()
     key = reference_store.reply_key(tree, first)
     assert len(key) == 16

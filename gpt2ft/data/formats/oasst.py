@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from gpt2ft.conversation import Message, MessageTree, Role
 from gpt2ft.data.reading import Filters, Malformed, ReadContext, Record, objects, of, role_of, show, text_of, value
 
-_ROOTS_IN_A_SHARE = 2000
+_ROOTS_IN_A_SHARD = 2000
 _LAST_RANK = 2**15 - 1
 
 
@@ -33,7 +33,7 @@ class NestedTrees:
     def matches(self, record: Record) -> bool:
         return isinstance(record.get("prompt"), dict) or ("prompt" in record and "message_tree_id" in record)
 
-    def tree(self, record: Record, where: str, reading: ReadContext) -> MessageTree | None:
+    def tree(self, record: Record, where: str, context: ReadContext) -> MessageTree | None:
         """The tree in a record, or None if nothing of it is left.
 
         Raises:
@@ -41,10 +41,10 @@ class NestedTrees:
         """
         texts: list[str] = []
         found = list(_flatten(record, where, texts))
-        reading.totals.messages += len(found)
-        reading.totals.trees += 1
-        rows = _unique(found, reading)
-        return _Forest(rows, _replies_by_parent(rows), texts).tree(found[0], reading)
+        context.totals.messages += len(found)
+        context.totals.trees += 1
+        rows = _unique(found, context)
+        return _Forest(rows, _replies_by_parent(rows), texts).tree(found[0], context)
 
 
 class FlatMessages:
@@ -58,35 +58,35 @@ class FlatMessages:
     def matches(self, record: Record) -> bool:
         return "message_id" in record or {"role", "text"} <= record.keys()
 
-    def gather(self, records: Iterable[tuple[str, Record]], reading: ReadContext) -> list["Share"]:
-        """Reads all records, counting in `reading`, and gives their trees in shares.
+    def gather(self, records: Iterable[tuple[str, Record]], context: ReadContext) -> list["Shard"]:
+        """Reads all records, counting in `context`, and gives their trees in shards.
 
         Raises:
             DataError: if a record is malformed and `on_error` is "fail".
         """
         texts = _TextsOnDisk()
-        rows = _unique(_flat_rows(records, texts, reading), reading)
+        rows = _unique(_flat_rows(records, texts, context), context)
         replies = _replies_by_parent(rows)
-        _remove_cycles(rows, replies, reading)
+        _remove_cycles(rows, replies, context)
         tops = [row for row in rows.values() if row.parent_id not in rows]  # roots, and orphans: walked to be counted
-        reading.totals.trees += sum(row.parent_id is None for row in tops)
+        context.totals.trees += sum(row.parent_id is None for row in tops)
         forest = _Forest(rows, replies, texts)
-        starts = range(0, max(1, len(tops)), _ROOTS_IN_A_SHARE)
-        return [Share(forest, tops[at : at + _ROOTS_IN_A_SHARE]) for at in starts]
+        starts = range(0, max(1, len(tops)), _ROOTS_IN_A_SHARD)
+        return [Shard(forest, tops[at : at + _ROOTS_IN_A_SHARD]) for at in starts]
 
 
 TREES, MESSAGES = NestedTrees(), FlatMessages()
 
 
 @dataclass(frozen=True)
-class Share:
+class Shard:
     """Some trees of a set of flat messages."""
 
     forest: "_Forest"
     tops: Sequence["_Row"]
 
-    def trees(self, reading: ReadContext) -> Iterator[MessageTree]:
-        found = (self.forest.tree(top, reading) for top in self.tops)
+    def trees(self, context: ReadContext) -> Iterator[MessageTree]:
+        found = (self.forest.tree(top, context) for top in self.tops)
         return (tree for tree in found if tree is not None)
 
 
@@ -129,16 +129,16 @@ class _TextsOnDisk:
         return self._file.read(self._ends[number + 1] - self._ends[number]).decode()
 
 
-def _flat_rows(records: Iterable[tuple[str, Record]], texts: _TextsOnDisk, reading: ReadContext) -> Iterator[_Row]:
+def _flat_rows(records: Iterable[tuple[str, Record]], texts: _TextsOnDisk, context: ReadContext) -> Iterator[_Row]:
     for where, record in records:
         try:
             parent_id = value(record, "parent_id", str, "a string or null", optional=True)  # some exports omit nulls
             tree_id = value(record, "message_tree_id", str, "a string or null", optional=True)
             row = _row(record, parent_id, tree_id or value(record, "message_id", str, "a string"), where, texts)
         except Malformed as malformed:
-            reading.refuse(where, str(malformed))
+            context.refuse(where, str(malformed))
         else:
-            reading.totals.messages += 1
+            context.totals.messages += 1
             yield row
 
 
@@ -192,20 +192,20 @@ def _rank(message: Record) -> int | None:
 # --- from rows to trees ---------------------------------------------------------------------------------------------
 
 
-def _unique(rows: Iterable[_Row], reading: ReadContext) -> dict[str, _Row]:
+def _unique(rows: Iterable[_Row], context: ReadContext) -> dict[str, _Row]:
     """Rows by message id, in the order of the data. Of equal rows the first stays; so it does under "skip"."""
     unique: dict[str, _Row] = {}
     roots: dict[str, _Row] = {}
     for row in rows:
         first = unique.get(row.message_id)
         if first == row:
-            reading.dropped["duplicate message id"] += 1
+            context.dropped["duplicate message id"] += 1
         elif first is not None:
             problem = f"`message_id` must be unique, but {show(row.message_id)} is another message at {first.where}"
-            reading.refuse(row.where, problem, "duplicate message id")
+            context.refuse(row.where, problem, "duplicate message id")
         elif row.parent_id is None and (root := roots.setdefault(row.tree_id, row)) is not row:
             problem = f"`message_tree_id` must be unique, but {show(row.tree_id)} has another root at {root.where}"
-            reading.refuse(row.where, problem, "duplicate tree id")
+            context.refuse(row.where, problem, "duplicate tree id")
         else:
             unique[row.message_id] = row
     return unique
@@ -219,7 +219,7 @@ def _replies_by_parent(rows: Mapping[str, _Row]) -> dict[str, list[_Row]]:
     return replies
 
 
-def _remove_cycles(rows: dict[str, _Row], replies: Mapping[str, list[_Row]], reading: ReadContext) -> None:
+def _remove_cycles(rows: dict[str, _Row], replies: Mapping[str, list[_Row]], context: ReadContext) -> None:
     """Refuses the rows that hang in a cycle: no root or orphan leads down to them."""
     waiting = [row for row in rows.values() if row.parent_id not in rows]
     reached = set()
@@ -229,7 +229,7 @@ def _remove_cycles(rows: dict[str, _Row], replies: Mapping[str, list[_Row]], rea
         waiting += replies.get(row.message_id, ())
     for row in [row for row in rows.values() if row.message_id not in reached]:
         problem = f"`parent_id` must lead up to a root, but from message {show(row.message_id)} it leads into a cycle"
-        reading.refuse(row.where, problem, "cycle in parent_id")
+        context.refuse(row.where, problem, "cycle in parent_id")
         del rows[row.message_id]
 
 
@@ -241,23 +241,23 @@ class _Forest:
     replies: Mapping[str, list[_Row]]
     texts: Sequence[str] | _TextsOnDisk
 
-    def tree(self, top: _Row, reading: ReadContext) -> MessageTree | None:
+    def tree(self, top: _Row, context: ReadContext) -> MessageTree | None:
         """The tree under a root, or under an orphan, of which nothing is left."""
-        messages = self._messages(top, reading)
+        messages = self._messages(top, context)
         if any(message.role == "assistant" for message in messages):
-            return MessageTree(top.tree_id, reading.source, tuple(messages))
-        reading.dropped["no reply"] += len(messages)
+            return MessageTree(top.tree_id, context.source, tuple(messages))
+        context.dropped["no reply"] += len(messages)
         return None
 
-    def _messages(self, top: _Row, reading: ReadContext) -> list[Message]:
+    def _messages(self, top: _Row, context: ReadContext) -> list[Message]:
         """The messages kept of `top` and all below it, depth first; the others are counted."""
         messages: list[Message] = []
         waiting: list[tuple[_Row, int | None, bool]] = [(top, None, False)]
         while waiting:
             row, parent, below_dropped = waiting.pop()
-            reason = self._reason_to_drop(row, reading.filters) or ("below a dropped message" if below_dropped else "")
+            reason = self._reason_to_drop(row, context.filters) or ("below a dropped message" if below_dropped else "")
             if reason:
-                reading.dropped[reason] += 1
+                context.dropped[reason] += 1
             else:
                 messages.append(Message(row.role, self.texts[row.text], parent, row.rank))
             index = len(messages) - 1

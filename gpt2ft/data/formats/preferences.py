@@ -48,7 +48,7 @@ class PreferenceFormat:
     def matches(self, record: Record) -> bool:
         return all(key in record for key in self.keys)
 
-    def tree(self, record: Record, where: str, reading: ReadContext) -> MessageTree | None:
+    def tree(self, record: Record, where: str, context: ReadContext) -> MessageTree | None:
         """The prompt in a record with its replies, or None if they do not belong together.
 
         Raises:
@@ -57,25 +57,25 @@ class PreferenceFormat:
         transcripts = self.transcripts(record)
         said = [in_full(record, turns) for turns, _ in transcripts]
         read = _messages_in(said)
-        reading.totals.trees += 1
-        reading.totals.messages += read
+        context.totals.trees += 1
+        context.totals.messages += read
         said = [joined(turns) for turns in said]
         prompt = said[0][:-1]
         if any(turns[-1][0] != "assistant" for turns in said):
-            reading.dropped["does not end in a reply"] += read
+            context.dropped["does not end in a reply"] += read
             return None
         if any(turns[:-1] != prompt for turns in said):
-            reading.dropped["prompts that differ"] += read
+            context.dropped["prompts that differ"] += read
             return None
-        reading.dropped["joined to the turn above"] += read - len(prompt) - len(said)
-        kept = clean([*prompt, _ANY_REPLY], reading)
+        context.dropped["joined to the turn above"] += read - len(prompt) - len(said)
+        kept = clean([*prompt, _ANY_REPLY], context)
         if kept[-1:] != [_ANY_REPLY]:
-            reading.dropped["below a dropped message"] += len(said) - 1
-            reading.dropped["in no pair"] += len(kept)
+            context.dropped["below a dropped message"] += len(said) - 1
+            context.dropped["in no pair"] += len(kept)
             return None
         replies = [(turns[-1][1], rank) for turns, (_, rank) in zip(said, transcripts, strict=True)]
-        reading.dropped["empty"] += sum(not text for text, _ in replies)
-        return _tree(kept[:-1], [reply for reply in replies if reply[0]], reading.source)
+        context.dropped["empty"] += sum(not text for text, _ in replies)
+        return _tree(kept[:-1], [reply for reply in replies if reply[0]], context.source)
 
 
 def _messages_in(transcripts: Sequence[Turns]) -> int:

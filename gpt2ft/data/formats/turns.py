@@ -48,7 +48,7 @@ class Format:
     def matches(self, record: Record) -> bool:
         return all(key in record for key in self.keys)
 
-    def tree(self, record: Record, where: str, reading: ReadContext) -> MessageTree | None:
+    def tree(self, record: Record, where: str, context: ReadContext) -> MessageTree | None:
         """The conversation in a record, or None if nothing of it is left.
 
         Raises:
@@ -56,10 +56,10 @@ class Format:
         """
         refuse_compared(record)
         turns = in_full(record, self.turns(record)) or [("user", "")]
-        reading.totals.trees += 1
-        reading.totals.messages += len(turns)
-        kept = clean(turns, reading)
-        return MessageTree.from_turns(content_id(kept), reading.source, kept) if kept else None
+        context.totals.trees += 1
+        context.totals.messages += len(turns)
+        kept = clean(turns, context)
+        return MessageTree.from_turns(content_id(kept), context.source, kept) if kept else None
 
 
 def refuse_compared(record: Record) -> None:
@@ -90,9 +90,9 @@ def _beside(record: Record) -> Turns:
     return [("system", text) for text in texts if text]
 
 
-def clean(turns: Turns, reading: ReadContext) -> list[tuple[Role, str]]:
+def clean(turns: Turns, context: ReadContext) -> list[tuple[Role, str]]:
     """The turns that stay, by the rules above."""
-    dropped = reading.dropped
+    dropped = context.dropped
     alternating = joined(turns)
     if len(alternating) < len(turns):
         dropped["joined to the turn above"] += len(turns) - len(alternating)

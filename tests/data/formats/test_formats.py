@@ -120,24 +120,24 @@ def test_published_rows_from_every_kind_of_file(layout, kind, read, write, tmp_p
         rows = rows * 2
     else:
         write(tmp_path / kind, records)
-    trees, reading = read(tmp_path / kind)
+    trees, context = read(tmp_path / kind)
     source = kind.partition(".")[0]
     assert trees == [MessageTree.from_turns(content_id(turns), source, turns) for _, turns in rows]
-    assert not reading.dropped
-    assert reading.totals == Totals(trees=len(rows), messages=sum(len(turns) for _, turns in rows))
+    assert not context.dropped
+    assert context.totals == Totals(trees=len(rows), messages=sum(len(turns) for _, turns in rows))
     assert open_source(str(tmp_path / kind)).format.name == name
 
 
 @pytest.mark.parametrize("layout", PUBLISHED)
 def test_filters_that_a_layout_knows_nothing_of_drop_nothing(layout, read):
     records = [record for record, _ in PUBLISHED[layout][1]]
-    trees, reading = read(records, languages=("de",), max_rank=0)
+    trees, context = read(records, languages=("de",), max_rank=0)
     assert len(trees) == len(records)
-    assert not reading.dropped
+    assert not context.dropped
 
 
 @pytest.mark.parametrize("layout", PUBLISHED)
-def test_the_ledger_says_what_a_file_was_taken_for(layout, write, tokenizer, tmp_path):
+def test_the_statistics_say_what_a_file_was_taken_for(layout, write, tokenizer, tmp_path):
     name, rows = PUBLISHED[layout]
     file = write(tmp_path / "t.jsonl", [record for record, _ in rows])
     statistics = open_store(str(file), Filters(), tokenizer, tmp_path).statistics
@@ -274,10 +274,10 @@ def test_a_malformed_record_is_an_error_or_skipped_and_counted(layout, record, p
     for kind, place in (("lines.json", "lines.json:2"), ("array.json", "array.json: record 2")):
         file = write(tmp_path / kind, [good, record, good])
         assert error(file).startswith(f"{tmp_path / place}: {problem}")
-        trees, reading = read(file, on_error="skip")
+        trees, context = read(file, on_error="skip")
         assert [tree.messages for tree in trees] == [tree.messages for tree in expected]
-        assert reading.dropped == {"malformed line": 1}
-        assert reading.totals.trees == 2
+        assert context.dropped == {"malformed line": 1}
+        assert context.totals.trees == 2
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def nested(rows):
 
 
 def test_a_flat_tree_is_rebuilt_depth_first_by_rank_and_then_by_id(read):
-    trees, reading = read(FAMILY)
+    trees, context = read(FAMILY)
     expected = (
         Message("user", "a", None, None),
         Message("assistant", "c", 0, 0),
@@ -55,8 +55,8 @@ def test_a_flat_tree_is_rebuilt_depth_first_by_rank_and_then_by_id(read):
         Message("assistant", "b", 0, 1),
     )
     assert trees == [MessageTree("a", "test", expected)]
-    assert not reading.dropped
-    assert reading.totals == Totals(trees=1, messages=6)
+    assert not context.dropped
+    assert context.totals == Totals(trees=1, messages=6)
 
 
 def test_both_layouts_give_equal_trees(read):
@@ -108,9 +108,9 @@ def test_a_chain_of_50000_replies_does_not_overflow(layout, read):
     names = [f"{number:05}" for number in range(50_000)]
     roles = ("prompter", "assistant")
     chain = [row(name, names[n - 1] if n else None, roles[n % 2]) for n, name in enumerate(names)]
-    trees, reading = read(chain if layout == "flat" else nested(chain))
+    trees, context = read(chain if layout == "flat" else nested(chain))
     assert len(trees[0].messages) == 50_000
-    assert not reading.dropped
+    assert not context.dropped
 
 
 # --- filters --------------------------------------------------------------------------------------------------------
@@ -118,8 +118,8 @@ def test_a_chain_of_50000_replies_does_not_overflow(layout, read):
 
 def test_deleted_messages_take_what_is_below_with_them(read):
     rows = [*FAMILY[:2], row("c", "a", rank=0, deleted=True), *FAMILY[3:]]
-    trees, reading = read(rows)
-    assert reading.dropped == {"deleted": 1, "below a dropped message": 3}
+    trees, context = read(rows)
+    assert context.dropped == {"deleted": 1, "below a dropped message": 3}
     assert [message.text for message in trees[0].messages] == ["a", "b"]
 
 
@@ -160,10 +160,10 @@ def test_orphans(drops):
 
 
 def test_a_tree_without_a_reply_is_dropped_whole(read, drops):
-    trees, reading = read([row("a"), row("b", "a", deleted=True), row("c"), row("d", "c")])
-    assert reading.dropped == {"deleted": 1, "no reply": 1}
+    trees, context = read([row("a"), row("b", "a", deleted=True), row("c"), row("d", "c")])
+    assert context.dropped == {"deleted": 1, "no reply": 1}
     assert [tree.id for tree in trees] == ["c"]
-    assert reading.totals == Totals(trees=2, messages=4)
+    assert context.totals == Totals(trees=2, messages=4)
     assert drops([row("a", role="system"), row("b", "a", "user")]) == {"no reply": 2}
 
 
@@ -195,9 +195,9 @@ def test_ids_are_unique_within_a_nested_tree(read, error, drops):
 
 
 def test_equal_nested_trees_are_all_read(read):
-    trees, reading = read(nested(FAMILY) * 2)
+    trees, context = read(nested(FAMILY) * 2)
     assert trees[0] == trees[1]
-    assert (len(trees), reading.totals) == (2, Totals(trees=2, messages=12))
+    assert (len(trees), context.totals) == (2, Totals(trees=2, messages=12))
 
 
 def test_two_roots_cannot_share_a_tree_id(drops, error):
@@ -212,8 +212,8 @@ def test_cycles(parents, read, error):
     assert error(rows) == (
         'test.jsonl:3: `parent_id` must lead up to a root, but from message "c" it leads into a cycle'
     )
-    trees, reading = read(rows, on_error="skip")
-    assert reading.dropped == {"cycle in parent_id": len(parents)}
+    trees, context = read(rows, on_error="skip")
+    assert context.dropped == {"cycle in parent_id": len(parents)}
     assert len(trees[0].messages) == 2
 
 
@@ -247,8 +247,8 @@ def test_cycles(parents, read, error):
 )
 def test_a_malformed_message_is_an_error_or_skipped_and_counted(record, problem, read, error):
     assert f"test.jsonl:3: {problem}" in error([*FAMILY[:2], record])
-    trees, reading = read([*FAMILY[:2], record, *FAMILY[2:]], on_error="skip")
-    assert reading.dropped == {"malformed line": 1}
+    trees, context = read([*FAMILY[:2], record, *FAMILY[2:]], on_error="skip")
+    assert context.dropped == {"malformed line": 1}
     assert trees == read(FAMILY)[0]
 
 
@@ -274,10 +274,10 @@ def test_a_malformed_message_is_an_error_or_skipped_and_counted(record, problem,
 )
 def test_a_malformed_tree_is_an_error_or_skipped_and_counted_as_one_line(tree, problem, read, error):
     assert f"test.jsonl:2: {problem}" in error([*nested(FAMILY), tree])
-    trees, reading = read([*nested(FAMILY), tree], on_error="skip")
-    assert reading.dropped == {"malformed line": 1}
+    trees, context = read([*nested(FAMILY), tree], on_error="skip")
+    assert context.dropped == {"malformed line": 1}
     assert trees == read(FAMILY)[0]
-    assert reading.totals.messages == len(FAMILY)
+    assert context.totals.messages == len(FAMILY)
 
 
 def test_a_record_of_no_format_among_others(error, drops):

@@ -203,7 +203,7 @@ def tree_of(source, prompt, replies):
 
 @pytest.fixture
 def compare(read):
-    """compare(source, **filters): trees and reading of preferences."""
+    """compare(source, **filters): trees and context of preferences."""
     return lambda source, **filters: read(source, as_preferences=True, **filters)
 
 
@@ -222,20 +222,20 @@ def test_published_rows_from_every_kind_of_file(layout, kind, compare, write, tm
         rows = rows * 2
     else:
         write(tmp_path / kind, records)
-    trees, reading = compare(tmp_path / kind)
+    trees, context = compare(tmp_path / kind)
     source = kind.partition(".")[0]
     assert trees == [tree_of(source, prompt, replies) for _, prompt, replies in rows]
-    assert not +reading.dropped
-    assert reading.totals == Totals(len(rows), sum(len(prompt) + len(replies) for _, prompt, replies in rows))
+    assert not +context.dropped
+    assert context.totals == Totals(len(rows), sum(len(prompt) + len(replies) for _, prompt, replies in rows))
     assert open_source(str(tmp_path / kind), as_preferences=True).format.name == name
 
 
 @pytest.mark.parametrize("layout", PUBLISHED)
 def test_filters_that_a_layout_knows_nothing_of_drop_nothing(layout, compare):
     records = [record for record, *_ in PUBLISHED[layout][1]]
-    trees, reading = compare(records, languages=("de",), max_rank=0)
+    trees, context = compare(records, languages=("de",), max_rank=0)
     assert len(trees) == len(records)
-    assert not +reading.dropped
+    assert not +context.dropped
 
 
 @pytest.mark.parametrize("layout", PUBLISHED)
@@ -245,7 +245,7 @@ def test_a_prompt_has_one_name_however_it_is_answered(layout, compare):
     assert [tree.id for tree in trees] == [content_id(prompt) for _, prompt, _ in PUBLISHED[layout][1]]
 
 
-def test_the_ledger_of_a_store_of_groups(write, tokenizer, tmp_path):
+def test_the_statistics_of_a_store_of_groups(write, tokenizer, tmp_path):
     """Ties, missing scores and single replies are in no pair."""
     file = write(tmp_path / "t.jsonl", [record for record, *_ in PUBLISHED["UltraFeedback"][1]])
     store = open_store(str(file), Filters(), tokenizer, tmp_path, as_preferences=True)
@@ -262,7 +262,7 @@ def test_real_ultrafeedback(test_data, compare):
     for name, number in (("ultrafeedback_train1000", 1000), ("ultrafeedback_eval200", 200)):
         file = test_data(f"prefs/{name}.jsonl")
         records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        trees, reading = compare(file)
+        trees, context = compare(file)
         assert len(trees) == len(records) == number
         assert replies_of(trees) == [
             [
@@ -272,7 +272,7 @@ def test_real_ultrafeedback(test_data, compare):
             ]
             for r in records
         ]
-        assert reading.totals == Totals(number, 3 * number)
+        assert context.totals == Totals(number, 3 * number)
 
 
 # --- turns that belong together -------------------------------------------------------------------------------------
@@ -322,7 +322,7 @@ def test_transcripts_and_lists_that_say_the_same_are_the_same(chosen, rejected, 
     if "s" not in chosen + rejected and chosen.startswith("u"):
         records.append({"chosen": transcript(*turns(chosen)), "rejected": transcript(*turns(rejected))})
     for record in records:
-        trees, reading = compare([record])
+        trees, context = compare([record])
         if replies is None:
             assert trees == []
         else:
@@ -330,8 +330,8 @@ def test_transcripts_and_lists_that_say_the_same_are_the_same(chosen, rejected, 
             assert [(message.text, message.rank) for message in tree.messages][
                 -len(replies) or len(tree.messages) :
             ] == [(text, rank) for rank, text in enumerate(replies)]
-        assert +reading.dropped == Counter(dropped)
-        assert reading.totals.trees == 1
+        assert +context.dropped == Counter(dropped)
+        assert context.totals.trees == 1
 
 
 def test_every_message_is_kept_or_dropped_for_one_reason(compare):
@@ -356,10 +356,10 @@ def test_every_message_is_kept_or_dropped_for_one_reason(compare):
         record = dict(zip(("chosen", "rejected"), (messages(*turns) for turns in both), strict=True))
         if any(all(role == "assistant" for role, _ in turns) for turns in both):
             good = {"chosen": messages(ASKED, told("x")), "rejected": messages(ASKED, told("y"))}
-            trees, reading = compare([good, record], on_error="skip")  # without a prompt these mean nothing
-            assert (len(trees), reading.totals.trees, +reading.dropped) == (1, 1, {"malformed line": 1})
+            trees, context = compare([good, record], on_error="skip")  # without a prompt these mean nothing
+            assert (len(trees), context.totals.trees, +context.dropped) == (1, 1, {"malformed line": 1})
             return
-        trees, reading = compare([record])
+        trees, context = compare([record])
         for tree in trees:
             found = [message for message in tree.messages if message.rank is not None]
             assert {message.parent for message in found} <= {len(tree.messages) - len(found) - 1}
@@ -367,7 +367,7 @@ def test_every_message_is_kept_or_dropped_for_one_reason(compare):
             for message in found:
                 assert all(part in [text for _, text in both[message.rank]] for part in message.text.split("\n\n"))
             sizes[len(found)] += 1
-        reasons.update(reading.dropped)
+        reasons.update(context.dropped)
 
     check()
     assert set(+reasons) == {
@@ -390,9 +390,9 @@ def test_a_system_text_beside_the_turns_stands_once(compare):
         {"instruction": ASKED[1], "completions": [completion(GOOD, 2.0), completion(BAD, 1.0)], **beside},
     ):
         assert compare([record])[0] == [tree_of("test", [SYSTEM, ASKED], PAIR)]
-    (tree,), reading = compare([whole | {"system": "Be kind."}])
+    (tree,), context = compare([whole | {"system": "Be kind."}])
     assert tree.messages[0].text == "Be kind.\n\nYou are a tea master."
-    assert +reading.dropped == {"joined to the turn above": 1}
+    assert +context.dropped == {"joined to the turn above": 1}
 
 
 @pytest.mark.parametrize("missing", [None, math.nan])
@@ -408,8 +408,8 @@ def test_a_missing_score_is_no_score(missing, kind, compare, write, tmp_path):
 
 
 def test_an_instruction_without_completions_is_counted(compare):
-    trees, reading = compare([{"instruction": "Why?", "completions": []}])
-    assert (trees, +reading.dropped, reading.totals) == ([], {"does not end in a reply": 1}, Totals(1, 1))
+    trees, context = compare([{"instruction": "Why?", "completions": []}])
+    assert (trees, +context.dropped, context.totals) == ([], {"does not end in a reply": 1}, Totals(1, 1))
 
 
 # --- what is compared is not learnt from ----------------------------------------------------------------------------
@@ -438,8 +438,8 @@ def test_a_conversation_beside_chosen_and_rejected_is_not_taken_for_what_to_lear
     assert replies_of([tree]) == [list(PAIR)]
     mixed = write(tmp_path / "mixed" / kind, [BESIDE[beside] | {"prompt": ASKED[1]}, compared])
     assert "is a preference (`chosen` and `rejected`)" in error(mixed)
-    _, reading = read(mixed, on_error="skip")
-    assert (reading.dropped["malformed line"], reading.totals.trees) == (1, 1)
+    _, context = read(mixed, on_error="skip")
+    assert (context.dropped["malformed line"], context.totals.trees) == (1, 1)
 
 
 def test_columns_of_preferences_that_hold_none_do_no_harm(read, write, tmp_path):
@@ -568,7 +568,7 @@ def test_a_malformed_record_is_an_error_or_skipped_and_counted(
     for kind, place in (("lines.json", "lines.json:2"), ("array.json", "array.json: record 2")):
         file = write(tmp_path / kind, [good, record, good])
         assert error(file, as_preferences=True).startswith(f"{tmp_path / place}: {problem}")
-        trees, reading = compare(file, on_error="skip")
+        trees, context = compare(file, on_error="skip")
         assert [tree.messages for tree in trees] == [tree_of("", prompt, replies).messages] * 2
-        assert +reading.dropped == {"malformed line": 1}
-        assert reading.totals.trees == 2
+        assert +context.dropped == {"malformed line": 1}
+        assert context.totals.trees == 2

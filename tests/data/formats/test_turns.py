@@ -21,8 +21,8 @@ def turns_of(words):
 
 
 def cleaned(turns):
-    reading = ReadContext("test", Filters())
-    return list(clean(list(turns), reading)), +reading.dropped
+    context = ReadContext("test", Filters())
+    return list(clean(list(turns), context)), +context.dropped
 
 
 @pytest.mark.parametrize(
@@ -97,10 +97,10 @@ some_text = st.lists(st.sampled_from(["", "x", "y z"]), min_size=1, max_size=4).
 
 @given(st.lists(st.tuples(some_text, some_text), min_size=1, max_size=4))
 def test_joining_loses_no_text(exchanges):
-    pieces = [(NAMES["ua"[n % 2]], texts) for exchange in exchanges for n, texts in enumerate(exchange)]
-    kept, dropped = cleaned((role, text) for role, texts in pieces for text in texts)
-    assert kept == [(role, "\n\n".join(filter(None, texts))) for role, texts in pieces]
-    assert dropped == +Counter({"joined to the turn above": sum(len(texts) - 1 for _, texts in pieces)})
+    chunks = [(NAMES["ua"[n % 2]], texts) for exchange in exchanges for n, texts in enumerate(exchange)]
+    kept, dropped = cleaned((role, text) for role, texts in chunks for text in texts)
+    assert kept == [(role, "\n\n".join(filter(None, texts))) for role, texts in chunks]
+    assert dropped == +Counter({"joined to the turn above": sum(len(texts) - 1 for _, texts in chunks)})
 
 
 def test_a_conversation_is_named_by_its_content():
@@ -149,11 +149,11 @@ def test_a_system_text_beside_the_turns_is_the_system_turn(read, key):
     assert [(message.role, message.text) for message in tree.messages] == [
         ("system", "Be brief."), ("user", "Tea?"), ("assistant", "Yes."),
     ]  # fmt: skip
-    (tree,), reading = read(
+    (tree,), context = read(
         [{"messages": [{"role": "system", "content": "Kindly."}, *chat_of(PAIR)], key: "Be brief."}]
     )
     assert tree.messages[0].text == "Be brief.\n\nKindly."
-    assert reading.dropped["joined to the turn above"] == 1
+    assert context.dropped["joined to the turn above"] == 1
     assert len(read([PAIR | {key: None}])[0][0].messages) == len(read([PAIR | {key: ""}])[0][0].messages) == 2
 
 
@@ -179,7 +179,7 @@ def test_messages_with_more_than_text_are_refused(error, read, extra, problem):
 
 
 def test_a_conversation_without_turns_is_counted(read):
-    trees, reading = read([{"messages": []}, {"messages": chat_of(PAIR)}])
+    trees, context = read([{"messages": []}, {"messages": chat_of(PAIR)}])
     assert len(trees) == 1
-    assert +reading.dropped == {"empty": 1}
-    assert reading.totals.trees == 2
+    assert +context.dropped == {"empty": 1}
+    assert context.totals.trees == 2

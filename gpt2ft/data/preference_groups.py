@@ -5,7 +5,7 @@ from collections import Counter
 from gpt2ft.conversation import MessageTree
 
 
-def groups(tree: MessageTree, dropped: Counter[str]) -> list[list[int]]:
+def preference_groups(tree: MessageTree, dropped: Counter[str]) -> list[list[int]]:
     """The messages of each group as ascending indices: the path to the prompt, then at least two replies.
 
     Only replies of different rank can be compared. Of replies with the same text the better one stays. Every message

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gpt2ft.conversation import Message, MessageTree
-from gpt2ft.data.preferences import groups
+from gpt2ft.data.preference_groups import preference_groups
 from gpt2ft.data.reading import REASONS, Filters
 from gpt2ft.data.store import open_store
 from gpt2ft.text.template import render_turn
@@ -26,7 +26,7 @@ def tree_of(*messages):
 
 def found(*messages):
     dropped = Counter()
-    return groups(tree_of(*messages), dropped), dict(+dropped)
+    return preference_groups(tree_of(*messages), dropped), dict(+dropped)
 
 
 class TestByHand:
@@ -124,7 +124,7 @@ def test_any_tree_as_defined():
     for seed in range(1000):
         tree = random_ranked_tree(seed)
         dropped = Counter()
-        result = groups(tree, dropped)
+        result = preference_groups(tree, dropped)
         expected, expected_drops = as_defined(tree)
         assert [sorted(group) for group in result] == result
         assert [set(group) for group in result] == [expected[prompt] for prompt in sorted(expected)]
