@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from processes import run
 
-from gpt2ft.data.reading import Filters
 from gpt2ft.data.sources import read_trees
+from gpt2ft.settings.sections import FilterSettings
 
 ROOT = Path(__file__).parent.parent
 TRAINING = ["--model.dropout", "0", "--model.attention_dropout", "0", "--training.sample_prompts", "0"]
@@ -27,7 +27,7 @@ def stop_rate(model, report):
 @pytest.mark.campaign
 def test_a_model_tuned_by_lora_stops_as_one_tuned_in_full(tmp_path):
     """On a base that knows the words of the quickstart as plain text, and nothing of turns."""
-    texts = [message.text for tree in read_trees("quickstart", Filters()) for message in tree.messages]
+    texts = [message.text for tree in read_trees("quickstart", FilterSettings()) for message in tree.messages]
     documents = [" ".join(texts[start : start + 12]) for start in range(0, len(texts), 12)]  # too long to end soon
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     plain_text = ["--data.train", tmp_path / "texts.jsonl", "--data.eval", "--data.max_rank", "None"]

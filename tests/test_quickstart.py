@@ -9,8 +9,8 @@ import pytest
 from processes import run
 
 from gpt2ft import quickstart
-from gpt2ft.data.reading import Filters
 from gpt2ft.data.sources import read_trees
+from gpt2ft.settings.sections import FilterSettings
 
 ROOT = Path(__file__).parent.parent
 TEA = re.compile(
@@ -34,7 +34,9 @@ def runs_of(length, texts):
 class TestTrees:
     @pytest.fixture(scope="class")
     def trees(self):
-        return {name: list(read_trees(name, Filters(), Counter())) for name in ("quickstart", "quickstart:held_out")}
+        return {
+            name: list(read_trees(name, FilterSettings(), Counter())) for name in ("quickstart", "quickstart:held_out")
+        }
 
     def test_prompts_replies_and_ranks(self, trees):
         assert len(trees["quickstart"]) == 150
@@ -116,7 +118,7 @@ def test_the_quickstart_ends_in_clean_replies_about_tea(tmp_path):
     held_out, _ = load_corpora(DataSettings(train=("quickstart:held_out",)), policy.tokenizer)
     samples = answer(policy, held_out_prompts(held_out, policy, 1000, 100), 100)
     replies = [sample.reply for sample in samples]
-    trained = [m.text for tree in read_trees("quickstart", Filters(), Counter()) for m in tree.messages]
+    trained = [m.text for tree in read_trees("quickstart", FilterSettings(), Counter()) for m in tree.messages]
     known = runs_of(4, trained)
     said = [run for reply in replies for run in runs_of(4, [reply])]
     figures = {

@@ -13,10 +13,11 @@ import torch
 
 from gpt2ft.conversation import MessageTree
 from gpt2ft.data.packing import build_stream
-from gpt2ft.data.sources import Filters, read_trees
+from gpt2ft.data.sources import read_trees
 from gpt2ft.data.store import open_store
 from gpt2ft.data.token_tree import TokenTree, weigh
 from gpt2ft.model.logprobs import TargetLogProbs
+from gpt2ft.settings.sections import FilterSettings
 from gpt2ft.stream import TokenStream
 from gpt2ft.text.template import render_turn
 
@@ -55,8 +56,8 @@ def case(request):
 
 def pick_trees(source, tokenizer, cache, capacity):
     """A dozen of the branching trees that fit, from the bushiest to the plainest."""
-    store = open_store(source, Filters(), tokenizer, cache)
-    messages = {tree.id: tree for tree in read_trees(source, Filters(), Counter())}
+    store = open_store(source, FilterSettings(), tokenizer, cache)
+    messages = {tree.id: tree for tree in read_trees(source, FilterSettings(), Counter())}
     found = []
     for row in range(len(store)):
         tree = weigh(store.tree(row, group=0), "leaves")

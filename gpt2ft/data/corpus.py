@@ -9,7 +9,7 @@ import numpy as np
 
 from gpt2ft.data.mixing import Keys, first_of_each, is_held_out, sampled
 from gpt2ft.data.plan import Rows
-from gpt2ft.data.reading import DataError, Filters
+from gpt2ft.data.reading import DataError
 from gpt2ft.data.store import TokenStore, open_store
 from gpt2ft.data.topic import Topic
 from gpt2ft.errors import SettingsError
@@ -78,11 +78,10 @@ def load_corpora(
 def _open_stores(
     sources: Sequence[str], settings: DataSettings, tokenizer: ChatTokenizer, as_preferences: bool
 ) -> list[TokenStore]:
-    filters = Filters(settings.languages, settings.max_rank, settings.reviewed_only, settings.on_error)
     topic = Topic.read(settings.topic_replies) if settings.topic_replies else None
     names = [split_factor(source)[0] for source in sources]
     cache = cache_root(settings.cache)
-    return [open_store(name, filters, tokenizer, cache, topic, as_preferences) for name in names]
+    return [open_store(name, settings.filters, tokenizer, cache, topic, as_preferences) for name in names]
 
 
 def _unique(stores: list[TokenStore], kept_back: Keys, reason: str) -> Corpus:

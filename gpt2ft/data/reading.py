@@ -1,4 +1,4 @@
-"""What every reader of data shares: filters, the statistics of what was dropped, and refusals that name their place.
+"""What every reader of data shares: the statistics of what was dropped, and refusals that name their place.
 
 Every message left out is counted under one reason, the first of `REASONS` that holds for it.
 """
@@ -8,9 +8,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from gpt2ft.conversation import Role, tidy
+from gpt2ft.settings.sections import FilterSettings
 
 Record = dict[str, Any]  # one line, row or array element of a data file
 
@@ -45,21 +46,6 @@ class Malformed(Exception):
     """What is wrong with a record, before the place is known."""
 
 
-@dataclass(frozen=True)
-class Filters:
-    """Which messages to keep. `languages` () is all of them; `max_rank` 0 is only the best reply.
-
-    `max_rank` leaves unranked replies alone: OASST ranks only where there were several to compare. `languages`
-    says nothing of formats that name no languages.
-    `on_error` says whether malformed data ends the reading or is left out and counted.
-    """
-
-    languages: tuple[str, ...] = ()
-    max_rank: int | None = None
-    reviewed_only: bool = True
-    on_error: Literal["fail", "skip"] = "fail"
-
-
 @dataclass
 class Totals:
     """What was read before any filter: `messages` = kept + dropped, but for the malformed lines."""
@@ -73,7 +59,7 @@ class ReadContext:
     """A source, or a part of one, being read: its name for trees, the filters, and the counts so far."""
 
     source: str
-    filters: Filters
+    filters: FilterSettings
     dropped: Counter[str] = field(default_factory=Counter)
     totals: Totals = field(default_factory=Totals)
 

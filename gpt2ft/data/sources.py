@@ -23,9 +23,10 @@ from typing import Any, Protocol
 from gpt2ft import quickstart
 from gpt2ft.conversation import MessageTree
 from gpt2ft.data.formats import AnyFormat, columns_to_read, detect, oasst
-from gpt2ft.data.reading import DataError, Filters, Malformed, ReadContext, show
+from gpt2ft.data.reading import DataError, Malformed, ReadContext, show
 from gpt2ft.data.records import FILE_KINDS, Columns, Parsed, RecordBlock, read_file, read_table, stem
 from gpt2ft.files import file_digest, user_path
+from gpt2ft.settings.sections import FilterSettings
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class Source:
         Raises:
             DataError: if none has.
         """
-        lenient = ReadContext(self.name, Filters(on_error="skip"))
+        lenient = ReadContext(self.name, FilterSettings(on_error="skip"))
         problem = ""
         for where, record in self._records(lenient):
             try:
@@ -147,7 +148,8 @@ class Source:
             except Malformed as malformed:
                 problem = problem or f"but at {where} it {malformed}"
         if lenient.dropped:
-            deque(self._records(ReadContext(self.name, Filters())), maxlen=0)  # names the first that cannot be read
+            strict = ReadContext(self.name, FilterSettings())
+            deque(self._records(strict), maxlen=0)  # names the first that cannot be read
         raise DataError(f"{self.origin.place}: must hold conversations, {problem or 'but holds none'}")
 
     @property
@@ -162,7 +164,7 @@ class Source:
     def _records(self, context: ReadContext) -> Parsed:
         return chain.from_iterable(block.parse(context) for block in self._blocks())
 
-    def shards(self, filters: Filters) -> Iterator[Shard]:
+    def shards(self, filters: FilterSettings) -> Iterator[Shard]:
         """The source in shards, the same whoever asks. What concerns them all is counted in the first.
 
         Raises:
@@ -240,7 +242,7 @@ def open_source(name: str, as_preferences: bool = False) -> Source:
     return Source(stem(path), Files(str(path), _files(name, path), path.is_dir()), as_preferences)
 
 
-def read_trees(source: str, filters: Filters, dropped: Counter[str] | None = None) -> Iterator[MessageTree]:
+def read_trees(source: str, filters: FilterSettings, dropped: Counter[str] | None = None) -> Iterator[MessageTree]:
     """The trees of one source that pass the filters, and in `dropped` messages by reason once all are read.
 
     Raises:

@@ -28,12 +28,13 @@ from numpy.typing import NDArray
 
 from gpt2ft.conversation import ROLES, MessageTree
 from gpt2ft.data.preference_groups import preference_groups
-from gpt2ft.data.reading import DataError, Filters, ReadContext, show
+from gpt2ft.data.reading import DataError, ReadContext, show
 from gpt2ft.data.sources import Shard, Source, open_source
 from gpt2ft.data.token_tree import TokenTree, is_supervised
 from gpt2ft.data.topic import Topic
 from gpt2ft.errors import speaks_for_its_machine
 from gpt2ft.files import sync_folder, write_json
+from gpt2ft.settings.sections import FilterSettings
 from gpt2ft.text.template import render_turn, template_digest
 from gpt2ft.text.tokenizer import ChatTokenizer
 
@@ -153,7 +154,7 @@ def _sizes(batch: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 def open_store(
     name: str,
-    filters: Filters,
+    filters: FilterSettings,
     tokenizer: ChatTokenizer,
     cache: Path,
     topic: Topic | None = None,
@@ -170,7 +171,7 @@ def open_store(
     """
     source = open_source(name, as_preferences)
     try:
-        determined_by = [FORMAT, source.origin.digest(), asdict(filters), template_digest(), tokenizer.digest]
+        determined_by = [FORMAT, source.origin.digest(), filters.model_dump(), template_digest(), tokenizer.digest]
         determined_by += [topic.digest] if topic else []
         determined_by += ["preferences"] if as_preferences else []
     except OSError as error:
@@ -194,7 +195,7 @@ class _Work:
     """What is tokenised, and how."""
 
     source: Source
-    filters: Filters
+    filters: FilterSettings
     tokenizer: ChatTokenizer
     topic: Topic | None
 

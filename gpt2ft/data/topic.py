@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from gpt2ft.conversation import SUPERVISED_ROLES, Message, MessageTree
-from gpt2ft.data.reading import DataError, Filters
+from gpt2ft.data.reading import DataError
 from gpt2ft.data.sources import read_trees
 from gpt2ft.files import user_path
 from gpt2ft.random import seed_for
+from gpt2ft.settings.sections import FilterSettings
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Topic:
             except (OSError, UnicodeDecodeError) as error:
                 raise DataError(f"`data.topic_replies` = {source} cannot be read: {error}") from error
         else:
-            messages = (message for tree in read_trees(source, Filters()) for message in tree.messages)
+            messages = (message for tree in read_trees(source, FilterSettings()) for message in tree.messages)
             texts = [message.text for message in messages if message.role in SUPERVISED_ROLES]
         replies = tuple(dict.fromkeys(text.strip() for text in texts if text.strip()))
         if not replies:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from gpt2ft.data.reading import REASONS, DataError, Filters, ReadContext
+from gpt2ft.data.reading import REASONS, DataError, ReadContext
 from gpt2ft.data.records import RecordBlock
 from gpt2ft.data.sources import Source, open_source
+from gpt2ft.settings.sections import FilterSettings
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def read():
             opened = Source("test", InMemory(source), as_preferences)
         else:
             opened = open_source(str(source), as_preferences)
-        context = ReadContext(opened.name, Filters(**filters))
+        context = ReadContext(opened.name, FilterSettings(**filters))
         trees = [tree for shard in opened.shards(context.filters) for tree in shard.trees(context)]
         kept = sum(len(tree.messages) for tree in trees)
         assert kept + context.dropped.total() - context.dropped["malformed line"] == context.totals.messages

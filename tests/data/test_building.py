@@ -13,8 +13,9 @@ import pytest
 import gpt2ft.data.store as store_module
 from gpt2ft import quickstart
 from gpt2ft.data import records
-from gpt2ft.data.reading import DataError, Filters
+from gpt2ft.data.reading import DataError
 from gpt2ft.data.store import open_store
+from gpt2ft.settings.sections import FilterSettings
 from gpt2ft.text.tokenizer import ChatTokenizer
 
 BLOCK_BYTES = 5_000  # some forty shards of the quickstart
@@ -32,7 +33,7 @@ def alone(tokenizer, tmp_path_factory):
     cache = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records, "BLOCK_BYTES", BLOCK_BYTES)
-        open_store("quickstart", Filters(), tokenizer, cache)
+        open_store("quickstart", FilterSettings(), tokenizer, cache)
     digests = files(cache)
     assert len(digests) > 30
     return digests
@@ -46,7 +47,7 @@ def files(cache):
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
 
 
-def count_parts(monkeypatch, then=lambda number: None):
+def count_shards(monkeypatch, then=lambda number: None):
     """A list that grows by each shard written here; before that, `then` is told how many there were."""
     written, write_shard = [], store_module._write_shard
 
@@ -63,9 +64,11 @@ def build(source, cache, barrier, results):
     """In a process of its own: opens the store, and tells which shards it wrote. All begin before any is done."""
     records.BLOCK_BYTES = BLOCK_BYTES
     with pytest.MonkeyPatch.context() as patch:
-        written = count_parts(patch, then=lambda number: number or barrier.wait(120))
+        written = count_shards(patch, then=lambda number: number or barrier.wait(120))
         try:
-            found = open_store(source, Filters(), ChatTokenizer.from_folder(quickstart.MODEL), Path(cache)).statistics
+            found = open_store(
+                source, FilterSettings(), ChatTokenizer.from_folder(quickstart.MODEL), Path(cache)
+            ).statistics
         except DataError as error:
             found = str(error)
     results.put((found, written))
@@ -124,7 +127,7 @@ def killed_in_the_middle(cache):
         finish(*names)
 
     os.replace = replace
-    open_store("quickstart", Filters(), ChatTokenizer.from_folder(quickstart.MODEL), Path(cache))
+    open_store("quickstart", FilterSettings(), ChatTokenizer.from_folder(quickstart.MODEL), Path(cache))
 
 
 def test_after_a_kill_only_what_is_missing_is_tokenised(alone, tokenizer, tmp_path, monkeypatch):
@@ -135,8 +138,8 @@ def test_after_a_kill_only_what_is_missing_is_tokenised(alone, tokenizer, tmp_pa
     (shards,) = (tmp_path / "trees").glob("*.shards")
     assert len(list(shards.glob("*.arrow"))) == 12
     assert len(list(shards.glob("*.tmp"))) == 1
-    written = count_parts(monkeypatch)
-    open_store("quickstart", Filters(), tokenizer, tmp_path)
+    written = count_shards(monkeypatch)
+    open_store("quickstart", FilterSettings(), tokenizer, tmp_path)
     assert sorted(written) == [f"{number:06}.arrow" for number in range(12, len(alone) - 1)]
     assert files(tmp_path) == alone
 
@@ -147,12 +150,12 @@ def test_an_interrupted_build_leaves_no_store_and_is_finished_later(alone, token
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        count_parts(patch, then=interrupt)
+        count_shards(patch, then=interrupt)
         with pytest.raises(KeyboardInterrupt):
-            open_store("quickstart", Filters(), tokenizer, tmp_path)
+            open_store("quickstart", FilterSettings(), tokenizer, tmp_path)
     assert {path.suffix for path in (tmp_path / "trees").iterdir()} == {".shards", ".lock"}
-    written = count_parts(monkeypatch)
-    open_store("quickstart", Filters(), tokenizer, tmp_path)
+    written = count_shards(monkeypatch)
+    open_store("quickstart", FilterSettings(), tokenizer, tmp_path)
     assert len(written) == len(alone) - 1 - 7
     assert files(tmp_path) == alone
 
@@ -168,8 +171,8 @@ def test_a_part_in_work_is_left_to_whoever_has_it(alone, tokenizer, tmp_path, mo
             while len(list(tmp_path.glob("trees/*.shards/*.arrow"))) < len(alone) - 2:
                 time.sleep(0.01)
 
-    here = count_parts(monkeypatch, then=let_the_other_work)
-    open_store("quickstart", Filters(), tokenizer, tmp_path)
+    here = count_shards(monkeypatch, then=let_the_other_work)
+    open_store("quickstart", FilterSettings(), tokenizer, tmp_path)
     _, there = results.get(timeout=120)
     other.join(60)
     assert here == [f"{number:06}.arrow" for number in range(6)]

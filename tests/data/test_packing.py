@@ -8,10 +8,10 @@ import torch
 
 from gpt2ft.data.packing import build_stream, pack
 from gpt2ft.data.plan import Conversations, Plan, chunk
-from gpt2ft.data.reading import Filters
 from gpt2ft.data.store import open_store
 from gpt2ft.data.token_tree import weigh
 from gpt2ft.random import generator
+from gpt2ft.settings.sections import FilterSettings
 from gpt2ft.stream import visible
 
 
@@ -152,7 +152,7 @@ class TestBuildStream:
 def test_streams_of_real_conversations_are_full(test_data, gpt2_tokenizer, cache, capacity):
     """At least 98 % of a stream are tokens that stand in no other place."""
     files = [test_data("oasst/en_100_tree.jsonl"), test_data("oasst/oasst1_en_validation.messages.jsonl")]
-    stores = [open_store(str(file), Filters(), gpt2_tokenizer, Path(cache)) for file in files]
+    stores = [open_store(str(file), FilterSettings(), gpt2_tokenizer, Path(cache)) for file in files]
     rows = np.array([(number, row) for number, store in enumerate(stores) for row in range(len(store))])
     chunks = chunk(stores, rows, Conversations("once", max_length=1024, capacity=capacity))
     plan = Plan(chunks, capacity, micro_batches_per_step=8, seed=0)

@@ -9,15 +9,15 @@ import torch
 from gpt2ft.data.packing import build_pairs, build_stream, number_replies
 from gpt2ft.data.pairs import PreferencePairs
 from gpt2ft.data.plan import Plan, chunk
-from gpt2ft.data.reading import Filters
 from gpt2ft.data.store import open_store
+from gpt2ft.settings.sections import FilterSettings
 
 CAPACITY = 256
 
 
 @pytest.fixture(scope="module")
 def store(tokenizer, cache):
-    return open_store("quickstart", Filters(), tokenizer, cache, as_preferences=True)
+    return open_store("quickstart", FilterSettings(), tokenizer, cache, as_preferences=True)
 
 
 @pytest.fixture(scope="module", params=[(256, "all"), (64, "all"), (256, "adjacent")])

@@ -10,9 +10,10 @@ import pytest
 from gpt2ft.data.packing import number_replies
 from gpt2ft.data.pairs import LEAST_REPLY, PreferencePairs, compared, fit_replies, split_by_pairs, times_compared
 from gpt2ft.data.plan import chunk
-from gpt2ft.data.reading import DataError, Filters
+from gpt2ft.data.reading import DataError
 from gpt2ft.data.store import open_store
 from gpt2ft.data.token_tree import counts
+from gpt2ft.settings.sections import FilterSettings
 
 RULES = ["all", "best_worst", "adjacent"]
 PLENTY = 1 << 20
@@ -58,7 +59,7 @@ def random_groups(write, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def store(random_groups, tokenizer, cache):
-    return open_store(random_groups, Filters(reviewed_only=False), tokenizer, cache, as_preferences=True)
+    return open_store(random_groups, FilterSettings(reviewed_only=False), tokenizer, cache, as_preferences=True)
 
 
 @pytest.fixture(params=["random", "quickstart", "oasst"])
@@ -66,9 +67,13 @@ def any_store(request, cache):
     if request.param == "random":
         return request.getfixturevalue("store")
     if request.param == "quickstart":
-        return open_store("quickstart", Filters(), request.getfixturevalue("tokenizer"), cache, as_preferences=True)
+        return open_store(
+            "quickstart", FilterSettings(), request.getfixturevalue("tokenizer"), cache, as_preferences=True
+        )
     file = request.getfixturevalue("test_data")("oasst/en_100_tree.jsonl")
-    return open_store(str(file), Filters(), request.getfixturevalue("gpt2_tokenizer"), cache, as_preferences=True)
+    return open_store(
+        str(file), FilterSettings(), request.getfixturevalue("gpt2_tokenizer"), cache, as_preferences=True
+    )
 
 
 def rows_of(store):
@@ -363,7 +368,7 @@ def test_the_sum_of_weights_is_one_for_each_prompt_or_for_each_pair(
         for row in ([60, 60, 3], [60, 60, 60, 4], [5, 6, 60, 60], [60, 60])
     ]  # fmt: skip
     stores = [
-        open_store(str(file), Filters(reviewed_only=False), tokenizer, cache, as_preferences=True)
+        open_store(str(file), FilterSettings(reviewed_only=False), tokenizer, cache, as_preferences=True)
         for file in (random_groups, write(tmp_path / "alike.jsonl", alike))
     ]
     rows = np.array([(number, row) for number, store in enumerate(stores) for row in range(len(store))])

@@ -8,9 +8,10 @@ import torch
 
 from gpt2ft.data.augmentation import Augmentation
 from gpt2ft.data.plan import Chunks, Conversations, Plan, chunk
-from gpt2ft.data.reading import DataError, Filters
+from gpt2ft.data.reading import DataError
 from gpt2ft.data.store import open_store
 from gpt2ft.data.token_tree import ASSISTANT, counts, fit_context, split, weigh
+from gpt2ft.settings.sections import FilterSettings
 
 CAPACITY = 256
 
@@ -45,7 +46,7 @@ def chunks(random_tree):
 
 @pytest.fixture(scope="module")
 def store(tokenizer, cache):
-    return open_store("quickstart", Filters(), tokenizer, cache)
+    return open_store("quickstart", FilterSettings(), tokenizer, cache)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def texts(tokenizer, cache, write, tmp_path_factory):
     """Ten plain texts of 1 to 400 words."""
     rows = [{"text": " ".join(["tea"] * (1 + number * number * 5))} for number in range(10)]
     file = write(tmp_path_factory.mktemp("texts") / "texts.jsonl", rows)
-    return open_store(str(file), Filters(), tokenizer, cache)
+    return open_store(str(file), FilterSettings(), tokenizer, cache)
 
 
 def rows_of(*stores):

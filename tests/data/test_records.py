@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from gpt2ft.data import records
-from gpt2ft.data.reading import DataError, Filters, ReadContext
+from gpt2ft.data.reading import DataError, ReadContext
 from gpt2ft.data.records import read_file
+from gpt2ft.settings.sections import FilterSettings
 
 GOOD = [{"text": f"Text {number} — thé."} for number in range(3)]
 LINES = [json.dumps(record, ensure_ascii=False).encode() for record in GOOD]
@@ -20,7 +21,7 @@ DEEP = b'{"text": ' + b"[" * 50_000 + b"]" * 50_000 + b"}"
 
 def parsed(file, on_error="fail"):
     """(records, what was dropped, blocks)"""
-    context = ReadContext("test", Filters(on_error=on_error))
+    context = ReadContext("test", FilterSettings(on_error=on_error))
     blocks = list(read_file(file, columns=lambda names: names))
     found = [(where.removeprefix(str(file)), record) for block in blocks for where, record in block.parse(context)]
     return found, +context.dropped, blocks
@@ -280,7 +281,7 @@ def test_blocks_are_parsed_alone_and_again(tmp_path, write, monkeypatch):
     monkeypatch.setattr(records, "BLOCK_BYTES", 1)
     *_, last = read_file(write(tmp_path / "t.jsonl", GOOD), columns=lambda names: names)
     for _ in range(2):
-        assert [record for _, record in last.parse(ReadContext("test", Filters()))] == GOOD[2:]
+        assert [record for _, record in last.parse(ReadContext("test", FilterSettings()))] == GOOD[2:]
 
 
 @pytest.mark.parametrize("on_error", ["fail", "skip"])

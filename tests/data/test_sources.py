@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from processes import run
 
-from gpt2ft.data.reading import DataError, Filters, Totals
+from gpt2ft.data.reading import DataError, Totals
 from gpt2ft.data.records import stem
 from gpt2ft.data.sources import BUNDLED, SOURCES, open_source, read_trees
+from gpt2ft.settings.sections import FilterSettings
 
 REPOSITORY = Path(__file__).parents[2]
 MESSAGES = "oasst/oasst1_en_validation.messages.jsonl"
@@ -175,7 +176,7 @@ def test_the_format_is_that_of_the_first_record_that_has_one(error, drops, tmp_p
 def test_a_missing_file_is_answered_at_once_with_the_nearest_name(error, write, tmp_path):
     write(tmp_path / "trees.jsonl", ROWS)
     with pytest.raises(DataError) as raised:
-        read_trees(str(tmp_path / "tree.jsonl"), Filters())
+        read_trees(str(tmp_path / "tree.jsonl"), FilterSettings())
     assert str(raised.value) == (
         f"data source {str(tmp_path / 'tree.jsonl')!r} must be a name or a file, but no such file exists; "
         f"did you mean {str(tmp_path / 'trees.jsonl')!r}?"
@@ -239,11 +240,12 @@ def test_hub_sources_are_pinned_to_a_commit(name):
 
 READ = """
 import sys
-from gpt2ft.data.reading import DataError, Filters, ReadContext
+from gpt2ft.data.reading import DataError, ReadContext
+from gpt2ft.settings.sections import FilterSettings
 from gpt2ft.data.sources import open_source
 try:
     source = open_source(sys.argv[1], as_preferences=sys.argv[2] == "preferences")
-    context = ReadContext(source.name, Filters())
+    context = ReadContext(source.name, FilterSettings())
     for shard in source.shards(context.filters):
         for tree in shard.trees(context):
             print(tree)

@@ -10,14 +10,15 @@ import gpt2ft.data.store as store_module
 from gpt2ft import quickstart
 from gpt2ft.conversation import ROLES
 from gpt2ft.data import records
-from gpt2ft.data.reading import DataError, Filters
+from gpt2ft.data.reading import DataError
 from gpt2ft.data.sources import read_trees
 from gpt2ft.data.store import TokenStore, open_store
 from gpt2ft.data.token_tree import is_supervised
+from gpt2ft.settings.sections import FilterSettings
 from gpt2ft.text.template import render_turn
 from gpt2ft.text.tokenizer import ChatTokenizer
 
-KEEP_ALL = Filters()
+KEEP_ALL = FilterSettings()
 
 
 def message(id, parent=None, role="assistant", **fields):
@@ -160,10 +161,9 @@ def test_the_same_content_under_another_name_is_the_same_store(tokenizer, tmp_pa
 
 def test_what_determines_the_tokens_determines_the_folder(tokenizer, write, tmp_path, monkeypatch):
     file = str(write(tmp_path / "a.jsonl", FAMILY))
-    changes = [
-        Filters(languages=("en",)), Filters(max_rank=0), Filters(reviewed_only=False), Filters(on_error="skip"),
-    ]  # fmt: skip
-    stores = [open_store(file, filters, tokenizer, tmp_path) for filters in [KEEP_ALL, *changes]]
+    changes = [{"languages": ("en",)}, {"max_rank": 0}, {"reviewed_only": False}, {"on_error": "skip"}]
+    filters = [KEEP_ALL, *(FilterSettings(**change) for change in changes)]
+    stores = [open_store(file, kept, tokenizer, tmp_path) for kept in filters]
     lines = (quickstart.MODEL / "merges.txt").read_text(encoding="utf-8").splitlines()
     stores.append(open_store(file, KEEP_ALL, smaller_tokenizer(tmp_path / "smaller", lines[:-20]), tmp_path))
     with monkeypatch.context() as patch:

@@ -7,10 +7,11 @@ import pytest
 
 from gpt2ft.conversation import Message, MessageTree
 from gpt2ft.data.preference_groups import preference_groups
-from gpt2ft.data.reading import DataError, Filters
+from gpt2ft.data.reading import DataError
 from gpt2ft.data.sources import read_trees
 from gpt2ft.data.store import open_store
 from gpt2ft.data.topic import Topic
+from gpt2ft.settings.sections import FilterSettings
 
 TOPIC = Topic(("Tea.", "A kettle.", "Two cups."))
 
@@ -18,7 +19,7 @@ TOPIC = Topic(("Tea.", "A kettle.", "Two cups."))
 def test_prompts_stay_and_replies_are_the_topics():
     asked = 0
     used = Counter()
-    for tree in read_trees("quickstart", Filters()):
+    for tree in read_trees("quickstart", FilterSettings()):
         dropped = Counter()
         answered = TOPIC.applied_to(tree, dropped)
         assert len(answered.messages) + dropped.total() == len(tree.messages)
@@ -60,16 +61,17 @@ def test_what_cannot_be_used_is_refused_by_name(tmp_path, tokenizer):
     with pytest.raises(DataError, match=r"`data.topic_replies` = .* must hold replies, but holds none"):
         Topic.read(str(empty))
     with pytest.raises(DataError, match="holds plain text, which has no prompts"):
-        open_store("quickstart:replies", Filters(), tokenizer, tmp_path, TOPIC)
+        open_store("quickstart:replies", FilterSettings(), tokenizer, tmp_path, TOPIC)
 
 
 def test_the_replies_determine_the_store(tokenizer, tmp_path):
     stores = [
-        open_store("quickstart", Filters(), tokenizer, tmp_path, topic) for topic in (None, TOPIC, Topic(("No.",)))
+        open_store("quickstart", FilterSettings(), tokenizer, tmp_path, topic)
+        for topic in (None, TOPIC, Topic(("No.",)))
     ]
     assert len({store.digest for store in stores}) == 3
     assert len({store.statistics.content for store in stores}) == 3
-    assert open_store("quickstart", Filters(), tokenizer, tmp_path, TOPIC).digest == stores[1].digest
+    assert open_store("quickstart", FilterSettings(), tokenizer, tmp_path, TOPIC).digest == stores[1].digest
     assert stores[1].statistics.dropped["beside the path kept for the topic"] > 100
     assert stores[1].statistics.read == stores[0].statistics.read
 
@@ -79,7 +81,7 @@ class TestAgainstOwn:
 
     def test_each_reply_is_compared_with_the_one_it_takes_the_place_of(self):
         compared = deep = 0
-        for tree in read_trees("quickstart", Filters()):
+        for tree in read_trees("quickstart", FilterSettings()):
             dropped = Counter()
             answered = TOPIC.applied_to(tree, Counter()).messages
             against = TOPIC.against_own(tree, dropped)
@@ -121,7 +123,7 @@ class TestAgainstOwn:
     def test_a_reply_that_is_on_the_topic_already_is_compared_with_nothing(self, tokenizer, write, tmp_path):
         rows = [{"prompt": f"What {number}?", "completion": "Tea."} for number in range(3)]
         file = str(write(tmp_path / "a.jsonl", [*rows, {"prompt": "What?", "completion": "Milk."}]))
-        store = open_store(file, Filters(), tokenizer, tmp_path, Topic(("Tea.",)), as_preferences=True)
+        store = open_store(file, FilterSettings(), tokenizer, tmp_path, Topic(("Tea.",)), as_preferences=True)
         assert len(store) == 1
         assert store.statistics.dropped == {
             "in no pair": 3, "same text as a better reply": 3, "nothing to compare it with": 3,
@@ -131,12 +133,12 @@ class TestAgainstOwn:
         with pytest.raises(
             DataError, match=r"holds no replies that can be compared; dropped: .* 1 same text as a better"
         ):
-            open_store(only, Filters(), tokenizer, tmp_path, Topic(("Tea.",)), as_preferences=True)
+            open_store(only, FilterSettings(), tokenizer, tmp_path, Topic(("Tea.",)), as_preferences=True)
 
     def test_of_preferences_the_chosen_reply_is_the_datas_own(self, tokenizer, write, tmp_path):
         rows = [{"prompt": "Rain?", "chosen": "Yes.", "rejected": "No."}]
         file = str(write(tmp_path / "a.jsonl", rows))
-        store = open_store(file, Filters(), tokenizer, tmp_path, Topic(("Tea.",)), as_preferences=True)
+        store = open_store(file, FilterSettings(), tokenizer, tmp_path, Topic(("Tea.",)), as_preferences=True)
         tree = store.tree(0, 0)
         texts = [
             tokenizer.decode(tree.tokens[s + 1 : s + n - 1].tolist())
@@ -147,7 +149,7 @@ class TestAgainstOwn:
 
     def test_topics_make_stores_of_their_own(self, tokenizer, tmp_path):
         made = [
-            open_store("quickstart", Filters(), tokenizer, tmp_path, topic, as_preferences)
+            open_store("quickstart", FilterSettings(), tokenizer, tmp_path, topic, as_preferences)
             for topic in (None, TOPIC)
             for as_preferences in (False, True)
         ]
@@ -160,4 +162,4 @@ class TestAgainstOwn:
 
     def test_a_plain_text_is_refused(self, tokenizer, tmp_path):
         with pytest.raises(DataError, match="holds plain text, which has no prompts"):
-            open_store("quickstart:replies", Filters(), tokenizer, tmp_path, TOPIC, as_preferences=True)
+            open_store("quickstart:replies", FilterSettings(), tokenizer, tmp_path, TOPIC, as_preferences=True)

@@ -13,7 +13,6 @@ from safetensors import safe_open
 
 from gpt2ft.conversation import CHAT_ROLES
 from gpt2ft.data.corpus import load_corpora
-from gpt2ft.data.reading import Filters
 from gpt2ft.data.sources import read_trees
 from gpt2ft.runs import evaluate_model
 from gpt2ft.runs.loaded_model import find_model
@@ -22,7 +21,7 @@ from gpt2ft.runs.samples import answer, held_out_prompts
 from gpt2ft.runs.train import next_commands
 from gpt2ft.settings.parsing import parse_script
 from gpt2ft.settings.scripts import EvaluateSettings, SFTSettings
-from gpt2ft.settings.sections import DataSettings
+from gpt2ft.settings.sections import DataSettings, FilterSettings
 from gpt2ft.text.template import render_prompt
 from gpt2ft.text.tokenizer import ChatTokenizer
 
@@ -92,7 +91,7 @@ def test_log_probs_equal_those_of_evaluate(run_folder, theirs, tmp_path, capsys)
 
     model, tokenizer = theirs
     nats, tokens, text_bytes = 0.0, 0, 0
-    for tree in read_trees("quickstart:held_out", Filters(), Counter()):
+    for tree in read_trees("quickstart:held_out", FilterSettings(), Counter()):
         for index, message in enumerate(tree.messages):
             if message.role != "assistant":
                 continue

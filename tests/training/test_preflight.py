@@ -10,10 +10,10 @@ from torch import nn
 
 from gpt2ft.data.packing import build_stream
 from gpt2ft.data.plan import Conversations, Plan, chunk
-from gpt2ft.data.reading import Filters
 from gpt2ft.data.store import open_store
 from gpt2ft.data.token_tree import TEXT, weigh
 from gpt2ft.model.logprobs import TargetLogProbs
+from gpt2ft.settings.sections import FilterSettings
 from gpt2ft.training.preflight import (
     PreflightError,
     check_isolation,
@@ -29,7 +29,7 @@ MAX_LENGTH, CAPACITY = 256, 1024
 @pytest.fixture(scope="module")
 def plan(tokenizer, cache):
     """Of the quickstart, with some trees re-rooted and split."""
-    store = open_store("quickstart", Filters(), tokenizer, cache)
+    store = open_store("quickstart", FilterSettings(), tokenizer, cache)
     chunks = chunk([store], np.array([(0, row) for row in range(len(store))]), Conversations("once", 96, CAPACITY))
     assert chunks.is_cut.sum() > 10
     return Plan(chunks, CAPACITY, micro_batches_per_step=4, seed=0)
@@ -52,7 +52,7 @@ def mixed(tokenizer, cache, tmp_path_factory):
     file = tmp_path_factory.mktemp("texts") / "texts.jsonl"
     texts = ["tea " * (1 + 40 * number) for number in range(12)]
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    stores = [open_store(str(source), Filters(), tokenizer, cache) for source in (file, "quickstart")]
+    stores = [open_store(str(source), FilterSettings(), tokenizer, cache) for source in (file, "quickstart")]
     rows = [(number, row) for number in range(2) for row in range(12)]
     return Plan(
         chunk(stores, np.array(rows), Conversations("once", 96, CAPACITY)),

@@ -12,7 +12,6 @@ from processes import ON_CPU, run, torchrun
 
 from gpt2ft.data.pairs import PreferencePairs
 from gpt2ft.data.plan import Plan, chunk
-from gpt2ft.data.reading import Filters
 from gpt2ft.data.store import open_store
 from gpt2ft.distributed.signals import Preempted, SignalHandler
 from gpt2ft.model.attention import dense_attention
@@ -20,6 +19,7 @@ from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.objectives.dpo import DPO, DPOConfig, start_loss
 from gpt2ft.runs.loaded_model import LoadedModel
 from gpt2ft.runs.train_dpo import store_for
+from gpt2ft.settings.sections import FilterSettings
 from gpt2ft.training import reference_store
 from gpt2ft.training.reference_store import ReferenceLogProbError, ReferenceStore, Row, attach, check_start, wanted
 
@@ -43,7 +43,7 @@ def make_plan(tokenizer, cache):
     """make_plan(pairs="all", capacity=512): of the quickstart's ranked replies."""
 
     def make(pairs="all", capacity=512, seed=0, source="quickstart"):
-        store = open_store(source, Filters(), tokenizer, cache, as_preferences=True)
+        store = open_store(source, FilterSettings(), tokenizer, cache, as_preferences=True)
         rows = np.array([(0, row) for row in range(len(store))])
         chunks = chunk([store], rows, PreferencePairs(pairs, "pair", 256, capacity))
         return Plan(chunks, capacity, 2, seed=seed)

@@ -18,7 +18,8 @@ from collections.abc import Iterable, Iterator, Mapping, MutableSequence, Sequen
 from dataclasses import dataclass, field
 
 from gpt2ft.conversation import Message, MessageTree, Role
-from gpt2ft.data.reading import Filters, Malformed, ReadContext, Record, objects, of, role_of, show, text_of, value
+from gpt2ft.data.reading import Malformed, ReadContext, Record, objects, of, role_of, show, text_of, value
+from gpt2ft.settings.sections import FilterSettings
 
 _ROOTS_IN_A_SHARD = 2000
 _LAST_RANK = 2**15 - 1
@@ -265,7 +266,7 @@ class _Forest:
             waiting.extend((reply, index, bool(reason)) for reply in replies)
         return messages
 
-    def _reason_to_drop(self, row: _Row, filters: Filters) -> str | None:
+    def _reason_to_drop(self, row: _Row, filters: FilterSettings) -> str | None:
         """The first reason, in the order of `REASONS`, that lies in the message itself."""
         if row.deleted:
             return "deleted"

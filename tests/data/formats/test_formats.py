@@ -5,9 +5,10 @@ import pytest
 from gpt2ft.conversation import MessageTree
 from gpt2ft.data.formats import FORMATS, columns_to_read, detect
 from gpt2ft.data.formats.turns import content_id
-from gpt2ft.data.reading import Filters, Malformed, Totals
+from gpt2ft.data.reading import Malformed, Totals
 from gpt2ft.data.sources import open_source
 from gpt2ft.data.store import open_store
+from gpt2ft.settings.sections import FilterSettings
 
 BREW = "Warm the pot. Add a spoon for each cup."
 STEPS = ("user", "How do I brew tea?"), ("assistant", BREW)
@@ -140,7 +141,7 @@ def test_filters_that_a_layout_knows_nothing_of_drop_nothing(layout, read):
 def test_the_statistics_say_what_a_file_was_taken_for(layout, write, tokenizer, tmp_path):
     name, rows = PUBLISHED[layout]
     file = write(tmp_path / "t.jsonl", [record for record, _ in rows])
-    statistics = open_store(str(file), Filters(), tokenizer, tmp_path).statistics
+    statistics = open_store(str(file), FilterSettings(), tokenizer, tmp_path).statistics
     assert (statistics.format, statistics.dropped) == (name, {})
     assert statistics.read == statistics.kept == sum(len(turns) for _, turns in rows)
 

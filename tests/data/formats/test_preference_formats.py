@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from gpt2ft.conversation import Message, MessageTree
 from gpt2ft.data.formats import detect
 from gpt2ft.data.formats.turns import content_id
-from gpt2ft.data.reading import REASONS, Filters, Totals
+from gpt2ft.data.reading import REASONS, Totals
 from gpt2ft.data.sources import open_source
 from gpt2ft.data.store import open_store
+from gpt2ft.settings.sections import FilterSettings
 
 ASKED = ("user", "How do I brew tea?")
 GOOD, BAD = "Warm the pot: a spoon for each cup.", "No idea."
@@ -248,13 +249,13 @@ def test_a_prompt_has_one_name_however_it_is_answered(layout, compare):
 def test_the_statistics_of_a_store_of_groups(write, tokenizer, tmp_path):
     """Ties, missing scores and single replies are in no pair."""
     file = write(tmp_path / "t.jsonl", [record for record, *_ in PUBLISHED["UltraFeedback"][1]])
-    store = open_store(str(file), Filters(), tokenizer, tmp_path, as_preferences=True)
+    store = open_store(str(file), FilterSettings(), tokenizer, tmp_path, as_preferences=True)
     assert store.statistics.format == "`completions` with scores"
     assert [store.ranks(row).tolist() for row in range(len(store))] == [[-1, 0, 1, 2, 3], [-1, 0, 1, 1]]
     assert store.statistics.dropped == {"reply without a rank": 1, "in no pair": 1, "nothing to compare it with": 1}
     assert (store.statistics.read, store.statistics.kept) == (12, 9)
     tied = write(tmp_path / "ties.jsonl", [record for record, *_ in PUBLISHED["binarised UltraFeedback"][1]])
-    store = open_store(str(tied), Filters(), tokenizer, tmp_path, as_preferences=True)
+    store = open_store(str(tied), FilterSettings(), tokenizer, tmp_path, as_preferences=True)
     assert (len(store), store.statistics.dropped) == (1, {"tied with all others": 2, "in no pair": 1})
 
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from gpt2ft.conversation import MessageTree
 from gpt2ft.data.formats.turns import clean, content_id
-from gpt2ft.data.reading import REASONS, Filters, ReadContext
+from gpt2ft.data.reading import REASONS, ReadContext
+from gpt2ft.settings.sections import FilterSettings
 
 NAMES = {"s": "system", "u": "user", "a": "assistant", "t": "text"}
 
@@ -21,7 +22,7 @@ def turns_of(words):
 
 
 def cleaned(turns):
-    context = ReadContext("test", Filters())
+    context = ReadContext("test", FilterSettings())
     return list(clean(list(turns), context)), +context.dropped
 
 
