@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gpt2ft.errors import Gpt2ftError
 from gpt2ft.files import file_digest
 
 MAX_JSON_BYTES = 4 * 2**20  # of a JSON file and of the header of a file of tensors: real ones have some kilobytes
 MAX_JSON_DEPTH = 32
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(Gpt2ftError):
     """A checkpoint that cannot be used; says which and why."""
 
 

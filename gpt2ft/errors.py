@@ -1,27 +1,49 @@
-"""How a script ends that cannot go on: one clear sentence, and an exit code that is not 0."""
+"""End a script that cannot go on with one clear sentence and an exit code that is not 0.
+
+Errors that a user can act on derive from `Gpt2ftError`, where they are raised, and bring their exit code with them.
+Nothing else is turned into a sentence: a traceback is a mistake of ours.
+"""
 
 import os
 import sys
 import time
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 SECONDS_TO_SPEAK = 5.0  # left to the process that reports errors to come upon the same one
 
 
-class SettingsError(Exception):
-    """Settings that cannot be used; one line per problem."""
+class Gpt2ftError(Exception):
+    """An error that ends a script with its message, one line per problem, and without a traceback.
+
+    Attributes:
+        exit_code: of the script: 2 for what has to be mended first, 1 for what happens while running.
+        on_every_rank: every process reports it, because the cause may lie in one alone; otherwise one per machine.
+        can_resume: the same command continues a training run from its newest checkpoint.
+    """
+
+    exit_code: ClassVar[int] = 2
+    on_every_rank: ClassVar[bool] = False
+    can_resume: ClassVar[bool] = False
+
+
+class SettingsError(Gpt2ftError):
+    """Settings that cannot be used."""
+
+
+class NetworkError(Gpt2ftError):
+    """A file that is neither in a cache nor to be had from the network."""
 
 
 def speaks_for_its_machine() -> bool:
-    """Whether this process is the one that reports errors: the first on each machine, as the launcher numbers them."""
+    """Return True in the process that reports errors: the first on each machine, as the launcher numbers them."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def fail(message: str, code: int = 2, everywhere: bool = False) -> NoReturn:
-    """Ends the program with a message on stderr and an exit code.
+    """End the program with a message on stderr and an exit code.
 
     Args:
-        everywhere: from every process, where the cause may lie in one alone; otherwise once on each machine.
+        everywhere: from every process; otherwise once on each machine.
     """
     rank = os.environ.get("RANK", "0")
     label = f"error on rank {rank}" if everywhere and rank != "0" else "error"

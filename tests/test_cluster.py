@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gpt2ft.distributed.signals import EXIT_CODE
+from gpt2ft.distributed.signals import Preempted
 
 ROOT = Path(__file__).parents[1]
 SBATCH = ROOT / "launch" / "cluster" / "slurm.sbatch"
@@ -137,7 +137,7 @@ def test_slurm_hands_on_what_follows_the_recipe(cluster, sbatch):
 
 
 def test_slurm_queues_a_run_again_that_was_told_to_stop_and_has_saved(cluster, sbatch):
-    assert EXIT_CODE == 75
+    assert Preempted.exit_code == 75
     code, _ = sbatch("told")
     assert code == 75
     assert cluster.calls("scontrol")[1:] == ["scontrol requeue 17"]

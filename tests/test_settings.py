@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 from processes import run
 
-from gpt2ft import errors
 from gpt2ft.settings.parsing import RECIPES, parse_recipe, parse_script, read_yaml, to_yaml
 from gpt2ft.settings.scripts import BenchmarkSettings, DPOSettings, EvaluateSettings, SFTSettings
 from gpt2ft.settings.sections import split_factor
@@ -369,18 +368,6 @@ def test_a_topic_is_words():
     assert list(EvaluateSettings(data=("a",), topic=("tea", "two words")).problems()) == [
         "`topic` must be single words, but holds 'two words'"
     ]
-
-
-def test_a_process_that_does_not_speak_leaves_time_to_the_one_that_does(monkeypatch, capsys):
-    slept = []
-    monkeypatch.setattr(errors.time, "sleep", slept.append)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    for rank in ("0", "1"):
-        monkeypatch.setenv("LOCAL_RANK", rank)
-        with pytest.raises(SystemExit):
-            errors.fail("it is so")
-    assert capsys.readouterr().err == "error: it is so\n"
-    assert slept == [errors.SECONDS_TO_SPEAK]
 
 
 def test_what_would_be_ignored_without_a_topic_is_refused():

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gpt2ft.conversation import Role, tidy
+from gpt2ft.errors import Gpt2ftError
 from gpt2ft.settings.sections import FilterSettings
 
 Record = dict[str, Any]  # one line, row or array element of a data file
@@ -38,7 +39,7 @@ REASONS = (
 _HALF_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-class DataError(ValueError):
+class DataError(Gpt2ftError):
     """Data that cannot be trained on: says where, what must hold and what was found."""
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from gpt2ft.distributed.launcher_arguments import Launch, find_launch, known_keys
+from gpt2ft.errors import Gpt2ftError
 
 STARTED_WITHOUT_TORCHRUN = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 NAMES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "DeepSpeed ZeRO-2", "zero3": "DeepSpeed ZeRO-3"}
@@ -25,7 +26,7 @@ _PREFIXES = {"fsdp_config": "fsdp_", "deepspeed_config": "", "dynamo_config": "d
 StrategyName = Literal["ddp", "fsdp2", "zero2", "zero3"]
 
 
-class LaunchError(RuntimeError):
+class LaunchError(Gpt2ftError):
     """The processes that were started are not the processes that train together."""
 
 

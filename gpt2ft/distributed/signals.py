@@ -17,17 +17,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import RLock, Thread
 
-from gpt2ft.errors import speaks_for_its_machine
+from gpt2ft.errors import Gpt2ftError, speaks_for_its_machine
 
-EXIT_CODE = 75  # of a run that was told to stop and has saved: EX_TEMPFAIL, "try again later"
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
 SECONDS_OF_PATIENCE = 5.0
 _PR_SET_PDEATHSIG = 1
 _END = 0  # no signal has this number
 
 
-class Preempted(RuntimeError):
+class Preempted(Gpt2ftError):
     """The run has ended early because it was told to, and its last step is saved."""
+
+    exit_code = 75  # EX_TEMPFAIL, "try again later"
+    can_resume = True
 
 
 class SignalHandler:

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gpt2ft.errors import Gpt2ftError
 from gpt2ft.files import write_json, write_safetensors
 from gpt2ft.model.gpt2 import GPT2Config, parameter_shapes
 
@@ -43,7 +44,7 @@ HUB_MODELS = {
 }
 
 
-class ModelError(ValueError):
+class ModelError(Gpt2ftError):
     """A model folder that cannot be used; the message says why and what to do."""
 
 

@@ -40,6 +40,7 @@ ROWS = 50304
 PHASES = ("stream", "forward", "backward", "optimizer")
 
 
+@watchdog.until_the_end()
 def run(settings: BenchmarkSettings) -> None:
     accelerator = start_accelerator(settings.precision, settings.micro_batches * _processes())
     device = accelerator.device

@@ -1,5 +1,6 @@
 """The offline pass of DPO: what the reference says to every reply of a recipe, computed before any training."""
 
+from gpt2ft.distributed import watchdog
 from gpt2ft.distributed.accelerator import check_agreement, start_accelerator
 from gpt2ft.distributed.signals import SignalHandler
 from gpt2ft.errors import SettingsError
@@ -8,6 +9,7 @@ from gpt2ft.runs.train_dpo import PreferenceTuning
 from gpt2ft.settings.scripts import DPOSettings
 
 
+@watchdog.until_the_end()
 def run(settings: DPOSettings) -> None:
     if not settings.dpo.needs_reference:
         raise SettingsError(f"`dpo.loss` = {settings.dpo.loss} needs no reference: there is nothing to compute")

@@ -9,6 +9,7 @@ from typing import Any
 from gpt2ft.data.corpus import Corpus, load_corpora
 from gpt2ft.data.pairs import PreferencePairs
 from gpt2ft.data.plan import Conversations, Plan, chunk
+from gpt2ft.distributed import watchdog
 from gpt2ft.distributed.accelerator import autocast, check_agreement, precision_of, start_accelerator
 from gpt2ft.distributed.signals import SignalHandler
 from gpt2ft.errors import SettingsError
@@ -29,6 +30,7 @@ from gpt2ft.training.evaluate import Score, evaluate, evaluate_objective, total
 from gpt2ft.training.reference_store import attach
 
 
+@watchdog.until_the_end()
 def run(settings: EvaluateSettings) -> None:
     accelerator = start_accelerator(settings.precision)
     policy, folder = find_model(settings.model, settings.random_init)

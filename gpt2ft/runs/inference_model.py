@@ -26,7 +26,7 @@ def load_inference_model(settings: ChatSettings | ServeSettings, seed: int) -> I
     Args:
         seed: of random weights, which are asked with the chat template as if they had been trained with it.
     Raises:
-        ModelError, ConnectionError: if it cannot be had.
+        ModelError, NetworkError: if it cannot be had.
     """
     policy, _ = find_model(settings.model, settings.random_init, seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -40,7 +40,7 @@ def load_model(settings: ModelSettings, seed: int) -> LoadedModel:
     """The model that `model.path` names, its table extended by the chat tokens if it does not know them yet.
 
     Raises:
-        ModelError, ConnectionError: if it cannot be had.
+        ModelError, NetworkError: if it cannot be had.
     """
     if is_adapter(settings.path):
         return _load_adapter(settings, seed)

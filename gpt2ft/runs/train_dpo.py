@@ -11,6 +11,7 @@ from torch import nn
 from gpt2ft.data.corpus import Corpus
 from gpt2ft.data.pairs import PreferencePairs
 from gpt2ft.data.plan import ChunkingRule, Plan
+from gpt2ft.distributed import watchdog
 from gpt2ft.distributed.accelerator import autocast, precision_of
 from gpt2ft.distributed.signals import SignalHandler
 from gpt2ft.files import cache_root
@@ -28,6 +29,7 @@ from gpt2ft.training.evaluate import evaluate_objective
 from gpt2ft.training.reference_store import ReferenceStore
 
 
+@watchdog.until_the_end()
 def run(settings: DPOSettings) -> None:
     train(settings, PreferenceTuning(settings))
 

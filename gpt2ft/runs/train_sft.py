@@ -7,6 +7,7 @@ from torch import nn
 
 from gpt2ft.data.corpus import Corpus
 from gpt2ft.data.plan import ChunkingRule, Conversations, Plan
+from gpt2ft.distributed import watchdog
 from gpt2ft.distributed.signals import SignalHandler
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.objectives.objective import Objective
@@ -18,6 +19,7 @@ from gpt2ft.settings.scripts import SFTSettings
 from gpt2ft.training.evaluate import evaluate, total
 
 
+@watchdog.until_the_end()
 def run(settings: SFTSettings) -> None:
     train(settings, FineTuning(settings))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2ft.conversation import Role
+from gpt2ft.errors import NetworkError
 from gpt2ft.files import write_json, write_text
 from gpt2ft.text.template import CHAT_TEMPLATE, END, ROLE_TOKENS
 from gpt2ft.text.vocabulary import (
@@ -75,14 +76,14 @@ class ChatTokenizer:
         """GPT-2's own vocabulary, from tiktoken's cache or a download.
 
         Raises:
-            ConnectionError: if it is in neither.
+            NetworkError: if it is in neither.
         """
         import tiktoken
 
         try:
             encoding = tiktoken.get_encoding("gpt2")
         except OSError as error:
-            raise ConnectionError(
+            raise NetworkError(
                 "GPT-2's vocabulary is not in tiktoken's cache and could not be downloaded: connect to the network, or "
                 "set TIKTOKEN_CACHE_DIR to a folder that tiktoken has filled, or put GPT-2's vocab.json and merges.txt "
                 f"in the model folder ({type(error).__name__})"

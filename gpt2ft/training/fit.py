@@ -16,6 +16,7 @@ from gpt2ft.data.plan import Plan
 from gpt2ft.distributed import watchdog
 from gpt2ft.distributed.accelerator import global_sum, loss_scale
 from gpt2ft.distributed.signals import Preempted, SignalHandler
+from gpt2ft.errors import Gpt2ftError
 from gpt2ft.objectives.objective import Objective
 from gpt2ft.random import seed_for
 from gpt2ft.settings.sections import OptimizerSettings, TrainingSettings
@@ -26,8 +27,10 @@ from gpt2ft.training.strategy import Strategy
 from gpt2ft.training.tracking import Tracker
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(Gpt2ftError):
     """Too many steps in a row without a finite gradient."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from gpt2ft.distributed import watchdog
+from gpt2ft.errors import Gpt2ftError
 from gpt2ft.settings.sections import TrainingSettings
 from gpt2ft.stream import TokenStream
 from gpt2ft.training.optimizer import set_learning_rate
@@ -21,8 +22,11 @@ from gpt2ft.training.preflight import PreflightError
 from gpt2ft.training.strategy import Strategy
 
 
-class DoesNotFit(RuntimeError):
+class DoesNotFit(Gpt2ftError):
     """The largest stream needs more memory than there is."""
+
+    exit_code = 1
+    on_every_rank = True
 
 
 @contextmanager

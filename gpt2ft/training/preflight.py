@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from gpt2ft.conversation import SUPERVISED_ROLES
+from gpt2ft.errors import Gpt2ftError
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.stream import TokenStream
 from gpt2ft.text.tokenizer import ChatTokenizer
 
 
-class PreflightError(RuntimeError):
+class PreflightError(Gpt2ftError):
     """What would be trained is not what should be."""
 
 

@@ -30,7 +30,7 @@ from gpt2ft.data.token_tree import TokenTree
 from gpt2ft.distributed import watchdog
 from gpt2ft.distributed.accelerator import autocast, global_sum, precision_of
 from gpt2ft.distributed.signals import Preempted, SignalHandler
-from gpt2ft.errors import speaks_for_its_machine
+from gpt2ft.errors import Gpt2ftError, speaks_for_its_machine
 from gpt2ft.files import sync_folder, synced, write_json
 from gpt2ft.objectives.dpo import reply_log_probs
 from gpt2ft.objectives.objective import Objective
@@ -43,7 +43,7 @@ LOSS_TOLERANCES = {"no": 1e-3, "bf16": 0.05}  # of the loss of the first step, r
 Key = bytes  # 16 of them
 
 
-class ReferenceLogProbError(RuntimeError):
+class ReferenceLogProbError(Gpt2ftError):
     """Reference log-probs that must not be trained against; says which and why."""
 
 

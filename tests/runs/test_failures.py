@@ -291,22 +291,3 @@ def test_a_disk_that_is_really_full(recipe, tmp_path):
     assert "step 1/2" in done.stdout
     nothing_looks_finished(tmp_path / "run")
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 1
-
-
-def test_interrupted_from_the_keyboard(capsys):
-    from gpt2ft.runs import main
-
-    def work(settings):
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as exit:
-        main.run(work, SFTSettings(data={"train": ["quickstart"]}))
-    assert exit.value.code == 130
-    assert capsys.readouterr().err == "error: interrupted; the same command continues from the newest checkpoint\n"
-
-
-def test_a_mistake_of_ours_is_not_dressed_up():
-    from gpt2ft.runs import main
-
-    with pytest.raises(ZeroDivisionError):
-        main.run(lambda settings: 1 // 0, None)

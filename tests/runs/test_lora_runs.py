@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from gpt2ft import checkpoint
 from gpt2ft.errors import SettingsError
 from gpt2ft.model.attention import dense_attention
+from gpt2ft.model.pretrained import ModelError
 from gpt2ft.runs import evaluate_model
 from gpt2ft.runs.loaded_model import find_model, load_model
 from gpt2ft.settings.scripts import EvaluateSettings, SFTSettings
@@ -145,5 +146,5 @@ def test_an_adapter_without_its_base_says_so(run_folder, tmp_path):
         (folder / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/no/where"}))
-    with pytest.raises(ValueError, match="'/no/where' is neither"):
+    with pytest.raises(ModelError, match="'/no/where' is neither"):
         find_model(str(folder))

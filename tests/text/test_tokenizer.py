@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gpt2ft.errors import NetworkError
 from gpt2ft.text.template import render_prompt
 from gpt2ft.text.tokenizer import ChatTokenizer
 
@@ -234,7 +235,7 @@ def test_no_cache_and_no_network_is_said_in_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
     monkeypatch.setattr(requests, "get", refuse)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    with pytest.raises(ConnectionError, match=r"TIKTOKEN_CACHE_DIR.*vocab\.json and merges\.txt"):
+    with pytest.raises(NetworkError, match=r"TIKTOKEN_CACHE_DIR.*vocab\.json and merges\.txt"):
         ChatTokenizer.gpt2()
 
 

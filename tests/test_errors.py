@@ -1,0 +1,25 @@
+"""Errors end a script once, in words, with a code: who reports them, and from where."""
+
+import pytest
+
+from gpt2ft import errors
+
+
+def test_a_process_that_does_not_speak_leaves_time_to_the_one_that_does(monkeypatch, capsys):
+    slept = []
+    monkeypatch.setattr(errors.time, "sleep", slept.append)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit):
+            errors.fail("it is so")
+    assert capsys.readouterr().err == "error: it is so\n"
+    assert slept == [errors.SECONDS_TO_SPEAK]
+
+
+def test_each_line_is_an_error_and_other_ranks_are_named(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(SystemExit, match="1"):
+        errors.fail("one\ntwo", code=1, everywhere=True)
+    assert capsys.readouterr().err == "error on rank 3: one\nerror on rank 3: two\n"
