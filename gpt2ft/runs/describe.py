@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,7 +12,9 @@ from gpt2ft.data.plan import Plan
 from gpt2ft.distributed.launch_checks import NAMES, StrategyName
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.logprobs import CHUNK
-from gpt2ft.runs.loaded_model import LoadedModel
+
+if TYPE_CHECKING:
+    from gpt2ft.runs.run_setup import RunSetup
 
 GIB = 2**30
 
@@ -37,21 +40,15 @@ class Hardware:
         return f"{self.processes} x {self.device}{sharing}, {'bf16' if self.bf16 else 'fp32'}"
 
 
-def describe(
-    policy: LoadedModel,
-    corpus: Corpus,
-    held_out: Corpus | None,
-    plan: Plan,
-    eval_plan: Plan | None,
-    steps: int,
-    hardware: Hardware,
-) -> str:
-    """Model, data, what was dropped and why, and the steps to come."""
-    config = policy.gpt2.config
-    trained, parameters = parameter_counts(policy.gpt2)
+def describe(setup: "RunSetup", hardware: Hardware) -> str:
+    """Return model, data, what was dropped and why, and the steps to come."""
+    loaded, plan, held_out, eval_plan = setup.loaded, setup.plan, setup.held_out, setup.eval_plan
+    corpus, steps = setup.corpus, setup.steps
+    config = loaded.gpt2.config
+    trained, parameters = parameter_counts(loaded.gpt2)
     lines = [
-        f"model     {policy.source}: {parameters / 1e6:.1f}M parameters, {config.n_layer} layers x {config.n_embd}, "
-        f"{len(policy.tokenizer):,} tokens, context {config.n_positions:,}",
+        f"model     {loaded.source}: {parameters / 1e6:.1f}M parameters, {config.n_layer} layers x {config.n_embd}, "
+        f"{len(loaded.tokenizer):,} tokens, context {config.n_positions:,}",
         *([f"trained   {trained:,} parameters, {trained / parameters:.2%} of all"] if trained < parameters else []),
         *_data_lines("train", corpus, plan),
     ]
@@ -73,7 +70,7 @@ def describe(
         f"{plan.steps_per_epoch:,} to an epoch, {epochs:.3g} epochs"
     )
     lines.append(f"devices   {hardware}")
-    lines.append(f"memory    about {memory_estimate(policy.gpt2, plan.capacity, hardware) / GIB:.1f} GiB per device")
+    lines.append(f"memory    about {memory_estimate(loaded.gpt2, plan.capacity, hardware) / GIB:.1f} GiB per device")
     return "\n".join(lines)
 
 

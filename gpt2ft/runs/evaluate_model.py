@@ -19,8 +19,7 @@ from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.model.pretrained import ModelError
 from gpt2ft.objectives.dpo import DPO, DPOConfig
 from gpt2ft.runs.describe import listed
-from gpt2ft.runs.loaded_model import LoadedModel, find_model, load_model, read_run_settings
-from gpt2ft.runs.output import RECIPE
+from gpt2ft.runs.loaded_model import RECIPE, LoadedModel, find_model, load_model, read_run_settings
 from gpt2ft.runs.samples import Sample, Turns, answer, held_out_prompts
 from gpt2ft.runs.train_dpo import store_for
 from gpt2ft.settings.parsing import refuse_problems
@@ -33,8 +32,8 @@ from gpt2ft.training.reference_store import attach
 @watchdog.until_the_end()
 def run(settings: EvaluateSettings) -> None:
     accelerator = start_accelerator(settings.precision)
-    policy, folder = find_model(settings.model, settings.random_init)
-    context = policy.gpt2.config.n_positions
+    loaded, folder = find_model(settings.model, settings.random_init)
+    context = loaded.gpt2.config.n_positions
     max_length = settings.max_length or context
     if max_length > context:
         raise SettingsError(f"`max_length` must be at most the model's context of {context}, but is {max_length}")
@@ -49,9 +48,9 @@ def run(settings: EvaluateSettings) -> None:
         topic_replies=settings.topic_replies,
         cache=settings.cache,
     )
-    corpus, _ = load_corpora(data, policy.tokenizer, as_preferences=settings.pairs is not None)
+    corpus, _ = load_corpora(data, loaded.tokenizer, as_preferences=settings.pairs is not None)
     check_agreement(accelerator, 0, corpus.content())
-    prompts = topic_prompts(policy, corpus, settings) if settings.topic else []
+    prompts = topic_prompts(loaded, corpus, settings) if settings.topic else []
     capacity = settings.tokens_per_micro_batch
     cutting = (
         PreferencePairs(settings.pairs, "pair", max_length, capacity)
@@ -61,18 +60,18 @@ def run(settings: EvaluateSettings) -> None:
     pieces = chunk(corpus.stores, corpus.rows, cutting)
     plan = Plan(pieces, capacity, 1, seed=0, shuffle=False)
     scored = preferences if settings.pairs else conversations
-    text, figures = scored(settings, policy, folder, corpus, plan, accelerator)
+    text, figures = scored(settings, loaded, folder, corpus, plan, accelerator)
     if not accelerator.is_main_process:
         return
-    adherence = Adherence(settings.topic, answer(policy, prompts, settings.max_new_tokens)) if prompts else None
+    adherence = Adherence(settings.topic, answer(loaded, prompts, settings.max_new_tokens)) if prompts else None
     print(text)
     if pieces.left_out:
         print(f"not in these figures: {listed(pieces.left_out)} of {max_length} tokens")
     if adherence:
         print(adherence)
     report = {
-        "model": policy.source,
-        "weights": policy.digest,
+        "model": loaded.source,
+        "weights": loaded.digest,
         "precision": precision_of(accelerator),
         "max_length": max_length,
         "left_out": pieces.left_out.total(),
@@ -89,12 +88,12 @@ Scored = tuple[str, dict[str, Any]]  # for people, for the report
 
 
 def conversations(
-    settings: EvaluateSettings, policy: LoadedModel, folder: Path | None, corpus: Corpus, plan: Plan, accelerator: Any
+    settings: EvaluateSettings, loaded: LoadedModel, folder: Path | None, corpus: Corpus, plan: Plan, accelerator: Any
 ) -> Scored:
     """The score of every source and of all together."""
-    model = _on_device(policy, accelerator)
+    model = _on_device(loaded, accelerator)
     with autocast(accelerator):
-        scores = evaluate(model, plan, policy.tokenizer.byte_lengths(), accelerator)
+        scores = evaluate(model, plan, loaded.tokenizer.byte_lengths(), accelerator)
     by_source = {s.source: score for s, score in zip(corpus.stores, scores, strict=True) if score.tokens}
     text = table(by_source | ({"total": total(scores)} if len(by_source) > 1 else {}))
     figures = {name: _figures(score) for name, score in by_source.items()}
@@ -102,10 +101,10 @@ def conversations(
 
 
 def preferences(
-    settings: EvaluateSettings, policy: LoadedModel, folder: Path | None, corpus: Corpus, plan: Plan, accelerator: Any
+    settings: EvaluateSettings, loaded: LoadedModel, folder: Path | None, corpus: Corpus, plan: Plan, accelerator: Any
 ) -> Scored:
     """How often the better reply is rewarded more; without a reference, how often it is likelier."""
-    started_from, trained_beta = _reference(settings, policy, folder)
+    started_from, trained_beta = _reference(settings, loaded, folder)
     beta = settings.beta or trained_beta
     if started_from is not None:
         model = _on_device(started_from, accelerator)
@@ -116,7 +115,7 @@ def preferences(
         model.cpu()
     config = DPOConfig("simpo" if started_from is None else "sigmoid", beta)
     with autocast(accelerator):
-        means = evaluate_objective(_on_device(policy, accelerator), plan, DPO(config), accelerator)
+        means = evaluate_objective(_on_device(loaded, accelerator), plan, DPO(config), accelerator)
     pieces = plan.chunks
     lines = [
         f"pairs     {pieces.pairs.sum():,} of {pieces.replies.sum():,} replies to {len(pieces):,} prompts",
@@ -130,13 +129,13 @@ def preferences(
         ]
         means |= {"reference": started_from.source, "reference_weights": started_from.digest, "beta": beta}
     else:
-        lines.append("rewards   none: they need `--reference`, the model that the policy started from")
+        lines.append("rewards   none: they need `--reference`, the model that the loaded started from")
         means = {name: means[name] for name in ("likelier", "chosen_length", "rejected_length")}
     return "\n".join(lines), {"preferences": means | {"pairs": int(pieces.pairs.sum())}}
 
 
 def _reference(
-    settings: EvaluateSettings, policy: LoadedModel, folder: Path | None
+    settings: EvaluateSettings, loaded: LoadedModel, folder: Path | None
 ) -> tuple[LoadedModel | None, float]:
     """What rewards are measured against, if there is anything, and the beta of the run.
 
@@ -158,14 +157,14 @@ def _reference(
             )
     else:
         return None, beta
-    if found.tokenizer.digest != policy.tokenizer.digest:
-        raise ModelError(f"the reference {found.source} must have the tokenizer of {policy.source}, but has another")
+    if found.tokenizer.digest != loaded.tokenizer.digest:
+        raise ModelError(f"the reference {found.source} must have the tokenizer of {loaded.source}, but has another")
     return found, beta
 
 
-def _on_device(policy: LoadedModel, accelerator: Any) -> TargetLogProbs:
+def _on_device(loaded: LoadedModel, accelerator: Any) -> TargetLogProbs:
     backend = default_backend(accelerator.device, attention_dropout=0.0)
-    return TargetLogProbs(policy.gpt2, len(policy.tokenizer), backend).to(accelerator.device)
+    return TargetLogProbs(loaded.gpt2, len(loaded.tokenizer), backend).to(accelerator.device)
 
 
 @dataclass(frozen=True)
@@ -194,14 +193,14 @@ class Adherence:
         return "\n\n".join([*lines, *map(str, self.samples[:3]), ""])
 
 
-def topic_prompts(policy: LoadedModel, corpus: Corpus, settings: EvaluateSettings) -> list[Turns]:
+def topic_prompts(loaded: LoadedModel, corpus: Corpus, settings: EvaluateSettings) -> list[Turns]:
     """Held-out prompts that leave room for a reply.
 
     Raises:
         SettingsError: if there is none.
     """
     longest = settings.max_new_tokens
-    prompts = held_out_prompts(corpus, policy, settings.topic_prompts, longest, settings.pairs is not None)
+    prompts = held_out_prompts(corpus, loaded, settings.topic_prompts, longest, settings.pairs is not None)
     if not prompts:
         raise SettingsError(
             f"`topic` needs prompts that leave room for a reply of `max_new_tokens` = {longest}, but "

@@ -57,21 +57,21 @@ def run(settings: ExportSettings) -> None:
 
 
 def _export_folder(settings: ExportSettings, output: Path) -> None:
-    policy = _chat_model(settings.model)
+    loaded = _chat_model(settings.model)
     dtype = getattr(torch, settings.dtype or "float32")
-    write_folder(output, policy.weights(), policy.gpt2.config, policy.tokenizer, dtype)
+    write_folder(output, loaded.weights(), loaded.gpt2.config, loaded.tokenizer, dtype)
 
 
 def _export_gguf(settings: ExportSettings, output: Path) -> None:
-    policy = _chat_model(settings.model)
-    tokenizer, config, dtype = policy.tokenizer, policy.gpt2.config, getattr(torch, settings.dtype or "float16")
+    loaded = _chat_model(settings.model)
+    tokenizer, config, dtype = loaded.tokenizer, loaded.gpt2.config, getattr(torch, settings.dtype or "float16")
     names, merges = tokenizer.names_and_merges()
     vocabulary = Vocabulary(
         names, merges, tokenizer.control_ids, tokenizer.end_id, tokenizer.end_of_text_id, CHAT_TEMPLATE
     )
     file = f"{output.name}-{SHORT_NAMES[dtype]}.gguf"
     with complete_folder(output) as temporary:
-        write_gguf(temporary / file, policy.weights(), config, vocabulary, dtype)
+        write_gguf(temporary / file, loaded.weights(), config, vocabulary, dtype)
         modelfile = MODELFILE.format(file=file, template=OLLAMA_TEMPLATE, stop=END, context=config.n_positions)
         write_text(temporary / "Modelfile", modelfile)
 
@@ -90,12 +90,12 @@ def _export_adapter(settings: ExportSettings, output: Path) -> None:
     elif is_adapter(folder):
         raise ModelError(f"{folder} is an adapter already: copy the folder")
     else:
-        policy, _ = find_model(str(folder))
+        loaded, _ = find_model(str(folder))
         if is_adapter(folder / "adapter"):
             run_settings = read_run_settings(folder)
             with complete_folder(output) as temporary:
                 shutil.copytree(folder / "adapter", temporary, dirs_exist_ok=True)
-                _check_adapter(temporary, run_settings, policy.weights())
+                _check_adapter(temporary, run_settings, loaded.weights())
             return
     raise ModelError(
         f"`format` = adapter needs a LoRA run or one of its checkpoints, but {folder} has no adapter: use --format hf"
@@ -108,10 +108,10 @@ def _chat_model(model: str | None) -> LoadedModel:
     Raises:
         ModelError: if it cannot be had, or knows no chat tokens: their rows would be noise.
     """
-    policy, _ = find_model(model)
-    if not policy.tokenizer.has_chat_tokens:
-        raise ModelError(f"only chat models can be exported, but {policy.source} was never trained with chat tokens")
-    return policy
+    loaded, _ = find_model(model)
+    if not loaded.tokenizer.has_chat_tokens:
+        raise ModelError(f"only chat models can be exported, but {loaded.source} was never trained with chat tokens")
+    return loaded
 
 
 def write_adapter_folder(

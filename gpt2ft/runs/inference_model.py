@@ -28,11 +28,11 @@ def load_inference_model(settings: ChatSettings | ServeSettings, seed: int) -> I
     Raises:
         ModelError, NetworkError: if it cannot be had.
     """
-    policy, _ = find_model(settings.model, settings.random_init, seed)
+    loaded, _ = find_model(settings.model, settings.random_init, seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     half = settings.precision == "bf16" or (settings.precision == "auto" and device == "cuda")
-    model = policy.gpt2.to(device, torch.bfloat16 if half else torch.float32).eval()
-    tokenizer = policy.tokenizer
+    model = loaded.gpt2.to(device, torch.bfloat16 if half else torch.float32).eval()
+    tokenizer = loaded.tokenizer
     frame = ChatPromptFormat(tokenizer) if settings.random_init else prompt_format_for(tokenizer)
-    source = f"random {settings.model}" if settings.random_init else policy.source
-    return InferenceModel(model, tokenizer, frame, source, policy.digest)
+    source = f"random {settings.model}" if settings.random_init else loaded.source
+    return InferenceModel(model, tokenizer, frame, source, loaded.digest)

@@ -16,11 +16,12 @@ from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.gpt2 import GPT2, GPT2Config
 from gpt2ft.model.lora import LoRAConfig, apply_lora, is_adapted, load_trainable_parameters, merged_weights
 from gpt2ft.random import seed_for
-from gpt2ft.runs.output import RECIPE
 from gpt2ft.settings.parsing import read_sections, read_yaml
 from gpt2ft.settings.scripts import DPOSettings, RunSettings, SFTSettings
 from gpt2ft.settings.sections import LoRASettings, ModelSettings
 from gpt2ft.text.tokenizer import ChatTokenizer
+
+RECIPE = "recipe.yaml"  # of a run, in its folder
 
 
 @dataclass(frozen=True)
@@ -77,22 +78,23 @@ def _load_adapter(settings: ModelSettings, seed: int) -> LoadedModel:
         raise pretrained.ModelError(f"{folder} is an adapter, which has no shape of its own: name its base instead")
     base = peft.read_base(folder)
     names = {model.repository: name for name, model in pretrained.HUB_MODELS.items()}
-    policy = load_model(settings.model_copy(update={"path": names.get(base, base)}), seed)
-    tokenizer = policy.tokenizer
+    loaded = load_model(settings.model_copy(update={"path": names.get(base, base)}), seed)
+    tokenizer = loaded.tokenizer
     if any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
         tokenizer = _read_tokenizer(folder)
-        if tokenizer.digest != policy.tokenizer.digest:
+        if tokenizer.digest != loaded.tokenizer.digest:
             raise pretrained.ModelError(f"{folder} comes with another tokenizer than its base {base}")
-    policy.gpt2.load_state_dict(peft.merge_adapter(folder, policy.weights()))
-    digest = pretrained.weights_digest(policy.weights())
-    return LoadedModel(policy.gpt2, tokenizer, str(folder), digest)
+    loaded.gpt2.load_state_dict(peft.merge_adapter(folder, loaded.weights()))
+    digest = pretrained.weights_digest(loaded.weights())
+    return LoadedModel(loaded.gpt2, tokenizer, str(folder), digest)
 
 
-def adapt(policy: LoadedModel, settings: LoRASettings, seed: int) -> None:
-    """Puts fresh adapters on a policy, which then trains them and the rows of the chat tokens alone."""
-    tokenizer = policy.tokenizer
+def adapt(loaded: LoadedModel, settings: LoRASettings, seed: int) -> LoadedModel:
+    """Return the model with fresh adapters; it trains them and the rows of the chat tokens alone."""
+    tokenizer = loaded.tokenizer
     rows = [*tokenizer.role_ids.values(), tokenizer.end_id]
-    apply_lora(policy.gpt2, lora_config(settings), rows, torch.Generator().manual_seed(seed_for(seed, "adapters")))
+    apply_lora(loaded.gpt2, lora_config(settings), rows, torch.Generator().manual_seed(seed_for(seed, "adapters")))
+    return loaded
 
 
 def lora_config(settings: LoRASettings) -> LoRAConfig:
@@ -174,8 +176,8 @@ def load_adapted(folder: Path) -> tuple[LoadedModel, RunSettings]:
     checkpoint.verify(folder)
     settings = read_run_settings(folder.parent.parent)
     _, identity = checkpoint.read_state(folder)
-    policy = _with_weights(settings, checkpoint.read_weights(folder), identity.get("initial_weights"))
-    return replace(policy, source=str(folder), tokenizer=policy.tokenizer.as_trained()), settings
+    loaded = _with_weights(settings, checkpoint.read_weights(folder), identity.get("initial_weights"))
+    return replace(loaded, source=str(folder), tokenizer=loaded.tokenizer.as_trained()), settings
 
 
 def read_run_settings(folder: Path) -> RunSettings:
@@ -204,27 +206,27 @@ def plain_model(settings: RunSettings, trained: Mapping[str, Tensor], initial_di
 
 def _with_weights(settings: RunSettings, trained: Mapping[str, Tensor], initial_digest: str | None) -> LoadedModel:
     """What a run starts from, adapted if it adapts, with the weights that it has trained; arguments as above."""
-    policy = load_model(settings.model, settings.training.seed)
-    if settings.lora.rank and policy.digest != initial_digest:
+    loaded = load_model(settings.model, settings.training.seed)
+    if settings.lora.rank and loaded.digest != initial_digest:
         raise pretrained.ModelError(f"{settings.model.path} has changed since these adapters were trained on it")
     if settings.lora.rank:
-        adapt(policy, settings.lora, settings.training.seed)
+        loaded = adapt(loaded, settings.lora, settings.training.seed)
     try:
-        load_trainable_parameters(policy.gpt2, trained)
+        load_trainable_parameters(loaded.gpt2, trained)
     except ValueError as error:
         raise pretrained.ModelError(f"these weights do not belong to this run: {error}") from error
-    return policy
+    return loaded
 
 
-def _plain(policy: LoadedModel) -> LoadedModel:
+def _plain(loaded: LoadedModel) -> LoadedModel:
     """The same model with its adapters merged, if it has any."""
-    adapted = policy.gpt2
+    adapted = loaded.gpt2
     if is_adapted(adapted):
         plain = GPT2(adapted.config)
         plain.load_state_dict(merged_weights(adapted))
-        check_merged(plain, adapted, len(policy.tokenizer))
-        policy = replace(policy, gpt2=plain)
-    return replace(policy, digest=pretrained.weights_digest(policy.weights()))
+        check_merged(plain, adapted, len(loaded.tokenizer))
+        loaded = replace(loaded, gpt2=plain)
+    return replace(loaded, digest=pretrained.weights_digest(loaded.weights()))
 
 
 @torch.no_grad()

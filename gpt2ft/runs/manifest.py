@@ -4,13 +4,50 @@ import importlib.metadata
 import os
 import platform
 import sys
+from dataclasses import asdict
+from typing import Any
+
+from gpt2ft.distributed import launch_checks
+from gpt2ft.distributed.accelerator import precision_of
+from gpt2ft.runs.describe import dropped, shares
+from gpt2ft.runs.resume import identity_of
+from gpt2ft.runs.run_setup import RunSetup
+
+
+def manifest_of(setup: RunSetup, attention: str) -> dict[str, Any]:
+    """Everything about a run that its recipe does not say: command, versions, data, plan.
+
+    Args:
+        attention: the backend in use.
+    """
+    plan, held_out, eval_plan = setup.plan, setup.held_out, setup.eval_plan
+    return {
+        "command": command(),
+        "versions": versions(),
+        "processes": setup.accelerator.num_processes,
+        "strategy": launch_checks.strategy(),
+        "precision": precision_of(setup.accelerator),
+        "attention": attention,
+        "identity": identity_of(setup),
+        "sources": [asdict(share) for share in shares(setup.corpus, plan)],
+        "dropped": dropped(setup.corpus, plan),
+        "dropped_held_out": dropped(held_out, eval_plan) if held_out and eval_plan else {},
+        "plan": {
+            "streams": len(plan.streams),
+            "steps": setup.steps,
+            "tokens": plan.tokens,
+            "supervised": plan.supervised,
+        },
+    }
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of Python, this package and what it computes with."""
     names = ["gpt2ft", "torch", "accelerate", "tiktoken", "datasets", "safetensors"]
     found = {name: importlib.metadata.version(name) for name in names}
     return {"python": platform.python_version()} | found
 
 
 def command() -> str:
+    """Return the command line, without the path of the script."""
     return " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])

@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+from gpt2ft.distributed.shared_folder import check_shared
 from gpt2ft.errors import SettingsError
 from gpt2ft.files import remove_leftovers, restore_replaced, write_json, write_text
+from gpt2ft.runs.loaded_model import RECIPE
 from gpt2ft.runs.lock import NAME as LOCK
 from gpt2ft.runs.lock import FolderLock
 from gpt2ft.settings.parsing import to_yaml
 from gpt2ft.settings.scripts import RunSettings
-
-RECIPE = "recipe.yaml"
 
 
 class Output:
@@ -52,11 +52,16 @@ class Output:
         except OSError as error:
             raise SettingsError(f"`output` = {self.folder} cannot be written to: {error}") from error
 
-    def begin(self, settings: RunSettings, manifest: dict[str, Any]) -> None:
-        """Makes the folder this run's, once it is sure that it will train. Main process only.
+    def begin(self, settings: RunSettings, manifest: dict[str, Any], accelerator: Any) -> None:
+        """Make the folder this run's, once it is sure that it will train. All processes come here together.
 
         The recipe is written with `resume: auto`: running it again continues.
         """
+        if accelerator.is_main_process:
+            self._begin(settings, manifest)
+        accelerator.wait_for_everyone()
+
+    def _begin(self, settings: RunSettings, manifest: dict[str, Any]) -> None:
         if settings.resume == "never":
             self._move_aside()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -78,3 +83,20 @@ class Output:
         self.folder.mkdir()
         self._lock.hold(self.folder)
         print(f"the earlier run is now in {aside}", flush=True)
+
+
+def open_output(settings: RunSettings, accelerator: Any) -> Output:
+    """The folder of this run, claimed for it and seen by all processes, unless the run only looks.
+
+    Raises:
+        SettingsError: if the run in it is finished, another trains in it, or it cannot be written to.
+        LaunchError: if not all machines share it.
+    """
+    output = Output(settings.output)
+    if settings.looks_only:
+        return output
+    if accelerator.is_main_process:
+        output.claim(settings)
+    accelerator.wait_for_everyone()
+    check_shared(accelerator, output.folder)
+    return output

@@ -8,6 +8,7 @@ from gpt2ft.data.corpus import Corpus
 from gpt2ft.data.token_tree import ASSISTANT, TEXT
 from gpt2ft.inference.generate import generate, suppressed_token_mask
 from gpt2ft.runs.loaded_model import LoadedModel
+from gpt2ft.settings.sections import TrainingSettings
 from gpt2ft.text.template import render_prompt
 
 Turns = list[tuple[str, str]]
@@ -34,7 +35,7 @@ def beside(before: Sequence[Sample], now: Sequence[Sample]) -> list[str]:
 
 
 def held_out_prompts(
-    corpus: Corpus, policy: LoadedModel, number: int, longest: int, preferences: bool = False
+    corpus: Corpus, loaded: LoadedModel, number: int, longest: int, preferences: bool = False
 ) -> list[Turns]:
     """What comes before the first assistant turn of the first conversations that leave `longest` tokens of room.
 
@@ -42,7 +43,7 @@ def held_out_prompts(
         preferences: before the replies that are compared instead.
     """
     prompts = []
-    room = policy.gpt2.config.n_positions - longest - 1
+    room = loaded.gpt2.config.n_positions - longest - 1
     for store, row in corpus.rows.tolist():
         if len(prompts) == number:
             break
@@ -53,20 +54,29 @@ def held_out_prompts(
         path = tree.path_to(reply)[:-1]
         if tree.lengths[path].sum() <= room:
             contents = (tree.tokens[tree.starts[n] + 1 : tree.starts[n] + tree.lengths[n] - 1] for n in path)
-            texts = [policy.tokenizer.decode(content.tolist()) for content in contents]
+            texts = [loaded.tokenizer.decode(content.tolist()) for content in contents]
             prompts.append([(ROLES[tree.roles[node]], text) for node, text in zip(path, texts, strict=True)])
     return prompts
 
 
-def answer(policy: LoadedModel, prompts: Sequence[Turns], longest: int) -> list[Sample]:
+def sample_prompts(
+    held_out: Corpus | None, loaded: LoadedModel, training: TrainingSettings, preferences: bool
+) -> list[Turns]:
+    """Return the held-out prompts that a run answers at each evaluation."""
+    if held_out is None:
+        return []
+    return held_out_prompts(held_out, loaded, training.sample_prompts, training.sample_tokens, preferences)
+
+
+def answer(loaded: LoadedModel, prompts: Sequence[Turns], longest: int) -> list[Sample]:
     """The likeliest reply to each prompt, token by token."""
     if not prompts:
         return []
-    tokenizer = policy.tokenizer
+    tokenizer = loaded.tokenizer
     ids = [render_prompt(tokenizer, turns) for turns in prompts]
     stops = [tokenizer.end_id, tokenizer.end_of_text_id]
     replies = generate(
-        policy.gpt2, ids, longest, stops, suppressed_token_mask(tokenizer, policy.gpt2.wte.weight, stops)
+        loaded.gpt2, ids, longest, stops, suppressed_token_mask(tokenizer, loaded.gpt2.wte.weight, stops)
     )
     said = zip(prompts, replies, strict=True)
     return [Sample(turns[-1][1], tokenizer.decode(reply.ids), reply.stopped) for turns, reply in said]

@@ -17,11 +17,12 @@ from gpt2ft.distributed.signals import SignalHandler
 from gpt2ft.files import cache_root
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.objectives.dpo import DPO, DPOConfig, start_loss
+from gpt2ft.runs.evaluation import EvalResult, Evaluator
 from gpt2ft.runs.loaded_model import LoadedModel
 from gpt2ft.runs.manifest import versions
-from gpt2ft.runs.progress import EvalResult, Evaluator
+from gpt2ft.runs.run_setup import RunSetup
 from gpt2ft.runs.samples import Sample, Turns, answer
-from gpt2ft.runs.train import RunSetup, train
+from gpt2ft.runs.train import train
 from gpt2ft.settings.scripts import DPOSettings
 from gpt2ft.text.template import template_digest
 from gpt2ft.training import reference_store
@@ -45,41 +46,41 @@ class PreferenceTuning:
         self.config = DPOConfig(dpo.loss, dpo.beta, dpo.label_smoothing, dpo.gamma, dpo.rpo_alpha)
         self.objective = DPO(self.config)
 
-    def cutting(self, for_training: bool) -> ChunkingRule:
+    def chunking(self, for_training: bool) -> ChunkingRule:
         """Evaluation counts every pair once."""
         dpo, data = self.settings.dpo, self.settings.data
         weight = dpo.pair_weight if for_training else "pair"
         return PreferencePairs(dpo.pairs, weight, data.max_length, self.settings.training.tokens_per_micro_batch)
 
-    def ready(self, stage: RunSetup, model: TargetLogProbs, signals: SignalHandler) -> dict[str, Any]:
+    def prepare_reference(self, setup: RunSetup, model: TargetLogProbs, signals: SignalHandler) -> dict[str, Any]:
         """The reference, read from the store; what is missing there is computed first."""
         if not self.settings.dpo.needs_reference:
             return {}
-        store = store_for(stage.policy, model, stage.accelerator, self.settings.data.cache)
-        plans = [plan for plan in (stage.plan, stage.eval_plan) if plan]
-        computed = reference_store.attach(plans, store, model, stage.accelerator, signals)
+        store = store_for(setup.loaded, model, setup.accelerator, self.settings.data.cache)
+        plans = setup.plans()
+        computed = reference_store.attach(plans, store, model, setup.accelerator, signals)
         replies = sum(len(plan.reference) for plan in plans)
-        if stage.accelerator.is_main_process:
+        if setup.accelerator.is_main_process:
             print(f"reference {replies:,} replies, {computed:,} of them computed now; {store.folder}", flush=True)
         return {"reference": {"folder": str(store.folder), "computed_by": store.computed_by, "replies": replies}}
 
-    def check_start(self, stage: RunSetup, model: TargetLogProbs, step: int) -> None:
+    def check_start(self, setup: RunSetup, model: TargetLogProbs, step: int) -> None:
         if not self.settings.dpo.needs_reference:
             return
-        store = store_for(stage.policy, model, stage.accelerator, self.settings.data.cache)
+        store = store_for(setup.loaded, model, setup.accelerator, self.settings.data.cache)
         expected = start_loss(self.config)
-        worst = reference_store.check_start(model, stage.plan, step, store, stage.accelerator, self.objective, expected)
-        if stage.accelerator.is_main_process:
+        worst = reference_store.check_start(model, setup.plan, step, store, setup.accelerator, self.objective, expected)
+        if setup.accelerator.is_main_process:
             loss = "" if expected is None else f", loss {expected:.4f}"
             print(f"checked   the start is the reference within {worst:.1g} nats/token{loss}", flush=True)
 
-    def before(self, stage: RunSetup, prompts: list[Turns]) -> list[Sample]:
-        with autocast(stage.accelerator):
-            return answer(stage.policy, prompts, self.settings.training.sample_tokens)
+    def samples_at_start(self, setup: RunSetup, prompts: list[Turns]) -> list[Sample]:
+        with autocast(setup.accelerator):
+            return answer(setup.loaded, prompts, self.settings.training.sample_tokens)
 
-    def score(self, stage: RunSetup) -> Evaluator:
+    def evaluator(self, setup: RunSetup) -> Evaluator:
         def scoring(model: nn.Module, held_out: Corpus, plan: Plan, was_signalled: Callable[[], bool]) -> EvalResult:
-            metrics = evaluate_objective(model, plan, self.objective, stage.accelerator, was_signalled)
+            metrics = evaluate_objective(model, plan, self.objective, setup.accelerator, was_signalled)
             line = (
                 f"held-out loss {metrics['loss']:.4f}, {metrics['accuracy']:.1%} of pairs the right way round, "
                 f"margin {metrics['margin']:.3f}"
@@ -89,12 +90,13 @@ class PreferenceTuning:
         return scoring
 
 
-def store_for(policy: LoadedModel, model: TargetLogProbs, accelerator: Any, cache: str | None) -> ReferenceStore:
-    """Where the log-probs of a policy are, as computed on this device in this precision."""
+def store_for(loaded: LoadedModel, model: TargetLogProbs, accelerator: Any, cache: str | None) -> ReferenceStore:
+    """The store for a model's log-probs, as computed on this device, in these dtypes and this precision."""
     computed_by = {
-        "weights": policy.digest,
-        "tokenizer": policy.tokenizer.digest,
+        "weights": loaded.digest,
+        "tokenizer": loaded.tokenizer.digest,
         "template": template_digest(),
+        "dtypes": sorted({str(parameter.dtype) for parameter in model.parameters()}),
         "precision": precision_of(accelerator),
         "attention": model.backend,
         "device": accelerator.device.type,

@@ -12,9 +12,10 @@ from gpt2ft.distributed.signals import SignalHandler
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.objectives.objective import Objective
 from gpt2ft.objectives.sft import SFT
-from gpt2ft.runs.progress import EvalResult, Evaluator
+from gpt2ft.runs.evaluation import EvalResult, Evaluator
+from gpt2ft.runs.run_setup import RunSetup
 from gpt2ft.runs.samples import Sample, Turns
-from gpt2ft.runs.train import RunSetup, train
+from gpt2ft.runs.train import train
 from gpt2ft.settings.scripts import SFTSettings
 from gpt2ft.training.evaluate import evaluate, total
 
@@ -33,26 +34,26 @@ class FineTuning:
         self.settings = settings
         self.objective = objective or SFT()
 
-    def cutting(self, for_training: bool) -> ChunkingRule:
+    def chunking(self, for_training: bool) -> ChunkingRule:
         """Evaluation counts every message once."""
         data = self.settings.data
         weight = data.message_weight if for_training else "once"
         return Conversations(weight, data.max_length, self.settings.training.tokens_per_micro_batch)
 
-    def ready(self, stage: RunSetup, model: TargetLogProbs, signals: SignalHandler) -> dict[str, Any]:
+    def prepare_reference(self, setup: RunSetup, model: TargetLogProbs, signals: SignalHandler) -> dict[str, Any]:
         return {}
 
-    def check_start(self, stage: RunSetup, model: TargetLogProbs, step: int) -> None:
+    def check_start(self, setup: RunSetup, model: TargetLogProbs, step: int) -> None:
         pass
 
-    def before(self, stage: RunSetup, prompts: list[Turns]) -> list[Sample]:
+    def samples_at_start(self, setup: RunSetup, prompts: list[Turns]) -> list[Sample]:
         return []
 
-    def score(self, stage: RunSetup) -> Evaluator:
-        byte_lengths = stage.policy.tokenizer.byte_lengths()
+    def evaluator(self, setup: RunSetup) -> Evaluator:
+        byte_lengths = setup.loaded.tokenizer.byte_lengths()
 
         def scoring(model: nn.Module, held_out: Corpus, plan: Plan, was_signalled: Callable[[], bool]) -> EvalResult:
-            scores = evaluate(model, plan, byte_lengths, stage.accelerator, was_signalled)
+            scores = evaluate(model, plan, byte_lengths, setup.accelerator, was_signalled)
             score = total(scores)
             metrics = score.figures()
             if len(scores) > 1:

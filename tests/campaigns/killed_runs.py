@@ -31,9 +31,9 @@ import torch.utils.tensorboard
 
 from gpt2ft import checkpoint, quickstart
 from gpt2ft.distributed import accelerator
-from gpt2ft.runs import lock, train, train_sft
+from gpt2ft.runs import finish, lock, train, train_sft
 from gpt2ft.runs import main as scripts
-from gpt2ft.runs.progress import Evaluation
+from gpt2ft.runs.evaluation import HeldOutEvaluation
 from gpt2ft.settings.scripts import SFTSettings
 
 KINDS = {"all weights": {}, "LoRA": {"rank": 4}}
@@ -41,10 +41,10 @@ PHASES: dict[str, tuple[Any, str]] = {
     "setting up": (train, "set_up"),
     "looking for a checkpoint": (checkpoint, "find_newest"),
     "training": (train, "fit"),
-    "evaluating": (Evaluation, "__call__"),
+    "evaluating": (HeldOutEvaluation, "__call__"),
     "saving": (checkpoint, "save"),
     "pruning": (checkpoint, "prune"),
-    "exporting": (train, "export"),
+    "exporting": (finish, "export"),
 }
 BETWEEN = "between these"
 

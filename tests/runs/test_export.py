@@ -15,10 +15,10 @@ from gpt2ft.conversation import CHAT_ROLES
 from gpt2ft.data.corpus import load_corpora
 from gpt2ft.data.sources import read_trees
 from gpt2ft.runs import evaluate_model
+from gpt2ft.runs.finish import next_commands
 from gpt2ft.runs.loaded_model import find_model
 from gpt2ft.runs.output import Output
 from gpt2ft.runs.samples import answer, held_out_prompts
-from gpt2ft.runs.train import next_commands
 from gpt2ft.settings.parsing import parse_script
 from gpt2ft.settings.scripts import EvaluateSettings, SFTSettings
 from gpt2ft.settings.sections import DataSettings, FilterSettings

@@ -1,0 +1,86 @@
+"""The end of a run: what it leaves for others, and the commands to go on with."""
+
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from torch import Tensor
+
+from gpt2ft import checkpoint
+from gpt2ft.checkpoint import TrainState
+from gpt2ft.model.lora import trainable_parameters
+from gpt2ft.runs.export import write_adapter_folder, write_folder
+from gpt2ft.runs.loaded_model import LoadedModel, is_adapter, load_model, plain_model
+from gpt2ft.runs.output import Output
+from gpt2ft.runs.run_setup import RunSetup
+from gpt2ft.settings.scripts import DPOSettings, RunSettings
+from gpt2ft.training.strategy import Strategy
+
+
+def finish(
+    setup: RunSetup, output: Output, strategy: Strategy, manifest: dict[str, Any], state: TrainState, transcript: str
+) -> None:
+    """Export the trained model and print its sample replies; all processes call it together."""
+    model = strategy.whole()
+    if model is None:
+        return
+    output.write_manifest(manifest | {"finished": asdict(state)})
+    export(output, setup.settings, replace(setup.loaded, gpt2=model), state)
+    print(transcript)
+    print(f"finished: {output.model}")
+    for command in next_commands(setup.settings, setup.loaded, output):
+        print(f"next: {command}")
+
+
+def export(output: Output, settings: RunSettings, loaded: LoadedModel, state: TrainState) -> None:
+    """Writes `best/` where evaluation ran, `adapter/` for LoRA, and `model/` last: it makes the run finished.
+
+    An adapter needs a whole model to stand on: where the run started from another adapter, that is `start/`.
+    """
+    config, tokenizer = loaded.gpt2.config, loaded.tokenizer
+
+    def plain(trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return plain_model(settings, trained, loaded.digest).weights() if settings.lora.rank else dict(trained)
+
+    if state.best_step is not None:
+        folder = checkpoint.step_folder(output.checkpoints, state.best_step)
+        try:
+            checkpoint.verify(folder)
+            write_folder(output.best, plain(checkpoint.read_weights(folder)), config, tokenizer)
+        except checkpoint.CheckpointError as error:
+            print(f"warning: best/ is not written: {error}", file=sys.stderr)
+    merged = plain(trainable_parameters(loaded.gpt2))
+    if settings.lora.rank:
+        base = settings.model.path
+        if is_adapter(base):
+            start = load_model(settings.model, settings.training.seed)
+            write_folder(output.start, start.weights(), config, tokenizer)
+            base = str(output.start)
+        write_adapter_folder(output.adapter, loaded, settings, merged, base)
+    write_folder(output.model, merged, config, tokenizer)
+
+
+def next_commands(settings: RunSettings, loaded: LoadedModel, output: Output) -> Iterator[str]:
+    """A talk with the model, and the same evaluation as during training where there was one."""
+    yield shlex.join(["python", "launch/chat.py", str(output.folder)])
+    data = settings.data
+    if not data.eval:
+        return
+    words = ["python", "launch/evaluate.py", str(output.folder), "--data", *data.eval]
+    if data.max_rank is not None:
+        words += ["--max_rank", str(data.max_rank)]
+    if data.languages:
+        words += ["--languages", *data.languages]
+    if data.max_length < loaded.gpt2.config.n_positions:
+        words += ["--max_length", str(data.max_length)]
+    if data.on_error == "skip":
+        words += ["--on_error", "skip"]
+    if not data.reviewed_only:
+        words += ["--reviewed_only", "false"]
+    if data.topic_replies:
+        words += ["--topic_replies", data.topic_replies]
+    if isinstance(settings, DPOSettings):
+        words += ["--pairs", settings.dpo.pairs]
+    yield shlex.join(words)

@@ -1,0 +1,118 @@
+"""Where a run goes on from: the newest checkpoint of the same run, or the start."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpt2ft import checkpoint
+from gpt2ft.checkpoint import CheckpointError, TrainState
+from gpt2ft.distributed import launch_checks
+from gpt2ft.distributed.accelerator import check_agreement, precision_of, raise_together
+from gpt2ft.errors import SettingsError
+from gpt2ft.model.logprobs import TargetLogProbs
+from gpt2ft.model.lora import load_trainable_parameters, trainable_parameters
+from gpt2ft.runs.output import Output
+from gpt2ft.runs.run_setup import RunSetup
+from gpt2ft.training.memory_probe import advice, fits, probe_memory
+from gpt2ft.training.optimizer import adamw
+from gpt2ft.training.strategy import Strategy, prepare
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """The state to go on from, and the checkpoint that holds its weights: None at the start."""
+
+    state: TrainState
+    checkpoint: Path | None
+
+
+def identity_of(setup: RunSetup) -> dict[str, Any]:
+    """Whatever a run must share with its checkpoint to continue from it."""
+    settings, held_out = setup.settings, setup.held_out
+    training = {"tokens_per_micro_batch", "micro_batches_per_step", "seed", "max_grad_norm", "deterministic"}
+    sections = settings.model_dump(mode="json", exclude={"training", "output", "resume", "dry_run", "show"})
+    del sections["data"]["cache"]
+    return sections | {
+        "training": settings.training.model_dump(mode="json", include=training),
+        "steps": setup.steps,
+        "precision": precision_of(setup.accelerator),
+        "tokenised_data": setup.corpus.identity(),
+        "held_out_data": held_out.identity() if held_out else {},
+        "initial_weights": setup.loaded.digest,
+    }
+
+
+def find_resume_point(setup: RunSetup, output: Output) -> ResumePoint:
+    """The newest whole checkpoint, on which all processes agree; the start if there is none or none is wanted.
+
+    Raises:
+        SettingsError: if the checkpoint belongs to a run that trains on other things or in another way.
+        CheckpointError: if there are checkpoints, but all are damaged.
+        LaunchError: if the processes do not find the same checkpoint or the same data.
+    """
+    resume_point = _newest(setup, output) if setup.settings.resume == "auto" else ResumePoint(TrainState(), None)
+    contents = [corpus.content() for corpus in setup.corpora()]
+    check_agreement(setup.accelerator, resume_point.state.step, *contents)
+    return resume_point
+
+
+def _newest(setup: RunSetup, output: Output) -> ResumePoint:
+    found = checkpoint.find_newest(output.checkpoints, verbose=setup.is_main)
+    if found is None:
+        return ResumePoint(TrainState(), None)
+    state, saved = checkpoint.read_state(found)
+    changed = checkpoint.difference(saved, identity_of(setup))
+    if changed:
+        raise SettingsError(
+            f"the run in {output.folder} cannot be continued: {changed}; "
+            "restore it, or pass `--resume never` to train anew"
+        )
+    if setup.is_main:
+        print(f"resuming  {found}", flush=True)
+    return ResumePoint(state, found)
+
+
+def prepare_strategy(setup: RunSetup, model: TargetLogProbs, resume_point: ResumePoint) -> Strategy:
+    """Put the checkpoint's weights in, wrap model and optimizer, probe the memory, put the moments in.
+
+    Raises:
+        CheckpointError: if the checkpoint holds the weights of another run.
+        DoesNotFit: if the largest stream needs more memory than there is.
+    """
+    settings, accelerator, state = setup.settings, setup.accelerator, resume_point.state
+    if resume_point.checkpoint is not None:
+        try:
+            load_trainable_parameters(model.gpt2, checkpoint.read_weights(resume_point.checkpoint))
+        except ValueError as error:
+            raise CheckpointError(
+                f"{resume_point.checkpoint} does not hold the weights of this run: {error}"
+            ) from error
+    optimizer = adamw(model.gpt2, settings.optimizer, fused=accelerator.device.type == "cuda")
+    is_sharded = launch_checks.strategy() != "ddp"
+    with fits(advice(settings.training, settings.data.max_length, bool(settings.lora.rank), is_sharded)):
+        strategy = prepare(accelerator, model, optimizer, settings.training.max_grad_norm)
+        peak = probe_memory(strategy, accelerator, setup.plan.stream(setup.plan.streams[0]))
+    if setup.is_main:
+        each = " on each process" if accelerator.num_processes > 1 else ""
+        print(f"probed    the largest stream, peak memory {peak / 2**30:.2f} GiB{each}", flush=True)
+    moments = checkpoint.read_moments(resume_point.checkpoint) if resume_point.checkpoint and state.updates else None
+    strategy.load_moments(moments, state.updates)
+    return strategy
+
+
+def checkpoint_writer(setup: RunSetup, output: Output, strategy: Strategy) -> Callable[[TrainState], None]:
+    """Return what saves a state with the weights and moments of that moment; all processes call it together."""
+    identity = identity_of(setup)
+
+    def save(state: TrainState) -> None:
+        model, moments, problem = strategy.whole(), strategy.moments(), None
+        if model is not None:
+            try:
+                checkpoint.save(output.checkpoints, trainable_parameters(model), moments, state, identity)
+                checkpoint.prune(output.checkpoints, setup.settings.training.keep_checkpoints, state.best_step)
+            except OSError as error:
+                problem = error
+        raise_together(setup.accelerator, problem)
+
+    return save

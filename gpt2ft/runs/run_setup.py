@@ -1,0 +1,171 @@
+"""What a run trains, on what, and where: loaded, laid out in a plan, and checked before anything is trained."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gpt2ft.data.augmentation import Augmentation
+from gpt2ft.data.corpus import Corpus, load_corpora
+from gpt2ft.data.plan import ChunkingRule, Plan, chunk
+from gpt2ft.distributed import launch_checks
+from gpt2ft.distributed.accelerator import precision_of
+from gpt2ft.errors import SettingsError
+from gpt2ft.model.attention import Backend, default_backend
+from gpt2ft.model.logprobs import TargetLogProbs
+from gpt2ft.runs.describe import Hardware, describe
+from gpt2ft.runs.inspection import show, statistics, terminal_width
+from gpt2ft.runs.loaded_model import LoadedModel, adapt, load_model
+from gpt2ft.settings.scripts import RunSettings
+from gpt2ft.training import preflight
+from gpt2ft.training.strategy import cast_frozen
+
+if TYPE_CHECKING:
+    from gpt2ft.runs.train import Task
+
+
+@dataclass(frozen=True)
+class RunSetup:
+    """All that is known before the first forward pass."""
+
+    settings: RunSettings
+    accelerator: Any
+    loaded: LoadedModel
+    corpus: Corpus
+    held_out: Corpus | None
+    plan: Plan
+    eval_plan: Plan | None
+    steps: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def corpora(self) -> list[Corpus]:
+        return [corpus for corpus in (self.corpus, self.held_out) if corpus is not None]
+
+    def plans(self) -> list[Plan]:
+        return [plan for plan in (self.plan, self.eval_plan) if plan is not None]
+
+
+def set_up(settings: RunSettings, task: "Task", accelerator: Any) -> RunSetup:
+    """Load model and data, lay out the steps, and print what is to be done.
+
+    Raises:
+        SettingsError, ModelError, DataError: if the settings do not fit the model, or either cannot be had.
+    """
+    training = settings.training
+    loaded = load_model(settings.model, training.seed)
+    check_lengths(settings, loaded)
+    if settings.lora.rank:
+        loaded = adapt(loaded, settings.lora, training.seed)
+    corpus, held_out = load_corpora(settings.data, loaded.tokenizer, training.seed, task.preferences)
+    plan = plan_for(corpus, settings, task.chunking(for_training=True), for_training=True)
+    eval_plan = (
+        plan_for(held_out, settings, task.chunking(for_training=False), for_training=False) if held_out else None
+    )
+    steps = training.steps or training.epochs * plan.steps_per_epoch
+    setup = RunSetup(settings, accelerator, loaded, corpus, held_out, plan, eval_plan, steps)
+    if setup.is_main:
+        _print_plan(setup)
+    return setup
+
+
+def _print_plan(setup: RunSetup) -> None:
+    settings, accelerator, tokenizer = setup.settings, setup.accelerator, setup.loaded.tokenizer
+    hardware = Hardware(
+        processes=accelerator.num_processes,
+        device=accelerator.device.type,
+        strategy=launch_checks.strategy(),
+        bf16=precision_of(accelerator) == "bf16",
+        activation_checkpointing=settings.training.activation_checkpointing,
+    )
+    print(describe(setup, hardware), flush=True)
+    if settings.show:
+        print(show(setup.plan, tokenizer, settings.show, width=terminal_width()))
+    if settings.dry_run:
+        print(statistics(setup.corpus, setup.held_out, setup.plan, tokenizer))
+
+
+def check_lengths(settings: RunSettings, loaded: LoadedModel) -> None:
+    """Raise SettingsError unless samples and conversations fit the model's context."""
+    context = loaded.gpt2.config.n_positions
+    if settings.training.sample_tokens >= context - 2:
+        raise SettingsError(
+            f"`training.sample_tokens` must leave room for a prompt in the model's context of {context}, "
+            f"but is {settings.training.sample_tokens}"
+        )
+    if settings.data.max_length > context:
+        raise SettingsError(
+            f"`data.max_length` must be at most the model's context of {context}, but is {settings.data.max_length}"
+        )
+
+
+def plan_for(corpus: Corpus, settings: RunSettings, rule: ChunkingRule, for_training: bool) -> Plan:
+    """Lay a corpus out in streams, one after the other and unchanged where it is held out."""
+    data, training = settings.data, settings.training
+    chunks = chunk(corpus.stores, corpus.rows, rule)
+    augmentation = Augmentation(data.position_jitter, data.prompt_noise, data.max_length) if for_training else None
+    micro_batches = training.micro_batches_per_step
+    return Plan(chunks, training.tokens_per_micro_batch, micro_batches, training.seed, for_training, augmentation)
+
+
+def target_log_probs(setup: RunSetup) -> TargetLogProbs:
+    """The model as training asks it, in float32 and on the device."""
+    loaded, settings = setup.loaded, setup.settings
+    loaded.gpt2.activation_checkpointing = settings.training.activation_checkpointing
+    model = TargetLogProbs(loaded.gpt2, len(loaded.tokenizer), backend_for(settings, setup.accelerator.device))
+    return model.to(setup.accelerator.device)
+
+
+def backend_for(settings: RunSettings, device: torch.device) -> Backend:
+    """The attention backend that the settings ask for, or the default of the device.
+
+    Raises:
+        SettingsError: if it cannot be compiled here.
+    """
+    chosen = settings.model.attention
+    backend = default_backend(device, settings.model.attention_dropout) if chosen == "auto" else chosen
+    compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
+    if backend == "flex" and device.type == "cuda" and not any(name and shutil.which(name) for name in compilers):
+        raise SettingsError(
+            "FlexAttention needs a C compiler on CUDA, but there is none: install gcc or pass `--model.attention dense`"
+        )
+    return backend
+
+
+def check(setup: RunSetup, model: TargetLogProbs) -> None:
+    """Check everything that can be known to be wrong before step 1, on the run's own first step.
+
+    Args:
+        model: in float32, in which packed conversations and single ones can be compared closely.
+
+    Raises:
+        PreflightError: and nothing is trained.
+    """
+    plan, tokenizer = setup.plan, setup.loaded.tokenizer
+    turns = 0
+    cut_at = setup.settings.data.max_length if plan.pair_capacity else None
+    for number, chunks in enumerate(plan.micro_batches(0)):
+        found = preflight.check_supervision(plan.training_stream(0, number), tokenizer, cut_at)
+        expected = sum(int((plan.chunks.tree(chunk).weights > 0).sum()) for chunk in chunks)
+        if found != expected or (chunks and not found):
+            raise preflight.PreflightError(f"{expected} turns of a stream should be supervised, but {found} are")
+        turns += found
+    preflight.check_tied(model)
+    worst = preflight.check_isolation(model, plan.stream(plan.micro_batches(0)[0]))
+    if setup.is_main:
+        isolation = f"packed = alone within {worst:.1g} ({model.backend} attention)"
+        print(f"checked   {turns} supervised turns all stop; {isolation}", flush=True)
+
+
+def cast_to_precision(setup: RunSetup, in_float32: TargetLogProbs) -> TargetLogProbs:
+    """Finish the model: frozen matrices in the precision they are multiplied in.
+
+    Nothing changes it in place from here on, so what is measured by it is what training starts from.
+    """
+    if setup.settings.lora.rank:
+        cast_frozen(setup.accelerator, in_float32.gpt2)
+    return in_float32
