@@ -43,10 +43,10 @@ def test_an_optimizer_put_back_makes_the_step_that_would_have_followed(fused, ti
     one, other = replicated(), replicated()
     for seed in range(3):
         step(one, seed)
-    weights = trainable_parameters(one.whole())
+    weights = trainable_parameters(one.full_model())
     folder = checkpoint.save(tmp_path, weights, one.moments(), TrainState(step=4, updates=3), {"a": 1})
 
-    load_trainable_parameters(other.whole(), checkpoint.read_weights(folder))
+    load_trainable_parameters(other.full_model(), checkpoint.read_weights(folder))
     state, identity = checkpoint.read_state(folder)
     other.load_moments(checkpoint.read_moments(folder), state.updates)
     assert (state.step, identity) == (4, {"a": 1})

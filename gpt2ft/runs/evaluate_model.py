@@ -25,8 +25,8 @@ from gpt2ft.runs.train_dpo import store_for
 from gpt2ft.settings.parsing import refuse_problems
 from gpt2ft.settings.scripts import DPOSettings, EvaluateSettings
 from gpt2ft.settings.sections import DataSettings, PreferenceSettings, stream_problems
-from gpt2ft.training.evaluate import Score, evaluate, evaluate_objective, total
-from gpt2ft.training.reference_store import attach
+from gpt2ft.training.evaluate import LossSums, evaluate_by_source, evaluate_objective, sum_over_sources
+from gpt2ft.training.reference_pass import attach_reference
 
 
 @watchdog.until_the_end()
@@ -93,11 +93,11 @@ def conversations(
     """The score of every source and of all together."""
     model = _on_device(loaded, accelerator)
     with autocast(accelerator):
-        scores = evaluate(model, plan, loaded.tokenizer.byte_lengths(), accelerator)
+        scores = evaluate_by_source(model, plan, loaded.tokenizer.byte_lengths(), accelerator)
     by_source = {s.source: score for s, score in zip(corpus.stores, scores, strict=True) if score.tokens}
-    text = table(by_source | ({"total": total(scores)} if len(by_source) > 1 else {}))
+    text = table(by_source | ({"total": sum_over_sources(scores)} if len(by_source) > 1 else {}))
     figures = {name: _figures(score) for name, score in by_source.items()}
-    return text, {"total": _figures(total(scores)), "by_source": figures}
+    return text, {"total": _figures(sum_over_sources(scores)), "by_source": figures}
 
 
 def preferences(
@@ -111,7 +111,7 @@ def preferences(
         store = store_for(started_from, model, accelerator, settings.cache)
         signals = SignalHandler()
         with signals.listening():
-            attach([plan], store, model, accelerator, signals)
+            attach_reference([plan], store, model, accelerator, signals)
         model.cpu()
     config = DPOConfig("simpo" if started_from is None else "sigmoid", beta)
     with autocast(accelerator):
@@ -209,7 +209,7 @@ def topic_prompts(loaded: LoadedModel, corpus: Corpus, settings: EvaluateSetting
     return prompts
 
 
-def table(scores: dict[str, Score]) -> str:
+def table(scores: dict[str, LossSums]) -> str:
     width = max(len("source"), *map(len, scores))
     lines = [f"{'source':<{width}}  {'tokens':>10}  {'nats/token':>10}  {'perplexity':>10}  {'bits/byte':>9}"]
     for name, score in scores.items():
@@ -220,7 +220,7 @@ def table(scores: dict[str, Score]) -> str:
     return "\n".join(lines)
 
 
-def _figures(score: Score) -> dict[str, float]:
+def _figures(score: LossSums) -> dict[str, float]:
     return {
         "tokens": score.tokens,
         "nats_per_token": score.nats_per_token,

@@ -71,7 +71,7 @@ class HeldOutEvaluation:
         training, accelerator = self.setup.settings.training, self.setup.accelerator
         if not training.sample_prompts:
             return []
-        gpt2 = self.strategy.whole()
+        gpt2 = self.strategy.full_model()
         if gpt2 is None:
             return []
         at_home = next(gpt2.parameters()).device

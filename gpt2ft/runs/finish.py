@@ -23,7 +23,7 @@ def finish(
     setup: RunSetup, output: Output, strategy: Strategy, manifest: dict[str, Any], state: TrainState, transcript: str
 ) -> None:
     """Export the trained model and print its sample replies; all processes call it together."""
-    model = strategy.whole()
+    model = strategy.full_model()
     if model is None:
         return
     output.write_manifest(manifest | {"finished": asdict(state)})

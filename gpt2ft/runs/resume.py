@@ -14,7 +14,7 @@ from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.model.lora import load_trainable_parameters, trainable_parameters
 from gpt2ft.runs.output import Output
 from gpt2ft.runs.run_setup import RunSetup
-from gpt2ft.training.memory_probe import advice, fits, probe_memory
+from gpt2ft.training.memory_probe import explain_out_of_memory, memory_advice, probe_memory
 from gpt2ft.training.optimizer import adamw
 from gpt2ft.training.strategy import Strategy, prepare
 
@@ -90,7 +90,8 @@ def prepare_strategy(setup: RunSetup, model: TargetLogProbs, resume_point: Resum
             ) from error
     optimizer = adamw(model.gpt2, settings.optimizer, fused=accelerator.device.type == "cuda")
     is_sharded = launch_checks.strategy() != "ddp"
-    with fits(advice(settings.training, settings.data.max_length, bool(settings.lora.rank), is_sharded)):
+    advice = memory_advice(settings.training, settings.data.max_length, bool(settings.lora.rank), is_sharded)
+    with explain_out_of_memory(advice):
         strategy = prepare(accelerator, model, optimizer, settings.training.max_grad_norm)
         peak = probe_memory(strategy, accelerator, setup.plan.stream(setup.plan.streams[0]))
     if setup.is_main:
@@ -106,7 +107,7 @@ def checkpoint_writer(setup: RunSetup, output: Output, strategy: Strategy) -> Ca
     identity = identity_of(setup)
 
     def save(state: TrainState) -> None:
-        model, moments, problem = strategy.whole(), strategy.moments(), None
+        model, moments, problem = strategy.full_model(), strategy.moments(), None
         if model is not None:
             try:
                 checkpoint.save(output.checkpoints, trainable_parameters(model), moments, state, identity)

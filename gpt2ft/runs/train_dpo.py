@@ -25,7 +25,7 @@ from gpt2ft.runs.samples import Sample, Turns, answer
 from gpt2ft.runs.train import train
 from gpt2ft.settings.scripts import DPOSettings
 from gpt2ft.text.template import template_digest
-from gpt2ft.training import reference_store
+from gpt2ft.training import reference_pass
 from gpt2ft.training.evaluate import evaluate_objective
 from gpt2ft.training.reference_store import ReferenceStore
 
@@ -58,7 +58,7 @@ class PreferenceTuning:
             return {}
         store = store_for(setup.loaded, model, setup.accelerator, self.settings.data.cache)
         plans = setup.plans()
-        computed = reference_store.attach(plans, store, model, setup.accelerator, signals)
+        computed = reference_pass.attach_reference(plans, store, model, setup.accelerator, signals)
         replies = sum(len(plan.reference) for plan in plans)
         if setup.accelerator.is_main_process:
             print(f"reference {replies:,} replies, {computed:,} of them computed now; {store.folder}", flush=True)
@@ -69,7 +69,7 @@ class PreferenceTuning:
             return
         store = store_for(setup.loaded, model, setup.accelerator, self.settings.data.cache)
         expected = start_loss(self.config)
-        worst = reference_store.check_start(model, setup.plan, step, store, setup.accelerator, self.objective, expected)
+        worst = reference_pass.check_start(model, setup.plan, step, store, setup.accelerator, self.objective, expected)
         if setup.accelerator.is_main_process:
             loss = "" if expected is None else f", loss {expected:.4f}"
             print(f"checked   the start is the reference within {worst:.1g} nats/token{loss}", flush=True)

@@ -17,7 +17,7 @@ from gpt2ft.runs.run_setup import RunSetup
 from gpt2ft.runs.samples import Sample, Turns
 from gpt2ft.runs.train import train
 from gpt2ft.settings.scripts import SFTSettings
-from gpt2ft.training.evaluate import evaluate, total
+from gpt2ft.training.evaluate import evaluate_by_source, sum_over_sources
 
 
 @watchdog.until_the_end()
@@ -53,9 +53,9 @@ class FineTuning:
         byte_lengths = setup.loaded.tokenizer.byte_lengths()
 
         def scoring(model: nn.Module, held_out: Corpus, plan: Plan, was_signalled: Callable[[], bool]) -> EvalResult:
-            scores = evaluate(model, plan, byte_lengths, setup.accelerator, was_signalled)
-            score = total(scores)
-            metrics = score.figures()
+            scores = evaluate_by_source(model, plan, byte_lengths, setup.accelerator, was_signalled)
+            score = sum_over_sources(scores)
+            metrics = score.metrics()
             if len(scores) > 1:
                 scored = [pair for pair in zip(held_out.stores, scores, strict=True) if pair[1].tokens]
                 metrics |= {f"loss/{store.source}": part.nats_per_token for store, part in scored}

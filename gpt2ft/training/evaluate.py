@@ -18,7 +18,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Score:
+class LossSums:
     """Sums over supervised targets: every assistant token and its `<|end|>`, each counted once."""
 
     nats: float
@@ -37,7 +37,7 @@ class Score:
     def bits_per_byte(self) -> float:
         return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         return {
             "loss": self.nats_per_token,
             "perplexity": self.perplexity,
@@ -49,13 +49,13 @@ class EvaluationInterrupted(Exception):
     """A process was told to stop, so there is no score. All processes raise it together."""
 
 
-def evaluate(
+def evaluate_by_source(
     model: nn.Module,
     plan: Plan,
     byte_lengths: Sequence[int],
     accelerator: Any,
     was_signalled: Callable[[], bool] | None = None,
-) -> list[Score]:
+) -> list[LossSums]:
     """The score of each data source of the plan.
 
     Args:
@@ -77,7 +77,7 @@ def evaluate(
         return by_source.index_add_(0, stream.groups[real], torch.stack(columns, dim=1))
 
     scores = _summed(model, plan, sums, accelerator, was_signalled)
-    return [Score(nats, round(tokens), round(bytes)) for nats, tokens, bytes in scores.tolist()]
+    return [LossSums(nats, round(tokens), round(bytes)) for nats, tokens, bytes in scores.tolist()]
 
 
 def evaluate_objective(
@@ -110,7 +110,7 @@ def _summed(
     model.eval()
     added = None
     with torch.no_grad():
-        for micro_batch in share(plan.streams, accelerator.process_index, accelerator.num_processes):
+        for micro_batch in items_of_rank(plan.streams, accelerator.process_index, accelerator.num_processes):
             watchdog.at("held-out stream")
             if was_signalled is not None and any(global_sum(accelerator, float(was_signalled()))):
                 model.train(was_training)
@@ -122,11 +122,11 @@ def _summed(
     return accelerator.reduce(added, reduction="sum") if accelerator.num_processes > 1 else added
 
 
-def total(scores: Sequence[Score]) -> Score:
-    return Score(sum(s.nats for s in scores), sum(s.tokens for s in scores), sum(s.bytes for s in scores))
+def sum_over_sources(scores: Sequence[LossSums]) -> LossSums:
+    return LossSums(sum(s.nats for s in scores), sum(s.tokens for s in scores), sum(s.bytes for s in scores))
 
 
-def share(items: Sequence[Item], rank: int, num_processes: int) -> Iterator[Item | None]:
+def items_of_rank(items: Sequence[Item], rank: int, num_processes: int) -> Iterator[Item | None]:
     """This process's items; the same number for every process, None where one is missing."""
     rounds = -(-len(items) // num_processes)
     for turn in range(rounds):

@@ -40,7 +40,7 @@ class LoopInputs:
     accelerator: Any
     strategy: Strategy  # model and optimizer, prepared
     objective: Objective
-    plan: Plan
+    batches: Plan
     steps: int
     training: TrainingSettings
     optimization: OptimizerSettings
@@ -97,7 +97,7 @@ def fit(job: LoopInputs, state: TrainState) -> TrainState:
         if any(global_sum(job.accelerator, float(bool(job.signals)))):  # wherever the signal has arrived
             stop(job, state)
         state = evaluated(job, state, recent)
-        save_every = job.training.save_every or job.training.eval_every or job.plan.steps_per_epoch
+        save_every = job.training.save_every or job.training.eval_every or job.batches.steps_per_epoch
         if is_due(state.step, save_every, job.steps) or state.best_step == state.step:
             with recent.paused():
                 job.save(state)
@@ -110,7 +110,7 @@ def evaluated(job: LoopInputs, state: TrainState, recent: "Recent", is_saved: bo
     Args:
         is_saved: whether there is a checkpoint of this step already.
     """
-    every = job.training.eval_every or job.plan.steps_per_epoch
+    every = job.training.eval_every or job.batches.steps_per_epoch
     if state.step == 0 or state.evaluated_step == state.step or not is_due(state.step, every, job.steps):
         return state
     try:
@@ -139,8 +139,8 @@ def step_streams(job: LoopInputs, start: int) -> Iterator[tuple[int, list[tuple[
     pin = device.type == "cuda"
 
     def build(step: int) -> list[tuple[int, TokenStream]]:
-        numbers = range(rank, job.plan.micro_batches_per_step, processes)
-        streams = [(number, job.plan.training_stream(step, number)) for number in numbers]
+        numbers = range(rank, job.batches.micro_batches_per_step, processes)
+        streams = [(number, job.batches.training_stream(step, number)) for number in numbers]
         return [(number, stream.pin_memory() if pin else stream) for number, stream in streams]
 
     with ThreadPoolExecutor(1, thread_name_prefix="streams") as builder:

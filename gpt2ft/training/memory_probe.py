@@ -30,7 +30,7 @@ class DoesNotFit(Gpt2ftError):
 
 
 @contextmanager
-def fits(advice: str) -> Iterator[None]:
+def explain_out_of_memory(advice: str) -> Iterator[None]:
     """Around what may need more memory than there is.
 
     Args:
@@ -71,7 +71,7 @@ def probe_memory(strategy: Strategy, accelerator: Any, stream: TokenStream) -> i
     return int(accelerator.gather(peak).max())
 
 
-def advice(training: TrainingSettings, longest: int, adapts: bool, shards: bool) -> str:
+def memory_advice(training: TrainingSettings, longest: int, adapts: bool, shards: bool) -> str:
     """How to need less memory, the step kept as it is if possible.
 
     Args:

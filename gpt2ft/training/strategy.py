@@ -41,7 +41,7 @@ class Strategy(Protocol):
     def update(self) -> float:
         """Clips the gradient, steps unless it is not finite, and clears it. Returns its norm before clipping."""
 
-    def whole(self) -> GPT2 | None:
+    def full_model(self) -> GPT2 | None:
         """The model as it is now, on the main process; None on the others. Not to be changed, but for its device."""
 
     def moments(self) -> Moments:
@@ -99,7 +99,7 @@ class DDP:
         self.optimizer.zero_grad()
         return norm
 
-    def whole(self) -> GPT2 | None:
+    def full_model(self) -> GPT2 | None:
         return self.gpt2 if self.is_main else None
 
     def moments(self) -> Moments:
@@ -151,7 +151,7 @@ class FSDP2(DDP):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def whole(self) -> GPT2 | None:
+    def full_model(self) -> GPT2 | None:
         self._to_shards()
         return _filled(self._copy, self.gpt2, lambda parameter: _whole(parameter.detach()))
 
@@ -184,7 +184,7 @@ class ZeRO2:
     def update(self) -> float:
         return float(self.model.get_global_grad_norm())
 
-    def whole(self) -> GPT2 | None:
+    def full_model(self) -> GPT2 | None:
         from deepspeed.utils import safe_get_full_fp32_param
 
         return _filled(self._copy, self.gpt2, safe_get_full_fp32_param)

@@ -62,7 +62,7 @@ def test_longer_streams_give_the_same_losses(run_sft, tmp_path, monkeypatch):
 
         def regrouped(job, state, size=size):
             job.accelerator.gradient_state.plugin_kwargs["num_steps"] = 8 // size
-            return fit(job.__class__(**(vars(job) | {"plan": Regrouped(job.plan, size)})), state)
+            return fit(job.__class__(**(vars(job) | {"batches": Regrouped(job.batches, size)})), state)
 
         monkeypatch.setattr(train, "fit", regrouped)
         run_sft(tmp_path / str(size), steps=STEPS, dropout=0.0, micro_batches_per_step=8)

@@ -18,9 +18,9 @@ def die_at(call: int) -> None:
     import pyarrow.parquet
 
     from gpt2ft.data.plan import Plan
-    from gpt2ft.training import reference_store
+    from gpt2ft.training import reference_pass, reference_store
 
-    reference_store.SECONDS_TO_A_SHARD = 0.0  # a shard for every stream
+    reference_pass.SECONDS_BETWEEN_SHARDS = 0.0  # a shard for every stream
     num_calls = 0
 
     def counted(owner, name):

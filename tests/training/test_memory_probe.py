@@ -9,7 +9,7 @@ from gpt2ft.data.packing import build_stream
 from gpt2ft.data.token_tree import weigh
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.settings.sections import OptimizerSettings, TrainingSettings
-from gpt2ft.training.memory_probe import DoesNotFit, advice, fits, probe_memory
+from gpt2ft.training.memory_probe import DoesNotFit, explain_out_of_memory, memory_advice, probe_memory
 from gpt2ft.training.optimizer import adamw
 from gpt2ft.training.preflight import PreflightError
 from gpt2ft.training.strategy import DDP
@@ -52,7 +52,7 @@ def test_what_does_not_fit_is_said_with_a_way_out(strategy, stream, accelerator,
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd more")
 
     monkeypatch.setattr(strategy.model.gpt2, "forward", full)
-    with pytest.raises(DoesNotFit) as error, fits("try less"):
+    with pytest.raises(DoesNotFit) as error, explain_out_of_memory("try less"):
         probe_memory(strategy, accelerator, stream)
     assert str(error.value) == (
         "a step does not fit into memory (CUDA out of memory. Tried to allocate 2.00 GiB): try less"
@@ -76,4 +76,4 @@ def test_the_way_out_keeps_the_step_if_it_can(tokens, longest, activation_checkp
     training = TrainingSettings(
         tokens_per_micro_batch=tokens, micro_batches_per_step=8, activation_checkpointing=activation_checkpointing
     )
-    assert advice(training, longest, adapts, shards) == expected
+    assert memory_advice(training, longest, adapts, shards) == expected

@@ -1,0 +1,230 @@
+"""The reference pass: compute the reference log-probs that the store lacks, and check them before training.
+
+The reference is the policy as it is at step 0. Its log-probs are computed offline, once for all runs that share them:
+no second model is in memory while training.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from gpt2ft.data.plan import Plan
+from gpt2ft.distributed import watchdog
+from gpt2ft.distributed.accelerator import autocast, global_sum, precision_of
+from gpt2ft.distributed.signals import Preempted, SignalHandler
+from gpt2ft.errors import speaks_for_its_machine
+from gpt2ft.objectives.dpo import reply_log_probs
+from gpt2ft.objectives.objective import Objective
+from gpt2ft.training.evaluate import items_of_rank
+from gpt2ft.training.reference_store import Key, ReferenceLogProbError, ReferenceStore, ReplyKeys, Row, reply_keys
+
+SECONDS_BETWEEN_SHARDS = 10.0  # the most work that a kill can cost
+TOLERANCES = {"no": 1e-4, "bf16": 0.02}  # nats per token of a reply, by precision: what rounding may do
+LOSS_TOLERANCES = {"no": 1e-3, "bf16": 0.05}  # of the loss of the first step, relative where it is above 1
+
+# --- computing what is missing --------------------------------------------------------------------------------------
+
+
+def attach_reference(
+    plans: Sequence[Plan],
+    store: ReferenceStore,
+    model: nn.Module,
+    accelerator: Any,
+    signals: SignalHandler,
+) -> int:
+    """Put the reference log-probs into the plans, after computing what the store lacks. All processes call it together.
+
+    Every process reads the store of its own machine, and what any of them has found is handed to all.
+
+    Args:
+        model: TargetLogProbs of the policy at step 0, not prepared.
+
+    Returns:
+        The number of replies computed.
+
+    Raises:
+        Preempted: once what was computed is stored.
+        ReferenceLogProbError: if the store, or what the model gives, cannot be used.
+    """
+    replies = [reply_keys(plan) for plan in plans]
+    known = [_known_anywhere(store.read(asked.keys, asked.tokens), accelerator) for asked in replies]
+    missing = {key for asked, found in zip(replies, known, strict=True) for key in _missing(asked, found)}
+    if missing:
+        if speaks_for_its_machine():
+            store.create()
+        accelerator.wait_for_everyone()
+        _ReferencePass(store, model, accelerator, signals).run(_streams_to_run(plans, replies, missing))
+        accelerator.wait_for_everyone()
+        known = [_known_anywhere(store.read(asked.keys, asked.tokens), accelerator) for asked in replies]
+        still_missing = sum(len(_missing(asked, found)) for asked, found in zip(replies, known, strict=True))
+        if still_missing:
+            raise ReferenceLogProbError(
+                f"{still_missing} reference log-probs are missing from {store.folder} after the pass"
+            )
+        if speaks_for_its_machine():
+            store.write_manifest()
+    for plan, found in zip(plans, known, strict=True):
+        plan.reference = found
+    return len(missing)
+
+
+def _missing(asked: ReplyKeys, found: NDArray[np.float64]) -> list[Key]:
+    return [asked.keys[index] for index in np.flatnonzero(np.isnan(found))]
+
+
+def _known_anywhere(local: NDArray[np.float64], accelerator: Any) -> NDArray[np.float64]:
+    """Take each value from the first process that has it, so that all agree with or without a shared disk."""
+    if accelerator.num_processes == 1:
+        return local
+    gathered = accelerator.gather(torch.from_numpy(local).to(accelerator.device))
+    by_process = gathered.view(accelerator.num_processes, -1).cpu().numpy()
+    return np.take_along_axis(by_process, np.isnan(by_process).argmin(0)[None], axis=0)[0]
+
+
+@dataclass(frozen=True)
+class _StreamToRun:
+    plan: Plan
+    micro_batch: list[int]
+    rows: dict[int, Key]  # number of a reply in the stream -> the key under which it is to be stored
+
+
+def _streams_to_run(plans: Sequence[Plan], replies: Sequence[ReplyKeys], missing: set[Key]) -> list[_StreamToRun]:
+    """Return the streams that hold what is missing; each key is taken from the first of them.
+
+    Streams are run whole and as they are trained on, so a row does not depend on what the store held before.
+    """
+    left, to_run = set(missing), []
+    for plan, asked in zip(plans, replies, strict=True):
+        for micro_batch in plan.streams:
+            rows = {}
+            for number, reply in enumerate(plan.replies_of(micro_batch).tolist()):
+                if asked.keys[reply] in left:
+                    left.remove(asked.keys[reply])
+                    rows[number] = asked.keys[reply]
+            if rows:
+                to_run.append(_StreamToRun(plan, micro_batch, rows))
+    return to_run
+
+
+@dataclass(frozen=True)
+class _ReferencePass:
+    """One pass over streams, written to the store shard by shard."""
+
+    store: ReferenceStore
+    model: nn.Module
+    accelerator: Any
+    signals: SignalHandler
+
+    @torch.no_grad()
+    def run(self, to_run: list[_StreamToRun]) -> None:
+        from tqdm import tqdm
+
+        accelerator = self.accelerator
+        was_training = self.model.training
+        self.model.eval()
+        unwritten: list[Row] = []
+        last_shard = time.monotonic()
+        rounds = list(items_of_rank(to_run, accelerator.process_index, accelerator.num_processes))
+        silent = not (accelerator.is_main_process and sys.stderr.isatty())
+        bar = tqdm(rounds, desc="reference", unit="stream", disable=silent, leave=False)
+        for number, stream_to_run in enumerate(bar, start=1):
+            watchdog.at("reference stream")
+            if self._is_any_signalled():
+                break
+            if stream_to_run is not None:
+                unwritten += self._rows(stream_to_run)
+            if unwritten and time.monotonic() - last_shard > SECONDS_BETWEEN_SHARDS:
+                self.store.write(unwritten)
+                unwritten, last_shard = [], time.monotonic()
+                if silent and accelerator.is_main_process:
+                    print(f"reference {number:,}/{len(rounds):,} streams", flush=True)
+        watchdog.at("getting ready", is_long=True)
+        if unwritten:
+            self.store.write(unwritten)
+        self.model.train(was_training)
+        if self._is_any_signalled():
+            raise Preempted("told to stop, and has kept the reference log-probs computed so far")
+
+    def _is_any_signalled(self) -> bool:
+        """Ask all processes, so that they stop at the same stream."""
+        return any(global_sum(self.accelerator, float(bool(self.signals))))
+
+    def _rows(self, to_run: _StreamToRun) -> list[Row]:
+        stream = to_run.plan.stream(to_run.micro_batch).to(self.accelerator.device)
+        with autocast(self.accelerator):
+            log_probs = self.model(stream)[: stream.num_supervised].double().cpu()
+        if not bool(torch.isfinite(log_probs).all()):
+            store, row = to_run.plan.chunks.rows[to_run.micro_batch[0]].tolist()
+            name = to_run.plan.chunks.stores[store].id(row)
+            raise ReferenceLogProbError(
+                f"the reference gives no finite log-prob to a reply in the stream that opens with conversation {name}: "
+                "look at its weights"
+            )
+        lengths = torch.bincount(stream.groups[: stream.num_supervised]).tolist()
+        by_reply = log_probs.split(lengths)  # targets stand reply by reply
+        return [Row(key, float(by_reply[n].sum()), by_reply[n].tolist()) for n, key in to_run.rows.items()]
+
+
+# --- the check before training --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def check_start(
+    model: nn.Module,
+    plan: Plan,
+    step: int,
+    store: ReferenceStore,
+    accelerator: Any,
+    objective: Objective,
+    start_loss: float | None,
+) -> float:
+    """Check that the forward pass of training gives the replies of one step the stored log-probs.
+
+    The model has the weights of step 0 and is in training mode, as in the loop. Steps come in random order, so the
+    replies of one are a random sample of all. Where policy and reference are equal, the known loss is checked too.
+
+    Args:
+        start_loss: the loss to expect; None where it depends on the data.
+
+    Returns:
+        The largest difference of a reply, in nats per token.
+
+    Raises:
+        ReferenceLogProbError: if a difference is more than rounding; the message names what has changed.
+    """
+    worst = loss = normalizer = 0.0
+    model.train()
+    for number in range(accelerator.process_index, plan.micro_batches_per_step, accelerator.num_processes):
+        stream = plan.training_stream(step, number).to(accelerator.device)
+        with autocast(accelerator):
+            log_probs = model(stream)
+        changes = (reply_log_probs(log_probs, stream) - stream.pairs.reference).abs() / stream.pairs.lengths
+        worst = max(worst, float(changes.max())) if bool(torch.isfinite(changes).all()) else math.inf
+        loss += float(objective.loss(log_probs, stream))
+        normalizer += objective.normalizer(stream)
+    tolerance = TOLERANCES[precision_of(accelerator)]
+    loss, normalizer = global_sum(accelerator, loss, normalizer)
+    local = torch.tensor(worst, dtype=torch.float64, device=accelerator.device)
+    worst = float(accelerator.gather(local).max())
+    if worst > tolerance:
+        why = store.differing_versions()
+        raise ReferenceLogProbError(
+            f"reference log-probs differ from what the start of this run gives by {worst:.2g} nats per token of a "
+            f"reply, more than {tolerance}: {why or 'all digests and versions are the same, so the store is damaged'}; "
+            f"remove {store.folder}, and they are computed again"
+        )
+    allowed = LOSS_TOLERANCES[precision_of(accelerator)]
+    if start_loss is not None and abs(loss / normalizer - start_loss) > allowed * max(1.0, start_loss):
+        raise ReferenceLogProbError(
+            f"the first step must have the loss {start_loss:.4f}, as policy and reference are equal there, but has "
+            f"{loss / normalizer:.4f}"
+        )
+    return worst
