@@ -2,11 +2,7 @@
 
 import sys
 
-from gpt2ft.settings.parsing import parse_script
-from gpt2ft.settings.scripts import BenchmarkSettings
+from gpt2ft.__main__ import run_script
 
 if __name__ == "__main__":
-    settings = parse_script(BenchmarkSettings, "what", sys.argv[1:])
-    from gpt2ft.runs import benchmark, main
-
-    main.run(benchmark.run, settings)
+    run_script("benchmark", sys.argv[1:])

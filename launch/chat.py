@@ -2,11 +2,7 @@
 
 import sys
 
-from gpt2ft.settings.parsing import parse_script
-from gpt2ft.settings.scripts import ChatSettings
+from gpt2ft.__main__ import run_script
 
 if __name__ == "__main__":
-    settings = parse_script(ChatSettings, "model", sys.argv[1:])
-    from gpt2ft.runs import chat, main
-
-    main.run(chat.run, settings)
+    run_script("chat", sys.argv[1:])

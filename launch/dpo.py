@@ -2,11 +2,7 @@
 
 import sys
 
-from gpt2ft.settings.parsing import parse_recipe
-from gpt2ft.settings.scripts import DPOSettings
+from gpt2ft.__main__ import run_script
 
 if __name__ == "__main__":
-    settings = parse_recipe(DPOSettings, "quickstart-dpo", sys.argv[1:])
-    from gpt2ft.runs import main, train_dpo
-
-    main.run(train_dpo.run, settings)
+    run_script("dpo", sys.argv[1:])

@@ -2,11 +2,7 @@
 
 import sys
 
-from gpt2ft.settings.parsing import parse_script
-from gpt2ft.settings.scripts import EvaluateSettings
+from gpt2ft.__main__ import run_script
 
 if __name__ == "__main__":
-    settings = parse_script(EvaluateSettings, "model", sys.argv[1:])
-    from gpt2ft.runs import evaluate_model, main
-
-    main.run(evaluate_model.run, settings)
+    run_script("evaluate", sys.argv[1:])

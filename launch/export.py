@@ -2,11 +2,7 @@
 
 import sys
 
-from gpt2ft.settings.parsing import parse_script
-from gpt2ft.settings.scripts import ExportSettings
+from gpt2ft.__main__ import run_script
 
 if __name__ == "__main__":
-    settings = parse_script(ExportSettings, "model", sys.argv[1:])
-    from gpt2ft.runs import export, main
-
-    main.run(export.run, settings)
+    run_script("export", sys.argv[1:])

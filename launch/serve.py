@@ -2,11 +2,7 @@
 
 import sys
 
-from gpt2ft.settings.parsing import parse_script
-from gpt2ft.settings.scripts import ServeSettings
+from gpt2ft.__main__ import run_script
 
 if __name__ == "__main__":
-    settings = parse_script(ServeSettings, "model", sys.argv[1:])
-    from gpt2ft.runs import main, serve
-
-    main.run(serve.run, settings)
+    run_script("serve", sys.argv[1:])

@@ -2,11 +2,7 @@
 
 import sys
 
-from gpt2ft.settings.parsing import parse_recipe
-from gpt2ft.settings.scripts import SFTSettings
+from gpt2ft.__main__ import run_script
 
 if __name__ == "__main__":
-    settings = parse_recipe(SFTSettings, "quickstart", sys.argv[1:])
-    from gpt2ft.runs import main, train_sft
-
-    main.run(train_sft.run, settings)
+    run_script("sft", sys.argv[1:])

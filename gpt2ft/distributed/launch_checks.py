@@ -9,12 +9,12 @@ reads what the launcher has set and was told, before anything is loaded; `check_
 import difflib
 import importlib.util
 import os
-import sys
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from gpt2ft.command_line import running_script
 from gpt2ft.distributed.launcher_arguments import Launch, find_launch, known_keys
 from gpt2ft.errors import Gpt2ftError
 
@@ -176,7 +176,7 @@ def _check_started(world_size: int) -> None:
         raise LaunchError(
             f"{started} launchers were started by mpirun or srun, but each trains its own {world_size} processes: "
             f"start one on each machine, `torchrun --nnodes {started} --rdzv_backend c10d --rdzv_endpoint "
-            f"FIRST_MACHINE:29500 --nproc_per_node {world_size} {sys.argv[0]}`"
+            f"FIRST_MACHINE:29500 --nproc_per_node {world_size} {running_script()}`"
         )
 
 
@@ -257,4 +257,4 @@ def _check_config(launch: Launch) -> None:
 def _command(processes: int) -> str:
     """What starts that many processes of this script on one machine of this kind."""
     cpu = "" if on_cuda() else "ACCELERATE_USE_CPU=true "
-    return f"`{cpu}torchrun --standalone --nproc_per_node {processes} {sys.argv[0]}`"
+    return f"`{cpu}torchrun --standalone --nproc_per_node {processes} {running_script()}`"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gpt2ft import checkpoint
 from gpt2ft.checkpoint import TrainState
+from gpt2ft.command_line import words_to_start
 from gpt2ft.model.lora import trainable_parameters
 from gpt2ft.runs.export import write_adapter_folder, write_folder
 from gpt2ft.runs.loaded_model import LoadedModel, is_adapter, load_model, plain_model
@@ -64,11 +65,11 @@ def export(output: Output, settings: RunSettings, loaded: LoadedModel, state: Tr
 
 def next_commands(settings: RunSettings, loaded: LoadedModel, output: Output) -> Iterator[str]:
     """A talk with the model, and the same evaluation as during training where there was one."""
-    yield shlex.join(["python", "launch/chat.py", str(output.folder)])
+    yield shlex.join([*words_to_start("chat"), str(output.folder)])
     data = settings.data
     if not data.eval:
         return
-    words = ["python", "launch/evaluate.py", str(output.folder), "--data", *data.eval]
+    words = [*words_to_start("evaluate"), str(output.folder), "--data", *data.eval]
     if data.max_rank is not None:
         words += ["--max_rank", str(data.max_rank)]
     if data.languages:

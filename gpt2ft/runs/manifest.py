@@ -1,12 +1,11 @@
 """What a run says of itself in its manifest.json."""
 
 import importlib.metadata
-import os
 import platform
-import sys
 from dataclasses import asdict
 from typing import Any
 
+from gpt2ft.command_line import full_command
 from gpt2ft.distributed import launch_checks
 from gpt2ft.distributed.accelerator import precision_of
 from gpt2ft.runs.describe import dropped, shares
@@ -22,7 +21,7 @@ def manifest_of(setup: RunSetup, attention: str) -> dict[str, Any]:
     """
     plan, held_out, eval_plan = setup.plan, setup.held_out, setup.eval_plan
     return {
-        "command": command(),
+        "command": full_command(),
         "versions": versions(),
         "processes": setup.accelerator.num_processes,
         "strategy": launch_checks.strategy(),
@@ -46,8 +45,3 @@ def versions() -> dict[str, str]:
     names = ["gpt2ft", "torch", "accelerate", "tiktoken", "datasets", "safetensors"]
     found = {name: importlib.metadata.version(name) for name in names}
     return {"python": platform.python_version()} | found
-
-
-def command() -> str:
-    """Return the command line, without the path of the script."""
-    return " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])

@@ -7,17 +7,18 @@ together, an unknown key with the nearest known one. Nothing here imports torch.
 """
 
 import difflib
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
 from pydantic import ValidationError
 
+from gpt2ft.command_line import program_name
 from gpt2ft.errors import SettingsError, fail, speaks_for_its_machine
 from gpt2ft.settings.sections import Section
 
-RECIPES = Path(__file__).resolve().parents[2] / "launch" / "recipes"
+_CLONE = Path(__file__).resolve().parents[2] / "launch" / "recipes"
+RECIPES = _CLONE if _CLONE.is_dir() else Path(__file__).resolve().parents[1] / "recipes"  # of an installed package
 
 Settings = TypeVar("Settings", bound=Section)
 
@@ -70,7 +71,7 @@ def parse_flags(
     if not {"-h", "--help"} & set(arguments) and (problems := list(_flag_problems(kind, arguments, defaults or {}))):
         raise SettingsError("\n".join(problems))
     base = kind(**defaults) if defaults is not None else None
-    program, description = Path(sys.argv[0]).name, (kind.__doc__ or "").strip()
+    program, description = program_name(), (kind.__doc__ or "").strip()
     if recipe:
         program, description = f"{program} [RECIPE]", f"{description}\n\nDefaults are those of the recipe {recipe}."
     return tyro.cli(
@@ -135,7 +136,7 @@ def _recipe_file(recipe: str) -> Path:
     if file.is_file():
         return file
     names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    raise SettingsError(f"there is no recipe {recipe!r}{_did_you_mean(recipe, names)}; there are: {', '.join(names)}")
+    raise SettingsError(f"there is no recipe {recipe!r}{nearest_name(recipe, names)}; there are: {', '.join(names)}")
 
 
 def _explain(kind: type[Section], source: str, error: ValidationError) -> Iterator[str]:
@@ -143,7 +144,7 @@ def _explain(kind: type[Section], source: str, error: ValidationError) -> Iterat
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             known = [*kind.model_fields, *(name for name, _ in _fields(kind))]
-            yield f"{source}: there is no setting `{key}`{_did_you_mean(key, known)}"
+            yield f"{source}: there is no setting `{key}`{nearest_name(key, known)}"
         elif problem["type"] == "missing":
             yield f"{source}: `{key}` must be given"
         else:
@@ -151,7 +152,8 @@ def _explain(kind: type[Section], source: str, error: ValidationError) -> Iterat
             yield f"{source}: `{key}`: {message}, but is {problem['input']!r}"
 
 
-def _did_you_mean(name: str, known: Sequence[str]) -> str:
+def nearest_name(name: str, known: Sequence[str]) -> str:
+    """` (did you mean `x`?)` for the known name most like `name`; empty if none is."""
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" (did you mean `{nearest[0]}`?)" if nearest else ""
 
@@ -180,7 +182,7 @@ def _flag_problems(kind: type[Section], arguments: Sequence[str], defaults: dict
         *sections, key = name.split(".")
         is_list = name in known and get_origin(known[name]) is tuple
         if name not in known:
-            yield f"command line: there is no setting `{name}`{_did_you_mean(name, list(known))}"
+            yield f"command line: there is no setting `{name}`{nearest_name(name, list(known))}"
         elif is_list or len(given) == 1:
             section = values.setdefault(sections[0], {}) if sections else values
             section[key] = given if is_list else None if given == ["None"] else given[0]
