@@ -1,7 +1,7 @@
 """Starts what a test needs in processes of its own: scripts of the project, launchers, short programs.
 
-All are started in the same way: in the root of the repository, with no GPU and no launcher around them, with a limit of
-time; and nothing that they have started outlives them.
+All are started in the same way: in the root of the repository unless told otherwise, with no GPU and no launcher around
+them, with a limit of time; and nothing that they have started outlives them.
 
     done = run(["python", "launch/sft.py", "quickstart"], GPT2FT_CACHE=folder)
     with start([*torchrun(2), "launch/sft.py"], **ON_CPU) as started:
@@ -72,32 +72,40 @@ class Ended:
         return [line for line in self.printed.splitlines() if line.startswith("error")]
 
 
-def run(words: Sequence[Any], code: int | None = 0, seconds: float = SECONDS, typed: str = "", **changes: Any) -> Ended:
+def run(
+    words: Sequence[Any],
+    code: int | None = 0,
+    seconds: float = SECONDS,
+    typed: str = "",
+    cwd: Path = ROOT,
+    **changes: Any,
+) -> Ended:
     """Starts a command and waits for its end.
 
     Args:
         words: of the command; a program is looked for where this Python's own programs are first.
         code: the exit code that it must end with; None if any will do.
         typed: what it reads from its standard input.
+        cwd: the folder that it starts in.
         changes: to the environment.
     """
-    with start(words, **changes) as started:
+    with start(words, cwd, **changes) as started:
         started.type(typed)
         return started.finish(code, seconds)
 
 
-def start(words: Sequence[Any], **changes: Any) -> "Started":
+def start(words: Sequence[Any], cwd: Path = ROOT, **changes: Any) -> "Started":
     """Starts a command; leaving the context ends it. Arguments as of `run`."""
-    return Started([str(word) for word in words], environment(**changes))
+    return Started([str(word) for word in words], cwd, environment(**changes))
 
 
 class Started:
     """A process under way. What it prints is read as it comes, so that it never waits for a reader."""
 
-    def __init__(self, command: list[str], variables: dict[str, str]) -> None:
+    def __init__(self, command: list[str], cwd: Path, variables: dict[str, str]) -> None:
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
-            command, cwd=ROOT, env=variables, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
+            command, cwd=cwd, env=variables, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
         )
         self._printed = (bytearray(), bytearray())
         self._news = Condition()
