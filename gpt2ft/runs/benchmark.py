@@ -1,4 +1,4 @@
-"""How fast a shape trains on this machine: tokens/s, peak memory, and where the time goes.
+"""Training speed of a shape on this machine: tokens/s, peak memory, and where the time goes.
 
 Conversations are made up (random tokens, trees in the proportions of OASST), so nothing is downloaded, and
 neither `datasets` nor a tokenizer is needed. Of DPO it is a step that is measured, not the pass before it: the

@@ -21,7 +21,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a run trains on, and how.
+    """The devices that a run trains on, and how it uses them.
 
     Attributes:
         device: such as cuda.
@@ -118,7 +118,7 @@ def dropped(corpus: Corpus, plan: Plan) -> Counter[str]:
 
 @dataclass(frozen=True)
 class SourceShare:
-    """What one source brings to a plan."""
+    """The part of one source in a plan."""
 
     source: str
     format: str

@@ -103,7 +103,7 @@ def conversations(
 def preferences(
     settings: EvaluateSettings, loaded: LoadedModel, folder: Path | None, corpus: Corpus, plan: Plan, accelerator: Any
 ) -> Scored:
-    """How often the better reply is rewarded more; without a reference, how often it is likelier."""
+    """Share of pairs whose better reply is rewarded more; without a reference, of those where it is likelier."""
     started_from, trained_beta = _reference(settings, loaded, folder)
     beta = settings.beta or trained_beta
     if started_from is not None:
@@ -137,7 +137,7 @@ def preferences(
 def _reference(
     settings: EvaluateSettings, loaded: LoadedModel, folder: Path | None
 ) -> tuple[LoadedModel | None, float]:
-    """What rewards are measured against, if there is anything, and the beta of the run.
+    """The model that rewards are measured against, if there is one, and the beta of the run.
 
     Raises:
         ModelError: if it is not what the run started from, or knows other ids.
@@ -169,7 +169,7 @@ def _on_device(loaded: LoadedModel, accelerator: Any) -> TargetLogProbs:
 
 @dataclass(frozen=True)
 class Adherence:
-    """How many replies to held-out prompts speak of a topic: hold one of its words, as a whole word."""
+    """Replies to held-out prompts, and the words by which one counts as on the topic."""
 
     words: tuple[str, ...]
     samples: list[Sample]

@@ -1,4 +1,4 @@
-"""Models and adapters as others read them: weights, tokenizer, chat template and generation settings.
+"""Exports: weights, tokenizer, chat template and generation settings as other tools read them.
 
 Folders in Hugging Face layout load in transformers, and in what reads its folders, with nothing of this package
 installed; adapters in PEFT; GGUF files in llama.cpp and Ollama. Each is read back and compared before it gets its name.
@@ -103,7 +103,7 @@ def _export_adapter(settings: ExportSettings, output: Path) -> None:
 
 
 def _chat_model(model: str | None) -> LoadedModel:
-    """What is exported, adapters merged.
+    """The model to export, adapters merged.
 
     Raises:
         ModelError: if it cannot be had, or knows no chat tokens: their rows would be noise.
@@ -117,7 +117,7 @@ def _chat_model(model: str | None) -> LoadedModel:
 def write_adapter_folder(
     folder: Path, adapted: LoadedModel, settings: RunSettings, merged: Mapping[str, Tensor], base: str
 ) -> None:
-    """Writes a complete adapter folder in the layout of PEFT, with the tokenizer, or none.
+    """Write a complete adapter folder in the layout of PEFT, with the tokenizer, or none.
 
     Args:
         settings: of the run that trained the adapters.
@@ -136,7 +136,7 @@ def write_adapter_folder(
 
 
 def _check_adapter(folder: Path, settings: RunSettings, merged: Mapping[str, Tensor]) -> None:
-    """Reads an adapter folder back: on the base of its run it must make the merged weights.
+    """Read an adapter folder back: on the base of its run it must make the merged weights.
 
     Raises:
         OSError: if it does not.
@@ -154,7 +154,7 @@ def write_folder(
     tokenizer: ChatTokenizer,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes a complete model folder, or none.
+    """Write a complete model folder, or none.
 
     Raises:
         ModelError: if a weight is too large for `dtype`.

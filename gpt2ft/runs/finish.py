@@ -36,7 +36,7 @@ def finish(
 
 
 def export(output: Output, settings: RunSettings, loaded: LoadedModel, state: TrainState) -> None:
-    """Writes `best/` where evaluation ran, `adapter/` for LoRA, and `model/` last: it makes the run finished.
+    """Write `best/` where evaluation ran, `adapter/` for LoRA, and `model/` last: it makes the run finished.
 
     An adapter needs a whole model to stand on: where the run started from another adapter, that is `start/`.
     """

@@ -162,7 +162,7 @@ def newest_run() -> str:
 
 
 def _load_checkpoint(folder: Path) -> LoadedModel:
-    """What the run's recipe starts from, with the weights that the checkpoint has trained."""
+    """The model that the run starts from, with the weights that the checkpoint has trained."""
     adapted, _ = load_adapted(folder)
     return _plain(adapted)
 
@@ -205,7 +205,7 @@ def plain_model(settings: RunSettings, trained: Mapping[str, Tensor], initial_di
 
 
 def _with_weights(settings: RunSettings, trained: Mapping[str, Tensor], initial_digest: str | None) -> LoadedModel:
-    """What a run starts from, adapted if it adapts, with the weights that it has trained; arguments as above."""
+    """The model that a run starts from, adapted if it adapts, with its trained weights; arguments as above."""
     loaded = load_model(settings.model, settings.training.seed)
     if settings.lora.rank and loaded.digest != initial_digest:
         raise pretrained.ModelError(f"{settings.model.path} has changed since these adapters were trained on it")
@@ -231,7 +231,7 @@ def _plain(loaded: LoadedModel) -> LoadedModel:
 
 @torch.no_grad()
 def check_merged(plain: GPT2, adapted: GPT2, vocabulary: int) -> None:
-    """Raises ModelError unless both give the same log-probs to 64 ids from all over the vocabulary."""
+    """Raise ModelError unless both give the same log-probs to 64 ids from all over the vocabulary."""
     ids = torch.linspace(0, vocabulary - 1, min(64, adapted.config.n_positions)).long()
     positions = torch.arange(len(ids))
     found = []

@@ -1,4 +1,4 @@
-"""What a run says of itself in its manifest.json."""
+"""The manifest of a run: everything about it that its recipe does not say."""
 
 import importlib.metadata
 import platform

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, whether it is finished, and what lies in it."""
+"""The folder of a run: its layout, who may train in it, and when it is finished."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ class Output:
         self._lock = FolderLock()
 
     def claim(self, settings: RunSettings) -> None:
-        """Checks that this run may train here, and keeps others out; moves and removes nothing yet. Main process only.
+        """Check that this run may train here, and keep others out; nothing is moved or removed yet. Main process only.
 
         A checkpoint that was being replaced when the run was killed gets its name back, before any process looks for
         it.

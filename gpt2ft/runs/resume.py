@@ -1,4 +1,4 @@
-"""Where a run goes on from: the newest checkpoint of the same run, or the start."""
+"""The point that a run goes on from: the newest checkpoint of the same run, or the start."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a run trains, on what, and where: loaded, laid out in a plan, and checked before anything is trained."""
+"""The set-up of a run: model and data loaded, laid out in a plan, and checked before anything is trained."""
 
 import os
 import shutil
@@ -15,9 +15,10 @@ from gpt2ft.distributed.accelerator import precision_of
 from gpt2ft.errors import SettingsError
 from gpt2ft.model.attention import Backend, default_backend
 from gpt2ft.model.logprobs import TargetLogProbs
+from gpt2ft.runs.data_statistics import data_statistics
 from gpt2ft.runs.describe import Hardware, describe
-from gpt2ft.runs.inspection import show, statistics, terminal_width
 from gpt2ft.runs.loaded_model import LoadedModel, adapt, load_model
+from gpt2ft.runs.show_examples import show_examples, terminal_width
 from gpt2ft.settings.scripts import RunSettings
 from gpt2ft.training import preflight
 from gpt2ft.training.strategy import cast_frozen
@@ -84,9 +85,9 @@ def _print_plan(setup: RunSetup) -> None:
     )
     print(describe(setup, hardware), flush=True)
     if settings.show:
-        print(show(setup.plan, tokenizer, settings.show, width=terminal_width()))
+        print(show_examples(setup.plan, tokenizer, settings.show, width=terminal_width()))
     if settings.dry_run:
-        print(statistics(setup.corpus, setup.held_out, setup.plan, tokenizer))
+        print(data_statistics(setup.corpus, setup.held_out, setup.plan, tokenizer))
 
 
 def check_lengths(settings: RunSettings, loaded: LoadedModel) -> None:

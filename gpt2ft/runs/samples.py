@@ -1,4 +1,4 @@
-"""What the model says to prompts it has never been trained on."""
+"""Sample replies to prompts that the model has not been trained on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ def beside(before: Sequence[Sample], now: Sequence[Sample]) -> list[str]:
 def held_out_prompts(
     corpus: Corpus, loaded: LoadedModel, number: int, longest: int, preferences: bool = False
 ) -> list[Turns]:
-    """What comes before the first assistant turn of the first conversations that leave `longest` tokens of room.
+    """The turns before the first reply of the first conversations that leave `longest` tokens of room.
 
     Args:
         preferences: before the replies that are compared instead.

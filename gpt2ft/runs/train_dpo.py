@@ -1,4 +1,4 @@
-"""Direct Preference Optimization: which of two replies is better, against what the model said at step 0.
+"""Direct Preference Optimization: learn which of two replies is better, against the log-probs of step 0.
 
 No second model is in memory: the log-probs of the reference are computed once, before training, and kept.
 """
@@ -36,7 +36,7 @@ def run(settings: DPOSettings) -> None:
 
 
 class PreferenceTuning:
-    """DPO as a task: pairs of replies, and what the reference says to them."""
+    """DPO as a task: pairs of replies, and their log-probs under the reference."""
 
     preferences = True
 

@@ -8,7 +8,8 @@ import pytest
 
 from gpt2ft.data.corpus import load_corpora
 from gpt2ft.data.plan import Conversations, Plan, chunk
-from gpt2ft.runs.inspection import show, statistics
+from gpt2ft.runs.data_statistics import data_statistics
+from gpt2ft.runs.show_examples import show_examples
 from gpt2ft.settings.sections import DataSettings
 
 
@@ -42,7 +43,7 @@ def without_frame(text):
 def test_examples_are_the_tokens_of_the_first_streams(plan_of, tokenizer, weight):
     _, _, plan = plan_of(train=("quickstart",), weight=weight)
     number = sum(map(len, plan.micro_batches(0))) + 2  # into the second step
-    text = show(plan, tokenizer, number, width=10_000, colour=False)
+    text = show_examples(plan, tokenizer, number, width=10_000, colour=False)
     assert text.count("example ") == number
     first = plan.stream(plan.micro_batches(0)[0])
     said = tokenizer.decode(first.tokens[: first.num_tokens].tolist())
@@ -58,7 +59,7 @@ def test_examples_are_the_tokens_of_the_first_streams(plan_of, tokenizer, weight
 
 def test_colour_shows_the_same_tokens(plan_of, tokenizer):
     _, _, plan = plan_of(train=("quickstart",))
-    plain, coloured = (show(plan, tokenizer, 3, width=10_000, colour=colour) for colour in (False, True))
+    plain, coloured = (show_examples(plan, tokenizer, 3, width=10_000, colour=colour) for colour in (False, True))
     assert "\x1b[" not in plain
     uncoloured = re.sub("\x1b\\[[0-9;]*m", "", coloured)
     assert without_frame(uncoloured) == without_frame(plain).replace("»", "").replace("«", "")
@@ -68,7 +69,7 @@ def test_colour_shows_the_same_tokens(plan_of, tokenizer):
 
 def test_lines_fit_and_text_cannot_drive_the_terminal(plan_of, tokenizer, tmp_path):
     file = chats(tmp_path / "a.jsonl", ("\x1b[2J 🫖 tea", "one two three four " * 20 + "\nfive \x07"))
-    text = show(plan_of(train=(file,))[2], tokenizer, 1, width=60, colour=False)
+    text = show_examples(plan_of(train=(file,))[2], tokenizer, 1, width=60, colour=False)
     assert "🫖" in text
     assert "\x1b" not in text
     assert "\x07" not in text
@@ -80,7 +81,7 @@ def test_lines_fit_and_text_cannot_drive_the_terminal(plan_of, tokenizer, tmp_pa
 
 def test_figures_are_those_of_a_plain_count(plan_of, tokenizer):
     corpus, held_out, plan = plan_of(train=("quickstart",), eval=("quickstart:held_out",))
-    text = statistics(corpus, held_out, plan, tokenizer)
+    text = data_statistics(corpus, held_out, plan, tokenizer)
     trees = [corpus.stores[store].tree(row, 0) for store, row in corpus.rows.tolist()]
     expected = {
         "tokens per conversation": [len(tree.tokens) for tree in trees],
@@ -107,7 +108,7 @@ def test_duplicates_and_leaks_are_counted_and_shown(plan_of, tokenizer, tmp_path
     flat = tmp_path / "flat.jsonl"
     flat.write_text("".join(json.dumps(row) + "\n" for row in rows))
     held_out = chats(tmp_path / "held.jsonl", ("Ask a.", "Other."), ("New.", "Tea."), ("New too.", "New."))
-    text = statistics(*plan_of(train=(f"{flat}@2",), eval=(held_out,)), tokenizer)
+    text = data_statistics(*plan_of(train=(f"{flat}@2",), eval=(held_out,)), tokenizer)
     assert "1 conversations and 2 learnt messages are word for word as another" in text
     assert '3 times "Tea."' in text
     assert "1 of 3 held-out first turns also occur in training" in text
@@ -118,13 +119,13 @@ def test_duplicates_and_leaks_are_counted_and_shown(plan_of, tokenizer, tmp_path
 def test_a_very_deep_conversation(plan_of, tokenizer, tmp_path):
     deep = chats(tmp_path / "deep.jsonl", [f"Turn {n}." for n in range(2000)])
     corpus, _, plan = plan_of(train=(deep,))
-    assert re.search(r"turns on the longest path +2,000 +2,000", statistics(corpus, None, plan, tokenizer))
-    assert show(plan, tokenizer, 2, width=100, colour=False).count("example ") == 2
+    assert re.search(r"turns on the longest path +2,000 +2,000", data_statistics(corpus, None, plan, tokenizer))
+    assert show_examples(plan, tokenizer, 2, width=100, colour=False).count("example ") == 2
 
 
 def test_a_long_talk_stays_in_its_column(plan_of, tokenizer, tmp_path):
     talk = chats(tmp_path / "talk.jsonl", [f"Turn {n}." for n in range(12)])
-    text = show(plan_of(train=(talk,))[2], tokenizer, 9, width=60, colour=False)
+    text = show_examples(plan_of(train=(talk,))[2], tokenizer, 9, width=60, colour=False)
     heads = [line for line in text.splitlines() if "positions" in line]
     assert [line[:3] for line in heads] == ["├─ "] * 11 + ["└─ "]
     assert "there are no more than these 1" in text
@@ -134,6 +135,6 @@ def test_a_reply_that_leaks_from_a_plain_text_is_found(plan_of, tokenizer, tmp_p
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("Tea leaks.", "Tea does not.")))
     held_out = chats(tmp_path / "held.jsonl", ("Does tea leak?", "Tea leaks."))
-    text = statistics(*plan_of(train=(str(texts),), eval=(held_out,)), tokenizer)
+    text = data_statistics(*plan_of(train=(str(texts),), eval=(held_out,)), tokenizer)
     assert "1 of 1 held-out learnt messages also occur in training" in text
     assert f'"Tea leaks." in {held_out}' in text

@@ -1,0 +1,146 @@
+"""Examples as the model will see them, for `--show`.
+
+They are read off a finished stream, so what is shown is what is computed: its tokens, its positions, and the weight of
+every target. The tree gives nothing but the places where turns begin.
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt2ft.conversation import ROLES
+from gpt2ft.data.plan import Plan
+from gpt2ft.data.token_tree import TokenTree
+from gpt2ft.stream import TokenStream
+from gpt2ft.text.display import visible
+from gpt2ft.text.tokenizer import ChatTokenizer
+
+# What a token looks like: (supervised, every other token) -> the terminal's colour. Two shades show where one ends.
+_COLOURS = {(True, 0): "32", (True, 1): "92", (False, 0): "2", (False, 1): "2;3"}
+
+
+def terminal_width() -> int:
+    return shutil.get_terminal_size((120, 24)).columns
+
+
+def show_examples(plan: Plan, tokenizer: ChatTokenizer, number: int, width: int, colour: bool | None = None) -> str:
+    """Return the first `number` examples of the first step, and of the next ones if it holds fewer.
+
+    Args:
+        width: of the lines, in characters.
+        colour: whether to colour tokens; by default where stdout is a terminal. Without colour, what is supervised
+            stands between the signs » and «.
+    """
+    if colour is None:
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    texts = []
+    for example in _examples(plan, number):
+        texts.append("\n".join(_drawn(example, tokenizer, width, colour)))
+    if len(texts) < number:
+        texts.append(f"there are no more than these {len(texts):,}")
+    legend = "what is supervised is " + ("green" if colour else "between » and «")
+    return "\n\n".join(["", *texts, legend, ""])
+
+
+@dataclass(frozen=True)
+class _Example:
+    title: str
+    tree: TokenTree
+    stream: TokenStream
+    start: int  # of its tokens in the stream
+    weights: NDArray[np.float32]  # [N] what each token counts as a target
+
+
+def _examples(plan: Plan, number: int) -> Iterator[_Example]:
+    left = number
+    for step in range(plan.steps_per_epoch):
+        for micro_batch, pieces in enumerate(plan.micro_batches(step)):
+            stream = plan.training_stream(step, micro_batch)
+            weights = np.zeros(stream.num_tokens, np.float32)
+            scored = slice(stream.num_supervised)
+            weights[stream.supervised[scored].numpy() + 1] = stream.weights[scored].numpy()
+            start = 0
+            for piece in pieces:
+                if not left:
+                    return
+                tree = plan.chunks.tree(piece)
+                store, row = plan.chunks.rows[piece].tolist()
+                source = plan.chunks.stores[store]
+                title = (
+                    f"example {number - left + 1}: {source.source}, conversation {source.id(row)}, "
+                    f"{len(tree.tokens):,} tokens, {tree.num_supervised:,} supervised; "
+                    f"step {step + 1}, stream {micro_batch + 1}, from token {start:,}"
+                )
+                yield _Example(title, tree, stream, start, weights)
+                start += len(tree.tokens)
+                left -= 1
+
+
+def _drawn(example: _Example, tokenizer: ChatTokenizer, width: int, colour: bool) -> Iterator[str]:
+    """The tree as lines: for each turn a line about it, and its tokens below."""
+    tree = example.tree
+    yield example.title
+    children: dict[int, list[int]] = {}
+    for node, parent in enumerate(tree.parents.tolist()):
+        children.setdefault(parent, []).append(node)
+    waiting = [(0, "", True)]
+    while waiting:
+        node, indent, is_last = waiting.pop()
+        first = example.start + int(tree.starts[node])
+        tokens = range(first, first + int(tree.lengths[node]))
+        replies = children.get(node, [])
+        goes_on = len(replies) == 1  # an only reply stands in the same column, so that long talks stay readable
+        yield indent + ("└─ " if is_last and not goes_on else "├─ ") + _about(example, ROLES[tree.roles[node]], tokens)
+        below = indent + ("   " if is_last and not goes_on else "│  ")
+        bar = below + ("│  " if len(replies) > 1 else "   ")
+        for line in _wrapped(list(_pieces(example, tokens, tokenizer)), max(40, width - len(bar)), colour):
+            yield bar + line
+        next_indent = indent if goes_on else below
+        waiting += [(reply, next_indent, is_last if goes_on else reply == replies[-1]) for reply in reversed(replies)]
+
+
+def _about(example: _Example, role: str, tokens: range) -> str:
+    positions = example.stream.positions[tokens.start : tokens.stop].tolist()
+    weights = {float(weight) for weight in example.weights[tokens.start : tokens.stop] if weight}
+    weight = f", weight {' and '.join(f'{w:g}' for w in sorted(weights))}" if weights else ", not supervised"
+    return f"{role}: {len(tokens):,} tokens, positions {positions[0]:,} to {positions[-1]:,}{weight}"
+
+
+Piece = tuple[str, bool]  # the text of a token, whether it is supervised
+
+
+def _pieces(example: _Example, tokens: range, tokenizer: ChatTokenizer) -> Iterator[Piece]:
+    """The tokens of a turn as text. Those that share a character are shown as one."""
+    held: list[int] = []
+    for index in tokens:
+        held.append(int(example.stream.tokens[index]))
+        text = tokenizer.decode(held)
+        if "\ufffd" in text and len(held) < 4 and index + 1 < tokens.stop:  # a character has at most four bytes
+            continue
+        yield visible(text).replace("\t", "\\t"), bool(example.weights[index])
+        held = []
+
+
+def _wrapped(pieces: Sequence[Piece], width: int, colour: bool) -> Iterator[str]:
+    """Lines of at most `width` characters, broken between tokens and at their line ends."""
+    line: list[str] = []
+    used, was_supervised = 0, False
+    for number, (text, supervised) in enumerate(pieces):
+        for part_number, part in enumerate(text.split("\n")):
+            if part_number or (used and used + len(part) > width):
+                yield "".join(line)
+                line, used = [], 0
+            if not colour and supervised != was_supervised:
+                line.append("»" if supervised else "«")
+                used += 1
+                was_supervised = supervised
+            line.append(f"\x1b[{_COLOURS[supervised, number % 2]}m{part}\x1b[0m" if colour and part else part)
+            used += len(part)
+    if not colour and was_supervised:
+        line.append("«")
+    yield "".join(line)
