@@ -109,11 +109,11 @@ def test_duplicates_and_leaks_are_counted_and_shown(plan_of, tokenizer, tmp_path
     flat.write_text("".join(json.dumps(row) + "\n" for row in rows))
     held_out = chats(tmp_path / "held.jsonl", ("Ask a.", "Other."), ("New.", "Tea."), ("New too.", "New."))
     text = data_statistics(*plan_of(train=(f"{flat}@2",), eval=(held_out,)), tokenizer)
-    assert "1 conversations and 2 learnt messages are word for word as another" in text
+    assert "1 conversations and 2 supervised messages are word for word as another" in text
     assert '3 times "Tea."' in text
     assert "1 of 3 held-out first turns also occur in training" in text
     assert re.search(rf'"Ask a\." in {held_out} \w+ and {flat} a0', text)
-    assert "1 of 3 held-out learnt messages also occur in training" in text
+    assert "1 of 3 held-out supervised messages also occur in training" in text
 
 
 def test_a_very_deep_conversation(plan_of, tokenizer, tmp_path):
@@ -136,5 +136,5 @@ def test_a_reply_that_leaks_from_a_plain_text_is_found(plan_of, tokenizer, tmp_p
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("Tea leaks.", "Tea does not.")))
     held_out = chats(tmp_path / "held.jsonl", ("Does tea leak?", "Tea leaks."))
     text = data_statistics(*plan_of(train=(str(texts),), eval=(held_out,)), tokenizer)
-    assert "1 of 1 held-out learnt messages also occur in training" in text
+    assert "1 of 1 held-out supervised messages also occur in training" in text
     assert f'"Tea leaks." in {held_out}' in text
