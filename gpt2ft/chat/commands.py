@@ -1,4 +1,4 @@
-"""What can be entered in a chat: messages, and commands that begin with a slash. Knows nothing of terminals."""
+"""The entries of a chat, which are messages or commands that begin with a slash. Knows nothing of terminals."""
 
 import difflib
 import json
@@ -15,16 +15,16 @@ from gpt2ft.inference.prompt_format import Turn
 
 
 class Screen(Protocol):
-    """Where a chat is shown."""
+    """A place where a chat is shown."""
 
     def interrupted(self) -> bool:
-        """Whether the reply under way is to stop."""
+        """True if the reply under way is to stop."""
 
     def turn(self, role: str | None, pieces: Iterable[str]) -> None:
-        """Shows a turn as it comes, or a document where there is no role."""
+        """Show a turn as it comes, or a document where there is no role."""
 
     def transcript(self, turns: Sequence[Turn]) -> None:
-        """Shows what was said before."""
+        """Show the turns of a conversation that is loaded."""
 
     def notice(self, text: str) -> None: ...
 
@@ -32,7 +32,7 @@ class Screen(Protocol):
 
 
 class Chat:
-    """What entries do to a session. None of them ends the program, except /quit."""
+    """A session and the entries that change it. None of them ends the program, except /quit."""
 
     def __init__(self, session: Session, screen: Screen, completes: bool = False) -> None:
         self.session = session
@@ -43,7 +43,7 @@ class Chat:
         self._saved: set[Path] = set()
 
     def enter(self, text: str) -> None:
-        """Does what a line of input says."""
+        """Carry out one entry."""
         if text.startswith("//"):
             self.attempt(self.say, text[1:])
         elif text.startswith("/"):
@@ -52,7 +52,7 @@ class Chat:
             self.attempt(self.say, text)
 
     def attempt(self, action: Callable[[str], None], text: str) -> None:
-        """Does something, or says in a sentence why it cannot be done."""
+        """Call `action`, and show in a sentence why it cannot be done if so."""
         try:
             action(text)
         except ValueError as error:
@@ -182,12 +182,12 @@ KEYS = {
     "Alt+Enter": "begin another line",
     "Ctrl-C": "stop the reply; at the prompt, clear it",
 }
-LONGEST_CHAT = 16 << 20  # characters of a saved conversation
+MAX_FILE_LENGTH = 16 << 20  # characters of a saved conversation
 WHOLE_NUMBERS = ("top_k", "seed", "max_new_tokens")
 
 
 def settings_of(session: Session) -> dict[str, float | None]:
-    """What /set can change, with its present values."""
+    """Return what /set can change, with the present values."""
     return asdict(session.sampling) | {"max_new_tokens": session.max_new_tokens}
 
 
@@ -196,7 +196,7 @@ def spell(values: dict[str, Any]) -> str:
 
 
 def _number(name: str, value: str) -> float | None:
-    """A setting's value; whether it is in range is not asked here."""
+    """Return a setting's value; its range is checked by those who take it."""
     if name == "seed" and value == "none":
         return None
     is_whole = name in WHOLE_NUMBERS
@@ -207,7 +207,7 @@ def _number(name: str, value: str) -> float | None:
 
 
 def _read_messages(file: Path) -> tuple[list[Any], bool]:
-    """The messages of a file's first conversation, and whether it is the only one.
+    """Return the messages of a file's first conversation, and True if it is the only one.
 
     Raises:
         ValueError: if there are none.
@@ -216,7 +216,7 @@ def _read_messages(file: Path) -> tuple[list[Any], bool]:
         raise ValueError(f"{file} must be a file, but is not")
     try:
         with open(file, encoding="utf-8") as lines:
-            filled = (line for line in iter(lambda: lines.readline(LONGEST_CHAT), "") if line.strip())
+            filled = (line for line in iter(lambda: lines.readline(MAX_FILE_LENGTH), "") if line.strip())
             found = list(islice(filled, 2))
         record = json.loads(found[0]) if found else None
     except OSError as error:

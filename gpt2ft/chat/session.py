@@ -1,6 +1,6 @@
 """A conversation with a model: its turns, how they are made to fit the context, and replies that come piece by piece.
 
-    session = Session(model, tokenizer, prompt_format_for(tokenizer), Sampling(), max_new_tokens=256)
+    session = Session(inference_model, Sampling(), max_new_tokens=256)
     session.say("What is tea?")
     for piece in session.reply():
         print(piece, end="")
@@ -16,12 +16,11 @@ from typing import Any, Literal
 
 from gpt2ft.conversation import tidy
 from gpt2ft.inference.detokenizer import IncrementalDetokenizer
-from gpt2ft.inference.generate import Decoder, refuse_broken, suppressed_token_mask
-from gpt2ft.inference.prompt_format import Prompt, PromptFormat, TooLong, Turn, chat_prompt, prompt_limit, text_prompt
+from gpt2ft.inference.generate import Decoder, refuse_broken
+from gpt2ft.inference.model import InferenceModel
+from gpt2ft.inference.prompt_format import Prompt, TooLong, Turn
 from gpt2ft.inference.sampling import Sampling
-from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.random import seed_for
-from gpt2ft.text.tokenizer import ChatTokenizer
 
 Pieces = Generator[str, None, None]  # pieces of text as they come; to close it is to interrupt
 Finish = Literal["stop", "length", "context", "interrupted"]
@@ -29,11 +28,13 @@ Finish = Literal["stop", "length", "context", "interrupted"]
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a reply took.
+    """The cost of a reply, and how it ended.
 
-    `finish`: "stop" if the model ended it, "length" after `max_new_tokens`, "context" where the context was full,
-    "interrupted" if it was not let finish. `seconds` are those of the model, not of who reads the pieces.
-    `dropped_turns`: how many of the oldest turns the model did not see.
+    Args:
+        seconds: of the model, not of who reads the pieces.
+        finish: "stop" if the model ended it, "length" after `max_new_tokens`, "context" where the context was full,
+            "interrupted" if it was not let finish.
+        dropped_turns: how many of the oldest turns the model did not see.
     """
 
     tokens: int
@@ -48,7 +49,7 @@ class Statistics:
 
 
 class Session:
-    """One conversation. Users and the assistant take turns; what is read once stays cached for the next reply.
+    """One conversation. User and assistant take turns; what the model has read stays cached for the next reply.
 
     With a seed in `sampling`, the same actions on a new conversation give the same replies, and each reply draws
     numbers of its own, so that `retry` does not say the same again (unless the temperature is 0).
@@ -63,16 +64,12 @@ class Session:
         last: `Statistics` of the last reply or continuation, or None.
     """
 
-    def __init__(
-        self, model: GPT2, tokenizer: ChatTokenizer, frame: PromptFormat, sampling: Sampling, max_new_tokens: int
-    ) -> None:
+    def __init__(self, model: InferenceModel, sampling: Sampling, max_new_tokens: int) -> None:
         self.model = model
-        self.tokenizer = tokenizer
-        self.frame = frame
         self.sampling = sampling
         self.max_new_tokens = max_new_tokens
         self.turns: list[Turn] = []
-        self._messages: list[str] = []  # which the last user turn is made of
+        self._messages: list[str] = []  # those that were joined to the last user turn
         self.system: str | None = None
         self.last: Statistics | None = None
         self._decoder: Decoder | None = None
@@ -89,10 +86,10 @@ class Session:
             raise ValueError(f"`max_new_tokens` must be at least 1, but is {number}")
         self._max_new_tokens = number
 
-    # --- what is said ---
+    # --- messages and replies ---
 
     def say(self, text: str) -> None:
-        """Adds a user turn. Two in a row become one, joined by a blank line as in training data."""
+        """Add a user turn. Two in a row become one, joined by a blank line as in training data."""
         self._settle()
         if not self._awaits_reply():
             self._messages = []
@@ -101,9 +98,9 @@ class Session:
         self.turns[-1] = ("user", "\n\n".join(self._messages))
 
     def reply(self, should_stop: Callable[[], bool] = lambda: False) -> Pieces:
-        """The assistant's reply, piece by piece. At its end, whatever brings it, what was said becomes a turn.
+        """Yield the assistant's reply, piece by piece; however it ends, its text becomes a turn.
 
-        If it is interrupted before anything was said, there is no such turn, and the reply can be asked for again.
+        A reply that is interrupted before it has any text makes no turn, and can be asked for again.
 
         Args:
             should_stop: asked before each token.
@@ -118,23 +115,23 @@ class Session:
         return self._under_way
 
     def complete(self, text: str, should_stop: Callable[[], bool] = lambda: False) -> Pieces:
-        """How a document goes on that begins with `text`, up to its `<|endoftext|>`; turns play no part in it.
+        """Yield how a document goes on that begins with `text`, up to `<|endoftext|>`; turns play no part in it.
 
         Raises:
             ValueError: if `text` is too long for the context.
         """
         self._settle()
-        end = self.tokenizer.end_of_text_id
+        tokenizer = self.model.tokenizer
         try:
-            prompt = text_prompt(self.tokenizer, text, self._limit())
+            prompt = self.model.text_prompt(text, self.max_new_tokens)
         except TooLong as error:
             raise ValueError(f"{error}: shorten it") from error
-        decoder = Decoder(self.model, [end], suppressed_token_mask(self.tokenizer, self.model.wte.weight, [end]), 1)
-        self._under_way = self._pieces(decoder, prompt, IncrementalDetokenizer(self.tokenizer), should_stop)
+        decoder = self.model.decoder([tokenizer.end_of_text_id])
+        self._under_way = self._pieces(decoder, prompt, IncrementalDetokenizer(tokenizer), should_stop)
         return self._under_way
 
     def undo(self) -> None:
-        """Takes back the last message and the reply to it.
+        """Take back the last message and the reply to it.
 
         Raises:
             ValueError: if there is none.
@@ -148,7 +145,7 @@ class Session:
             del self.turns[-2:]
 
     def retry(self) -> None:
-        """Takes back the last reply, if its message has one, so that `reply` draws another.
+        """Take back the last reply, if its message has one, so that `reply` draws another.
 
         Raises:
             ValueError: if there is no message.
@@ -160,19 +157,19 @@ class Session:
             self.turns.pop()
 
     def new(self) -> None:
-        """Begins a new conversation; the system text stays."""
+        """Begin a new conversation; the system text stays."""
         self._settle()
         self.turns.clear()
         self.last = None
         self._num_replies = 0
 
     def to_messages(self) -> list[dict[str, str]]:
-        """The conversation as {"role", "content"}, the system text first."""
+        """Return the conversation as {"role", "content"}, the system text first."""
         self._settle()
         return [{"role": role, "content": text} for role, text in self._all_turns()]
 
     def from_messages(self, messages: Sequence[Mapping[str, Any]]) -> None:
-        """Replaces the conversation, and the system text, by what `to_messages` gives.
+        """Replace the conversation and the system text by what `to_messages` has given.
 
         Raises:
             ValueError: if a message is damaged or out of turn; the conversation is then as it was.
@@ -183,13 +180,13 @@ class Session:
         self.turns = turns
         self._messages = [turns[-1][1]] if self._awaits_reply() else []
 
-    # --- how ---
+    # --- inside ---
 
     def _awaits_reply(self) -> bool:
         return bool(self.turns) and self.turns[-1][0] == "user"
 
     def _take_back(self) -> None:
-        """The last message, and no other that it was joined to."""
+        """Remove the last message, and no other that it was joined to."""
         turn = self.turns.pop()
         if len(self._messages) > 1 and turn[1] == "\n\n".join(self._messages):
             self._messages.pop()
@@ -198,23 +195,18 @@ class Session:
     def _all_turns(self) -> list[Turn]:
         return [*([] if self.system is None else [("system", tidy(self.system))]), *self.turns]
 
-    def _limit(self) -> int:
-        return prompt_limit(self.model.config.n_positions, self.max_new_tokens)
-
     def _prompt(self) -> Prompt:
         try:
-            return chat_prompt(self.frame, self._all_turns(), self._limit())
+            return self.model.chat_prompt(self._all_turns(), self.max_new_tokens)
         except TooLong as error:
             self._take_back()
             raise ValueError(f"{error}: it is taken back, shorten it") from error
 
     def _reply(self, prompt: Prompt, should_stop: Callable[[], bool]) -> Pieces:
-        said = []
+        said: list[str] = []
         if self._decoder is None:
-            forbidden = suppressed_token_mask(self.tokenizer, self.model.wte.weight, self.frame.stop_ids)
-            self._decoder = Decoder(self.model, self.frame.stop_ids, forbidden, 1)
-        text = IncrementalDetokenizer(self.tokenizer, self.frame.stop_strings, self.frame.opens_with_space)
-        pieces = self._pieces(self._decoder, prompt, text, should_stop)
+            self._decoder = self.model.decoder(self.model.prompt_format.stop_ids)
+        pieces = self._pieces(self._decoder, prompt, self.model.chat_detokenizer(), should_stop)
         try:
             with closing(pieces):
                 for piece in pieces:
@@ -228,9 +220,9 @@ class Session:
                 self.turns.append(("assistant", "".join(said)))
 
     def _pieces(
-        self, decoder: Decoder, prompt: Prompt, text: IncrementalDetokenizer, should_stop: Callable[[], bool]
+        self, decoder: Decoder, prompt: Prompt, detokenizer: IncrementalDetokenizer, should_stop: Callable[[], bool]
     ) -> Pieces:
-        """What the model says to a prompt. Sets `last`, whatever ends it."""
+        """Decode behind a prompt. Sets `last`, however it ends."""
         most, tokens, finish, seconds = self.max_new_tokens, 0, None, 0.0
         self.last = None
         slot = decoder.join(prompt.ids, self._next_sampling(), most)
@@ -240,14 +232,14 @@ class Session:
                 steps = decoder.step()
                 seconds += perf_counter() - began
                 for _, id, finish in steps:  # none while a long prompt is read
-                    refuse_broken(finish, self.model)
+                    refuse_broken(finish, self.model.gpt2)
                     if id is not None:
                         tokens += 1
-                        piece = text.push(id)
-                        finish = "stop" if text.is_stopped else finish
+                        piece = detokenizer.push(id)
+                        finish = "stop" if detokenizer.is_stopped else finish
                         if piece:
                             yield piece
-            if rest := text.finish():
+            if rest := detokenizer.finish():
                 yield rest
         finally:
             decoder.leave(slot)
@@ -257,21 +249,21 @@ class Session:
             self.last = Statistics(tokens, seconds, finish, len(prompt.ids), prompt.dropped_turns)
 
     def _next_sampling(self) -> Sampling:
-        """Each reply, a repeated one too, has its own random numbers."""
+        """Give each reply, a repeated one too, random numbers of its own."""
         self._num_replies += 1
         if self.sampling.seed is None:
             return self.sampling
         return replace(self.sampling, seed=seed_for(self.sampling.seed, "reply", self._num_replies))
 
     def _settle(self) -> None:
-        """Ends what its reader has abandoned, so that it is among the turns before they change."""
+        """End a reply that its reader has abandoned, so that it is among the turns before they change."""
         if self._under_way is not None:
             self._under_way.close()
             self._under_way = None
 
 
 def _checked(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
-    """The turns in saved messages: perhaps a system text, then user and assistant in turn."""
+    """Return the turns in saved messages: perhaps a system text, then user and assistant in turn."""
     if not isinstance(messages, list | tuple):
         raise ValueError(f"the messages must be a list, but are {type(messages).__name__}")
     turns: list[Turn] = []

@@ -1,4 +1,4 @@
-"""Talking with a model in a terminal, or through a pipe where there is none.
+"""A chat in a terminal, or through a pipe where there is none.
 
     terminal    line editing, history and a status line; Ctrl-C stops a reply, Ctrl-D leaves
     pipe        every line of stdin is an entry; the replies alone go to stdout, all else to stderr
@@ -32,21 +32,20 @@ from gpt2ft.inference.sampling import Sampling
 from gpt2ft.text.display import visible
 
 
-def talk(session: Session, name: str, history: Path, completes: bool, notice: str = "") -> bool:
-    """Holds a conversation until the person leaves or the input ends.
+def talk(session: Session, history: Path, completes: bool, notice: str = "") -> bool:
+    """Hold a conversation until the person leaves or the input ends.
 
     Args:
-        name: of the model, for the status line.
         history: the file that keeps what was entered at a terminal.
         completes: continue what is entered as a document instead of answering it; a pipe is one document.
         notice: what to say first.
 
     Returns:
-        Whether everything that was entered could be done.
+        True if everything that was entered through a pipe could be done.
     """
     if not (sys.stdin.isatty() and sys.stdout.isatty()) or is_dumb_terminal():
         return _talk_through_pipe(session, completes, notice)
-    _talk_at_terminal(session, name, history, completes, notice)
+    _talk_at_terminal(session, history, completes, notice)
     return True
 
 
@@ -54,7 +53,7 @@ def talk(session: Session, name: str, history: Path, completes: bool, notice: st
 
 
 class Plain:
-    """Turns to stdout and nothing else; what is said about them to stderr."""
+    """Turns on stdout and nothing else; notices and errors on stderr."""
 
     def interrupted(self) -> bool:
         return False  # Ctrl-C ends the program
@@ -65,7 +64,7 @@ class Plain:
         print(flush=True)
 
     def transcript(self, turns: Sequence[Turn]) -> None:
-        pass  # stdout is for what is said from now on
+        pass  # stdout is for replies alone
 
     def notice(self, text: str) -> None:
         print(visible(text), file=sys.stderr)
@@ -97,7 +96,7 @@ def _talk_through_pipe(session: Session, completes: bool, notice: str) -> bool:
 
 STYLE = Style.from_dict({"user": "bold", "assistant": "bold ansimagenta", "system": "bold", "problem": "ansired"})
 
-SHORTEST_NAME = 8  # of a model on the status line, whose other parts have the first claim on the width
+MIN_NAME_WIDTH = 8  # of a model on the status line, whose other parts have the first claim on the width
 
 
 class Lines:
@@ -106,7 +105,7 @@ class Lines:
     def __init__(self, output: Output, column: int) -> None:
         self.output = output
         self.column = column
-        self._word = ""  # what stands on the screen since the last space
+        self._word = ""  # the characters on the screen since the last space
 
     def write(self, text: str) -> None:
         last_column = self.output.get_size().columns - 1  # stays empty: the cursor could not go back from it
@@ -133,7 +132,7 @@ class Lines:
         self.column, self._word = 0, ""
 
     def _take_word_down(self, last_column: int) -> None:
-        """Breaks the line before its last word, or within it if it is too long for that."""
+        """Break the line before its last word, or within it if it is too long for that."""
         word, width = self._word, get_cwidth(self._word)
         if not word or width > last_column // 2:
             self._break()
@@ -148,10 +147,9 @@ class Lines:
 class Terminal:
     """A person's terminal: prompt with history and completion, labelled turns, a status line."""
 
-    def __init__(self, prompt: str, history: History, session: Session, name: str) -> None:
+    def __init__(self, prompt: str, history: History, session: Session) -> None:
         self.output = create_output(sys.stdout)
         self.session = session
-        self.name = name
         self._interrupted = False
         self._prompt = PromptSession(
             [("", "\n"), ("class:user", f"{prompt}> ")],
@@ -168,7 +166,7 @@ class Terminal:
         )
 
     def read(self) -> str | None:
-        """The next entry, None when the person leaves."""
+        """Return the next entry, None when the person leaves."""
         self._interrupted = False
         try:
             return self._prompt.prompt()
@@ -180,7 +178,7 @@ class Terminal:
 
     @contextmanager
     def catching_interrupts(self) -> Iterator[None]:
-        """Ctrl-C sets a mark instead of raising KeyboardInterrupt amid a reply."""
+        """Have Ctrl-C set a mark instead of raising KeyboardInterrupt amid a reply."""
 
         def mark(*_: Any) -> None:
             self._interrupted = True
@@ -207,7 +205,7 @@ class Terminal:
         self._print("error: ", "problem", [text])
 
     def _print(self, label: str, style: str, pieces: Iterable[str]) -> None:
-        """A label in its colour, then text as it comes."""
+        """Print a label in its colour, then text as it comes."""
         print_formatted_text(FormattedText([(f"class:{style}", label)]), style=STYLE, output=self.output, end="")
         lines = Lines(self.output, column=len(label))
         try:
@@ -217,22 +215,23 @@ class Terminal:
             lines.write("\n")
 
     def status(self) -> str:
-        """The line below the prompt, as wide as the screen at the most."""
+        """Return the line below the prompt, as wide as the screen at the most."""
         session, last = self.session, self.session.last
         parts = []
         if last:
             parts.append(f"{last.tokens} tokens, {last.tokens_per_second:,.0f} tokens/s")
-            parts.append(f"context {last.prompt_tokens + last.tokens:,}/{session.model.config.n_positions:,}")
+            parts.append(f"context {last.prompt_tokens + last.tokens:,}/{session.model.n_positions:,}")
         usual = asdict(Sampling())
         changed = {key: value for key, value in asdict(session.sampling).items() if value != usual[key]}
         rest = "".join(f" | {part}" for part in [*parts, *([spell(changed)] if changed else [])])
-        room = max(SHORTEST_NAME, self.output.get_size().columns - len(rest) - 2)
-        name = self.name if len(self.name) <= room else f"...{self.name[3 - room :]}"
+        room = max(MIN_NAME_WIDTH, self.output.get_size().columns - len(rest) - 2)
+        name = session.model.source
+        name = name if len(name) <= room else f"...{name[3 - room :]}"
         return visible(f" {name}{rest}")
 
 
 class Completions(Completer):
-    """Of the commands and what follows them; never of messages."""
+    """Completions of the commands and what follows them; never of messages."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -273,7 +272,7 @@ def _keys() -> KeyBindings:
 
 @contextmanager
 def _typing_unseen() -> Iterator[None]:
-    """What is typed between prompts waits for the next one and is not shown amid a reply."""
+    """Keep what is typed amid a reply from being shown there; it waits for the next prompt."""
     try:
         import termios
     except ImportError:  # Windows
@@ -289,7 +288,7 @@ def _typing_unseen() -> Iterator[None]:
 
 
 def _open_history(file: Path) -> tuple[History, str]:
-    """What was entered before, and why it cannot be kept if so."""
+    """Return what was entered before, and why it cannot be kept if so."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch(mode=0o600)
@@ -298,11 +297,11 @@ def _open_history(file: Path) -> tuple[History, str]:
         return InMemoryHistory(), f"what you enter is not kept: {file} cannot be written ({error.strerror})"
 
 
-def _talk_at_terminal(session: Session, name: str, history: Path, completes: bool, notice: str) -> None:
+def _talk_at_terminal(session: Session, history: Path, completes: bool, notice: str) -> None:
     kept, trouble = _open_history(history)
-    screen = Terminal("text" if completes else "user", kept, session, name)
+    screen = Terminal("text" if completes else "user", kept, session)
     chat = Chat(session, screen, completes)
-    for line in (f"{name}: /help lists what you can do, Ctrl-D leaves", notice, trouble):
+    for line in (f"{session.model.source}: /help lists what you can do, Ctrl-D leaves", notice, trouble):
         if line:
             screen.notice(line)
     with screen.catching_interrupts(), _typing_unseen():

@@ -15,12 +15,10 @@ UNTRAINED = "it was never trained to chat: it is asked in plain text, and may wa
 
 
 def run(settings: ChatSettings) -> None:
-    inference_model = load_inference_model(settings, settings.seed or 0)
+    model = load_inference_model(settings, settings.seed or 0)
     sampling = Sampling(**{field.name: getattr(settings, field.name) for field in fields(Sampling)})
-    session = Session(
-        inference_model.model, inference_model.tokenizer, inference_model.frame, sampling, settings.max_new_tokens
-    )
+    session = Session(model, sampling, settings.max_new_tokens)
     session.system = settings.system or None
-    notice = UNTRAINED if isinstance(inference_model.frame, PlainPromptFormat) and not settings.complete else ""
-    if not talk(session, inference_model.source, cache_root(None) / "chat_history", settings.complete, notice):
+    notice = UNTRAINED if isinstance(model.prompt_format, PlainPromptFormat) and not settings.complete else ""
+    if not talk(session, cache_root(None) / "chat_history", settings.complete, notice):
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""A finished model behind a door: for programs that speak OpenAI's API, and for a browser."""
+"""A finished model served to programs that speak OpenAI's API, and to a browser."""
 
 import logging
 import os
@@ -12,9 +12,9 @@ from gpt2ft.model.pretrained import ModelError
 from gpt2ft.runs.inference_model import load_inference_model
 from gpt2ft.settings.scripts import ServeSettings
 
-EXTRA = ("fastapi", "starlette", "uvicorn", "h11")
+EXTRA = ("fastapi", "starlette", "uvicorn", "h11")  # of `pip install .[serve]`
 KEY = "GPT2FT_API_KEY"
-SHORTEST_KEY = 16  # characters
+MIN_KEY_LENGTH = 16  # characters
 
 
 def run(settings: ServeSettings) -> None:
@@ -24,25 +24,23 @@ def run(settings: ServeSettings) -> None:
     except ModuleNotFoundError as error:
         if error.name not in EXTRA:
             raise
-        install = "pip install -e '.[serve]'"
-        raise SettingsError(f"serving needs {error.name}, which is not installed: {install}") from error
+        raise SettingsError(f"serving needs {error.name}, which is not installed: pip install -e '.[serve]'") from error
     key = read_key(settings)
-    refuse_open_door(settings.host, key)
+    require_key(settings.host, key)
     with _listening(settings, connection.listen) as listening:
-        inference_model = load_inference_model(settings, seed=0)
-        name = settings.model_name or Path(settings.model or inference_model.source).resolve().name
-        speaking = (inference_model.model, inference_model.tokenizer, inference_model.frame)
-        server = service.create(settings, speaking, service.Served.now(name, inference_model.digest), key)
+        model = load_inference_model(settings, seed=0)
+        name = settings.model_name or Path(settings.model or model.source).resolve().name
+        server = service.create(settings, model, name, key)
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
-        print(f"{inference_model.source} is served at {address(listening)} as {name}; Ctrl-C ends it", flush=True)
+        print(f"{model.source} is served at {address(listening)} as {name}; Ctrl-C ends it", flush=True)
         server.run(sockets=[listening])
     if server.has_failed:
-        raise ModelError(f"{inference_model.source} cannot say a single token: its weights are damaged")
+        raise ModelError(f"{model.source} cannot say a single token: its weights are damaged")
 
 
 def read_key(settings: ServeSettings) -> str | None:
-    """The key from the file or the environment; it never stands on the command line, which others can see.
+    """Return the key from the file or the environment; it never stands on the command line, which others can see.
 
     Raises:
         SettingsError: if there are two, or one that would be easy to guess or hard to send.
@@ -57,16 +55,16 @@ def read_key(settings: ServeSettings) -> str | None:
             raise SettingsError(f"`api_key_file` = {file} cannot be read: {error}") from error
     if key is None:
         return None
-    if len(key) < SHORTEST_KEY or not (key.isascii() and key.isprintable()) or " " in key:
+    if len(key) < MIN_KEY_LENGTH or not (key.isascii() and key.isprintable()) or " " in key:
         raise SettingsError(
-            f"the key must be at least {SHORTEST_KEY} letters, digits or signs without a space: make one with "
+            f"the key must be at least {MIN_KEY_LENGTH} letters, digits or signs without a space: make one with "
             "`openssl rand -hex 32`"
         )
     return key
 
 
-def refuse_open_door(host: str, key: str | None) -> None:
-    """Raises SettingsError if others could come in without a key."""
+def require_key(host: str, key: str | None) -> None:
+    """Raise SettingsError if other machines could come in without a key."""
     if key is None and not is_own(host):
         raise SettingsError(
             f"`host` = {host} lets other machines in, so there must be a key: put one into {KEY} or a file that "
@@ -75,7 +73,7 @@ def refuse_open_door(host: str, key: str | None) -> None:
 
 
 def is_own(host: str) -> bool:
-    """Whether only this machine can reach it."""
+    """True if only this machine can reach the address."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
@@ -93,6 +91,6 @@ def _listening(settings: ServeSettings, listen: Callable[[str, int, float], sock
 
 
 def address(listening: socket.socket) -> str:
-    """http://127.0.0.1:8000, as it is listened on."""
+    """Return http://127.0.0.1:8000, as it is listened on."""
     host, port = listening.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -3,26 +3,28 @@
 import threading
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
-from tests_of_serving import N_POSITIONS, PATIENCE, Running, eventually
+from running_server import N_POSITIONS, TIMEOUT, Running
 
 
 @pytest.fixture(scope="session")
-def speaking(lively, tokenizer):
-    """A model in float64 whose replies are lively and often end by themselves, its tokenizer and its frame."""
+def inference_model(lively, tokenizer):
+    """In float64; its replies are lively and often end by themselves."""
     import torch
 
+    from gpt2ft.inference.model import InferenceModel
     from gpt2ft.inference.prompt_format import ChatPromptFormat
 
-    model = lively(tokenizer.padded_size, N_POSITIONS)
+    gpt2 = lively(tokenizer.padded_size, N_POSITIONS)
     with torch.no_grad():
-        model.wte.weight[tokenizer.end_id] *= 4
-    return model, tokenizer, ChatPromptFormat(tokenizer)
+        gpt2.wte.weight[tokenizer.end_id] *= 4
+    return InferenceModel(gpt2, tokenizer, ChatPromptFormat(tokenizer), "tiny", "0123456789abcdef")
 
 
 @pytest.fixture(scope="session")
-def serving(speaking):
+def serving(inference_model):
     """with serving(slots=2, ...) as running: settings as on the command line."""
     pytest.importorskip("uvicorn", reason="needs the extra [serve]")
     from gpt2ft.server import service
@@ -30,23 +32,23 @@ def serving(speaking):
     from gpt2ft.settings.scripts import ServeSettings
 
     @contextmanager
-    def serve(key=None, model=None, ready=True, **settings):
+    def serve(key=None, gpt2=None, ready=True, **settings):
         given = ServeSettings(host="127.0.0.1", port=0, **settings)
         listening = connection.listen(given.host, given.port, given.write_timeout)
-        parts = (model or deepcopy(speaking[0]), *speaking[1:])
-        server = service.create(given, parts, service.Served.now("tiny", "0123456789abcdef"), key)
-        running = Running(server, listening, parts)
+        model = replace(inference_model, gpt2=gpt2 or deepcopy(inference_model.gpt2))
+        server = service.create(given, model, "tiny", key)
+        running = Running(server, listening, model)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
             if ready:
-                eventually(lambda: running.engine.is_ready, "readiness")
+                running.until_ready()
             yield running
         finally:
             running.gate.open()
             running.hook.remove()
             server.should_exit = True
-            thread.join(PATIENCE)
+            thread.join(TIMEOUT)
             listening.close()
             assert not thread.is_alive()
 
@@ -67,21 +69,21 @@ def idle_again(request):
     if "server" in request.fixturenames:
         running = request.getfixturevalue("server")
         running.gate.open()
-        eventually(lambda: running.engine.num_unfinished == 0, "idleness")
+        running.until(lambda: running.engine.num_unfinished == 0, "idleness")
 
 
 @pytest.fixture(scope="session")
-def alone(speaking):
+def alone(inference_model):
     """alone(turns, most, **sampling): the text that `generate` gives for a conversation by itself."""
     from gpt2ft.inference.generate import generate, suppressed_token_mask
     from gpt2ft.inference.sampling import Sampling
 
-    model, tokenizer, frame = speaking
+    gpt2, tokenizer, prompt_format = inference_model.gpt2, inference_model.tokenizer, inference_model.prompt_format
 
     def text(turns, most, **sampling):
-        prompt = [id for turn in frame.render(turns) for id in turn] + frame.opening
-        forbidden = suppressed_token_mask(tokenizer, model.wte.weight, frame.stop_ids)
-        [reply] = generate(model, [prompt], most, frame.stop_ids, forbidden, Sampling(**sampling))
+        prompt = [id for turn in prompt_format.render(turns) for id in turn] + prompt_format.opening
+        suppressed = suppressed_token_mask(tokenizer, gpt2.wte.weight, prompt_format.stop_ids)
+        [reply] = generate(gpt2, [prompt], most, prompt_format.stop_ids, suppressed, Sampling(**sampling))
         return tokenizer.decode(reply.ids), len(prompt), len(reply.ids), "stop" if reply.stopped else "length"
 
     return text

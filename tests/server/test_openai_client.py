@@ -55,11 +55,11 @@ def test_streamed_pieces_together_are_the_whole_reply(client, alone):
     assert tokens > 3
 
 
-def test_a_text_is_continued_as_a_document(client, server, speaking):
+def test_a_text_is_continued_as_a_document(client, inference_model):
     from gpt2ft.chat.session import Session
     from gpt2ft.inference.sampling import GREEDY
 
-    expected = "".join(Session(*speaking, GREEDY, 20).complete("The kettle"))
+    expected = "".join(Session(inference_model, GREEDY, 20).complete("The kettle"))
     reply = client.completions.create(model="tiny", prompt="The kettle", max_tokens=20, temperature=0)
     assert reply.choices[0].text == expected != ""
     assert reply.object == "text_completion"

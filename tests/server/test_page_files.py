@@ -3,7 +3,6 @@
 import http.client
 
 import pytest
-from tests_of_serving import eventually
 
 pytest.importorskip("fastapi", reason="needs the extra [serve]")
 
@@ -26,7 +25,7 @@ def with_page(serving, tmp_path_factory):
     (folder / "large.bin").write_bytes(bytes(30_000_000))  # more than waits in any buffer on the way
     (folder.parent / "outside.txt").write_text("secret")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gpt2ft.server.openai.routes.read_page", lambda: page_files.read_page(folder))
+        patch.setattr("gpt2ft.server.service.read_page", lambda: page_files.read_page(folder))
         with serving(key="0123456789abcdef", write_timeout=0.5) as running:
             yield running
 
@@ -83,10 +82,9 @@ def test_nothing_else_is_there(with_page, path):
 
 
 def test_who_asks_and_does_not_read_is_hung_up_on(with_page):
-    eventually(lambda: not with_page.server.server_state.connections)
     lazy = [with_page.raw(b"GET /large.bin HTTP/1.1\r\nHost: localhost\r\n\r\n") for _ in range(5)]
-    eventually(lambda: len(with_page.server.server_state.connections) == 5)
-    eventually(lambda: not with_page.server.server_state.connections, "the end of their connections")
+    assert all(connection.recv(12) == b"HTTP/1.1 200" for connection in lazy)
+    with_page.until(lambda: not with_page.server.server_state.connections, "the end of their connections")
     assert len(with_page.ask("/large.bin")[2]) == 30_000_000  # who does read gets it all
     for connection in lazy:
         connection.close()

@@ -1,4 +1,4 @@
-"""What a request meets before the API does: whether it may come in, and whether its body does.
+"""The middleware that every request passes before the API: may it come in, and may its body.
 
 It must name a host that is ours (a page elsewhere that has its own name point at this machine names another), come
 from no other site, carry the key if there is one, and bring a body of a bounded size in a bounded time.
@@ -14,13 +14,14 @@ from time import monotonic
 from typing import Any
 from urllib.parse import urlsplit
 
-from gpt2ft.server.engine import log_failure
-from gpt2ft.server.errors import FAILED, ApiError
+from gpt2ft.server.errors import ApiError, internal, log_failure
+from gpt2ft.server.http.refusal import RenderError, refusal
 
+Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 METHODS = ("GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE")
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AccessPolicy:
-    """Who may come in.
+    """The rules of the access middleware.
 
     Args:
         hosts: names and addresses that the Host header may give, beside those of this machine to itself.
@@ -45,59 +46,67 @@ class AccessPolicy:
 
     hosts: tuple[str, ...]
     key: str | None
+    open_paths: frozenset[str]
     body_bytes: int
     body_seconds: float
-    open_paths: frozenset[str] = frozenset()
 
 
 class ClientLeft(Exception):
-    """There is nobody to answer any more."""
+    """The client has hung up: there is nobody to answer."""
 
 
 class AccessMiddleware:
     """An ASGI application around another.
 
     Args:
-        routes: paths that may be named in the log; others are somebody's text.
+        api_paths: may be named in the log, as the open ones may; any other path is somebody's text.
+        render_error: writes the bodies of refusals.
     """
 
-    def __init__(self, app: App, access: AccessPolicy, routes: frozenset[str]) -> None:
+    def __init__(self, app: App, policy: AccessPolicy, api_paths: frozenset[str], render_error: RenderError) -> None:
         self._app = app
-        self._access = access
-        self._routes = routes
+        self._policy = policy
+        self._logged_paths = policy.open_paths | api_paths
+        self._render_error = render_error
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         began = monotonic()
-        answer = _Answer(send)
+        response = _Response(send)
         try:
-            self._let_in(scope)
-            body = await read_body(scope, receive, self._access)
-            await self._app(scope, _replay(body, receive), answer.send)
+            self._check(scope)
+            body = await read_body(scope, receive, self._policy)
+            await self._app(scope, _replay(body, receive), response.send)
         except ClientLeft:
             return
         except ApiError as error:
-            await answer.refuse(error)
+            await self._refuse(error, response, scope, receive)
         except Exception as error:
             log_failure(error)
-            await answer.refuse(ApiError(500, FAILED, "internal_error"))
+            await self._refuse(internal(), response, scope, receive)
         finally:
             method = scope["method"] if scope["method"] in METHODS else "(other)"
-            path = scope["path"] if scope["path"] in self._routes else "(other)"
-            log.info("%s %s %s %.0f ms", method, path, answer.status or "left", (monotonic() - began) * 1000)
+            path = scope["path"] if scope["path"] in self._logged_paths else "(other)"
+            log.info("%s %s %s %.0f ms", method, path, response.status or "left", (monotonic() - began) * 1000)
 
-    def _let_in(self, scope: MutableMapping[str, Any]) -> None:
+    async def _refuse(self, error: ApiError, response: "_Response", scope: Scope, receive: Receive) -> None:
+        """Answer with an error, unless an answer has begun: the connection then ends before that is complete."""
+        if response.status is None:
+            await refusal(error, self._render_error, ends_connection=True)(scope, receive, response.send)
+
+    def _check(self, scope: Scope) -> None:
+        """Raise ApiError unless the request may come in."""
         self._check_host(scope)
         self._check_origin(scope)
-        if self._access.key is not None and scope["path"] not in self._access.open_paths:
-            self._check_key(scope)
+        if self._policy.key is not None and scope["path"] not in self._policy.open_paths:
+            self._check_key(scope, self._policy.key)
 
-    def _check_host(self, scope: MutableMapping[str, Any]) -> None:
-        """Against DNS rebinding."""
-        given = header(scope, b"host")
-        if len(given) != 1 or not self._is_ours(host_of(given[0]), scope):
+    def _check_host(self, scope: Scope) -> None:
+        """Refuse other names of this machine, against DNS rebinding."""
+        hosts = header(scope, b"host")
+        if len(hosts) != 1 or not self._is_ours(host_of(hosts[0]), scope):
             raise ApiError(
                 403,
                 "the Host header must name this server as it knows itself: start it with --allowed_hosts NAME to have "
@@ -105,31 +114,30 @@ class AccessMiddleware:
                 "host_not_allowed",
             )
 
-    def _check_origin(self, scope: MutableMapping[str, Any]) -> None:
-        """Browsers name the site whose page sends a request."""
+    def _check_origin(self, scope: Scope) -> None:
+        """Refuse pages of other sites: browsers name the site whose page sends a request."""
         for origin in header(scope, b"origin"):
-            if not self._is_ours(host_of(urlsplit_host(origin)), scope):
+            if not self._is_ours(host_of(_netloc(origin)), scope):
                 raise ApiError(403, "requests from pages of other sites are not served", "origin_not_allowed")
 
-    def _is_ours(self, host: str | None, scope: MutableMapping[str, Any]) -> bool:
+    def _is_ours(self, host: str | None, scope: Scope) -> bool:
         """The address at which the connection came in counts too: an address, unlike a name, is nobody else's."""
-        came_in_at = (scope.get("server") or (None,))[0]
-        return host is not None and host in {*LOCAL, *self._access.hosts, came_in_at}
+        own_address = (scope.get("server") or (None,))[0]
+        return host is not None and host in {*LOCAL, *self._policy.hosts, own_address}
 
-    def _check_key(self, scope: MutableMapping[str, Any]) -> None:
+    def _check_key(self, scope: Scope, expected: str) -> None:
         given = header(scope, b"authorization")
         scheme, _, key = given[0].partition(" ") if len(given) == 1 else ("", "", "")
-        expected = (self._access.key or "").encode()
-        if not hmac.compare_digest(key.strip().encode(), expected) or scheme.lower() != "bearer":
+        if not hmac.compare_digest(key.strip().encode(), expected.encode()) or scheme.lower() != "bearer":
             raise ApiError(401, "the key must be given as `Authorization: Bearer KEY`, and be right", "invalid_api_key")
 
 
-def header(scope: MutableMapping[str, Any], name: bytes) -> list[str]:
+def header(scope: Scope, name: bytes) -> list[str]:
     return [value.decode("latin-1") for key, value in scope["headers"] if key == name]
 
 
 def host_of(text: str) -> str | None:
-    """The name or address in `name:port`, in lower case; None if it holds something else."""
+    """Return the name or address in `name:port`, in lower case; None if it holds something else."""
     name, port = text.strip().lower(), ""
     if name.startswith("["):
         name, closing, port = name[1:].partition("]")
@@ -145,16 +153,16 @@ def host_of(text: str) -> str | None:
     return name if name and (not port or port.isdecimal()) else None
 
 
-def urlsplit_host(origin: str) -> str:
-    """`name:port` of http://name:port."""
+def _netloc(origin: str) -> str:
+    """Return `name:port` of http://name:port."""
     try:
         return urlsplit(origin).netloc
     except ValueError:
         return ""
 
 
-async def read_body(scope: MutableMapping[str, Any], receive: Receive, access: AccessPolicy) -> bytes:
-    """The whole body.
+async def read_body(scope: Scope, receive: Receive, policy: AccessPolicy) -> bytes:
+    """Return the whole body.
 
     Raises:
         ApiError: if it is too large or too slow.
@@ -162,44 +170,40 @@ async def read_body(scope: MutableMapping[str, Any], receive: Receive, access: A
     """
     if header(scope, b"content-encoding") not in ([], ["identity"]):
         raise ApiError(415, "the body must not be compressed", "unsupported_media_type")
+    too_large = ApiError(413, f"the body must have at most {policy.body_bytes:,} bytes", "request_too_large")
     announced = header(scope, b"content-length")
-    if announced and int(announced[0]) > access.body_bytes:
-        raise _too_large(access)
-    parts, size = [], 0
+    if announced and int(announced[0]) > policy.body_bytes:
+        raise too_large
+    body = bytearray()
     try:
-        async with asyncio.timeout(access.body_seconds):
+        async with asyncio.timeout(policy.body_seconds):
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise ClientLeft
-                parts.append(message.get("body", b""))
-                size += len(parts[-1])
-                if size > access.body_bytes:
-                    raise _too_large(access)
+                body += message.get("body", b"")
+                if len(body) > policy.body_bytes:
+                    raise too_large
                 if not message.get("more_body", False):
-                    return b"".join(parts)
+                    return bytes(body)
     except TimeoutError:
-        raise ApiError(408, f"the body must arrive within {access.body_seconds:g} s", "request_timeout") from None
-
-
-def _too_large(access: AccessPolicy) -> ApiError:
-    return ApiError(413, f"the body must have at most {access.body_bytes:,} bytes", "request_too_large")
+        raise ApiError(408, f"the body must arrive within {policy.body_seconds:g} s", "request_timeout") from None
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """The body that has been read, once, then whatever comes."""
-    waiting = [body]
+    """Return a `receive` that brings the body that has been read, once, then whatever comes."""
+    unread = [body]
 
     async def replay() -> Message:
-        if waiting:
-            return {"type": "http.request", "body": waiting.pop(), "more_body": False}
+        if unread:
+            return {"type": "http.request", "body": unread.pop(), "more_body": False}
         return await receive()
 
     return replay
 
 
-class _Answer:
-    """Passes an answer on, with the headers that all answers have."""
+class _Response:
+    """Sends a response on, with the headers that all have, and remembers its status."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -210,13 +214,3 @@ class _Answer:
             self.status = message["status"]
             message = {**message, "headers": [*message.get("headers", []), *HEADERS]}
         await self._send(message)
-
-    async def refuse(self, error: ApiError) -> None:
-        """Where an answer has begun nothing can be said any more: the connection ends before it is complete."""
-        if self.status is not None:
-            return
-        content = error.content()
-        headers = error.headers() | {"content-length": str(len(content)), "connection": "close"}
-        pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
-        await self.send({"type": "http.response.start", "status": error.status, "headers": pairs})
-        await self._send({"type": "http.response.body", "body": content})

@@ -1,91 +1,86 @@
-"""uvicorn's HTTP connection with patience that ends: for a head that does not come, for a reader that does not read.
+"""An HTTP connection of uvicorn with timeouts: for a head that does not come, and for a client that does not read.
 
 uvicorn itself waits for both without end, so that a few hundred idle sockets would use up the files of a process.
 """
 
 import asyncio
 import socket
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from gpt2ft.server.errors import ApiError, overloaded, raw_response
+from gpt2ft.server.errors import ApiError, overloaded
+from gpt2ft.server.http.refusal import RenderError, raw_refusal
+from gpt2ft.settings.scripts import ServeSettings
 
-WRITE_BUFFER = 16 * 1024  # bytes that may wait for a reader before it counts as slow
-
-
-@dataclass(frozen=True)
-class Patience:
-    """`head_seconds` for the head of a request, `write_timeout` for a reader to take what is there."""
-
-    head_seconds: float
-    write_timeout: float
-    connections: int
+WRITE_BUFFER = 16 * 1024  # bytes that may wait for a client before it counts as slow
 
 
 class Connection(H11Protocol):
-    def __init__(self, *arguments: Any, patience: Patience, **named: Any) -> None:
+    """Args: settings: `body_seconds` for a head to arrive, `write_timeout`, `connections`."""
+
+    def __init__(self, *arguments: Any, settings: ServeSettings, render_error: RenderError, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self.access_log = False  # it would hold whatever stands in a path; the door writes the log
-        self._patience = patience
-        self._head: asyncio.TimerHandle | None = None
-        self._reader: asyncio.TimerHandle | None = None
+        self.access_log = False  # it would hold whatever stands in a path; the access middleware writes the log
+        self._settings = settings
+        self._render_error = render_error
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=WRITE_BUFFER)
-        if len(self.connections) > self._patience.connections:
-            self._refuse(overloaded("there are too many connections", 5), "Too Many Requests")
+        if len(self.connections) > self._settings.connections:
+            self._refuse(overloaded("there are too many connections", 5))
         else:
             self._expect_head()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
-            self._head = _cancelled(self._head)
-        elif self._head is None and self.conn.trailing_data[0]:
+            self._head_timer = _cancelled(self._head_timer)
+        elif self._head_timer is None and self.conn.trailing_data[0]:
             self._expect_head()
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._head, self._reader = _cancelled(self._head), _cancelled(self._reader)
+        self._head_timer, self._write_timer = _cancelled(self._head_timer), _cancelled(self._write_timer)
         super().connection_lost(error)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        if self._reader is None:
-            self._reader = self.loop.call_later(self._patience.write_timeout, self.transport.abort)
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(self._settings.write_timeout, self.transport.abort)
 
     def resume_writing(self) -> None:
-        self._reader = _cancelled(self._reader)
+        self._write_timer = _cancelled(self._write_timer)
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
-        """What is no HTTP."""
-        self._refuse(ApiError(400, "this is not a valid HTTP request", "invalid_http"), "Bad Request")
+        """Answer bytes that are no HTTP."""
+        self._refuse(ApiError(400, "this is not a valid HTTP request", "invalid_http"))
 
     def _expect_head(self) -> None:
-        self._head = self.loop.call_later(self._patience.head_seconds, self._head_is_late)
+        self._head_timer = self.loop.call_later(self._settings.body_seconds, self._head_is_late)
 
     def _head_is_late(self) -> None:
         if self.conn.trailing_data[0]:
-            message = f"the head of a request must arrive within {self._patience.head_seconds:g} s"
-            self._refuse(ApiError(408, message, "request_timeout"), "Request Timeout")
+            message = f"the head of a request must arrive within {self._settings.body_seconds:g} s"
+            self._refuse(ApiError(408, message, "request_timeout"))
         else:
             self.transport.close()
 
-    def _refuse(self, error: ApiError, reason: str) -> None:
+    def _refuse(self, error: ApiError) -> None:
         is_answering = self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
         if not self.transport.is_closing() and not is_answering:
-            self.transport.write(raw_response(error, reason))
+            self.transport.write(raw_refusal(error, self._render_error))
         self.transport.close()
 
 
-def connection_class(patience: Patience) -> partial[Connection]:
-    """For uvicorn, which makes one for each connection."""
-    return partial(Connection, patience=patience)
+def connection_class(settings: ServeSettings, render_error: RenderError) -> partial[Connection]:
+    """Return the callable with which uvicorn makes each connection."""
+    return partial(Connection, settings=settings, render_error=render_error)
 
 
 def _cancelled(timer: asyncio.TimerHandle | None) -> None:
@@ -94,9 +89,9 @@ def _cancelled(timer: asyncio.TimerHandle | None) -> None:
 
 
 def listen(host: str, port: int, write_timeout: float) -> socket.socket:
-    """A listening socket; port 0 is a free one.
+    """Return a listening socket; port 0 is a free one.
 
-    What is sent last may wait in the kernel, where nothing of ours watches over it: it is given the same patience.
+    The last bytes of a response may wait in the kernel, where no timer of ours sees them: it is given the same timeout.
 
     Raises:
         OSError: if the address is not ours or taken.
@@ -108,10 +103,8 @@ def listen(host: str, port: int, write_timeout: float) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(write_timeout * 1000))
-        if family == socket.AF_INET6:
-            listening.setsockopt(
-                socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1
-            )  # addresses then look as the Host gives them
+        if family == socket.AF_INET6:  # an address of a client then looks as the Host header gives it
+            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         listening.bind(address)
         listening.listen(1024)
     except OSError:

@@ -1,4 +1,4 @@
-"""uvicorn with an end that waits for replies: SIGTERM and Ctrl-C let them finish, and answer new requests with 503."""
+"""uvicorn, which on SIGTERM and Ctrl-C lets the replies under way finish, and answers new requests with 503."""
 
 import asyncio
 import socket
@@ -9,66 +9,69 @@ import uvicorn
 
 from gpt2ft.server.engine import Engine
 from gpt2ft.server.http.access import App
-from gpt2ft.server.http.connection import Patience, connection_class
+from gpt2ft.server.http.connection import connection_class
+from gpt2ft.server.http.refusal import RenderError
+from gpt2ft.settings.scripts import ServeSettings
 
-LAST_SECONDS = 5  # for what has been said to reach its readers, once nothing more is
+FLUSH_SECONDS = 5  # for the last text to reach its clients, once the engine has stopped
 
 
 class Server(uvicorn.Server):
-    """Listens until it is told to stop, or until the model fails its very first rehearsal.
+    """Listens until it is told to stop, or until the model fails its very first warm-up.
 
     The port stays open while replies finish, so that whoever asks meanwhile is told why not. A second signal ends all
     at once.
 
     Args:
-        shutdown_timeout: the longest time that replies are given to finish.
+        settings: of the connections, and `shutdown_timeout`.
     Attributes:
-        has_failed: it has ended because of that rehearsal.
+        has_failed: it has ended because of that warm-up.
     """
 
-    def __init__(self, app: App, engine: Engine, patience: Patience, shutdown_timeout: float) -> None:
+    def __init__(self, app: App, engine: Engine, settings: ServeSettings, render_error: RenderError) -> None:
         config = uvicorn.Config(
             app,
-            http=connection_class(patience),  # type: ignore[arg-type]
+            http=connection_class(settings, render_error),  # type: ignore[arg-type]
             ws="none",
             loop="asyncio",
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=LAST_SECONDS,
+            timeout_graceful_shutdown=FLUSH_SECONDS,
         )
         super().__init__(config)
-        self._engine = engine
-        self._drain_seconds = shutdown_timeout
+        self.engine = engine
+        self._shutdown_timeout = settings.shutdown_timeout
         self._num_signals = 0
-        self._drain_ends: float | None = None
+        self._drain_deadline: float | None = None
         self._was_ready = False
         self.has_failed = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        self._engine.start()
+        self.engine.start()
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """As a signal handler it only takes note: locks are not for it."""
+        """Count the signal and no more: a signal handler may take no lock."""
         self._num_signals += 1
 
     async def on_tick(self, counter: int) -> bool:
-        self._was_ready |= self._engine.is_ready
-        self.has_failed = self._engine.is_damaged and not self._was_ready
-        if self._num_signals and self._drain_ends is None:
-            self._engine.drain()
-            self._drain_ends = monotonic() + self._drain_seconds
+        self._was_ready |= self.engine.is_ready
+        self.has_failed = self.engine.is_damaged and not self._was_ready
+        if self._num_signals and self._drain_deadline is None:
+            self.engine.drain()
+            self._drain_deadline = monotonic() + self._shutdown_timeout
         if self._num_signals > 1:
             self.force_exit = True
         return await super().on_tick(counter) or self._is_over()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await asyncio.to_thread(self._engine.stop)
+        self.engine.stop()
+        await asyncio.to_thread(self.engine.join)
         await super().shutdown(sockets)
 
     def _is_over(self) -> bool:
-        if self._drain_ends is None:
+        if self._drain_deadline is None:
             return self.has_failed
-        return self.force_exit or self._engine.num_unfinished == 0 or monotonic() > self._drain_ends
+        return self.force_exit or self.engine.num_unfinished == 0 or monotonic() > self._drain_deadline

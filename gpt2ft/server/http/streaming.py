@@ -1,19 +1,18 @@
-"""From a reply under way to an HTTP response: in pieces as they come, or whole. Whoever hangs up ends the reply."""
+"""A reply under way as an HTTP response, in pieces as they come or whole. A client that hangs up ends the reply."""
 
 import asyncio
-import json
 import logging
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from time import monotonic
-from typing import Any
+from typing import Protocol
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from gpt2ft.server.engine import Delta, Engine, GenerationRequest, Reply
-from gpt2ft.server.http.access import ClientLeft, Receive, Send
-from gpt2ft.server.openai.responses import Json, ResponseBuilder
+from gpt2ft.server.engine import Engine
+from gpt2ft.server.http.access import ClientLeft, Receive, Scope, Send
+from gpt2ft.server.reply import Delta, GenerationRequest, Reply
 
-KEEP_ALIVE = 15.0  # seconds without news after which a comment is sent, so that nobody on the way loses patience
+KEEP_ALIVE = 15.0  # seconds without a token after which a comment is sent, so that no proxy gives the connection up
 STREAM_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
@@ -23,11 +22,29 @@ STREAM_HEADERS = {
 log = logging.getLogger(__name__)
 
 
-class StreamBridge:
-    """Between the engine's thread, which has news, and the event loop, which waits for them."""
+class ResponseBuilder(Protocol):
+    """Writes a reply in the shapes of an API, as JSON."""
 
-    def __init__(self, engine: Engine, order: GenerationRequest) -> None:
-        """Puts the order in the queue.
+    @property
+    def id(self) -> str:
+        """Tells this response from all others."""
+
+    def headers(self, reply: Reply) -> Mapping[str, str]: ...
+
+    def whole(self, reply: Reply, text: str) -> bytes: ...
+
+    def opening(self, reply: Reply) -> Sequence[bytes]:
+        """Return the events before there is any text."""
+
+    def chunks(self, reply: Reply, delta: Delta) -> Sequence[bytes]:
+        """Return the events that bring a delta; those of the last delta close the stream."""
+
+
+class StreamBridge:
+    """Hands deltas from the engine's thread to the event loop."""
+
+    def __init__(self, engine: Engine, request: GenerationRequest) -> None:
+        """Put the request in the engine's queue.
 
         Raises:
             ApiError: if the engine does not take it.
@@ -35,107 +52,103 @@ class StreamBridge:
         self._loop = asyncio.get_running_loop()
         self._event = asyncio.Event()
         self._engine = engine
-        self._has_left = False
+        self._client_has_left = False
         self._began = monotonic()
-        self.reply = Reply(order, self._wake)
+        self.reply = Reply(request, self._wake)
         engine.submit(self.reply)
 
-    async def news(self, seconds: float | None) -> Delta | None:
-        """What has come since the last call, as soon as there is something; None if there was nothing for `seconds`.
+    async def deltas(self, seconds: float | None = None) -> AsyncIterator[Delta | None]:
+        """Yield text as it comes, up to the last delta, and None whenever nothing has come for `seconds`.
 
         Raises:
-            ClientLeft: if there is nobody to tell.
+            ClientLeft: once the client has hung up.
         """
-        try:
-            async with asyncio.timeout(seconds):
-                await self._event.wait()
-        except TimeoutError:
-            return None
-        self._event.clear()
-        if self._has_left:
-            raise ClientLeft
-        return self.reply.take()
+        is_over = False
+        while not is_over:
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._event.wait()
+            except TimeoutError:
+                yield None
+                continue
+            self._event.clear()
+            if self._client_has_left:
+                raise ClientLeft
+            delta = self.reply.take()
+            is_over = delta.is_last
+            yield delta
 
     async def watch(self, receive: Receive) -> None:
-        """Until the client hangs up."""
+        """Wait until the client hangs up."""
         while (await receive())["type"] != "http.disconnect":
             pass
-        self._has_left = True
+        self._client_has_left = True
         self._event.set()
 
     def close(self, id: str) -> None:
+        """Give the reply up if it has not ended, and log how it went."""
         reply = self.reply
         if not reply.has_ended:
             self._engine.abandon(reply)
         outcome = reply.finish or (reply.failure.code if reply.failure else "abandoned")
-        tokens = f"{len(reply.order.prompt.ids)} + {reply.tokens} tokens"
+        tokens = f"{len(reply.request.prompt.ids)} + {reply.num_tokens} tokens"
         log.info("%s: %s, %s, %.1f s", id, tokens, outcome, monotonic() - self._began)
 
     def _wake(self) -> None:
         try:
             self._loop.call_soon_threadsafe(self._event.set)
-        except RuntimeError:  # the loop is closed: nobody listens any more
+        except RuntimeError:  # the loop is closed: nobody waits for the reply
             self._engine.abandon(self.reply)
 
 
 class ReplyResponse(Response):
-    """Waits for the reply. As a response, since only the one who sends it can see that nobody is there any more."""
+    """Sends the reply once it is complete.
 
-    def __init__(self, listener: StreamBridge, response_builder: ResponseBuilder) -> None:
+    The waiting is done here, in the response, because only the one who sends it is told that the client has hung up.
+    """
+
+    def __init__(self, bridge: StreamBridge, builder: ResponseBuilder) -> None:
         super().__init__()
-        self._listener = listener
-        self._envelope = response_builder
-        dropped = listener.reply.order.prompt.dropped_turns
-        self._own_headers = {"x-dropped-turns": str(dropped), "x-request-id": response_builder.full_id}
+        self._bridge = bridge
+        self._builder = builder
 
-    async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
-        watch = asyncio.create_task(self._listener.watch(receive))
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        watch = asyncio.create_task(self._bridge.watch(receive))
         try:
-            await self._answer(scope, receive, send)
+            await self._send_reply(scope, receive, send)
         except ClientLeft:
             pass
         finally:
             watch.cancel()
-            self._listener.close(self._envelope.full_id)
+            self._bridge.close(self._builder.id)
 
-    async def _answer(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
-        texts = []
-        while True:
-            news = await self._listener.news(None)
-            texts.append(news.text)
-            if news.failure:
-                raise news.failure
-            if news.finish:
-                break
-        content = self._envelope.whole(self._listener.reply, "".join(texts))
-        await JSONResponse(content, headers=self._own_headers)(scope, receive, send)
+    async def _send_reply(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reply, text = self._bridge.reply, ""
+        async for delta in self._bridge.deltas():
+            text += delta.text
+        if reply.failure:
+            raise reply.failure
+        body, headers = self._builder.whole(reply, text), self._builder.headers(reply)
+        await Response(body, headers=headers, media_type="application/json")(scope, receive, send)
 
 
 class ReplyStream(ReplyResponse):
     """Sends the reply as it comes, as server-sent events."""
 
-    async def _answer(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
-        headers = STREAM_HEADERS | self._own_headers
+    async def _send_reply(self, scope: Scope, receive: Receive, send: Send) -> None:
+        builder, reply = self._builder, self._bridge.reply
+        headers = STREAM_HEADERS | builder.headers(reply)
         pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": 200, "headers": pairs})
-        listener, response_builder = self._listener, self._envelope
-        await self._send(send, event(response_builder.opening(listener.reply)))
-        while True:
-            news = await listener.news(KEEP_ALIVE)
-            if news is None:
-                await self._send(send, b": keep-alive\n\n")
-                continue
-            events = [*response_builder.pieces(news), *([news.failure.body()] if news.failure else [])]
-            if news.finish:
-                events += response_builder.closing(listener.reply)
-            await self._send(send, b"".join(map(event, events)) + (b"data: [DONE]\n\n" if news.finish else b""))
-            if news.is_end:
-                await self._send(send, b"", more=False)
-                return
-
-    async def _send(self, send: Send, body: bytes, more: bool = True) -> None:
-        await send({"type": "http.response.body", "body": body, "more_body": more})
+        await _send_part(send, _events(builder.opening(reply)))
+        async for delta in self._bridge.deltas(KEEP_ALIVE):
+            await _send_part(send, b": keep-alive\n\n" if delta is None else _events(builder.chunks(reply, delta)))
+        await _send_part(send, b"", is_last=True)
 
 
-def event(content: Json) -> bytes:
-    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+async def _send_part(send: Send, body: bytes, is_last: bool = False) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": not is_last})
+
+
+def _events(contents: Iterable[bytes]) -> bytes:
+    return b"".join(b"data: " + content + b"\n\n" for content in contents)

@@ -1,88 +1,74 @@
-"""What a request means for the model: its messages as a prompt that fits, its parameters over the server's own."""
+"""Requests to the API in the engine's terms: messages become a prompt that fits, parameters override the settings."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 
 from gpt2ft.conversation import tidy
 from gpt2ft.inference.detokenizer import IncrementalDetokenizer
-from gpt2ft.inference.prompt_format import PromptFormat, TooLong, Turn, chat_prompt, prompt_limit, text_prompt
+from gpt2ft.inference.model import InferenceModel
+from gpt2ft.inference.prompt_format import TooLong, Turn
 from gpt2ft.inference.sampling import Sampling
-from gpt2ft.server.engine import GenerationRequest
-from gpt2ft.server.errors import ApiError, invalid, spelled
+from gpt2ft.server.errors import invalid
 from gpt2ft.server.openai.requests import BaseRequest, ChatMessage, ChatRequest, CompletionRequest
-from gpt2ft.text.tokenizer import ChatTokenizer
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of one request. `max_new_tokens` is what it gets without asking."""
-
-    messages: int
-    max_tokens: int
-    max_new_tokens: int
+from gpt2ft.server.reply import GenerationRequest
+from gpt2ft.settings.scripts import ServeSettings
 
 
 @dataclass(frozen=True)
 class RequestConverter:
-    """Makes orders of requests.
+    """Makes a GenerationRequest of an API request.
 
     Args:
-        n_positions: the context of the model.
-        sampling: what holds where a request says nothing.
+        settings: `messages` and `max_tokens`, the limits; `max_new_tokens` and the sampling where a request says
+            nothing.
     """
 
-    tokenizer: ChatTokenizer
-    frame: PromptFormat
-    n_positions: int
-    sampling: Sampling
-    limits: Limits
+    model: InferenceModel
+    settings: ServeSettings
 
     def chat(self, request: ChatRequest) -> GenerationRequest:
         """Raises ApiError if the messages make no conversation, or not one that fits."""
-        if len(request.messages) > self.limits.messages:
-            raise invalid(
-                f"`messages` must be at most {self.limits.messages}, but are {len(request.messages)}", "messages"
-            )
+        most = self.settings.messages
+        if len(request.messages) > most:
+            raise invalid(f"`messages` must be at most {most}, but are {len(request.messages)}", "messages")
         turns = turns_of(request.messages)
-        most = self._max_new_tokens(request, request.max_completion_tokens)
-        try:
-            prompt = chat_prompt(self.frame, turns, prompt_limit(self.n_positions, most))
-        except ValueError as error:
-            raise _too_long(error, "messages") from None
-        frame = self.frame
-        text = IncrementalDetokenizer(self.tokenizer, (*frame.stop_strings, *request.stop), frame.opens_with_space)
-        return GenerationRequest(prompt, self._sampling(request), most, tuple(frame.stop_ids), text)
+        max_new_tokens = self._max_new_tokens(request, request.max_completion_tokens)
+        with _fitting("messages"):
+            prompt = self.model.chat_prompt(turns, max_new_tokens)
+        detokenizer, stop_ids = self.model.chat_detokenizer(request.stop), self.model.prompt_format.stop_ids
+        return GenerationRequest(prompt, self._sampling(request), max_new_tokens, tuple(stop_ids), detokenizer)
 
     def completion(self, request: CompletionRequest) -> GenerationRequest:
         """Raises ApiError if the prompt does not fit."""
-        most = self._max_new_tokens(request)
-        try:
-            prompt = text_prompt(self.tokenizer, request.prompt, prompt_limit(self.n_positions, most))
-        except ValueError as error:
-            raise _too_long(error, "prompt") from None
-        text = IncrementalDetokenizer(self.tokenizer, request.stop)
-        return GenerationRequest(prompt, self._sampling(request), most, (self.tokenizer.end_of_text_id,), text)
+        max_new_tokens = self._max_new_tokens(request)
+        with _fitting("prompt"):
+            prompt = self.model.text_prompt(request.prompt, max_new_tokens)
+        tokenizer = self.model.tokenizer
+        detokenizer, stop_ids = IncrementalDetokenizer(tokenizer, request.stop), (tokenizer.end_of_text_id,)
+        return GenerationRequest(prompt, self._sampling(request), max_new_tokens, stop_ids, detokenizer)
 
     def _sampling(self, request: BaseRequest) -> Sampling:
-        names = [field.name for field in fields(Sampling)]
-        asked = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
-        return replace(self.sampling, **asked)
+        names = {field.name for field in fields(Sampling)}
+        defaults = {name: getattr(self.settings, name) for name in names - {"seed"}}
+        return Sampling(**defaults | request.model_dump(include=names, exclude_none=True))
 
-    def _max_new_tokens(self, request: BaseRequest, newer: int | None = None) -> int:
-        """`max_tokens`, or `max_completion_tokens` as chats call it now."""
-        if newer is not None and request.max_tokens is not None:
+    def _max_new_tokens(self, request: BaseRequest, max_completion_tokens: int | None = None) -> int:
+        """Return `max_tokens` or its newer name, within the server's limit."""
+        if max_completion_tokens is not None and request.max_tokens is not None:
             raise invalid("`max_tokens` and `max_completion_tokens` must not both be given", "max_tokens")
-        asked = request.max_tokens if newer is None else newer
-        if asked is None:
-            return min(self.limits.max_new_tokens, self.limits.max_tokens)
-        if asked > self.limits.max_tokens:
-            name = "max_tokens" if newer is None else "max_completion_tokens"
-            raise invalid(f"`{name}` must be at most {self.limits.max_tokens}, but is {asked}", name)
-        return asked
+        name = "max_tokens" if max_completion_tokens is None else "max_completion_tokens"
+        given = request.max_tokens if max_completion_tokens is None else max_completion_tokens
+        most = self.settings.max_tokens or self.model.n_positions
+        if given is None:
+            return min(self.settings.max_new_tokens, most)
+        if given > most:
+            raise invalid(f"`{name}` must be at most {most}, but is {given}", name)
+        return given
 
 
 def turns_of(messages: Sequence[ChatMessage]) -> list[Turn]:
-    """The conversation; messages of one role that follow each other are joined by a blank line, as in training.
+    """Return the conversation; messages of one role in a row are joined by a blank line, as in training.
 
     Raises:
         ApiError: if system messages stand elsewhere than first, the assistant speaks first, or the user not last.
@@ -94,7 +80,7 @@ def turns_of(messages: Sequence[ChatMessage]) -> list[Turn]:
         if message.role == above:
             turns[-1] = (above, "\n\n".join(part for part in (turns[-1][1], text) if part))
         elif (message.role == "system" and turns) or (message.role == "assistant" and above != "user"):
-            param = spelled(("messages", number, "role"))
+            param = f"messages[{number}].role"
             after = f"after {above}" if above else "at the beginning"
             raise invalid(f"`{param}` must be user {after}, but is {message.role}", param)
         else:
@@ -104,7 +90,12 @@ def turns_of(messages: Sequence[ChatMessage]) -> list[Turn]:
     return [turn for turn in turns if turn != ("system", "")]
 
 
-def _too_long(error: ValueError, param: str) -> ApiError:
-    if isinstance(error, TooLong):
-        return invalid(f"{error}: shorten it", param, "context_length_exceeded")
-    return invalid(str(error), param)
+@contextmanager
+def _fitting(param: str) -> Iterator[None]:
+    """Turn the refusal of a text into that of a parameter."""
+    try:
+        yield
+    except TooLong as error:
+        raise invalid(f"{error}: shorten it", param, "context_length_exceeded") from None
+    except ValueError as error:
+        raise invalid(str(error), param) from None

@@ -1,7 +1,7 @@
-"""What a request may ask, in OpenAI's terms.
+"""The requests of OpenAI's API, as far as one model serves them.
 
-Everything that is asked is done or refused by name. Parameters that we have nothing for are accepted where they ask
-for what happens anyway: `n` = 1, `tools` = [] and so on.
+Every parameter is obeyed or refused by name. Those that we have nothing for are accepted where they ask for what
+happens anyway: `n` = 1, `tools` = [] and so on.
 """
 
 import json
@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from gpt2ft.server.errors import ApiError, invalid, unfit
-from gpt2ft.server.openai.strict_json import DEEP, no_json, read_object
+from gpt2ft.server.errors import ApiError, invalid
+from gpt2ft.server.openai.strict_json import TOO_DEEP, no_json, read_object
 
-# What each parameter must be for there to be nothing to do; null is as good as absent everywhere.
-NOTHING_TO_DO: dict[str, tuple[Any, ...]] = {
+# The values of parameters that ask for what happens anyway; null is as good as absent everywhere.
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
     "echo": (False,),
@@ -34,8 +34,7 @@ NOTHING_TO_DO: dict[str, tuple[Any, ...]] = {
     "store": (False,),
     "service_tier": ("auto", "default"),
 }
-UNSUPPORTED = "unsupported_parameter"
-LONGEST_STOP = 200  # characters
+MAX_STOP_LENGTH = 200  # characters
 INT64 = 2**63
 
 
@@ -53,7 +52,7 @@ class TextPart(Body):
     text: str
 
 
-def _listed(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
@@ -61,13 +60,13 @@ def _as_parts(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-StopString = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
-StopStrings = Annotated[list[StopString], Field(max_length=4), BeforeValidator(_listed)]  # or one that is no list
-Content = Annotated[list[TextPart], BeforeValidator(_as_parts)]  # or text
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+StopStrings = Annotated[list[StopString], Field(max_length=4), BeforeValidator(_as_list)]  # or a single one
+Content = Annotated[list[TextPart], BeforeValidator(_as_parts)]  # or a text
 
 
 class BaseRequest(Body):
-    """What both kinds of requests may ask; `top_k`, `min_p` and `repetition_penalty` are our own."""
+    """The parameters of both kinds of requests; `top_k`, `min_p` and `repetition_penalty` are our own."""
 
     model: str | None = None
     stream: bool | None = None
@@ -80,7 +79,7 @@ class BaseRequest(Body):
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     stop: StopStrings = []
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    user: str | None = None  # who asks: it has no bearing on the reply
+    user: str | None = None  # it has no bearing on the reply
 
     @property
     def includes_usage(self) -> bool:
@@ -105,44 +104,59 @@ class CompletionRequest(BaseRequest):
     prompt: str
 
 
-Kind = TypeVar("Kind", bound=BaseRequest)
+Shape = TypeVar("Shape", bound=BaseRequest)
 
 
-def parse(kind: type[Kind], content_types: Sequence[str], body: bytes) -> Kind:
-    """A request from the body of an HTTP request.
+def parse(shape: type[Shape], content_types: Sequence[str], body: bytes) -> Shape:
+    """Return the request in the body of an HTTP request.
 
+    Args:
+        content_types: all that its headers give.
     Raises:
-        ApiError: if it is not one.
+        ApiError: if the body holds none.
     """
     if [given.partition(";")[0].strip().lower() for given in content_types] != ["application/json"]:
         raise ApiError(415, "the Content-Type must be application/json, given once", "unsupported_media_type")
-    asked = read_object(body)
-    if kind is ChatRequest and isinstance(asked.get("messages"), list):
-        asked["messages"] = [_without_null(message) for message in asked["messages"]]
+    given = read_object(body)
+    if shape is ChatRequest and isinstance(given.get("messages"), list):
+        given["messages"] = [_without_null(message) for message in given["messages"]]
     try:
-        request = kind.model_validate(_supported(asked))
+        request = shape.model_validate(_without_neutral(given))
     except ValidationError as error:
-        raise unfit(error) from None
+        raise _first_problem(error) from None
     except RecursionError:
-        raise no_json(DEEP) from None
+        raise no_json(TOO_DEEP) from None
     if request.stream_options is not None and not request.stream:
         raise invalid("`stream_options` needs `stream` = true", "stream_options")
     return request
 
 
 def _without_null(message: Any) -> Any:
-    """What clients send back of our own replies: `tool_calls` = null and the like say nothing."""
+    """Drop what clients send back of our own replies: `tool_calls` = null and the like say nothing."""
     if not isinstance(message, dict):
         return message
     return {name: value for name, value in message.items() if value is not None or name in ("role", "content")}
 
 
-def _supported(asked: dict[str, Any]) -> dict[str, Any]:
-    """Without what is null, and without what asks for nothing; refuses what asks for something that we do not have."""
-    kept = {name: value for name, value in asked.items() if value is not None}
-    for name in [name for name in NOTHING_TO_DO if name in kept]:
-        value, accepted = kept.pop(name), NOTHING_TO_DO[name]
+def _without_neutral(given: dict[str, Any]) -> dict[str, Any]:
+    """Drop parameters that are null or neutral; refuse those that ask for something that we do not have."""
+    kept = {name: value for name, value in given.items() if value is not None}
+    for name in [name for name in NEUTRAL_VALUES if name in kept]:
+        value, accepted = kept.pop(name), NEUTRAL_VALUES[name]
         if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in accepted):
             only = " or ".join(json.dumps(one) for one in accepted)
-            raise invalid(f"`{name}` must be {only} or left out: there is nothing else here", name, UNSUPPORTED)
+            message = f"`{name}` must be {only} or left out: there is nothing else here"
+            raise invalid(message, name, "unsupported_parameter")
     return kept
+
+
+def _first_problem(error: ValidationError) -> ApiError:
+    """Return the first problem of a request, without what the request holds."""
+    problem = error.errors(include_input=False, include_url=False, include_context=False)[0]
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"])
+    param = path.removeprefix(".")  # such as messages[0].content
+    if problem["type"] == "extra_forbidden":
+        return invalid(f"there is no parameter `{param}` here: leave it out", param, "unknown_parameter")
+    if problem["type"] == "missing":
+        return invalid(f"`{param}` must be given", param, "missing_required_parameter")
+    return invalid(f"`{param}`: {problem['msg'][0].lower()}{problem['msg'][1:]}", param)

@@ -1,82 +1,133 @@
-"""What replies look like in OpenAI's terms, whole and in pieces."""
+"""Replies, errors and the model in OpenAI's shapes.
 
+{"error": {"message": "`n` must be 1 ...", "type": "invalid_request_error", "param": "n", "code": "..."}}
+"""
+
+import json
 import secrets
 import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gpt2ft.server.engine import Delta, Reply
+from gpt2ft.server.errors import ApiError
+from gpt2ft.server.reply import Delta, FinishReason, Reply
 
 Json = dict[str, Any]
-Shape = Literal["chat", "text"]
+Kind = Literal["chat", "text"]
 
 
 @dataclass(frozen=True)
-class ResponseBuilder:
-    """What all pieces of one answer say.
+class ServedModel:
+    """The model as clients know it.
 
-    `dropped_turns`, how many of the oldest turns did not fit the context, is our own.
+    Args:
+        fingerprint: of its weights.
+        created: when it was loaded, in seconds since 1970.
     """
 
-    kind: Shape
-    model: str
-    fingerprint: str  # of the weights
+    name: str
+    fingerprint: str
+    created: int
+
+    @classmethod
+    def now(cls, name: str, digest: str) -> "ServedModel":
+        return cls(name, f"fp_{digest[:10]}", int(time.time()))
+
+    def refuse_another(self, name: str | None) -> None:
+        """Raise ApiError if a request names another model; one that names none means this one."""
+        if name not in (None, self.name):
+            raise ApiError(404, f"there is no such model here: this is `{self.name}`", "model_not_found", "model")
+
+    def describe(self) -> Json:
+        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "gpt2ft"}
+
+
+@dataclass(frozen=True)
+class OpenAIResponseBuilder:
+    """Writes one reply, whole or in chunks, with what all its chunks repeat.
+
+    `dropped_turns`, the number of oldest turns that did not fit the context, is our own.
+    """
+
+    kind: Kind
+    model: ServedModel
     includes_usage: bool = False
-    id: str = field(default_factory=lambda: secrets.token_hex(12))
+    unique: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
-    def full_id(self) -> str:
-        return {"chat": "chatcmpl-", "text": "cmpl-"}[self.kind] + self.id
+    def id(self) -> str:
+        return {"chat": "chatcmpl-", "text": "cmpl-"}[self.kind] + self.unique
 
-    def whole(self, reply: Reply, text: str) -> Json:
+    def headers(self, reply: Reply) -> dict[str, str]:
+        return {"x-request-id": self.id, "x-dropped-turns": str(reply.request.prompt.dropped_turns)}
+
+    def whole(self, reply: Reply, text: str) -> bytes:
         content: Json = {"text": text} if self.kind == "text" else {"message": {"role": "assistant", "content": text}}
-        return self._object(is_piece=False) | {
-            "choices": [_choice(content, reply.finish)],
-            "usage": usage(reply),
-            "dropped_turns": reply.order.prompt.dropped_turns,
-        }
+        return dumped(
+            self._object(is_chunk=False)
+            | {
+                "choices": [_choice(content, reply.finish)],
+                "usage": _usage(reply),
+                "dropped_turns": reply.request.prompt.dropped_turns,
+            }
+        )
 
-    def opening(self, reply: Reply) -> Json:
-        """The first piece, before there is any text."""
-        delta = {"role": "assistant", "content": ""}
-        return self._piece(delta, None) | {"dropped_turns": reply.order.prompt.dropped_turns}
+    def opening(self, reply: Reply) -> list[bytes]:
+        """Return the first chunk, before there is any text."""
+        chunk = self._chunk({"role": "assistant", "content": ""}, None)
+        return [dumped(chunk | {"dropped_turns": reply.request.prompt.dropped_turns})]
 
-    def pieces(self, news: Delta) -> list[Json]:
-        """A piece for the text, and one for how it ended: as clients know it."""
-        pieces = [self._piece({"content": news.text}, None)] if news.text else []
-        return [*pieces, self._piece({}, news.finish)] if news.finish else pieces
+    def chunks(self, reply: Reply, delta: Delta) -> list[bytes]:
+        """Return a chunk for the text, one for the end, one for the usage if it was asked for, and the closing word.
 
-    def closing(self, reply: Reply) -> list[Json]:
-        """The usage, if it was asked for."""
-        if not self.includes_usage:
-            return []
-        return [self._object(is_piece=True) | {"choices": [], "usage": usage(reply)}]
+        A reply that failed ends with the error and without that word, which is how clients tell.
+        """
+        chunks = [self._chunk({"content": delta.text}, None)] if delta.text else []
+        if delta.failure:
+            chunks.append(error_object(delta.failure))
+        if delta.finish:
+            chunks.append(self._chunk({}, delta.finish))
+            if self.includes_usage:
+                chunks.append(self._object(is_chunk=True) | {"choices": [], "usage": _usage(reply)})
+        return [*map(dumped, chunks), *([b"[DONE]"] if delta.finish else [])]
 
-    def _piece(self, delta: Json, finish: str | None) -> Json:
+    def _chunk(self, delta: Json, finish: FinishReason | None) -> Json:
         content = {"text": delta.get("content", "")} if self.kind == "text" else {"delta": delta}
-        piece = self._object(is_piece=True) | {"choices": [_choice(content, finish)]}
-        return piece | {"usage": None} if self.includes_usage else piece
+        chunk = self._object(is_chunk=True) | {"choices": [_choice(content, finish)]}
+        return chunk | {"usage": None} if self.includes_usage else chunk
 
-    def _object(self, is_piece: bool) -> Json:
-        kind = "text_completion" if self.kind == "text" else "chat.completion" + ".chunk" * is_piece
+    def _object(self, is_chunk: bool) -> Json:
+        kind = "text_completion" if self.kind == "text" else "chat.completion" + ".chunk" * is_chunk
         return {
-            "id": self.full_id,
+            "id": self.id,
             "object": kind,
             "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.fingerprint,
+            "model": self.model.name,
+            "system_fingerprint": self.model.fingerprint,
         }
 
 
-def _choice(content: Json, finish: str | None) -> Json:
+def _choice(content: Json, finish: FinishReason | None) -> Json:
     return {"index": 0, **content, "logprobs": None, "finish_reason": finish}
 
 
-def usage(reply: Reply) -> Json:
-    prompt, completion = len(reply.order.prompt.ids), reply.tokens
+def _usage(reply: Reply) -> Json:
+    prompt, completion = len(reply.request.prompt.ids), reply.num_tokens
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def model_object(name: str, created: int) -> Json:
-    return {"id": name, "object": "model", "created": created, "owned_by": "gpt2ft"}
+def error_object(error: ApiError) -> Json:
+    kind = {429: "rate_limit_error"}.get(
+        error.status, "server_error" if error.status >= 500 else "invalid_request_error"
+    )
+    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
+
+
+def render_error(error: ApiError) -> bytes:
+    """Return the body of a response that is an error."""
+    return dumped(error_object(error))
+
+
+def dumped(content: Json) -> bytes:
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()

@@ -1,15 +1,15 @@
-"""JSON as its standard has it, where Python's own reader is more lenient: no NaN, no name twice, whole characters."""
+"""JSON by its standard, where Python's own reader is more lenient: no NaN, no name twice, whole characters."""
 
 import json
 from typing import Any, NoReturn
 
 from gpt2ft.server.errors import ApiError, invalid
 
-DEEP = "the body must not be nested this deeply"
+TOO_DEEP = "the body must not be nested this deeply"
 
 
 def read_object(body: bytes) -> dict[str, Any]:
-    """The object that a body holds.
+    """Return the object that a body holds.
 
     Raises:
         ApiError: if it does not.
@@ -23,7 +23,7 @@ def read_object(body: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise no_json(f"the body must be UTF-8, but is not from byte {error.start} on") from None
     except RecursionError:
-        raise no_json(DEEP) from None
+        raise no_json(TOO_DEEP) from None
     except json.JSONDecodeError as error:
         place = f"line {error.lineno} column {error.colno}"
         raise no_json(f"the body must be JSON, but is not: {error.msg} at {place}") from None

@@ -4,8 +4,9 @@ import json
 import logging
 
 import pytest
-from tests_of_serving import eventually, read_until
+from running_server import read_until
 
+from gpt2ft.inference.generate import Decoder
 from gpt2ft.text.template import render_prompt
 
 KEY = "a key that is long enough".replace(" ", "-")
@@ -102,22 +103,10 @@ class TestBody:
             connection = running.raw(head(100) + b"{")
             assert error_of(read_until(connection, b"")) == (408, "request_timeout")
 
-    def test_a_head_that_is_too_slow_is_refused_and_silence_is_hung_up_on(self, serving):
-        with serving(body_seconds=0.2) as running:
-            assert error_of(read_until(running.raw(b"POST / HTTP/1.1\r\nHost:"), b"")) == (408, "request_timeout")
-            assert read_until(running.raw(), b"") == b""
-
-    @pytest.mark.long
-    def test_a_second_head_that_is_too_slow_is_hung_up_on(self, serving):
-        with serving(body_seconds=0.2) as running:
-            whole = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
-            answer = read_until(running.raw(whole + whole[:10]), b"")
-            assert answer.count(b"HTTP/1.1 200") == 1
-
     def test_one_of_a_client_that_leaves_is_forgotten(self, server, caplog):
         with caplog.at_level(logging.INFO):
             server.raw(head(100) + b"{").close()
-            eventually(lambda: "POST /v1/chat/completions left" in caplog.text)
+            server.until(lambda: "POST /v1/chat/completions left" in caplog.text)
 
     @pytest.mark.parametrize(
         ("types", "status"),
@@ -135,15 +124,6 @@ class TestBody:
         answer = read_until(server.raw(start + lines + b"Connection: close\r\n\r\n" + body), b"")
         assert int(answer.split()[1]) == status
 
-    def test_too_many_connections_are_refused(self, serving):
-        with serving(connections=2) as running:
-            held = [running.raw(), running.raw()]
-            eventually(lambda: len(running.server.server_state.connections) == 2)
-            assert error_of(read_until(running.raw(), b"")) == (429, "rate_limit_exceeded")
-            held[0].close()
-            eventually(lambda: len(running.server.server_state.connections) == 1)
-            assert running.ask("/health")[0] == 200
-
 
 def head(length):
     how = "Transfer-Encoding: chunked" if length == "chunked" else f"Content-Length: {length}"
@@ -158,10 +138,8 @@ class TestControlTokens:
     def prompts(self, server, monkeypatch):
         """The ids of every prompt that is read from now on."""
         met = []
-        join = server.engine._decoder.join
-        monkeypatch.setattr(
-            server.engine._decoder, "join", lambda ids, *others: met.append(list(ids)) or join(ids, *others)
-        )
+        join = Decoder.join
+        monkeypatch.setattr(Decoder, "join", lambda self, ids, *more: met.append(list(ids)) or join(self, ids, *more))
         return met
 
     def test_in_content(self, server, tokenizer, prompts):
@@ -221,7 +199,7 @@ def test_no_log_holds_what_people_wrote(server, caplog):
         server.ask(f"/v1/models/{secret}")
         server.ask("/health", method=secret.upper().replace("-", ""))
         read_until(server.raw(secret.encode() + b"\r\n\r\n"), b"")
-        eventually(lambda: server.engine.num_unfinished == 0)
+        server.until(lambda: server.engine.num_unfinished == 0)
     assert "POST /v1/chat/completions 200" in caplog.text
     assert "tokens, " in caplog.text
     assert secret not in caplog.text

@@ -31,13 +31,13 @@ def profile(browser):
 @pytest.fixture(scope="package")
 def scripted_server(tiny_gpt2, tokenizer):
     pytest.importorskip("fastapi", reason="the server's extra is missing: pip install -e '.[serve]'")
-    from gpt2ft.server import service
+    from gpt2ft.inference.model import InferenceModel
 
     from .scripted import ScriptedDecoder, ScriptedServer
 
     server = ScriptedServer(tiny_gpt2(len(tokenizer), 1024), tokenizer)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(service, "Decoder", lambda *_: ScriptedDecoder(server.scripts))
+        patch.setattr(InferenceModel, "decoder", lambda *_: ScriptedDecoder(server.scripts))
         server.start()
         yield server
         server.stop()

@@ -4,12 +4,13 @@ import threading
 from collections import deque
 
 from gpt2ft.inference.generate import Step
+from gpt2ft.inference.model import InferenceModel
 from gpt2ft.inference.prompt_format import ChatPromptFormat
 from gpt2ft.server import service
 from gpt2ft.server.http import connection
 from gpt2ft.settings.scripts import ServeSettings
 
-PATIENCE = 20  # seconds until a test that forgot something fails
+TIMEOUT = 20  # seconds until a test that forgot something fails
 SLOTS = 4
 
 
@@ -51,8 +52,8 @@ class ScriptedDecoder:
 
     def join(self, prompt_ids, sampling, max_new_tokens, stop_ids=None):
         slot = min(set(range(SLOTS)) - set(self.running))
-        is_rehearsal = stop_ids is None
-        self.running[slot] = deque([*prompt_ids[:1], "length"]) if is_rehearsal else self.scripts.waiting.popleft()
+        is_warm_up = stop_ids is None
+        self.running[slot] = deque([*prompt_ids[:1], "length"]) if is_warm_up else self.scripts.waiting.popleft()
         return slot
 
     def step(self):
@@ -81,26 +82,25 @@ def is_closed(piece):
 class ScriptedServer:
     """Can be stopped, and started again at the same address as something else."""
 
-    def __init__(self, model, tokenizer):
+    def __init__(self, gpt2, tokenizer):
         self.scripts = Scripts(tokenizer)
         self.will_say = self.scripts.add
-        self._speaking = (model, tokenizer, ChatPromptFormat(tokenizer))
+        self._model = InferenceModel(gpt2, tokenizer, ChatPromptFormat(tokenizer), "scripted", "0" * 10)
         self._port = 0
 
     def start(self, name="scripted", key=None, **settings):
         self._is_plain = (name, key, settings) == ("scripted", None, {})
-        listening = connection.listen("127.0.0.1", self._port, PATIENCE)
+        listening = connection.listen("127.0.0.1", self._port, TIMEOUT)
         self._port = listening.getsockname()[1]
-        served = service.Served.now(name, "0" * 10)
         settings = {"slots": SLOTS, "shutdown_timeout": 0.01} | settings
-        self._server = service.create(ServeSettings(**settings), self._speaking, served, key)
+        self._server = service.create(ServeSettings(**settings), self._model, name, key)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listening]})
         self._thread.start()
         self._listening = listening
 
     def stop(self):
         self._server.should_exit = True
-        self._thread.join(PATIENCE)
+        self._thread.join(TIMEOUT)
         assert not self._thread.is_alive()
         self._listening.close()
 

@@ -1,21 +1,13 @@
-"""What the tests of the server share: a server that runs, a model that can be held up, patience."""
+"""A server that runs in this process, and a model whose steps a test can hold up."""
 
 import http.client
 import json
 import socket
 import threading
-from time import monotonic, sleep
+from time import monotonic
 
-PATIENCE = 60  # seconds until a test gives up
+TIMEOUT = 60  # seconds until a test gives up
 N_POSITIONS = 128
-
-
-def eventually(is_met, what="what was waited for"):
-    """Waits until `is_met()`, which something else brings about."""
-    end = monotonic() + PATIENCE
-    while not is_met():
-        assert monotonic() < end, f"{what} did not come about within {PATIENCE} s"
-        sleep(0.005)
 
 
 class Gate:
@@ -45,18 +37,18 @@ class Gate:
 class Running:
     """A server that runs, and the plainest ways to talk to it."""
 
-    def __init__(self, server, listening, speaking):
+    def __init__(self, server, listening, inference_model):
         self.server = server
-        self.engine = server._engine
-        self.model, self.tokenizer, self.frame = speaking
+        self.engine = server.engine
+        self.tokenizer = inference_model.tokenizer
         self.port = listening.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.gate = Gate()
-        self.hook = self.model.register_forward_pre_hook(self.gate)
+        self.hook = inference_model.gpt2.register_forward_pre_hook(self.gate)
 
     def ask(self, path="/v1/chat/completions", content=None, headers=None, method=None):
         """(status, headers, JSON or bytes) of one request."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT)
         body = content if content is None or isinstance(content, bytes) else json.dumps(content).encode()
         given = ({"Content-Type": "application/json"} if body is not None else {}) | (headers or {})
         connection.request(method or ("GET" if body is None else "POST"), path, body, given)
@@ -66,21 +58,31 @@ class Running:
         is_json = response.headers.get_content_type() == "application/json"
         return response.status, response.headers, json.loads(found) if is_json else found
 
-    def say(self, text="What is tea?", **asked):
+    def until(self, is_met, what="what was waited for"):
+        """Asks after the server's health, which lets its event loop go round, until `is_met()`."""
+        end = monotonic() + TIMEOUT
+        while not is_met():
+            assert monotonic() < end, f"{what} did not come about within {TIMEOUT} s"
+            self.ask("/health")
+
+    def until_ready(self):
+        self.until(lambda: self.ask("/ready")[0] == 200, "readiness")
+
+    def say(self, text="What is tea?", **parameters):
         """The JSON of a reply to one message."""
-        status, _, answer = self.ask(content={"messages": [{"role": "user", "content": text}]} | asked)
+        status, _, answer = self.ask(content={"messages": [{"role": "user", "content": text}]} | parameters)
         assert status == 200, answer
         return answer
 
-    def stream(self, text="What is tea?", **asked):
+    def stream(self, text="What is tea?", **parameters):
         """A connection on which a streamed reply has been asked for."""
-        content = {"messages": [{"role": "user", "content": text}], "stream": True} | asked
+        content = {"messages": [{"role": "user", "content": text}], "stream": True} | parameters
         body = json.dumps(content).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
         return self.raw(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
 
     def raw(self, data=b""):
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=TIMEOUT)
         connection.sendall(data)
         return connection
 

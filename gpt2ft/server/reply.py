@@ -1,0 +1,96 @@
+"""One reply between the API, which asks for it, the engine, which decodes it, and the stream, which takes its text."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from gpt2ft.inference.detokenizer import IncrementalDetokenizer
+from gpt2ft.inference.prompt_format import Prompt
+from gpt2ft.inference.sampling import Sampling
+from gpt2ft.server.errors import ApiError
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A request in the engine's terms.
+
+    Args:
+        stop_ids: end the reply, and are not part of it.
+        detokenizer: knows the stop strings; it belongs to this reply alone.
+    """
+
+    prompt: Prompt
+    sampling: Sampling
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    detokenizer: IncrementalDetokenizer
+
+
+class Delta(NamedTuple):
+    """The text since the last delta and, in the last one, how the reply ended."""
+
+    text: str
+    finish: FinishReason | None = None
+    failure: ApiError | None = None
+
+    @property
+    def is_last(self) -> bool:
+        return self.finish is not None or self.failure is not None
+
+
+@dataclass(eq=False)
+class Reply:
+    """One reply on its way from the engine, which pushes, to its reader, who takes.
+
+    Args:
+        wake: called by the engine's thread whenever there is something to `take`.
+        deadline: of the monotonic clock; set by `Engine.submit`.
+    """
+
+    request: GenerationRequest
+    wake: Callable[[], None]
+    num_tokens: int = 0
+    finish: FinishReason | None = None
+    failure: ApiError | None = None
+    deadline: float = 0.0
+    is_abandoned: bool = False
+    _texts: deque[str] = field(default_factory=deque)
+
+    @property
+    def has_ended(self) -> bool:
+        return self.finish is not None or self.failure is not None
+
+    def take(self) -> Delta:
+        """Return what has come since the last call."""
+        finish, failure = self.finish, self.failure  # before the text, which is complete once one of them is set
+        texts = [self._texts.popleft() for _ in range(len(self._texts))]
+        return Delta("".join(texts), finish, failure)
+
+    def push(self, id: int | None, finish: FinishReason | None) -> None:
+        """Add what one step of the decoder brought."""
+        detokenizer = self.request.detokenizer
+        if id is not None:
+            self.num_tokens += 1
+            self._add(detokenizer.push(id))
+            finish = "stop" if detokenizer.is_stopped else finish
+        if finish is not None:
+            self.end(finish)
+        elif self._texts:
+            self.wake()
+
+    def end(self, finish: FinishReason) -> None:
+        """Complete the reply: no more ids come."""
+        self._add(self.request.detokenizer.finish())
+        self.finish = finish
+        self.wake()
+
+    def fail(self, error: ApiError) -> None:
+        self.failure = error
+        self.wake()
+
+    def _add(self, text: str) -> None:
+        if text:
+            self._texts.append(text)
