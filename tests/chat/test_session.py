@@ -7,6 +7,7 @@ import torch
 
 from gpt2ft.chat.session import Session
 from gpt2ft.inference.generate import generate, suppressed_token_mask
+from gpt2ft.inference.model import InferenceModel
 from gpt2ft.inference.prompt_format import ChatPromptFormat, PlainPromptFormat, prompt_format_for
 from gpt2ft.inference.sampling import GREEDY, Sampling
 from gpt2ft.model.gpt2 import GPT2, GPT2Config
@@ -20,11 +21,11 @@ N_POSITIONS = 96
 class Scripted(GPT2):
     """Says `script`, id by id, behind whatever prompt: wherever `opening` stands last, the script begins."""
 
-    def __init__(self, tokenizer, frame, n_positions=N_POSITIONS):
+    def __init__(self, tokenizer, prompt_format, n_positions=N_POSITIONS):
         super().__init__(GPT2Config(tokenizer.padded_size, n_positions, n_embd=64, n_layer=1, n_head=1))
         signs = torch.rand(self.wte.weight.shape, generator=torch.Generator().manual_seed(0)) < 0.5
         self.wte.weight.data = signs * 2.0 - 1.0  # rows that are far from each other: each is likeliest for itself
-        self.opening = frame.opening
+        self.opening = prompt_format.opening
         self.script = []
         self.known = [0] * n_positions
         self.num_read = 0
@@ -43,14 +44,15 @@ class Scripted(GPT2):
 
 @pytest.fixture
 def scripted(tokenizer):
-    """scripted(frame) is a session; its `answer(text, *more_ids)` sets what the model says next, then reads it."""
+    """scripted(prompt_format): a session; its `answer(text, *more_ids)` sets what the model says and reads it."""
 
-    def make(frame=None, n_positions=N_POSITIONS, max_new_tokens=20):
-        frame = frame or ChatPromptFormat(tokenizer)
-        session = Session(Scripted(tokenizer, frame, n_positions), tokenizer, frame, GREEDY, max_new_tokens)
+    def make(prompt_format=None, n_positions=N_POSITIONS, max_new_tokens=20):
+        prompt_format = prompt_format or ChatPromptFormat(tokenizer)
+        gpt2 = Scripted(tokenizer, prompt_format, n_positions)
+        session = Session(InferenceModel(gpt2, tokenizer, prompt_format, "scripted", ""), GREEDY, max_new_tokens)
 
         def answer(text, *more_ids, **how):
-            session.model.script = [*tokenizer.encode(text), *(more_ids or [frame.stop_ids[0]])]
+            gpt2.script = [*tokenizer.encode(text), *(more_ids or [prompt_format.stop_ids[0]])]
             return list(session.reply(**how))
 
         session.answer = answer
@@ -61,7 +63,8 @@ def scripted(tokenizer):
 
 @pytest.fixture(scope="module")
 def model(lively, tokenizer):
-    return lively(tokenizer.padded_size, N_POSITIONS)
+    gpt2 = lively(tokenizer.padded_size, N_POSITIONS)
+    return InferenceModel(gpt2, tokenizer, ChatPromptFormat(tokenizer), "lively", "")
 
 
 def after(number):
@@ -152,7 +155,7 @@ class TestInterruption:
     def test_a_reader_that_closes_the_reply(self, scripted):
         session = scripted()
         session.say("Hi")
-        session.model.script = session.tokenizer.encode("one two three four")
+        session.model.gpt2.script = session.model.tokenizer.encode("one two three four")
         reply = session.reply()
         said = next(reply) + next(reply)
         reply.close()
@@ -164,7 +167,7 @@ class TestInterruption:
         """The reply is settled before anything else happens, and only once."""
         session = scripted()
         session.say("Hi")
-        session.model.script = session.tokenizer.encode("one two three four")
+        session.model.gpt2.script = session.model.tokenizer.encode("one two three four")
         forgotten = session.reply()
         said = next(forgotten)
         if act == "reply":
@@ -181,14 +184,14 @@ class TestInterruption:
     def test_ctrl_c_while_the_model_computes(self, scripted):
         session = scripted()
         session.say("Hi")
-        session.model.script = session.tokenizer.encode("one two three four")
+        session.model.gpt2.script = session.model.tokenizer.encode("one two three four")
         reply = session.reply()
         said = next(reply)
 
         def interrupt(*_):
             raise KeyboardInterrupt
 
-        handle = session.model.register_forward_pre_hook(interrupt)
+        handle = session.model.gpt2.register_forward_pre_hook(interrupt)
         with pytest.raises(KeyboardInterrupt):
             next(reply)
         handle.remove()
@@ -199,12 +202,12 @@ class TestInterruption:
 
     def test_a_model_that_fails_leaves_the_session_usable(self, model, tokenizer):
         """Nothing that it computed meanwhile is used again."""
-        session = Session(model, tokenizer, ChatPromptFormat(tokenizer), GREEDY, 8)
+        session = Session(model, GREEDY, 8)
         session.say("What is tea?")
         expected = list(session.reply())
         session.new()
         session.say("The kettle, what is it?")
-        bias = model.h[0].mlp.c_fc.bias.data
+        bias = model.gpt2.h[0].mlp.c_fc.bias.data
         healthy = bias.clone()
         bias[0] = torch.nan
         with pytest.raises(ValueError, match="logits must be finite"):
@@ -225,7 +228,7 @@ class TestContext:
         dropped = refused = kept_whole = 0
         for conversation in range(12):
             most = draw.choice([5, 12, 40])
-            session = Session(model, tokenizer, ChatPromptFormat(tokenizer), GREEDY, most)
+            session = Session(model, GREEDY, most)
             session.system = " ".join(draw.choices(words, k=8)) if conversation % 2 else None
             for _ in range(8):
                 text = " ".join(draw.choices(words, k=draw.choice([3, 8, 20, 72])))
@@ -253,20 +256,20 @@ class TestContext:
         assert kept_whole > 5
 
     def fresh(self, model, tokenizer, turns, most):
-        forbidden = suppressed_token_mask(tokenizer, model.wte.weight)
+        forbidden = suppressed_token_mask(tokenizer, model.gpt2.wte.weight)
         stops = [tokenizer.end_id, tokenizer.end_of_text_id]
-        reply = generate(model, [render_prompt(tokenizer, turns)], most, stops, forbidden)[0]
+        reply = generate(model.gpt2, [render_prompt(tokenizer, turns)], most, stops, forbidden)[0]
         return tokenizer.decode(reply.ids)
 
     def test_a_turn_is_read_once(self, scripted, tokenizer):
         session = scripted()
         session.say("What is tea?")
         session.answer("A hot drink.")
-        session.model.num_read = 0
+        session.model.gpt2.num_read = 0
         session.say("And cold?")
         session.answer("Iced tea.")
         new = [tokenizer.end_id, *render_prompt(tokenizer, [("user", "And cold?")]), *tokenizer.encode("Iced tea.")]
-        assert session.model.num_read == len(new)
+        assert session.model.gpt2.num_read == len(new)
 
     def test_a_system_text_that_leaves_no_room(self, scripted):
         session = scripted()
@@ -304,7 +307,7 @@ class TestChanges:
     def test_undone_turns_leave_no_trace(self, model, tokenizer):
         replies = []
         for detour in (False, True):
-            session = Session(model, tokenizer, ChatPromptFormat(tokenizer), GREEDY, 8)
+            session = Session(model, GREEDY, 8)
             session.say("What is tea?")
             "".join(session.reply())
             if detour:
@@ -317,7 +320,7 @@ class TestChanges:
 
     def test_a_retry_says_something_else_and_a_seed_makes_it_repeatable(self, model, tokenizer):
         def replies():
-            session = Session(model, tokenizer, ChatPromptFormat(tokenizer), SEEDED, 8)
+            session = Session(model, SEEDED, 8)
             session.say("What is tea?")
             said = ["".join(session.reply())]
             for _ in range(4):
@@ -339,7 +342,7 @@ class TestChanges:
         assert session.turns == [("user", "Hi")]
 
     def test_a_new_conversation_keeps_the_system_text_and_repeats_the_draws(self, model, tokenizer):
-        session = Session(model, tokenizer, ChatPromptFormat(tokenizer), SEEDED, 8)
+        session = Session(model, SEEDED, 8)
         session.system = "Be brief."
         said = []
         for _ in range(2):
@@ -405,15 +408,15 @@ class TestMessages:
         assert session.turns == [("user", "Hi")]
 
 
-class TestPlainFrame:
+class TestPlainPromptFormat:
     @pytest.fixture
     def session(self, scripted, tokenizer):
         return scripted(PlainPromptFormat(tokenizer))
 
     def test_turns_are_plain_text(self, tokenizer):
-        frame = PlainPromptFormat(tokenizer)
+        plain = PlainPromptFormat(tokenizer)
         turns = [("system", "Be {brief}."), ("user", "Tea?"), ("assistant", "Yes."), ("user", "Milk?")]
-        ids = [id for turn in frame.render(turns) for id in turn] + frame.opening
+        ids = [id for turn in plain.render(turns) for id in turn] + plain.opening
         assert tokenizer.decode(ids) == "Be {brief}.\n\nUser: Tea?\nAssistant: Yes.\nUser: Milk?\nAssistant:"
         assert not tokenizer.control_ids & set(ids)
 
@@ -446,36 +449,36 @@ class TestPlainFrame:
     def test_the_next_turn_is_read_behind_what_is_cached(self, session, tokenizer):
         session.say("What is tea?")
         session.answer(" A hot drink.")
-        session.model.num_read = 0
+        session.model.gpt2.num_read = 0
         session.say("And cold?")
         session.answer(" Iced tea.")
         new = tokenizer.encode("\nUser: And cold?\nAssistant: Iced tea.")
-        assert abs(session.model.num_read - len(new)) <= 1
+        assert abs(session.model.gpt2.num_read - len(new)) <= 1
 
 
 class TestComplete:
     def test_it_equals_plain_generation_and_plays_no_part_in_the_turns(self, model, tokenizer):
         end = tokenizer.end_of_text_id
-        session = Session(model, tokenizer, ChatPromptFormat(tokenizer), GREEDY, 30)
+        session = Session(model, GREEDY, 30)
         session.say("Hi")
         for text, prompt in (("The kettle", tokenizer.encode("The kettle")), ("", [end])):
-            forbidden = suppressed_token_mask(tokenizer, model.wte.weight, [end])
-            reply = generate(model, [prompt], 30, [end], forbidden)[0]
+            forbidden = suppressed_token_mask(tokenizer, model.gpt2.wte.weight, [end])
+            reply = generate(model.gpt2, [prompt], 30, [end], forbidden)[0]
             assert "".join(session.complete(text)) == tokenizer.decode(reply.ids) != ""
             assert session.last.tokens == len(reply.ids)
         assert session.turns == [("user", "Hi")]
 
     def test_it_ends_at_end_of_text(self, scripted, tokenizer):
         session = scripted()
-        session.model.opening = tokenizer.encode("The")
-        session.model.script = [*tokenizer.encode(" kettle."), tokenizer.end_of_text_id]
+        session.model.gpt2.opening = tokenizer.encode("The")
+        session.model.gpt2.script = [*tokenizer.encode(" kettle."), tokenizer.end_of_text_id]
         assert "".join(session.complete("The")) == " kettle."
         assert session.last.finish == "stop"
 
     def test_it_can_be_interrupted(self, scripted, tokenizer):
         session = scripted()
-        session.model.opening = tokenizer.encode("The")
-        session.model.script = tokenizer.encode(" kettle is hot.")
+        session.model.gpt2.opening = tokenizer.encode("The")
+        session.model.gpt2.script = tokenizer.encode(" kettle is hot.")
         assert "".join(session.complete("The", should_stop=after(2))) == " kettle is"
         assert session.last.finish == "interrupted"
 

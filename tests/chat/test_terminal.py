@@ -409,7 +409,7 @@ def test_a_pipe_on_either_side_makes_it_plain(monkeypatch, stdin, stdout, term, 
     monkeypatch.setenv("TERM", term)
     monkeypatch.setattr(terminal, "_talk_through_pipe", lambda *_: met.append("plain") or True)
     monkeypatch.setattr(terminal, "_talk_at_terminal", lambda *_: met.append("terminal"))
-    assert talk(FakeSession(), "model", Path("history"), completes=False)
+    assert talk(FakeSession(), Path("history"), completes=False)
     assert met == ["plain" if plain else "terminal"]
 
 

@@ -16,6 +16,7 @@ import torch
 from processes import ROOT, run
 
 from gpt2ft.chat.session import Session
+from gpt2ft.inference.model import InferenceModel
 from gpt2ft.inference.prompt_format import ChatPromptFormat, PlainPromptFormat
 from gpt2ft.inference.sampling import Sampling
 from gpt2ft.model.pretrained import write_model
@@ -304,12 +305,10 @@ def through_pipe(arguments, text, environment):
     return run(["python", SCRIPT, *arguments], code=None, typed=text, **environment)
 
 
-def in_this_process(policy, seed, max_new_tokens):
-    session = Session(
-        policy.gpt2, policy.tokenizer, ChatPromptFormat(policy.tokenizer), Sampling(seed=seed), max_new_tokens
-    )
-    session.model.eval()
-    return session
+def in_this_process(loaded, seed, max_new_tokens):
+    prompt_format = ChatPromptFormat(loaded.tokenizer)
+    model = InferenceModel(loaded.gpt2.eval(), loaded.tokenizer, prompt_format, loaded.source, loaded.digest)
+    return Session(model, Sampling(seed=seed), max_new_tokens)
 
 
 def test_every_line_is_an_entry_and_stdout_holds_replies_alone(chat_model, untrained, environment):
@@ -364,24 +363,24 @@ def handed_over(monkeypatch):
         monkeypatch.setattr(chat, "talk", lambda *everything: met.extend(everything) or True)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         chat.run(ChatSettings(**settings))
-        session, name, history, completes, notice = met
-        return SimpleNamespace(session=session, name=name, history=history, completes=completes, notice=notice)
+        session, history, completes, notice = met
+        return SimpleNamespace(session=session, history=history, completes=completes, notice=notice)
 
     return hand_over
 
 
 def test_a_model_that_knows_chat_tokens_is_asked_with_them(handed_over, chat_model):
     met = handed_over(model=str(chat_model), system="Be brief.", top_k=3, max_new_tokens=9)
-    assert isinstance(met.session.frame, ChatPromptFormat)
+    assert isinstance(met.session.model.prompt_format, ChatPromptFormat)
     assert met.notice == ""
     assert met.session.system == "Be brief."
     assert (met.session.sampling, met.session.max_new_tokens) == (Sampling(top_k=3), 9)
-    assert not met.session.model.training
+    assert not met.session.model.gpt2.training
 
 
 def test_a_base_model_is_asked_in_plain_text_and_it_is_said(handed_over, base_model):
     met = handed_over(model=str(base_model))
-    assert isinstance(met.session.frame, PlainPromptFormat)
+    assert isinstance(met.session.model.prompt_format, PlainPromptFormat)
     assert met.notice.count("\n") == 0
     assert "plain text" in met.notice
     assert handed_over(model=str(base_model), complete=True).notice == ""
@@ -389,17 +388,18 @@ def test_a_base_model_is_asked_in_plain_text_and_it_is_said(handed_over, base_mo
 
 def test_random_weights_know_the_chat_tokens(handed_over, base_model):
     met = handed_over(model=str(base_model), random_init=True)
-    assert isinstance(met.session.frame, ChatPromptFormat)
+    assert isinstance(met.session.model.prompt_format, ChatPromptFormat)
     assert met.notice == ""
     one, same, other = (handed_over(model="quickstart", random_init=True, seed=seed) for seed in (None, 0, 1))
-    weights = [met.session.model.wte.weight for met in (one, same, other)]
+    weights = [met.session.model.gpt2.wte.weight for met in (one, same, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
 
 
 def test_precision_is_that_of_the_weights(handed_over, chat_model):
-    dtypes = [handed_over(model=str(chat_model), precision=p).session.model.wte.weight.dtype for p in ("auto", "bf16")]
-    assert dtypes == [torch.float32, torch.bfloat16]
+    for precision, dtype in (("auto", torch.float32), ("bf16", torch.bfloat16)):
+        met = handed_over(model=str(chat_model), precision=precision)
+        assert met.session.model.gpt2.wte.weight.dtype == dtype
 
 
 def test_the_settings_default_to_those_of_sampling():
