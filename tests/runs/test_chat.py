@@ -411,10 +411,3 @@ def test_settings_that_contradict_each_other_are_refused():
     assert "needs a model" in next(ChatSettings(random_init=True).problems())
     assert "`system`" in next(ChatSettings(complete=True, system="Be brief.").problems())
     assert not list(ChatSettings(model="quickstart", random_init=True).problems())
-
-
-def test_a_bare_start_imports_nothing_that_only_training_needs():
-    code = "import sys; from gpt2ft.runs import chat, main; print(*sys.modules)"
-    modules = set(run(["python", "-c", code]).stdout.split())
-    assert {"torch", "prompt_toolkit"} <= modules
-    assert not modules & {"accelerate", "datasets", "deepspeed", "pyarrow", "transformers"}

@@ -186,10 +186,3 @@ def test_the_defaults_of_sampling_are_those_of_a_chat():
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "precision")
     chat, served = ChatSettings(), ServeSettings()
     assert [getattr(chat, name) for name in names] == [getattr(served, name) for name in names]
-
-
-def test_serving_imports_nothing_that_only_training_needs():
-    code = "import sys; from gpt2ft.runs import main, serve; from gpt2ft.server import service; print(*sys.modules)"
-    modules = set(run(["python", "-c", code]).stdout.split())
-    assert {"torch", "fastapi", "uvicorn"} <= modules
-    assert not modules & {"accelerate", "datasets", "deepspeed", "pyarrow", "transformers", "prompt_toolkit"}
