@@ -31,22 +31,19 @@ class LossSums:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.nats_per_token, 700.0)) if self.tokens else math.nan
+        return math.exp(min(self.nats_per_token, 700.0)) if self.tokens else math.nan  # exp(710) overflows
 
     @property
     def bits_per_byte(self) -> float:
+        """Loss that can be compared between tokenizers."""
         return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
 
     def metrics(self) -> dict[str, float]:
-        return {
-            "loss": self.nats_per_token,
-            "perplexity": self.perplexity,
-            "bits_per_byte": self.bits_per_byte,
-        }
+        return {"loss": self.nats_per_token, "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
 
 
 class EvaluationInterrupted(Exception):
-    """A process was told to stop, so there is no score. All processes raise it together."""
+    """A process was told to stop, so there is no result. All processes raise it together."""
 
 
 def evaluate_by_source(
@@ -56,7 +53,7 @@ def evaluate_by_source(
     accelerator: Any,
     was_signalled: Callable[[], bool] | None = None,
 ) -> list[LossSums]:
-    """The score of each data source of the plan.
+    """Return the loss on each data source of the plan, in the order of its stores.
 
     Args:
         model: TargetLogProbs, prepared by the accelerator.
@@ -69,15 +66,15 @@ def evaluate_by_source(
     bytes_of = torch.tensor(byte_lengths, dtype=torch.float64, device=accelerator.device)
     num_sources = len(plan.chunks.stores)
 
-    def sums(log_probs: Tensor, stream: TokenStream) -> Tensor:
-        real = slice(stream.num_supervised)
+    def stream_sums(log_probs: Tensor, stream: TokenStream) -> Tensor:
+        real = slice(stream.num_supervised)  # without the tail
         columns = [-log_probs[real].double(), torch.ones_like(log_probs[real], dtype=torch.float64)]
         columns.append(bytes_of[stream.targets[real]])
         by_source = torch.zeros(num_sources, 3, dtype=torch.float64, device=log_probs.device)  # nats, tokens, bytes
         return by_source.index_add_(0, stream.groups[real], torch.stack(columns, dim=1))
 
-    scores = _summed(model, plan, sums, accelerator, was_signalled)
-    return [LossSums(nats, round(tokens), round(bytes)) for nats, tokens, bytes in scores.tolist()]
+    totals = _sum_over_plan(model, plan, stream_sums, accelerator, was_signalled)
+    return [LossSums(nats, round(tokens), round(bytes)) for nats, tokens, bytes in totals.tolist()]
 
 
 def evaluate_objective(
@@ -87,28 +84,28 @@ def evaluate_objective(
     accelerator: Any,
     was_signalled: Callable[[], bool] | None = None,
 ) -> dict[str, float]:
-    """The mean loss over the whole plan, and of whatever else the objective measures. Arguments as above."""
+    """Return the mean loss and metrics of an objective over the whole plan. Arguments and errors as above."""
 
-    def sums(log_probs: Tensor, stream: TokenStream) -> Tensor:
-        first = torch.stack([objective.loss(log_probs, stream).double()])
-        count = torch.full_like(first, objective.normalizer(stream))
-        return torch.cat([first, objective.metrics(log_probs, stream), count])
+    def stream_sums(log_probs: Tensor, stream: TokenStream) -> Tensor:
+        loss = torch.stack([objective.loss(log_probs, stream).double()])
+        normalizer = torch.full_like(loss, objective.normalizer(stream))
+        return torch.cat([loss, objective.metrics(log_probs, stream), normalizer])
 
-    *totals, count = _summed(model, plan, sums, accelerator, was_signalled).tolist()
-    return {name: value / count for name, value in zip(("loss", *objective.metric_names), totals, strict=True)}
+    *totals, normalizer = _sum_over_plan(model, plan, stream_sums, accelerator, was_signalled).tolist()
+    return {name: value / normalizer for name, value in zip(("loss", *objective.metric_names), totals, strict=True)}
 
 
-def _summed(
+def _sum_over_plan(
     model: nn.Module,
     plan: Plan,
-    sums: Callable[[Tensor, TokenStream], Tensor],
+    stream_sums: Callable[[Tensor, TokenStream], Tensor],
     accelerator: Any,
     was_signalled: Callable[[], bool] | None,
 ) -> Tensor:
-    """`sums` of log-probs [S] and their stream, added up over all streams of a plan and all processes."""
+    """Add up `stream_sums(log_probs [S], stream)` over all streams of a plan and all processes."""
     was_training = model.training
     model.eval()
-    added = None
+    total = None
     with torch.no_grad():
         for micro_batch in items_of_rank(plan.streams, accelerator.process_index, accelerator.num_processes):
             watchdog.at("held-out stream")
@@ -116,18 +113,26 @@ def _summed(
                 model.train(was_training)
                 raise EvaluationInterrupted
             stream = plan.stream(micro_batch or []).to(accelerator.device)
-            found = sums(model(stream), stream)
-            added = found if added is None else added + found
+            sums = stream_sums(model(stream), stream)
+            total = sums if total is None else total + sums
     model.train(was_training)
-    return accelerator.reduce(added, reduction="sum") if accelerator.num_processes > 1 else added
+    return accelerator.reduce(total, reduction="sum") if accelerator.num_processes > 1 else total
 
 
-def sum_over_sources(scores: Sequence[LossSums]) -> LossSums:
-    return LossSums(sum(s.nats for s in scores), sum(s.tokens for s in scores), sum(s.bytes for s in scores))
+def sum_over_sources(losses: Sequence[LossSums]) -> LossSums:
+    return LossSums(
+        nats=sum(loss.nats for loss in losses),
+        tokens=sum(loss.tokens for loss in losses),
+        bytes=sum(loss.bytes for loss in losses),
+    )
 
 
 def items_of_rank(items: Sequence[Item], rank: int, num_processes: int) -> Iterator[Item | None]:
-    """This process's items; the same number for every process, None where one is missing."""
+    """Yield every `num_processes`-th item, from number `rank` on.
+
+    Every process gets the same number, None where one is missing: under FSDP and ZeRO-3 a forward pass is a collective,
+    which all processes must enter.
+    """
     rounds = -(-len(items) // num_processes)
     for turn in range(rounds):
         index = turn * num_processes + rank

@@ -1,18 +1,14 @@
-"""The loop. It knows streams, log-probs and an objective, and nothing of what is being trained for."""
+"""The training loop. It knows streams, log-probs and an objective, and nothing of what is being trained for."""
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
-from torch import Tensor
 
 from gpt2ft.checkpoint import TrainState
-from gpt2ft.data.plan import Plan
 from gpt2ft.distributed import watchdog
 from gpt2ft.distributed.accelerator import global_sum, loss_scale
 from gpt2ft.distributed.signals import Preempted, SignalHandler
@@ -22,6 +18,7 @@ from gpt2ft.random import seed_for
 from gpt2ft.settings.sections import OptimizerSettings, TrainingSettings
 from gpt2ft.stream import TokenStream
 from gpt2ft.training.evaluate import EvaluationInterrupted
+from gpt2ft.training.metric_sums import MetricSums
 from gpt2ft.training.optimizer import learning_rate, set_learning_rate
 from gpt2ft.training.strategy import Strategy
 from gpt2ft.training.tracking import Tracker
@@ -33,14 +30,24 @@ class TrainingDiverged(Gpt2ftError):
     exit_code = 1
 
 
+class BatchSource(Protocol):
+    """Training data as the loop sees them: streams by step and micro-batch, whatever the number of processes."""
+
+    micro_batches_per_step: int
+    steps_per_epoch: int
+
+    def training_stream(self, step: int, number: int) -> TokenStream:
+        """Return micro-batch `number` of a step, on the CPU. Called from a thread."""
+
+
 @dataclass(frozen=True)
 class LoopInputs:
-    """What the loop is handed."""
+    """Everything that the loop works with and never replaces."""
 
     accelerator: Any
     strategy: Strategy  # model and optimizer, prepared
     objective: Objective
-    batches: Plan
+    batches: BatchSource
     steps: int
     training: TrainingSettings
     optimization: OptimizerSettings
@@ -50,160 +57,131 @@ class LoopInputs:
     signals: SignalHandler = field(default_factory=SignalHandler)
 
 
-def fit(job: LoopInputs, state: TrainState) -> TrainState:
-    """Trains from `state` to the last step.
+def fit(inputs: LoopInputs, state: TrainState) -> TrainState:
+    """Train from `state` to the last step; return the state after it.
 
     Raises:
-        Preempted: once the step that was under way is saved.
-        TrainingDiverged: if it makes no sense to go on.
+        Preempted: after a signal on any process, once the step under way is saved.
+        TrainingDiverged: after `max_skipped_steps` steps in a row without a finite gradient.
     """
-    model = job.strategy.model
+    accelerator, objective, strategy = inputs.accelerator, inputs.objective, inputs.strategy
+    model, device = strategy.model, accelerator.device
     model.train()
-    recent = Recent(job)
-    state = evaluated(job, state, recent, is_saved=True)  # a run that was told to stop may have left it undone
-    for step, streams in step_streams(job, state.step):
-        rate = learning_rate(step, job.steps, job.optimization)
-        set_learning_rate(job.strategy.optimizer, rate)
+    sums = MetricSums(accelerator, objective.metric_names)
+    state = evaluate_if_due(inputs, state, sums, is_saved=True)  # a signal may have cut it short before the resume
+    for step, streams in step_streams(inputs, state.step):
+        # Before the backward pass, because DeepSpeed updates the weights within it.
+        rate = learning_rate(step, inputs.steps, inputs.optimization)
+        set_learning_rate(strategy.optimizer, rate)
+        # A step is sum / normalizer over all its streams on all processes, so every loss is scaled by the same number.
         watchdog.at("counting", step)
-        counted = sum(job.objective.normalizer(stream) for _, stream in streams)
+        normalizer = sum(objective.normalizer(stream) for _, stream in streams)
         tokens = sum(stream.num_tokens for _, stream in streams)
-        counted, tokens = global_sum(job.accelerator, counted, tokens)
-        scale = loss_scale(job.accelerator, counted)
-        step_loss = torch.zeros((), device=job.accelerator.device)
-        measured = torch.zeros(len(job.objective.metric_names), dtype=torch.float64, device=job.accelerator.device)
+        normalizer, tokens = global_sum(accelerator, normalizer, tokens)
+        scale = loss_scale(accelerator, normalizer)
+        loss_sum = torch.zeros((), device=device)
+        metric_sums = torch.zeros(len(objective.metric_names), dtype=torch.float64, device=device)
         for number, stream in streams:
-            with job.accelerator.accumulate(model):
-                torch.manual_seed(seed_for(job.training.seed, "dropout", step, number))
+            with accelerator.accumulate(model):  # DDP exchanges gradients at the last one alone
+                # One seed a micro-batch: dropout is the same on any number of processes, and after a resume.
+                torch.manual_seed(seed_for(inputs.training.seed, "dropout", step, number))
                 watchdog.at("forward")
                 log_probs = model(stream)
-                loss = job.objective.loss(log_probs, stream)
+                loss = objective.loss(log_probs, stream)
                 watchdog.at("backward")
-                job.accelerator.backward(loss * scale)
-                step_loss += loss.detach()
-                measured += job.objective.metrics(log_probs.detach(), stream)
+                accelerator.backward(loss * scale)
+                loss_sum += loss.detach()
+                metric_sums += objective.metrics(log_probs.detach(), stream)
         watchdog.at("update")
-        norm = job.strategy.update()
-        state = state.after_step(updated=math.isfinite(norm))
-        recent.add(step_loss, measured, counted, tokens, norm)
-        job.tracker.advance()
-        if state.skipped_in_a_row >= job.training.max_skipped_steps:
-            raise TrainingDiverged(
-                f"the gradient was not finite in {state.skipped_in_a_row} steps in a row, the last was step {step}: "
-                "lower `optimizer.learning_rate` or look at the data of these steps"
-            )
-        if is_due(state.step, job.training.log_every, job.steps):
-            recent.log(state, rate)
+        grad_norm = strategy.update()  # skipped unless the norm is finite, which is the same on all processes
+        state = state.after_step(updated=math.isfinite(grad_norm))
+        sums.add(loss_sum, metric_sums, normalizer, tokens, grad_norm)
+        inputs.tracker.advance()
+        stop_if_diverged(inputs, state)
+        if is_due(state.step, inputs.training.log_every, inputs.steps):
+            log_metrics(inputs, state, sums, rate)
         watchdog.at("end of the step")
-        if any(global_sum(job.accelerator, float(bool(job.signals)))):  # wherever the signal has arrived
-            stop(job, state)
-        state = evaluated(job, state, recent)
-        save_every = job.training.save_every or job.training.eval_every or job.batches.steps_per_epoch
-        if is_due(state.step, save_every, job.steps) or state.best_step == state.step:
-            with recent.paused():
-                job.save(state)
+        # One process may have the signal alone, but all must leave the loop at the same step.
+        if any(global_sum(accelerator, float(bool(inputs.signals)))):
+            save_and_stop(inputs, state)
+        # Evaluated first, so that the checkpoint knows the result and whether it is the best.
+        state = evaluate_if_due(inputs, state, sums)
+        if is_due(state.step, save_every(inputs), inputs.steps) or state.best_step == state.step:
+            with sums.paused():
+                inputs.save(state)
     return state
 
 
-def evaluated(job: LoopInputs, state: TrainState, recent: "Recent", is_saved: bool = False) -> TrainState:
-    """The state after the evaluation that is due after its step, if there is one.
+def step_streams(inputs: LoopInputs, start: int) -> Iterator[tuple[int, list[tuple[int, TokenStream]]]]:
+    """Yield (step, [(micro-batch number, stream on the device), ...]) for this process.
 
-    Args:
-        is_saved: whether there is a checkpoint of this step already.
+    The next step's streams are built in a thread while this one's are computed. Rank r of R takes the micro-batches
+    r, r + R, r + 2R ... of each step: the same steps on any number of processes.
     """
-    every = job.training.eval_every or job.batches.steps_per_epoch
-    if state.step == 0 or state.evaluated_step == state.step or not is_due(state.step, every, job.steps):
-        return state
-    try:
-        with recent.paused():
-            loss = job.evaluate(state.step)
-    except EvaluationInterrupted:
-        stop(job, state, is_saved)
-    return state.after_evaluation(loss)
-
-
-def stop(job: LoopInputs, state: TrainState, is_saved: bool = False) -> NoReturn:
-    """Saves and ends the run; all processes come here together."""
-    if not is_saved:
-        job.save(state)
-    raise Preempted(f"told to stop, and has saved step {state.step}")
-
-
-def is_due(step: int, every: int, last: int) -> bool:
-    """Whether something done `every` steps is due after `step` steps; the last step is never left out."""
-    return step % every == 0 or step == last
-
-
-def step_streams(job: LoopInputs, start: int) -> Iterator[tuple[int, list[tuple[int, TokenStream]]]]:
-    """(step, [(micro-batch number in the step, stream on the device), ...]) for this process, built one step ahead."""
-    rank, processes, device = job.accelerator.process_index, job.accelerator.num_processes, job.accelerator.device
-    pin = device.type == "cuda"
+    accelerator, batches = inputs.accelerator, inputs.batches
+    numbers = range(accelerator.process_index, batches.micro_batches_per_step, accelerator.num_processes)
+    pin = accelerator.device.type == "cuda"  # so that copies to the GPU do not block
 
     def build(step: int) -> list[tuple[int, TokenStream]]:
-        numbers = range(rank, job.batches.micro_batches_per_step, processes)
-        streams = [(number, job.batches.training_stream(step, number)) for number in numbers]
+        streams = [(number, batches.training_stream(step, number)) for number in numbers]
         return [(number, stream.pin_memory() if pin else stream) for number, stream in streams]
 
     with ThreadPoolExecutor(1, thread_name_prefix="streams") as builder:
-        following = builder.submit(build, start) if start < job.steps else None
-        for step in range(start, job.steps):
+        following = builder.submit(build, start) if start < inputs.steps else None
+        for step in range(start, inputs.steps):
             watchdog.at("waiting for data", step)
             built = following.result()
-            following = builder.submit(build, step + 1) if step + 1 < job.steps else None
-            yield step, [(number, stream.to(device, non_blocking=True)) for number, stream in built]
+            following = builder.submit(build, step + 1) if step + 1 < inputs.steps else None
+            yield step, [(number, stream.to(accelerator.device, non_blocking=True)) for number, stream in built]
 
 
-class Recent:
-    """Sums since the last line of metrics."""
+def log_metrics(inputs: LoopInputs, state: TrainState, sums: MetricSums, rate: float) -> None:
+    """Log the means since the last call, on the main process; all processes call it together."""
+    metrics, seconds_per_step = sums.take()
+    metrics |= {"learning_rate": rate, "skipped_steps": state.step - state.updates}
+    metrics = {f"train/{name}": value for name, value in metrics.items()}
+    inputs.tracker.log(state.step, metrics)
+    inputs.tracker.show(state.step, metrics, seconds_per_step * (inputs.steps - state.step))
 
-    def __init__(self, job: LoopInputs) -> None:
-        self.job = job
-        self._clear()
 
-    def _clear(self) -> None:
-        device = self.job.accelerator.device
-        self.loss = torch.zeros((), device=device)  # of this process, as is what is measured
-        self.measured = torch.zeros(len(self.job.objective.metric_names), dtype=torch.float64, device=device)
-        self.steps, self.updates = 0, 0
-        self.counted, self.tokens, self.norms = 0.0, 0.0, 0.0
-        self.seconds, self.since = 0.0, time.perf_counter()
+def evaluate_if_due(inputs: LoopInputs, state: TrainState, sums: MetricSums, is_saved: bool = False) -> TrainState:
+    """Return the state after the evaluation that is due after its step, or the same state where none is.
 
-    def add(self, loss: Tensor, measured: Tensor, counted: float, tokens: float, norm: float) -> None:
-        """One step: this process's sums; what was counted and read by all; the gradient norm before clipping.
+    Args:
+        is_saved: there is a checkpoint of this step already, should a signal cut the evaluation short.
+    """
+    every = inputs.training.eval_every or inputs.batches.steps_per_epoch
+    if state.step == 0 or state.evaluated_step == state.step or not is_due(state.step, every, inputs.steps):
+        return state
+    try:
+        with sums.paused():
+            loss = inputs.evaluate(state.step)
+    except EvaluationInterrupted:
+        save_and_stop(inputs, state, is_saved)
+    return state.after_evaluation(loss)
 
-        A step that was skipped adds its tokens alone: its loss is not one.
-        """
-        self.steps += 1
-        self.tokens += tokens
-        if math.isfinite(norm):
-            self.updates += 1
-            self.loss += loss
-            self.measured += measured
-            self.counted += counted
-            self.norms += norm
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves what is not training out of the speed."""
-        self.seconds += time.perf_counter() - self.since
-        try:
-            yield
-        finally:
-            self.since = time.perf_counter()
+def save_and_stop(inputs: LoopInputs, state: TrainState, is_saved: bool = False) -> NoReturn:
+    """Save and end the run; all processes come here together."""
+    if not is_saved:
+        inputs.save(state)
+    raise Preempted(f"told to stop, and has saved step {state.step}")
 
-    def log(self, state: TrainState, rate: float) -> None:
-        sums = global_sum(self.job.accelerator, float(self.loss), *self.measured.tolist())
-        seconds = self.seconds + time.perf_counter() - self.since
-        names = ("loss", *self.job.objective.metric_names)
-        means = {
-            f"train/{name}": total / self.counted if self.counted else math.nan
-            for name, total in zip(names, sums, strict=True)
-        }
-        metrics = means | {
-            "train/grad_norm": self.norms / self.updates if self.updates else math.nan,
-            "train/learning_rate": rate,
-            "train/tokens_per_second": self.tokens / seconds,
-            "train/skipped_steps": state.step - state.updates,
-        }
-        self.job.tracker.log(state.step, metrics)
-        self.job.tracker.show(state.step, metrics, seconds / self.steps * (self.job.steps - state.step))
-        self._clear()
+
+def stop_if_diverged(inputs: LoopInputs, state: TrainState) -> None:
+    """Raise TrainingDiverged after too many steps in a row without a finite gradient."""
+    if state.skipped_in_a_row >= inputs.training.max_skipped_steps:
+        raise TrainingDiverged(
+            f"the gradient was not finite in {state.skipped_in_a_row} steps in a row, the last was step "
+            f"{state.step - 1}: lower `optimizer.learning_rate` or look at the data of these steps"
+        )
+
+
+def save_every(inputs: LoopInputs) -> int:
+    """Return the number of steps from one checkpoint to the next: as often as evaluation unless it is set."""
+    return inputs.training.save_every or inputs.training.eval_every or inputs.batches.steps_per_epoch
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """Return True if something done `every` steps is due after `step` steps; the last step is never left out."""
+    return step % every == 0 or step == last

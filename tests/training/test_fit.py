@@ -1,0 +1,316 @@
+"""The loop's contract: one step is sum / normalizer, positions decide everything, and what is due when, in what order.
+
+One process; the same run on many is in tests/runs/test_strategies.py.
+"""
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gpt2ft.checkpoint import TrainState
+from gpt2ft.data.packing import build_stream
+from gpt2ft.data.token_tree import weigh
+from gpt2ft.distributed.signals import Preempted, SignalHandler
+from gpt2ft.model.logprobs import TargetLogProbs
+from gpt2ft.objectives.sft import SFT
+from gpt2ft.settings.sections import OptimizerSettings, TrainingSettings
+from gpt2ft.training.evaluate import EvaluationInterrupted
+from gpt2ft.training.fit import LoopInputs, TrainingDiverged, fit, is_due, step_streams
+from gpt2ft.training.optimizer import adamw, learning_rate
+from gpt2ft.training.strategy import DDP
+
+VOCABULARY = 8192
+MICRO_BATCHES = 3
+STEPS = 6
+LENGTHS = (3, 40, 9, 17)  # of the replies: micro-batches of very uneven weight
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    """One process that accumulates the micro-batches of a step."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    from gpt2ft.distributed.accelerator import start_accelerator
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return start_accelerator("fp32", MICRO_BATCHES)
+
+
+class Batches:
+    """A batch source of nothing but the three members that the loop asks for."""
+
+    def __init__(self, make_tree):
+        self.micro_batches_per_step = MICRO_BATCHES
+        self.steps_per_epoch = 4
+        self.make_tree = make_tree
+        self.asked = []
+
+    def training_stream(self, step, number):
+        self.asked.append((step, number))
+        length = LENGTHS[(step * MICRO_BATCHES + number) % len(LENGTHS)]
+        return build_stream([weigh(self.make_tree(("user", 4, -1), ("assistant", length, 0)), "once")], 64, 64)
+
+
+class Diary:
+    """Stands for everything around the loop and notes what it is told, in order."""
+
+    def __init__(self, signals, losses=(), signal_after=None):
+        self.events = []
+        self.metrics = {}
+        self.advanced = 0
+        self.signals = signals
+        self.losses = dict(losses)
+        self.signal_after = signal_after
+
+    def advance(self):
+        self.advanced += 1
+        if self.advanced == self.signal_after:
+            self.signals.signal = 15
+
+    def log(self, step, metrics):
+        self.events.append(f"log {step}")
+        self.metrics[step] = metrics
+
+    def show(self, step, metrics, seconds_left):
+        assert metrics is self.metrics[step]
+        assert seconds_left >= 0
+
+    def evaluate(self, step):
+        self.events.append(f"evaluate {step}")
+        return self.losses.get(step)
+
+    def save(self, state):
+        self.events.append(f"save {state.step}")
+
+
+@pytest.fixture
+def make_run(tiny_gpt2, accelerator, make_tree):
+    """make_run(): what the loop works with, the model in its beginning; settings by name."""
+
+    def make(objective=None, losses=(), signal_after=None, dropout=0.0, **training):
+        model = TargetLogProbs(tiny_gpt2(VOCABULARY, 64), VOCABULARY, "segments")
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = dropout
+        optimization = OptimizerSettings(learning_rate=1e-2, weight_decay=0.1)
+        strategy = DDP(accelerator, model, adamw(model.gpt2, optimization, fused=False), max_grad_norm=0.5)
+        signals = SignalHandler()
+        diary = Diary(signals, losses, signal_after)
+        inputs = LoopInputs(
+            accelerator=accelerator,
+            strategy=strategy,
+            objective=objective or SFT(),
+            batches=Batches(make_tree),
+            steps=STEPS,
+            training=TrainingSettings(**({"log_every": 1} | training)),
+            optimization=optimization,
+            tracker=diary,
+            evaluate=diary.evaluate,
+            save=diary.save,
+            signals=signals,
+        )
+        return inputs, diary
+
+    return make
+
+
+def weights(inputs):
+    return {name: parameter.detach().clone() for name, parameter in inputs.strategy.gpt2.named_parameters()}
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# --- one step -------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_is_the_sum_over_its_streams_over_their_normalizers(make_run, tiny_gpt2):
+    """Against one backward pass of the mean over all targets of the step."""
+    inputs, diary = make_run()
+    gpt2 = tiny_gpt2(VOCABULARY, 64)
+    model = TargetLogProbs(gpt2, VOCABULARY, "segments")
+    optimizer = adamw(gpt2, inputs.optimization, fused=False)
+    streams = [inputs.batches.training_stream(0, number) for number in range(MICRO_BATCHES)]
+    nats = torch.cat([-(model(stream) * stream.weights)[: stream.num_supervised] for stream in streams])
+    assert len(nats) == sum(LENGTHS[:MICRO_BATCHES]) - MICRO_BATCHES
+    nats.mean().backward()
+    norm = torch.nn.utils.clip_grad_norm_(gpt2.parameters(), 0.5)
+    optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 1e-2
+    optimizer.step()
+
+    fit(replace(inputs, steps=1), TrainState())
+    logged = diary.metrics[1]
+    assert logged["train/loss"] == pytest.approx(float(nats.detach().mean()), rel=1e-6)
+    assert logged["train/grad_norm"] == pytest.approx(float(norm), rel=1e-5)
+    assert float(norm) > 0.5  # it was clipped
+    assert logged["train/learning_rate"] == 1e-2
+    for name, parameter in gpt2.named_parameters():  # Adam divides by the gradient's size: rounding may turn its sign
+        difference = (parameter - dict(inputs.strategy.gpt2.named_parameters())[name]).abs()
+        assert float(difference.median()) < 1e-7, name
+
+
+class WithMetrics(SFT):
+    metric_names = ("targets", "streams")
+
+    def metrics(self, log_probs, stream):
+        assert not log_probs.requires_grad
+        return torch.tensor([stream.num_supervised, 1.0], dtype=torch.float64)
+
+
+def test_metrics_are_normalized_like_the_loss(make_run):
+    inputs, diary = make_run(WithMetrics(), log_every=4)
+    fit(inputs, TrainState())
+    targets = [LENGTHS[index % len(LENGTHS)] - 1 for index in range(STEPS * MICRO_BATCHES)]
+    assert list(diary.metrics) == [4, 6]
+    assert [diary.metrics[step]["train/targets"] for step in (4, 6)] == [1.0, 1.0]
+    expected = [4 * MICRO_BATCHES / sum(targets[: 4 * MICRO_BATCHES]), 2 * MICRO_BATCHES / sum(targets[12:])]
+    assert [diary.metrics[step]["train/streams"] for step in (4, 6)] == pytest.approx(expected)
+
+
+class SeesLearningRates(SFT):
+    def __init__(self):
+        self.optimizer, self.seen = None, []
+
+    def loss(self, log_probs, stream):
+        self.seen.append([group["lr"] for group in self.optimizer.param_groups])
+        return super().loss(log_probs, stream)
+
+
+def test_the_learning_rate_is_set_before_the_backward_pass(make_run):
+    objective = SeesLearningRates()
+    inputs, diary = make_run(objective)
+    objective.optimizer = inputs.strategy.optimizer
+    fit(inputs, TrainState())
+    rates = [learning_rate(step, STEPS, inputs.optimization) for step in range(STEPS)]
+    assert len(set(rates)) == STEPS
+    assert objective.seen == [[rate, rate] for rate in rates for _ in range(MICRO_BATCHES)]
+    assert [diary.metrics[step]["train/learning_rate"] for step in range(1, STEPS + 1)] == rates
+
+
+# --- positions ------------------------------------------------------------------------------------------------------
+
+
+def test_every_micro_batch_is_asked_for_once_in_order(make_run):
+    inputs, diary = make_run()
+    state = fit(inputs, TrainState())
+    assert inputs.batches.asked == [(step, number) for step in range(STEPS) for number in range(MICRO_BATCHES)]
+    assert (state.step, state.updates, diary.advanced) == (STEPS, STEPS, STEPS)
+
+
+def test_each_rank_has_its_own_micro_batches(make_run):
+    inputs, _ = make_run()
+    taken = []
+    for rank in range(2):
+        process = SimpleNamespace(process_index=rank, num_processes=2, device=torch.device("cpu"))
+        for step, streams in step_streams(replace(inputs, accelerator=process), start=4):
+            taken.append((step, rank, [number for number, _ in streams]))
+    assert taken == [(4, 0, [0, 2]), (5, 0, [0, 2]), (4, 1, [1]), (5, 1, [1])]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_run_that_is_stopped_and_goes_on_gives_the_bits_of_one_that_is_not(dropout, make_run):
+    whole, diary = make_run(dropout=dropout)
+    fit(whole, TrainState())
+    parts, other = make_run(dropout=dropout, signal_after=2)
+    with pytest.raises(Preempted, match="has saved step 2"):
+        fit(parts, TrainState())
+    assert other.events[-1] == "save 2"
+    torch.manual_seed(99)  # whatever has been drawn meanwhile
+    fit(replace(parts, signals=SignalHandler()), TrainState(step=2, updates=2))
+    assert_equal(weights(parts), weights(whole))
+    losses = [[each.metrics[step]["train/loss"] for step in range(1, STEPS + 1)] for each in (diary, other)]
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) == STEPS
+
+
+# --- what is due ----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_due_in_its_order(make_run):
+    inputs, diary = make_run(log_every=4, eval_every=2, save_every=3, losses={2: 5.0, 4: 4.0, 6: 4.5})
+    state = fit(inputs, TrainState())
+    expected = ["evaluate 2", "save 2", "save 3", "log 4", "evaluate 4", "save 4", "log 6", "evaluate 6", "save 6"]
+    assert diary.events == expected  # saved as well where it is the best so far
+    assert (state.best_loss, state.best_step, state.evaluated_step) == (4.0, 4, 6)
+
+
+def test_evaluation_and_checkpoints_come_once_an_epoch_by_default(make_run):
+    inputs, diary = make_run(log_every=100)
+    fit(inputs, TrainState())
+    assert diary.events == ["evaluate 4", "save 4", "log 6", "evaluate 6", "save 6"]
+
+
+def test_the_last_step_is_never_left_out():
+    assert [step for step in range(1, 11) if is_due(step, 4, last=10)] == [4, 8, 10]
+    assert [step for step in range(1, 11) if is_due(step, 100, last=10)] == [10]
+
+
+# --- interrupted evaluations ------------------------------------------------------------------------------------------
+
+
+def interrupted(step):
+    raise EvaluationInterrupted
+
+
+def test_an_evaluation_that_is_cut_short_is_made_up_for_by_the_next_start(make_run):
+    inputs, diary = make_run(eval_every=2, save_every=100)
+    with pytest.raises(Preempted, match="has saved step 2"):
+        fit(replace(inputs, evaluate=interrupted), TrainState())
+    assert diary.events == ["log 1", "log 2", "save 2"]
+    with pytest.raises(Preempted, match="has saved step 2"):  # once more, and it is saved already
+        fit(replace(inputs, evaluate=interrupted), TrainState(step=2, updates=2))
+    assert diary.events == ["log 1", "log 2", "save 2"]
+    fit(inputs, TrainState(step=2, updates=2))
+    assert diary.events[3:] == ["evaluate 2", "log 3", "log 4", "evaluate 4", "log 5", "log 6", "evaluate 6", "save 6"]
+
+
+def test_what_was_evaluated_is_not_evaluated_again(make_run):
+    inputs, diary = make_run(eval_every=2, save_every=100, log_every=100)
+    fit(inputs, TrainState(step=4, updates=4, evaluated_step=4))
+    assert diary.events == ["log 6", "evaluate 6", "save 6"]
+    diary.events.clear()
+    assert fit(inputs, TrainState(step=6, updates=6, evaluated_step=6)).step == 6
+    assert diary.events == []
+
+
+# --- gradients that are not finite ------------------------------------------------------------------------------------
+
+
+class NaNFrom(SFT):
+    """The loss is not a number in some calls."""
+
+    def __init__(self, calls):
+        self.calls, self.number = calls, 0
+
+    def loss(self, log_probs, stream):
+        self.number += 1
+        return super().loss(log_probs, stream) * (math.nan if self.number - 1 in self.calls else 1.0)
+
+
+def test_a_step_without_a_finite_gradient_changes_nothing(make_run):
+    """It is left out: the next ones are as if the learning rate had been zero in it."""
+    inputs, diary = make_run(NaNFrom({4}))  # the second micro-batch of the second step
+    fit(replace(inputs, steps=1), TrainState())
+    before = weights(inputs)
+    state = fit(replace(inputs, steps=2), TrainState(step=1, updates=1))
+    assert (state.step, state.updates, state.skipped_in_a_row) == (2, 1, 1)
+    assert_equal(weights(inputs), before)
+    assert math.isnan(diary.metrics[2]["train/loss"])
+    assert diary.metrics[2]["train/skipped_steps"] == 1
+    state = fit(inputs, state)
+    assert (state.step, state.updates, state.skipped_in_a_row) == (STEPS, STEPS - 1, 0)
+    assert all(math.isfinite(diary.metrics[step]["train/loss"]) for step in (3, 4, 5, 6))
+    assert not torch.equal(weights(inputs)["wte.weight"], before["wte.weight"])
+
+
+def test_too_many_of_them_end_the_run_unsaved(make_run):
+    inputs, diary = make_run(NaNFrom(range(6, 100)), max_skipped_steps=3, eval_every=100)
+    with pytest.raises(TrainingDiverged, match=r"3 steps in a row, the last was step 4: .*`optimizer.learning_rate`"):
+        fit(inputs, TrainState())
+    assert diary.events == ["log 1", "log 2", "log 3", "log 4"]
