@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
+from gpt2ft.data.kinds import PREFERENCES
 from gpt2ft.data.packing import build_stream, number_replies
 from gpt2ft.data.pairs import PreferencePairs
 from gpt2ft.data.plan import Plan, chunk
@@ -54,14 +55,14 @@ def case_of(store, vocabulary, gpt2, max_length, capacity, chosen):
 def random_case(tokenizer, tiny_gpt2, write_groups, cache, tmp_path_factory):
     """Random prompts of several turns with up to six replies, some cut and some split."""
     file = write_groups(tmp_path_factory.mktemp("groups") / "groups.jsonl", number=120)
-    store = open_store(file, FilterSettings(), tokenizer, cache, as_preferences=True)
+    store = open_store(file, FilterSettings(), tokenizer, cache, kind=PREFERENCES)
     return case_of(store, len(tokenizer), tiny_gpt2(tokenizer.padded_size, 96, seed=1), 96, 256, chosen=4)
 
 
 @pytest.fixture(scope="module")
 def oasst_case(test_data, gpt2_tokenizer, tiny_gpt2, cache):
     file = str(test_data("oasst/en_100_tree.jsonl"))
-    store = open_store(file, FilterSettings(), gpt2_tokenizer, cache, as_preferences=True)
+    store = open_store(file, FilterSettings(), gpt2_tokenizer, cache, kind=PREFERENCES)
     gpt2 = tiny_gpt2(gpt2_tokenizer.padded_size, 1024, n_embd=32, seed=2)
     return case_of(store, len(gpt2_tokenizer), gpt2, 1024, 2048, chosen=2)
 
@@ -227,7 +228,7 @@ def test_a_group_says_the_same_whatever_it_is_packed_with(case):
 def test_real_groups_need_a_third_of_the_tokens_of_their_pairs(test_data, gpt2_tokenizer, cache):
     """All pairs of OASST's ranked siblings, against two sequences for each."""
     file = str(test_data("oasst/en_100_tree.jsonl"))
-    store = open_store(file, FilterSettings(), gpt2_tokenizer, cache, as_preferences=True)
+    store = open_store(file, FilterSettings(), gpt2_tokenizer, cache, kind=PREFERENCES)
     rows = np.array([(0, row) for row in range(len(store))])
     chunks = chunk([store], rows, PreferencePairs("all", "pair", max_length=1024, capacity=8192))
     plan = Plan(chunks, 8192, micro_batches_per_step=8, seed=0)

@@ -7,63 +7,69 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from gpt2ft.conversation import SUPERVISED_ROLES
+from gpt2ft.data.kinds import CONVERSATIONS, DataKind
 from gpt2ft.data.mixing import Keys, first_of_each, is_held_out, sampled
 from gpt2ft.data.plan import Rows
 from gpt2ft.data.reading import DataError
+from gpt2ft.data.sources import read_trees
 from gpt2ft.data.store import TokenStore, open_store
 from gpt2ft.data.topic import Topic
 from gpt2ft.errors import SettingsError
-from gpt2ft.files import cache_root
-from gpt2ft.settings.sections import DataSettings, split_factor
+from gpt2ft.files import cache_root, user_path
+from gpt2ft.settings.sections import DataSettings, FilterSettings, split_factor
 from gpt2ft.text.tokenizer import ChatTokenizer
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokenised sources and which of their trees are used, some of them more than once where a factor says so."""
+    """Tokenised sources and the rows of them that are used, some more than once where a mixing weight says so."""
 
+    kind: DataKind
     stores: list[TokenStore]
-    factors: list[float]
+    mixing_weights: list[float]
     rows: Rows
-    dropped: Counter[str]  # trees left out here, by reason
-    is_whole: bool = True  # not a part held out of the sources of another, which tells what they dropped
+    dropped: Counter[str]  # rows left out here, by reason
+    is_whole: bool = True  # not held out of the sources of another corpus, which tells what they dropped
 
     def identity(self) -> dict[str, str | int]:
-        """What tells this corpus from another."""
-        named = zip(self.stores, self.factors, strict=True)
-        digests = {store.source + (f"@{factor:g}" if factor != 1 else ""): store.digest for store, factor in named}
+        """Digests of the stores by name, and the number of rows: equal where corpora are."""
+        named = zip(self.stores, self.mixing_weights, strict=True)
+        digests = {store.source + (f"@{weight:g}" if weight != 1 else ""): store.digest for store, weight in named}
         return digests | {"conversations": len(self.rows)}
 
     def content(self) -> str:
-        """A digest of the tokens themselves and of which are used, to compare machines."""
-        parts = [*(store.statistics.content.encode() for store in self.stores), self.rows.tobytes()]
-        return hashlib.sha256(b"".join(parts)).hexdigest()
+        """Return a digest of the tokens themselves and of which are used, to compare machines."""
+        contents = [*(store.statistics.content.encode() for store in self.stores), self.rows.tobytes()]
+        return hashlib.sha256(b"".join(contents)).hexdigest()
 
     def conversations(self) -> Keys:
-        """Of which conversation each row is."""
+        """[n] key of the conversation of each row."""
         of_stores = enumerate(store.conversations() for store in self.stores)
         return np.concatenate([found[self.rows[self.rows[:, 0] == number, 1]] for number, found in of_stores])
 
 
 def load_corpora(
-    settings: DataSettings, tokenizer: ChatTokenizer, seed: int = 0, as_preferences: bool = False
+    settings: DataSettings, tokenizer: ChatTokenizer, seed: int = 0, kind: DataKind = CONVERSATIONS
 ) -> tuple[Corpus, Corpus | None]:
-    """The training and the held-out conversations, by whole trees, none in both.
+    """Return the training and the held-out data, by whole trees, none in both.
 
-    A conversation met twice counts once; one that is held out is dropped from training. Factors come last.
+    A conversation met twice counts once; one that is held out is dropped from training. Mixing weights come last.
 
     Args:
-        seed: of what a source's factor leaves out or takes twice.
-        as_preferences: whether they are read as prompts with replies to compare.
+        seed: of what a mixing weight leaves out or takes once more.
+
+    Raises:
+        DataError: if a source cannot be read or nothing is left to train on.
+        SettingsError: if a setting leaves nothing of a source, or holds nothing out.
     """
     held_out, nothing = None, np.zeros(0, np.uint64)
-    unit = "prompts" if as_preferences else "conversations"
     if settings.eval:
-        stores = _open_stores(settings.eval, settings, tokenizer, as_preferences)
-        held_out = _unique(stores, nothing, f"{unit} met before")
+        stores = _open_stores(settings.eval, settings, tokenizer, kind)
+        held_out = _unique(kind, stores, nothing, f"{kind.unit} met before")
     kept_back = held_out.conversations() if held_out else nothing
-    reason = f"{unit} met before" + (" or held out" if held_out else "")
-    corpus = _unique(_open_stores(settings.train, settings, tokenizer, as_preferences), kept_back, reason)
+    reason = f"{kind.unit} met before" + (" or held out" if held_out else "")
+    corpus = _unique(kind, _open_stores(settings.train, settings, tokenizer, kind), kept_back, reason)
     if settings.eval_fraction:
         chosen = is_held_out(corpus.conversations(), settings.eval_fraction)
         held_out = replace(corpus, rows=corpus.rows[chosen], dropped=Counter(), is_whole=False)
@@ -75,17 +81,37 @@ def load_corpora(
     return _sampled(corpus, [split_factor(source)[1] for source in settings.train], seed), held_out
 
 
+def read_topic(source: str) -> Topic:
+    """Read the replies of a topic: one a line of a .txt file, or all that any other data source supervises.
+
+    Raises:
+        DataError: if it cannot be read or holds no reply.
+    """
+    if source.lower().endswith(".txt"):
+        try:
+            texts = user_path(source).read_text(encoding="utf-8-sig").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"`data.topic_replies` = {source} cannot be read: {error}") from error
+    else:
+        messages = (message for tree in read_trees(source, FilterSettings()) for message in tree.messages)
+        texts = [message.text for message in messages if message.role in SUPERVISED_ROLES]
+    replies = tuple(dict.fromkeys(text.strip() for text in texts if text.strip()))
+    if not replies:
+        raise DataError(f"`data.topic_replies` = {source} must hold replies, but holds none")
+    return Topic(replies)
+
+
 def _open_stores(
-    sources: Sequence[str], settings: DataSettings, tokenizer: ChatTokenizer, as_preferences: bool
+    sources: Sequence[str], settings: DataSettings, tokenizer: ChatTokenizer, kind: DataKind
 ) -> list[TokenStore]:
-    topic = Topic.read(settings.topic_replies) if settings.topic_replies else None
+    topic = read_topic(settings.topic_replies) if settings.topic_replies else None
     names = [split_factor(source)[0] for source in sources]
     cache = cache_root(settings.cache)
-    return [open_store(name, settings.filters, tokenizer, cache, topic, as_preferences) for name in names]
+    return [open_store(name, settings.filters, tokenizer, cache, topic, kind) for name in names]
 
 
-def _unique(stores: list[TokenStore], kept_back: Keys, reason: str) -> Corpus:
-    """Every row once, none of a conversation that is kept back."""
+def _unique(kind: DataKind, stores: list[TokenStore], kept_back: Keys, reason: str) -> Corpus:
+    """Return every row once, none of a conversation that is kept back."""
     rows, seen = [], np.zeros(0, np.uint64)
     dropped: Counter[str] = Counter()
     for number, store in enumerate(stores):
@@ -94,14 +120,14 @@ def _unique(stores: list[TokenStore], kept_back: Keys, reason: str) -> Corpus:
         dropped[reason] += len(keys) - len(new)
         seen = np.concatenate([seen, keys[new]])
         rows.append(np.stack([np.full(len(new), number), new], axis=1))
-    return Corpus(stores, [1.0] * len(stores), np.concatenate(rows), +dropped)
+    return Corpus(kind, stores, [1.0] * len(stores), np.concatenate(rows), +dropped)
 
 
-def _sampled(corpus: Corpus, factors: list[float], seed: int) -> Corpus:
+def _sampled(corpus: Corpus, mixing_weights: list[float], seed: int) -> Corpus:
     rows = []
-    for number, (store, factor) in enumerate(zip(corpus.stores, factors, strict=True)):
+    for number, (store, weight) in enumerate(zip(corpus.stores, mixing_weights, strict=True)):
         here = corpus.rows[corpus.rows[:, 0] == number]
-        rows.append(here[sampled(store.keys()[here[:, 1]], factor, seed)])
+        rows.append(here[sampled(store.keys()[here[:, 1]], weight, seed)])
         if not len(rows[-1]) and len(here):
-            raise SettingsError(f"the factor {factor:g} leaves nothing of {store.source}: raise it")
-    return replace(corpus, rows=np.concatenate(rows), factors=factors)
+            raise SettingsError(f"the mixing weight {weight:g} leaves nothing of {store.source}: raise it")
+    return replace(corpus, rows=np.concatenate(rows), mixing_weights=mixing_weights)

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 from gpt2ft import quickstart
 from gpt2ft.conversation import MessageTree
 from gpt2ft.data.formats import AnyFormat, columns_to_read, detect, oasst
+from gpt2ft.data.kinds import CONVERSATIONS, DataKind
 from gpt2ft.data.reading import DataError, Malformed, ReadContext, show
 from gpt2ft.data.records import FILE_KINDS, Columns, Parsed, RecordBlock, read_file, read_table, stem
 from gpt2ft.files import file_digest, user_path
@@ -127,11 +128,11 @@ class Shard(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """One data source: where it lies, what it is called, and whether it is read as replies to compare."""
+    """One data source: its name, where it lies, and what it is read as."""
 
     name: str
     origin: HubSource | Files
-    as_preferences: bool = False
+    kind: DataKind = CONVERSATIONS
 
     @cached_property
     def format(self) -> AnyFormat:
@@ -144,7 +145,7 @@ class Source:
         problem = ""
         for where, record in self._records(lenient):
             try:
-                return detect(record, self.as_preferences)
+                return detect(record, self.kind.formats)
             except Malformed as malformed:
                 problem = problem or f"but at {where} it {malformed}"
         if lenient.dropped:
@@ -159,7 +160,7 @@ class Source:
         return self.format.name + (f" in {len(self.origin.files)} files" if several else "")
 
     def _blocks(self) -> Iterator[RecordBlock]:
-        return self.origin.blocks(partial(columns_to_read, as_preferences=self.as_preferences))
+        return self.origin.blocks(partial(columns_to_read, formats=self.kind.formats))
 
     def _records(self, context: ReadContext) -> Parsed:
         return chain.from_iterable(block.parse(context) for block in self._blocks())
@@ -222,24 +223,21 @@ def _of_format(block: RecordBlock, format: AnyFormat, context: ReadContext) -> P
             context.refuse(where, f"must be {format.name} like the first record, but holds {keys}")
 
 
-def open_source(name: str, as_preferences: bool = False) -> Source:
-    """The source of that name.
-
-    Args:
-        as_preferences: whether its trees are to hold replies to compare, where there is a choice.
+def open_source(name: str, kind: DataKind = CONVERSATIONS) -> Source:
+    """Return the source of that name.
 
     Raises:
         DataError: if there is none.
     """
     key, _, split = name.partition(":")
     if key in SOURCES:
-        return Source(name, _hub_split(name, SOURCES[key], split), as_preferences)
+        return Source(name, _hub_split(name, SOURCES[key], split), kind)
     if key in BUNDLED:
         if name not in BUNDLED:
             raise DataError(f"data source {name!r} must be one of {', '.join(BUNDLED)}")
-        return Source(name, Files(str(BUNDLED[name]), (BUNDLED[name],)), as_preferences)
+        return Source(name, Files(str(BUNDLED[name]), (BUNDLED[name],)), kind)
     path = user_path(name)
-    return Source(stem(path), Files(str(path), _files(name, path), path.is_dir()), as_preferences)
+    return Source(stem(path), Files(str(path), _files(name, path), path.is_dir()), kind)
 
 
 def read_trees(source: str, filters: FilterSettings, dropped: Counter[str] | None = None) -> Iterator[MessageTree]:

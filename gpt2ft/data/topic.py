@@ -7,12 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from gpt2ft.conversation import SUPERVISED_ROLES, Message, MessageTree
+from gpt2ft.conversation import Message, MessageTree
 from gpt2ft.data.reading import DataError
-from gpt2ft.data.sources import read_trees
-from gpt2ft.files import user_path
 from gpt2ft.random import seed_for
-from gpt2ft.settings.sections import FilterSettings
 
 
 @dataclass(frozen=True)
@@ -20,26 +17,6 @@ class Topic:
     """Replies that take the place of whatever a data source answers."""
 
     replies: tuple[str, ...]
-
-    @classmethod
-    def read(cls, source: str) -> "Topic":
-        """From a .txt file with one reply a line, or from whatever is to be learnt in any other data source.
-
-        Raises:
-            DataError: if it cannot be read or holds no reply.
-        """
-        if source.lower().endswith(".txt"):
-            try:
-                texts = user_path(source).read_text(encoding="utf-8-sig").split("\n")
-            except (OSError, UnicodeDecodeError) as error:
-                raise DataError(f"`data.topic_replies` = {source} cannot be read: {error}") from error
-        else:
-            messages = (message for tree in read_trees(source, FilterSettings()) for message in tree.messages)
-            texts = [message.text for message in messages if message.role in SUPERVISED_ROLES]
-        replies = tuple(dict.fromkeys(text.strip() for text in texts if text.strip()))
-        if not replies:
-            raise DataError(f"`data.topic_replies` = {source} must hold replies, but holds none")
-        return cls(replies)
 
     @cached_property
     def digest(self) -> str:

@@ -148,7 +148,7 @@ class SourceShare:
 def shares(corpus: Corpus, plan: Plan) -> list[SourceShare]:
     """The sources of a corpus, in its order."""
     found = []
-    for number, (store, factor) in enumerate(zip(corpus.stores, corpus.factors, strict=True)):
+    for number, (store, factor) in enumerate(zip(corpus.stores, corpus.mixing_weights, strict=True)):
         here = plan.chunks.rows[:, 0] == number
         rows = corpus.rows[corpus.rows[:, 0] == number]
         share = SourceShare(

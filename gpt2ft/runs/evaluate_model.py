@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2ft.data.corpus import Corpus, load_corpora
+from gpt2ft.data.kinds import CONVERSATIONS, PREFERENCES
 from gpt2ft.data.pairs import PreferencePairs
 from gpt2ft.data.plan import Conversations, Plan, chunk
 from gpt2ft.distributed import watchdog
@@ -48,7 +49,7 @@ def run(settings: EvaluateSettings) -> None:
         topic_replies=settings.topic_replies,
         cache=settings.cache,
     )
-    corpus, _ = load_corpora(data, loaded.tokenizer, as_preferences=settings.pairs is not None)
+    corpus, _ = load_corpora(data, loaded.tokenizer, kind=PREFERENCES if settings.pairs else CONVERSATIONS)
     check_agreement(accelerator, 0, corpus.content())
     prompts = topic_prompts(loaded, corpus, settings) if settings.topic else []
     capacity = settings.tokens_per_micro_batch

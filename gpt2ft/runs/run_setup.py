@@ -9,6 +9,7 @@ import torch
 
 from gpt2ft.data.augmentation import Augmentation
 from gpt2ft.data.corpus import Corpus, load_corpora
+from gpt2ft.data.kinds import CONVERSATIONS, PREFERENCES
 from gpt2ft.data.plan import ChunkingRule, Plan, chunk
 from gpt2ft.distributed import launch_checks
 from gpt2ft.distributed.accelerator import precision_of
@@ -62,7 +63,8 @@ def set_up(settings: RunSettings, task: "Task", accelerator: Any) -> RunSetup:
     check_lengths(settings, loaded)
     if settings.lora.rank:
         loaded = adapt(loaded, settings.lora, training.seed)
-    corpus, held_out = load_corpora(settings.data, loaded.tokenizer, training.seed, task.preferences)
+    kind = PREFERENCES if task.preferences else CONVERSATIONS
+    corpus, held_out = load_corpora(settings.data, loaded.tokenizer, training.seed, kind)
     plan = plan_for(corpus, settings, task.chunking(for_training=True), for_training=True)
     eval_plan = (
         plan_for(held_out, settings, task.chunking(for_training=False), for_training=False) if held_out else None

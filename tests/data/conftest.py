@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from gpt2ft.data.kinds import CONVERSATIONS
 from gpt2ft.data.reading import REASONS, DataError, ReadContext
 from gpt2ft.data.records import RecordBlock
 from gpt2ft.data.sources import Source, open_source
@@ -27,13 +28,11 @@ class InMemory:
 
 @pytest.fixture(scope="session")
 def read():
-    """read(source, as_preferences, **filters): the trees and the context of a name, a file or a list of records."""
+    """read(source, kind, **filters): the trees and the context of a name, a file or a list of records."""
 
-    def read(source, as_preferences=False, **filters):
-        if isinstance(source, list):
-            opened = Source("test", InMemory(source), as_preferences)
-        else:
-            opened = open_source(str(source), as_preferences)
+    def read(source, kind=CONVERSATIONS, **filters):
+        in_memory = isinstance(source, list)
+        opened = Source("test", InMemory(source), kind) if in_memory else open_source(str(source), kind)
         context = ReadContext(opened.name, FilterSettings(**filters))
         trees = [tree for shard in opened.shards(context.filters) for tree in shard.trees(context)]
         kept = sum(len(tree.messages) for tree in trees)

@@ -8,6 +8,7 @@ import pytest
 
 from gpt2ft import quickstart
 from gpt2ft.data.corpus import load_corpora
+from gpt2ft.data.kinds import PREFERENCES
 from gpt2ft.data.plan import Conversations, Plan, chunk
 from gpt2ft.data.reading import DataError
 from gpt2ft.errors import SettingsError
@@ -149,7 +150,7 @@ class TestFactors:
         )
 
     @pytest.mark.parametrize(
-        ("factors", "expected"),
+        ("weights", "expected"),
         [
             (("", ""), [20, 21]),
             (("@0.5", ""), [10, 21]),
@@ -158,19 +159,19 @@ class TestFactors:
             (("@1.0", "@3.25"), [20, 68]),
         ],
     )
-    def test_each_source_is_there_as_often_as_its_factor_says(self, load, two, factors, expected):
+    def test_each_source_is_there_as_often_as_its_mixing_weight_says(self, load, two, weights, expected):
         """Of what is left of it once what was met before is gone."""
-        corpus, _ = load(train=tuple(map(str.__add__, two, factors)))
+        corpus, _ = load(train=tuple(map(str.__add__, two, weights)))
         assert np.bincount(corpus.rows[:, 0]).tolist() == expected
         assert corpus.dropped == {"conversations met before": 10}
-        numbers = [float(factor.removeprefix("@") or 1) for factor in factors]
-        assert corpus.factors == numbers
-        for number, factor in enumerate(numbers):
+        numbers = [float(weight.removeprefix("@") or 1) for weight in weights]
+        assert corpus.mixing_weights == numbers
+        for number, weight in enumerate(numbers):
             times = Counter(corpus.rows[corpus.rows[:, 0] == number, 1].tolist())
-            assert set(times.values()) <= {int(factor), int(factor) + 1}
+            assert set(times.values()) <= {int(weight), int(weight) + 1}
         named = {
-            name + (f"@{factor:g}" if factor != 1 else ""): store.digest
-            for name, factor, store in zip(two, numbers, corpus.stores, strict=True)
+            name + (f"@{weight:g}" if weight != 1 else ""): store.digest
+            for name, weight, store in zip(two, numbers, corpus.stores, strict=True)
         }
         assert corpus.identity() == named | {"conversations": sum(expected)}
 
@@ -190,7 +191,7 @@ class TestFactors:
         expected = ids(load(train=two, eval_fraction=0.3)[1])
         corpus, held_out = load(train=train, eval_fraction=0.3)
         assert ids(held_out) == expected
-        assert held_out.factors == [1.0, 1.0]
+        assert held_out.mixing_weights == [1.0, 1.0]
         assert 5 < len(expected) < 30
         assert not set(ids(corpus)) & set(expected)
         of_first, of_second = (len({row for store, row in held_out.rows.tolist() if store == n}) for n in (0, 1))
@@ -207,8 +208,8 @@ class TestFactors:
         assert contents[0] == contents[1]
         assert len(set(contents[1:])) == len(contents) - 1
 
-    def test_a_factor_that_leaves_nothing_is_refused(self, load, two):
-        with pytest.raises(SettingsError, match=r"the factor 0\.01 leaves nothing of .*one\.jsonl: raise it"):
+    def test_a_mixing_weight_that_leaves_nothing_is_refused(self, load, two):
+        with pytest.raises(SettingsError, match=r"the mixing weight 0\.01 leaves nothing of .*one\.jsonl: raise it"):
             load(train=(f"{two[0]}@0.01", two[1]))
 
     def test_of_a_source_that_was_met_before_nothing_is_left_to_refuse(self, load, two):
@@ -222,7 +223,7 @@ class TestPreferences:
     @pytest.fixture
     def compare(self, tokenizer, cache):
         return lambda seed=0, **settings: load_corpora(
-            DataSettings(cache=str(cache), **settings), tokenizer, seed, as_preferences=True
+            DataSettings(cache=str(cache), **settings), tokenizer, seed, kind=PREFERENCES
         )
 
     def write(self, file, prompts, chosen="Yes.", rejected="No."):
@@ -281,10 +282,10 @@ class TestPreferences:
         assert corpus.dropped == {"prompts met before": 1 + 3}
         assert len(set(corpus.conversations().tolist())) == 2
 
-    @pytest.mark.parametrize(("factor", "expected"), [("@0.5", 10), ("@1.5", 30), ("@2", 40)])
-    def test_factors_are_of_prompts(self, compare, tokenizer, tmp_path, factor, expected):
+    @pytest.mark.parametrize(("weight", "expected"), [("@0.5", 10), ("@1.5", 30), ("@2", 40)])
+    def test_mixing_weights_are_of_prompts(self, compare, tokenizer, tmp_path, weight, expected):
         train = self.write(tmp_path / "train.jsonl", [f"Tea {number}?" for number in range(20)])
-        corpus, _ = compare(train=(f"{train}{factor}",))
+        corpus, _ = compare(train=(f"{train}{weight}",))
         times = Counter(self.prompts(corpus, tokenizer))
         assert times.total() == expected
         assert set(times.values()) <= {int(expected / 20), int(expected / 20) + 1}

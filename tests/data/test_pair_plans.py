@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from gpt2ft.data.kinds import PREFERENCES
 from gpt2ft.data.packing import build_pairs, build_stream, number_replies
 from gpt2ft.data.pairs import PreferencePairs
 from gpt2ft.data.plan import Plan, chunk
@@ -17,7 +18,7 @@ CAPACITY = 256
 
 @pytest.fixture(scope="module")
 def store(tokenizer, cache):
-    return open_store("quickstart", FilterSettings(), tokenizer, cache, as_preferences=True)
+    return open_store("quickstart", FilterSettings(), tokenizer, cache, kind=PREFERENCES)
 
 
 @pytest.fixture(scope="module", params=[(256, "all"), (64, "all"), (256, "adjacent")])

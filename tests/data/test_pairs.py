@@ -7,6 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
+from gpt2ft.data.kinds import PREFERENCES
 from gpt2ft.data.packing import number_replies
 from gpt2ft.data.pairs import LEAST_REPLY, PreferencePairs, compared, fit_replies, split_by_pairs, times_compared
 from gpt2ft.data.plan import chunk
@@ -59,7 +60,7 @@ def random_groups(write, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def store(random_groups, tokenizer, cache):
-    return open_store(random_groups, FilterSettings(reviewed_only=False), tokenizer, cache, as_preferences=True)
+    return open_store(random_groups, FilterSettings(reviewed_only=False), tokenizer, cache, kind=PREFERENCES)
 
 
 @pytest.fixture(params=["random", "quickstart", "oasst"])
@@ -67,13 +68,9 @@ def any_store(request, cache):
     if request.param == "random":
         return request.getfixturevalue("store")
     if request.param == "quickstart":
-        return open_store(
-            "quickstart", FilterSettings(), request.getfixturevalue("tokenizer"), cache, as_preferences=True
-        )
+        return open_store("quickstart", FilterSettings(), request.getfixturevalue("tokenizer"), cache, kind=PREFERENCES)
     file = request.getfixturevalue("test_data")("oasst/en_100_tree.jsonl")
-    return open_store(
-        str(file), FilterSettings(), request.getfixturevalue("gpt2_tokenizer"), cache, as_preferences=True
-    )
+    return open_store(str(file), FilterSettings(), request.getfixturevalue("gpt2_tokenizer"), cache, kind=PREFERENCES)
 
 
 def rows_of(store):
@@ -368,7 +365,7 @@ def test_the_sum_of_weights_is_one_for_each_prompt_or_for_each_pair(
         for row in ([60, 60, 3], [60, 60, 60, 4], [5, 6, 60, 60], [60, 60])
     ]  # fmt: skip
     stores = [
-        open_store(str(file), FilterSettings(reviewed_only=False), tokenizer, cache, as_preferences=True)
+        open_store(str(file), FilterSettings(reviewed_only=False), tokenizer, cache, kind=PREFERENCES)
         for file in (random_groups, write(tmp_path / "alike.jsonl", alike))
     ]
     rows = np.array([(number, row) for number, store in enumerate(stores) for row in range(len(store))])

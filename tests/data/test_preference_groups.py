@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gpt2ft.conversation import Message, MessageTree
+from gpt2ft.data.kinds import PREFERENCES
 from gpt2ft.data.preference_groups import preference_groups
 from gpt2ft.data.reading import REASONS
 from gpt2ft.data.store import open_store
@@ -161,7 +162,7 @@ def test_real_siblings_are_groups(oasst, gpt2_tokenizer, cache):
     file, replies = oasst
     assert sum(map(len, replies.values())) == 641
     assert sum(len(list(combinations(ranks, 2))) for ranks in replies.values()) == 754
-    store = open_store(str(file), FilterSettings(), gpt2_tokenizer, cache, as_preferences=True)
+    store = open_store(str(file), FilterSettings(), gpt2_tokenizer, cache, kind=PREFERENCES)
     assert len(store) == len(replies) == 212
     roles = {"prompter": "user", "assistant": "assistant"}
     expected = Counter()
@@ -185,9 +186,9 @@ def test_real_siblings_are_groups(oasst, gpt2_tokenizer, cache):
 
 
 def test_the_quickstarts_trees_are_ranked(tokenizer, cache):
-    store = open_store("quickstart", FilterSettings(), tokenizer, cache, as_preferences=True)
+    store = open_store("quickstart", FilterSettings(), tokenizer, cache, kind=PREFERENCES)
     assert (len(store), store.statistics.dropped) == (263, {})
     assert len(set(store.conversations().tolist())) == store.statistics.conversations == 150
     assert len(set(store.keys().tolist())) == 263
-    held_out = open_store("quickstart:held_out", FilterSettings(), tokenizer, cache, as_preferences=True)
+    held_out = open_store("quickstart:held_out", FilterSettings(), tokenizer, cache, kind=PREFERENCES)
     assert not set(store.conversations().tolist()) & set(held_out.conversations().tolist())

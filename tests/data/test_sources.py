@@ -242,9 +242,10 @@ READ = """
 import sys
 from gpt2ft.data.reading import DataError, ReadContext
 from gpt2ft.settings.sections import FilterSettings
+from gpt2ft.data.kinds import CONVERSATIONS, PREFERENCES
 from gpt2ft.data.sources import open_source
 try:
-    source = open_source(sys.argv[1], as_preferences=sys.argv[2] == "preferences")
+    source = open_source(sys.argv[1], PREFERENCES if sys.argv[2] == "preferences" else CONVERSATIONS)
     context = ReadContext(source.name, FilterSettings())
     for shard in source.shards(context.filters):
         for tree in shard.trees(context):

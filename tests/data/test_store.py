@@ -9,7 +9,7 @@ import pytest
 import gpt2ft.data.store as store_module
 from gpt2ft import quickstart
 from gpt2ft.conversation import ROLES
-from gpt2ft.data import records
+from gpt2ft.data import records, tokenise
 from gpt2ft.data.reading import DataError
 from gpt2ft.data.sources import read_trees
 from gpt2ft.data.store import TokenStore, open_store
@@ -36,11 +36,11 @@ FAMILY = [
 
 
 def refuse_to_tokenise(monkeypatch):
-    monkeypatch.setattr(store_module, "_write_shard", lambda *_: pytest.fail("must come from the cache"))
+    monkeypatch.setattr(tokenise, "_write_shard", lambda *_: pytest.fail("must come from the cache"))
 
 
 def finished(cache):
-    return sorted(path.name for path in (cache / "trees").iterdir() if path.is_dir() and path.suffix != ".shards")
+    return sorted(path.name for path in (cache / "trees").iterdir() if tokenise.is_complete(path))
 
 
 def same_rows(one, other):
@@ -248,7 +248,7 @@ def test_a_full_disk_is_the_caches_problem(tokenizer, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "write_json", full)
+        patch.setattr(tokenise, "write_json", full)
         with pytest.raises(DataError, match=r"cannot be written .*No space left"):
             open_store("quickstart", KEEP_ALL, tokenizer, tmp_path)
     assert finished(tmp_path) == []

@@ -6,6 +6,8 @@ from collections import Counter
 import pytest
 
 from gpt2ft.conversation import Message, MessageTree
+from gpt2ft.data.corpus import read_topic
+from gpt2ft.data.kinds import CONVERSATIONS, PREFERENCES
 from gpt2ft.data.preference_groups import preference_groups
 from gpt2ft.data.reading import DataError
 from gpt2ft.data.sources import read_trees
@@ -48,18 +50,18 @@ def test_replies_come_from_lines_or_from_any_data(tmp_path):
     lines.write_text(" Tea. \n\nA kettle.\nTea.\nTwo cups.\n")
     chats = tmp_path / "tea.jsonl"
     chats.write_text(json.dumps({"prompt": "What?", "completion": "Tea."}) + "\n")
-    assert Topic.read(str(lines)) == TOPIC
-    assert Topic.read(str(chats)).replies == ("Tea.",)
-    assert len(Topic.read("quickstart:replies").replies) == 40
+    assert read_topic(str(lines)) == TOPIC
+    assert read_topic(str(chats)).replies == ("Tea.",)
+    assert len(read_topic("quickstart:replies").replies) == 40
 
 
 def test_what_cannot_be_used_is_refused_by_name(tmp_path, tokenizer):
     with pytest.raises(DataError, match=r"`data.topic_replies` = .*no\.txt cannot be read"):
-        Topic.read(str(tmp_path / "no.txt"))
+        read_topic(str(tmp_path / "no.txt"))
     empty = tmp_path / "empty.txt"
     empty.write_text(" \n\n")
     with pytest.raises(DataError, match=r"`data.topic_replies` = .* must hold replies, but holds none"):
-        Topic.read(str(empty))
+        read_topic(str(empty))
     with pytest.raises(DataError, match="holds plain text, which has no prompts"):
         open_store("quickstart:replies", FilterSettings(), tokenizer, tmp_path, TOPIC)
 
@@ -123,7 +125,7 @@ class TestAgainstOwn:
     def test_a_reply_that_is_on_the_topic_already_is_compared_with_nothing(self, tokenizer, write, tmp_path):
         rows = [{"prompt": f"What {number}?", "completion": "Tea."} for number in range(3)]
         file = str(write(tmp_path / "a.jsonl", [*rows, {"prompt": "What?", "completion": "Milk."}]))
-        store = open_store(file, FilterSettings(), tokenizer, tmp_path, Topic(("Tea.",)), as_preferences=True)
+        store = open_store(file, FilterSettings(), tokenizer, tmp_path, Topic(("Tea.",)), kind=PREFERENCES)
         assert len(store) == 1
         assert store.statistics.dropped == {
             "in no pair": 3, "same text as a better reply": 3, "nothing to compare it with": 3,
@@ -133,12 +135,12 @@ class TestAgainstOwn:
         with pytest.raises(
             DataError, match=r"holds no replies that can be compared; dropped: .* 1 same text as a better"
         ):
-            open_store(only, FilterSettings(), tokenizer, tmp_path, Topic(("Tea.",)), as_preferences=True)
+            open_store(only, FilterSettings(), tokenizer, tmp_path, Topic(("Tea.",)), kind=PREFERENCES)
 
     def test_of_preferences_the_chosen_reply_is_the_datas_own(self, tokenizer, write, tmp_path):
         rows = [{"prompt": "Rain?", "chosen": "Yes.", "rejected": "No."}]
         file = str(write(tmp_path / "a.jsonl", rows))
-        store = open_store(file, FilterSettings(), tokenizer, tmp_path, Topic(("Tea.",)), as_preferences=True)
+        store = open_store(file, FilterSettings(), tokenizer, tmp_path, Topic(("Tea.",)), kind=PREFERENCES)
         tree = store.tree(0, 0)
         texts = [
             tokenizer.decode(tree.tokens[s + 1 : s + n - 1].tolist())
@@ -149,9 +151,9 @@ class TestAgainstOwn:
 
     def test_topics_make_stores_of_their_own(self, tokenizer, tmp_path):
         made = [
-            open_store("quickstart", FilterSettings(), tokenizer, tmp_path, topic, as_preferences)
+            open_store("quickstart", FilterSettings(), tokenizer, tmp_path, topic, kind)
             for topic in (None, TOPIC)
-            for as_preferences in (False, True)
+            for kind in (CONVERSATIONS, PREFERENCES)
         ]
         assert len({store.digest for store in made}) == len({store.statistics.content for store in made}) == 4
         statistics = made[3].statistics
@@ -162,4 +164,4 @@ class TestAgainstOwn:
 
     def test_a_plain_text_is_refused(self, tokenizer, tmp_path):
         with pytest.raises(DataError, match="holds plain text, which has no prompts"):
-            open_store("quickstart:replies", FilterSettings(), tokenizer, tmp_path, TOPIC, as_preferences=True)
+            open_store("quickstart:replies", FilterSettings(), tokenizer, tmp_path, TOPIC, kind=PREFERENCES)

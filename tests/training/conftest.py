@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from gpt2ft.data.kinds import PREFERENCES
 from gpt2ft.data.pairs import PreferencePairs
 from gpt2ft.data.plan import Plan, chunk
 from gpt2ft.data.store import open_store
@@ -28,7 +29,7 @@ def make_plan(tokenizer, cache):
     """make_plan(pairs="all", capacity=512): of the quickstart's ranked replies."""
 
     def make(pairs="all", capacity=512, seed=0, source="quickstart"):
-        store = open_store(source, FilterSettings(), tokenizer, cache, as_preferences=True)
+        store = open_store(source, FilterSettings(), tokenizer, cache, kind=PREFERENCES)
         rows = np.array([(0, row) for row in range(len(store))])
         chunks = chunk([store], rows, PreferencePairs(pairs, "pair", 256, capacity))
         return Plan(chunks, capacity, 2, seed=seed)

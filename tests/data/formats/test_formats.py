@@ -3,7 +3,7 @@
 import pytest
 
 from gpt2ft.conversation import MessageTree
-from gpt2ft.data.formats import FORMATS, columns_to_read, detect
+from gpt2ft.data.formats import CONVERSATION_FORMATS, columns_to_read, detect
 from gpt2ft.data.formats.turns import content_id
 from gpt2ft.data.reading import Malformed, Totals
 from gpt2ft.data.sources import open_source
@@ -169,7 +169,7 @@ def test_the_more_particular_format_is_detected(keys, name):
 def test_a_record_of_no_format_is_told_all_of_them(keys):
     with pytest.raises(Malformed) as raised:
         detect(dict.fromkeys(keys.split()))
-    assert all(format.name in str(raised.value) for format in FORMATS)
+    assert all(format.name in str(raised.value) for format in CONVERSATION_FORMATS)
     assert str(raised.value).endswith(", ".join(f'"{key}"' for key in keys.split()) or "holds no keys")
 
 

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2ft.conversation import Message, MessageTree
-from gpt2ft.data.formats import detect
+from gpt2ft.data.formats import PREFERENCE_FORMATS, detect
 from gpt2ft.data.formats.turns import content_id
+from gpt2ft.data.kinds import PREFERENCES
 from gpt2ft.data.reading import REASONS, Totals
 from gpt2ft.data.sources import open_source
 from gpt2ft.data.store import open_store
@@ -205,7 +206,7 @@ def tree_of(source, prompt, replies):
 @pytest.fixture
 def compare(read):
     """compare(source, **filters): trees and context of preferences."""
-    return lambda source, **filters: read(source, as_preferences=True, **filters)
+    return lambda source, **filters: read(source, kind=PREFERENCES, **filters)
 
 
 def replies_of(trees):
@@ -228,7 +229,7 @@ def test_published_rows_from_every_kind_of_file(layout, kind, compare, write, tm
     assert trees == [tree_of(source, prompt, replies) for _, prompt, replies in rows]
     assert not +context.dropped
     assert context.totals == Totals(len(rows), sum(len(prompt) + len(replies) for _, prompt, replies in rows))
-    assert open_source(str(tmp_path / kind), as_preferences=True).format.name == name
+    assert open_source(str(tmp_path / kind), kind=PREFERENCES).format.name == name
 
 
 @pytest.mark.parametrize("layout", PUBLISHED)
@@ -249,13 +250,13 @@ def test_a_prompt_has_one_name_however_it_is_answered(layout, compare):
 def test_the_statistics_of_a_store_of_groups(write, tokenizer, tmp_path):
     """Ties, missing scores and single replies are in no pair."""
     file = write(tmp_path / "t.jsonl", [record for record, *_ in PUBLISHED["UltraFeedback"][1]])
-    store = open_store(str(file), FilterSettings(), tokenizer, tmp_path, as_preferences=True)
+    store = open_store(str(file), FilterSettings(), tokenizer, tmp_path, kind=PREFERENCES)
     assert store.statistics.format == "`completions` with scores"
     assert [store.ranks(row).tolist() for row in range(len(store))] == [[-1, 0, 1, 2, 3], [-1, 0, 1, 1]]
     assert store.statistics.dropped == {"reply without a rank": 1, "in no pair": 1, "nothing to compare it with": 1}
     assert (store.statistics.read, store.statistics.kept) == (12, 9)
     tied = write(tmp_path / "ties.jsonl", [record for record, *_ in PUBLISHED["binarised UltraFeedback"][1]])
-    store = open_store(str(tied), FilterSettings(), tokenizer, tmp_path, as_preferences=True)
+    store = open_store(str(tied), FilterSettings(), tokenizer, tmp_path, kind=PREFERENCES)
     assert (len(store), store.statistics.dropped) == (1, {"tied with all others": 2, "in no pair": 1})
 
 
@@ -461,9 +462,9 @@ def test_conversations_can_be_read_where_preferences_are_asked_for():
     """They have no replies to compare, unless their trees are ranked or a topic answers them."""
     for keys in ("messages", "conversations", "prompt completion", "text", "message_id text role"):
         record = dict.fromkeys(keys.split())
-        assert detect(record, as_preferences=True) is detect(record)
+        assert detect(record, PREFERENCE_FORMATS) is detect(record)
     for keys in ("messages prompt chosen rejected", "prompt chosen rejected question", "text chosen rejected"):
-        assert detect(dict.fromkeys(keys.split()), as_preferences=True).name == CHOSEN
+        assert detect(dict.fromkeys(keys.split()), PREFERENCE_FORMATS).name == CHOSEN
 
 
 # --- malformed ------------------------------------------------------------------------------------------------------
@@ -568,7 +569,7 @@ def test_a_malformed_record_is_an_error_or_skipped_and_counted(
     (good, prompt, replies), *_ = PUBLISHED[layout][1]
     for kind, place in (("lines.json", "lines.json:2"), ("array.json", "array.json: record 2")):
         file = write(tmp_path / kind, [good, record, good])
-        assert error(file, as_preferences=True).startswith(f"{tmp_path / place}: {problem}")
+        assert error(file, kind=PREFERENCES).startswith(f"{tmp_path / place}: {problem}")
         trees, context = compare(file, on_error="skip")
         assert [tree.messages for tree in trees] == [tree_of("", prompt, replies).messages] * 2
         assert +context.dropped == {"malformed line": 1}

@@ -1,0 +1,68 @@
+"""The two kinds of data: conversations, whose replies are learnt, and preferences, whose replies are compared.
+
+All that differs between them on the way from a record to a stored row stands here. How rows are then cut to fit the
+context is said by a chunking rule (chunks.py, pairs.py), which names its kind.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt2ft.conversation import ROLES, MessageTree
+from gpt2ft.data.formats import CONVERSATION_FORMATS, PREFERENCE_FORMATS, AnyFormat
+from gpt2ft.data.preference_groups import preference_groups
+from gpt2ft.data.reading import ReadContext
+from gpt2ft.data.topic import Topic
+
+RowsOfTree = tuple[MessageTree, list[list[int]]]  # the tree as it is stored, and the messages of each row
+
+
+@dataclass(frozen=True)
+class DataKind:
+    """One way to read a source, and so one meaning of a row in its store."""
+
+    name: str
+    unit: str  # name of a row, in the plural
+    nothing: str  # name of what is missing where nothing is left
+    formats: tuple[AnyFormat, ...]  # the layouts it is read from, the more particular first
+    rows: Callable[[MessageTree, Topic | None, ReadContext], RowsOfTree]  # counts the messages that are in none
+    sampled_reply: Callable[[NDArray[np.int8]], int]  # [K] roles of a row -> the node whose prompt is shown in samples
+    rows_share_conversations: bool  # several rows may be of one conversation
+
+
+def _conversation_rows(tree: MessageTree, topic: Topic | None, context: ReadContext) -> RowsOfTree:
+    """Return one row: what leads to a reply, with the replies of the topic if there is one."""
+    tree = topic.applied_to(tree, context.dropped) if topic else tree
+    useful = tree.leading_to_reply()
+    context.dropped["no reply"] += len(tree.messages) - len(useful)
+    return tree, [useful] if useful else []
+
+
+def _preference_rows(tree: MessageTree, topic: Topic | None, context: ReadContext) -> RowsOfTree:
+    """Return a row for every prompt with replies to compare; a topic's replies are better than the data's own."""
+    if topic:
+        tree = topic.against_own(tree, context.dropped)
+        context.totals.messages += sum(message.rank == 0 for message in tree.messages)  # the topic's own
+    return tree, preference_groups(tree, context.dropped)
+
+
+CONVERSATIONS = DataKind(
+    name="conversations",
+    unit="conversations",
+    nothing="nothing to train on",
+    formats=CONVERSATION_FORMATS,
+    rows=_conversation_rows,
+    sampled_reply=lambda roles: int((roles == ROLES.index("assistant")).argmax()),
+    rows_share_conversations=False,
+)
+PREFERENCES = DataKind(
+    name="preferences",
+    unit="prompts",
+    nothing="no replies that can be compared",
+    formats=PREFERENCE_FORMATS,
+    rows=_preference_rows,
+    sampled_reply=lambda roles: len(roles) - 1,
+    rows_share_conversations=True,
+)

@@ -1,0 +1,248 @@
+"""From a data source to the files of its store: shards of Arrow, tokenised together with whoever else does.
+
+All processes of a machine that ask for the same store build it together: each walks over the shards of the source
+and takes those that nobody has taken yet. The file of a shard is complete or absent, so that whoever is killed loses
+one shard at most, and the next start goes on from there. The statistics are written last: they make a store complete.
+"""
+
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from gpt2ft.conversation import ROLES, MessageTree
+from gpt2ft.data.reading import DataError, ReadContext, show
+from gpt2ft.data.sources import Shard, Source
+from gpt2ft.data.topic import Topic
+from gpt2ft.errors import speaks_for_its_machine
+from gpt2ft.files import sync_folder, synced, write_json
+from gpt2ft.settings.sections import FilterSettings
+from gpt2ft.text.template import render_turn
+from gpt2ft.text.tokenizer import ChatTokenizer
+
+STATISTICS = "statistics.json"
+
+
+@dataclass(frozen=True)
+class SourceStatistics:
+    """Contents of a source and what became of them, in messages."""
+
+    format: str  # what the source was taken for
+    conversations: int  # read
+    read: int  # with the replies that a topic sets against the source's own
+    kept: int  # in at least one row
+    dropped: dict[str, int]  # by reason, largest first
+    content: str  # digest of all tokens, to compare machines
+
+
+@dataclass(frozen=True)
+class Tokenisation:
+    """A source, and how it becomes tokens."""
+
+    source: Source
+    filters: FilterSettings
+    tokenizer: ChatTokenizer
+    topic: Topic | None
+
+
+def is_complete(folder: Path) -> bool:
+    return (folder / STATISTICS).is_file()
+
+
+def build(work: Tokenisation, folder: Path) -> None:
+    """Tokenise the shards that nobody else does, and return once the store is complete.
+
+    Raises:
+        DataError: if the source cannot be read or nothing of it is kept, in every process that builds.
+        OSError: if the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = _tokenise(work, folder)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        for file in (file for file in files if not file.exists()):
+            with _lock_of(file):  # whoever has the shard in work is done with it then, or gone
+                pass
+        if not all(file.exists() for file in files):
+            _tokenise(work, folder, timeout=-1)
+        is_last = not is_complete(folder)
+        statistics = _statistics(work.source, files) if is_last else None
+        for file in folder.iterdir():
+            if file not in files and file.name != STATISTICS:
+                file.unlink()  # a lock, or what a process that was killed has left
+        if statistics:
+            sync_folder(folder)
+            write_json(folder / STATISTICS, asdict(statistics))
+            sync_folder(folder)
+
+
+def _lock_of(file: Path) -> FileLock:
+    return FileLock(file.with_suffix(".lock"))
+
+
+def _tokenise(work: Tokenisation, folder: Path, timeout: float = 0.0) -> list[Path]:
+    """Write the shards that are absent; those in work elsewhere are waited for up to `timeout` (-1: to their end).
+
+    Returns:
+        The files of all shards.
+    """
+    files = []
+    for number, shard in enumerate(_with_progress(work)):
+        file = folder / f"{number:06}.arrow"
+        files.append(file)
+        if file.exists():
+            continue
+        try:
+            with _lock_of(file).acquire(timeout):
+                if not file.exists():
+                    _write_shard(file, shard, work)
+        except Timeout:
+            pass
+    return files
+
+
+def _with_progress(work: Tokenisation) -> Iterator[Shard]:
+    from tqdm import tqdm
+
+    silent = not (sys.stderr.isatty() and speaks_for_its_machine())
+    bar = tqdm(
+        total=work.source.origin.size,
+        desc=f"tokenising {work.source.name}",
+        unit="B",
+        unit_scale=True,
+        disable=silent,
+        leave=False,
+    )
+    with bar:
+        for shard in work.source.shards(work.filters):
+            yield shard
+            bar.update(shard.size)
+
+
+def _write_shard(file: Path, shard: Shard, work: Tokenisation) -> None:
+    import pyarrow as pa
+
+    kind, context = work.source.kind, ReadContext(work.source.name, work.filters)
+    columns = _Columns(work.tokenizer, kind.rows_share_conversations)
+    kept = 0
+    for read in shard.trees(context):
+        tree, rows = kind.rows(read, work.topic, context)
+        kept += len(set().union(*rows))
+        try:
+            for indices in rows:
+                columns.add(tree, indices)
+        except ValueError as error:
+            opening = show(read.messages[0].text)
+            raise DataError(f"{work.source.origin.place}: a conversation that opens with {opening}: {error}") from error
+    batch = columns.batch()
+    counts = {
+        "trees": context.totals.trees,
+        "read": context.totals.messages + context.dropped["malformed line"],
+        "kept": kept,
+        "dropped": dict(context.dropped),
+        "content": columns.content(),
+    }
+    schema = batch.schema.with_metadata({"statistics": json.dumps(counts)})
+    with synced(file) as temporary, pa.ipc.new_file(str(temporary), schema) as writer:
+        writer.write_batch(batch.cast(schema) if batch.num_rows else batch)
+
+
+def _statistics(source: Source, files: Sequence[Path]) -> SourceStatistics:
+    import pyarrow as pa
+
+    counts, dropped = [], Counter[str]()
+    for file in files:
+        with pa.memory_map(str(file)) as handle:
+            counts.append(json.loads(pa.ipc.open_file(handle).schema.metadata[b"statistics"]))
+        dropped.update(counts[-1]["dropped"])
+    trees, read, kept = (sum(count[name] for count in counts) for name in ("trees", "read", "kept"))
+    reasons = {reason: number for reason, number in dropped.most_common() if number}
+    if not kept:
+        told = ", ".join(f"{number:,} {reason}" for reason, number in reasons.items())
+        raise DataError(f"{source.origin.place} holds {source.kind.nothing}" + (f"; dropped: {told}" if told else ""))
+    content = hashlib.sha256("".join(count["content"] for count in counts).encode()).hexdigest()
+    return SourceStatistics(source.description, trees, read, kept, reasons, content)
+
+
+class _Columns:
+    """The columns of one shard, in flat lists: a million tokens a second leave no time for an array per tree."""
+
+    def __init__(self, tokenizer: ChatTokenizer, by_group: bool) -> None:
+        self.tokenizer = tokenizer
+        self.by_group = by_group  # whether several rows are of one conversation
+        self.ids: list[str] = []
+        self.keys: list[int] = []
+        self.conversations: list[int] = []
+        self.tokens: list[int] = []
+        self.lengths: list[int] = []
+        self.parents: list[int] = []
+        self.roles: list[int] = []
+        self.ranks: list[int] = []
+        self.messages: list[int] = []
+        self.digests: list[int] = []
+        self.tokens_until = [0]  # [rows + 1]
+        self.nodes_until = [0]
+
+    def add(self, tree: MessageTree, indices: Sequence[int]) -> None:
+        """Takes some messages of a tree as a row, each with the one above it."""
+        place = {index: node for node, index in enumerate(indices)}
+        first = len(self.digests)
+        for index in indices:
+            message = tree.messages[index]
+            ids = render_turn(self.tokenizer, message.role, message.text)
+            self.tokens += ids
+            self.lengths.append(len(ids))
+            self.parents.append(-1 if message.parent is None else place[message.parent])
+            self.roles.append(_ROLE_NUMBERS[message.role])
+            self.ranks.append(-1 if message.rank is None else message.rank)
+            self.digests.append(_digest(message.text))
+        self.messages += indices
+        self.ids.append(tree.id)
+        conversation = _digest(tree.id, tree.messages[0].text)
+        self.conversations.append(conversation)
+        self.keys.append(_digest(str(conversation), *map(str, self.digests[first:])) if self.by_group else conversation)
+        self.tokens_until.append(len(self.tokens))
+        self.nodes_until.append(len(self.lengths))
+
+    def batch(self) -> Any:
+        import pyarrow as pa
+
+        id_type = np.uint16 if len(self.tokenizer) <= 1 << 16 else np.uint32
+
+        def lists(values: list[int], kind: type, until: list[int]) -> Any:
+            return pa.ListArray.from_arrays(np.array(until, np.int32), np.array(values, kind))
+
+        by_node = {
+            "lengths": lists(self.lengths, np.int32, self.nodes_until),
+            "parents": lists(self.parents, np.int32, self.nodes_until),
+            "roles": lists(self.roles, np.int8, self.nodes_until),
+            "ranks": lists(self.ranks, np.int16, self.nodes_until),
+            "messages": lists(self.messages, np.int32, self.nodes_until),
+            "digests": lists(self.digests, np.uint64, self.nodes_until),
+        }
+        first = {
+            "id": pa.array(self.ids, pa.string()),
+            "key": np.array(self.keys, np.uint64),
+            "conversation": np.array(self.conversations, np.uint64),
+            "tokens": lists(self.tokens, id_type, self.tokens_until),
+        }
+        return pa.RecordBatch.from_pydict(first | by_node)
+
+    def content(self) -> str:
+        """A digest of the tokens and of how they hang together."""
+        values = (self.tokens, self.lengths, self.parents, self.roles, self.ranks)
+        return hashlib.sha256(b"".join(np.array(column, np.int64).tobytes() for column in values)).hexdigest()
+
+
+_ROLE_NUMBERS = {role: number for number, role in enumerate(ROLES)}
+
+
+def _digest(*texts: str) -> int:
+    """64 bits."""
+    return int.from_bytes(hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest(), "little")
