@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
+from gpt2ft.data.chunks import chunk
 from gpt2ft.data.kinds import PREFERENCES
 from gpt2ft.data.packing import build_stream, number_replies
 from gpt2ft.data.pairs import PreferencePairs
-from gpt2ft.data.plan import Plan, chunk
+from gpt2ft.data.plan import Plan
 from gpt2ft.data.store import open_store
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.objectives.dpo import DPO, DPOConfig, reply_log_probs

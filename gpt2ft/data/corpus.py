@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from gpt2ft.conversation import SUPERVISED_ROLES
+from gpt2ft.data.chunks import Rows
 from gpt2ft.data.kinds import CONVERSATIONS, DataKind
 from gpt2ft.data.mixing import Keys, first_of_each, is_held_out, sampled
-from gpt2ft.data.plan import Rows
 from gpt2ft.data.reading import DataError
 from gpt2ft.data.sources import read_trees
 from gpt2ft.data.store import TokenStore, open_store

@@ -1,4 +1,4 @@
-"""Which replies to a prompt are compared, and what is done to a preference group before it is packed.
+"""Pairs of replies to a prompt, and the cutting of preference groups to fit the context and a stream.
 
 A group is a token tree with one path, the prompt, and its ranked replies below it:
 
@@ -13,40 +13,41 @@ So a prompt is computed once, and so is each reply, however many pairs they are 
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise, product
-from typing import Literal
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpt2ft.conversation import ROLES
+from gpt2ft.data.kinds import PREFERENCES, DataKind
 from gpt2ft.data.store import TokenStore
 from gpt2ft.data.token_tree import TokenTree
-from gpt2ft.settings.sections import PairRule
+from gpt2ft.settings.sections import PairRule, PairWeight
 from gpt2ft.text.context import kept_turns
-
-PairWeight = Literal["pair", "prompt"]
 
 LEAST_REPLY = 16  # tokens that a prompt must leave to a reply that is cut
 
 
 @dataclass(frozen=True)
 class PreferencePairs:
-    """How stored groups become chunks: replies compared by `rule`, cut to the context, split by pairs.
+    """Stored groups as chunks: replies compared by `rule`, cut to the context, split by pairs.
 
-    `weight`: whether every pair counts 1, or every prompt, whose pairs share it: those that are left to it, should some
-    be alike once cut, in however many streams they are.
+    With the `weight` "pair" every pair counts 1. With "prompt" every prompt does, and its pairs share it: those that
+    are left to it, should some be alike once cut, in however many streams they are.
     """
 
     rule: PairRule
     weight: PairWeight
     max_length: int
     capacity: int
+    kind: ClassVar[DataKind] = PREFERENCES
+
+    @property
+    def replies_cut_at(self) -> int:
+        return self.max_length
 
     def count(self, store: TokenStore) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """[rows, 5] counts of each group, and [rows] whether they hold: of those that fit as they are.
-
-        Equal to `counts(whole(...))`, for all groups at once.
-        """
+        """Return [rows, 5] `counts(whole(...))` of all groups at once, and [rows] true where a group fits as it is."""
         (lengths, firsts), (parents, _), (ranks, _) = map(store.nodes, ("lengths", "parents", "ranks"))
         number = len(store)
         rows = np.repeat(np.arange(number), np.diff(firsts))
@@ -67,7 +68,7 @@ class PreferencePairs:
         return counted, (prompts + longest <= self.max_length) & (tokens <= self.capacity)
 
     def whole(self, store: TokenStore, row: int, group: int) -> TokenTree:
-        """The group of a row with its pairs, without the replies that are in none."""
+        """Return the group of a row with its pairs, without the replies that are in none."""
         tree, ranks = store.tree(row, group), store.ranks(row)
         is_reply = np.ones(len(tree.parents), bool)
         is_reply[tree.parents[1:]] = False
@@ -76,7 +77,7 @@ class PreferencePairs:
         return self._weighed(_of_pairs(tree, np.flatnonzero(~is_reply).tolist(), pairs, [1.0] * len(pairs)))
 
     def cut(self, tree: TokenTree, left_out: Counter[str]) -> list[TokenTree]:
-        """The group in parts that fit context and streams; what is left out is counted.
+        """Return the group in parts that fit context and streams; what is left out is counted.
 
         Raises:
             ValueError: if a prompt with two of its replies does not fit a stream.
@@ -94,7 +95,7 @@ class PreferencePairs:
 
 
 def compared(ranks: list[int], rule: PairRule) -> list[tuple[int, int]]:
-    """(better, worse) indices into `ranks`; what shares a rank is never compared.
+    """Return (better, worse) indices into `ranks`; replies that share a rank are never compared.
 
     `all` compares every reply with every worse one, `best_worst` those of the best rank with those of the worst,
     `adjacent` those of each rank with those of the next.
@@ -109,10 +110,10 @@ def compared(ranks: list[int], rule: PairRule) -> list[tuple[int, int]]:
 
 
 def times_compared(groups: NDArray[np.integer], ranks: NDArray[np.integer], rule: PairRule) -> NDArray[np.int64]:
-    """[n] in how many pairs of `compared` each of n replies is.
+    """Return [n], for each of n replies the number of pairs of `compared` that it is in.
 
     Args:
-        groups: [n] of which group each reply is, ascending.
+        groups: [n] number of each reply's group, ascending.
         ranks: [n]
     """
     order = np.lexsort((ranks, groups))
@@ -170,7 +171,7 @@ def fit_replies(tree: TokenTree, limit: int, left_out: Counter[str]) -> TokenTre
 
 
 def split_by_pairs(tree: TokenTree, capacity: int) -> list[TokenTree]:
-    """Groups of at most `capacity` tokens under the same prompt, each pair in one of them.
+    """Return groups of at most `capacity` tokens under the same prompt, each pair in one of them.
 
     Raises:
         ValueError: if the prompt and the two replies of a pair are more.
@@ -202,7 +203,7 @@ def split_by_pairs(tree: TokenTree, capacity: int) -> list[TokenTree]:
 
 
 def _of_pairs(tree: TokenTree, prompt: list[int], pairs: list[tuple[int, int]], weights: list[float]) -> TokenTree:
-    """The group of these pairs: the nodes of `prompt` and the replies compared, which alone are supervised."""
+    """Return the group of these pairs: the nodes of `prompt` and the replies compared, which alone are supervised."""
     replies = sorted({node for pair in pairs for node in pair})
     supervised = np.zeros(len(tree.parents), np.float32)
     supervised[replies] = 1
@@ -213,7 +214,7 @@ def _of_pairs(tree: TokenTree, prompt: list[int], pairs: list[tuple[int, int]], 
 
 
 def _shortened(tree: TokenTree, room: int) -> TokenTree:
-    """The group with every reply cut after `room` tokens."""
+    """Return the group with every reply cut after `room` tokens."""
     lengths = np.where(tree.weights > 0, np.minimum(tree.lengths, room), tree.lengths).astype(np.int32)
     within = np.arange(len(tree.tokens)) - np.repeat(tree.starts, tree.lengths)
     return replace(tree, tokens=tree.tokens[within < np.repeat(lengths, tree.lengths)], lengths=lengths)

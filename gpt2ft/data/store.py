@@ -25,7 +25,7 @@ from gpt2ft.settings.sections import FilterSettings
 from gpt2ft.text.template import template_digest
 from gpt2ft.text.tokenizer import ChatTokenizer
 
-FORMAT = 7  # of the stored columns, and of how a source is read and divided into shards
+FORMAT = 8  # of the stored columns, and of how a source is read and divided into shards
 
 Digests = NDArray[np.uint64]
 
@@ -145,11 +145,10 @@ def open_store(
     """
     source = open_source(name, kind)
     try:
-        determined_by = [FORMAT, source.origin.digest(), filters.model_dump(), template_digest(), tokenizer.digest]
+        determined_by = [FORMAT, kind.name, source.origin.digest(), filters.model_dump(), topic and topic.digest]
     except OSError as error:
         raise DataError(f"{name} cannot be read: {error}") from error
-    determined_by += [topic.digest] if topic else []
-    determined_by += [kind.name] if kind is not CONVERSATIONS else []
+    determined_by += [template_digest(), tokenizer.digest]
     folder = cache / "trees" / hashlib.sha256(json.dumps(determined_by).encode()).hexdigest()[:32]
     try:
         if not is_complete(folder):

@@ -9,18 +9,17 @@ Each returns new trees. Shape letters: n tokens, K nodes, P pairs of nodes.
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpt2ft.conversation import ROLES
+from gpt2ft.settings.sections import MessageWeight
 from gpt2ft.text.context import kept_turns
 
 ASSISTANT = ROLES.index("assistant")
 TEXT = ROLES.index("text")
 
-MessageWeight = Literal["once", "leaves"]
 Counts = tuple[int, int, int, int, int]  # see `counts`
 
 

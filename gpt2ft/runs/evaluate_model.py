@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpt2ft.data.chunks import ConversationTrees, chunk
 from gpt2ft.data.corpus import Corpus, load_corpora
 from gpt2ft.data.kinds import CONVERSATIONS, PREFERENCES
 from gpt2ft.data.pairs import PreferencePairs
-from gpt2ft.data.plan import Conversations, Plan, chunk
+from gpt2ft.data.plan import Plan
 from gpt2ft.distributed import watchdog
 from gpt2ft.distributed.accelerator import autocast, check_agreement, precision_of, start_accelerator
 from gpt2ft.distributed.signals import SignalHandler
@@ -56,7 +57,7 @@ def run(settings: EvaluateSettings) -> None:
     cutting = (
         PreferencePairs(settings.pairs, "pair", max_length, capacity)
         if settings.pairs
-        else Conversations("once", max_length, capacity)
+        else ConversationTrees("once", max_length, capacity)
     )
     pieces = chunk(corpus.stores, corpus.rows, cutting)
     plan = Plan(pieces, capacity, 1, seed=0, shuffle=False)

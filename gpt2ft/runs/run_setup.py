@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gpt2ft.data.augmentation import Augmentation
+from gpt2ft.data.chunks import ChunkingRule, chunk
 from gpt2ft.data.corpus import Corpus, load_corpora
 from gpt2ft.data.kinds import CONVERSATIONS, PREFERENCES
-from gpt2ft.data.plan import ChunkingRule, Plan, chunk
+from gpt2ft.data.plan import Plan
 from gpt2ft.distributed import launch_checks
 from gpt2ft.distributed.accelerator import precision_of
 from gpt2ft.errors import SettingsError

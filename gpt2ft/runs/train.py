@@ -3,7 +3,7 @@
 from contextlib import closing
 from typing import Any, Protocol
 
-from gpt2ft.data.plan import ChunkingRule
+from gpt2ft.data.chunks import ChunkingRule
 from gpt2ft.distributed.accelerator import start_accelerator
 from gpt2ft.distributed.signals import SignalHandler
 from gpt2ft.model.logprobs import TargetLogProbs

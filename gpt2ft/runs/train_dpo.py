@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from gpt2ft.data.chunks import ChunkingRule
 from gpt2ft.data.corpus import Corpus
 from gpt2ft.data.pairs import PreferencePairs
-from gpt2ft.data.plan import ChunkingRule, Plan
+from gpt2ft.data.plan import Plan
 from gpt2ft.distributed import watchdog
 from gpt2ft.distributed.accelerator import autocast, precision_of
 from gpt2ft.distributed.signals import SignalHandler

@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import nn
 
+from gpt2ft.data.chunks import ChunkingRule, ConversationTrees
 from gpt2ft.data.corpus import Corpus
-from gpt2ft.data.plan import ChunkingRule, Conversations, Plan
+from gpt2ft.data.plan import Plan
 from gpt2ft.distributed import watchdog
 from gpt2ft.distributed.signals import SignalHandler
 from gpt2ft.model.logprobs import TargetLogProbs
@@ -38,7 +39,7 @@ class FineTuning:
         """Evaluation counts every message once."""
         data = self.settings.data
         weight = data.message_weight if for_training else "once"
-        return Conversations(weight, data.max_length, self.settings.training.tokens_per_micro_batch)
+        return ConversationTrees(weight, data.max_length, self.settings.training.tokens_per_micro_batch)
 
     def prepare_reference(self, setup: RunSetup, model: TargetLogProbs, signals: SignalHandler) -> dict[str, Any]:
         return {}

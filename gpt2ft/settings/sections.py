@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+MessageWeight = Literal["once", "leaves"]
 
 
 class Section(BaseModel):
@@ -95,7 +96,7 @@ class DataSettings(CorpusSettings):
     """Without `eval`: the share of whole trees to hold out of `train`."""
     max_length: Positive = 1024
     """Tokens of context. Older turns of longer paths give way, whole turns at a time."""
-    message_weight: Literal["once", "leaves"] = "once"
+    message_weight: MessageWeight = "once"
     """How often a message counts: once, or once for every path through it."""
     position_jitter: NotNegative = 0
     """Training starts each conversation at a random position up to this one, as far as there is room. For random
@@ -214,6 +215,7 @@ def source_problems(sources: Sequence[str], key: str, factors: bool = False) -> 
 
 
 PairRule = Literal["all", "best_worst", "adjacent"]
+PairWeight = Literal["pair", "prompt"]
 
 
 class PreferenceSettings(Section):
@@ -224,7 +226,7 @@ class PreferenceSettings(Section):
     """How strongly the policy is held to the reference; of orpo, the weight of the odds ratio."""
     pairs: PairRule = "all"
     """Which replies to a prompt are compared: all of different rank, the best against the worst, or adjacent ranks."""
-    pair_weight: Literal["pair", "prompt"] = "pair"
+    pair_weight: PairWeight = "pair"
     """What counts the same: every pair, or every prompt, so that those with many replies do not dominate."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Of cdpo and robust: the share of pairs taken to be the wrong way round."""

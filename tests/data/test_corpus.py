@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from gpt2ft import quickstart
+from gpt2ft.data.chunks import ConversationTrees, chunk
 from gpt2ft.data.corpus import load_corpora
 from gpt2ft.data.kinds import PREFERENCES
-from gpt2ft.data.plan import Conversations, Plan, chunk
+from gpt2ft.data.plan import Plan
 from gpt2ft.data.reading import DataError
 from gpt2ft.errors import SettingsError
 from gpt2ft.runs.describe import dropped, shares
@@ -318,7 +319,7 @@ def test_what_a_source_dropped_is_told_once(load):
     corpus, held_out = load(train=("quickstart",), eval_fraction=0.2)
     assert (corpus.is_whole, held_out.is_whole) == (True, False)
     plans = [
-        Plan(chunk(part.stores, part.rows, Conversations("once", 256, 512)), 512, 1, seed=0)
+        Plan(chunk(part.stores, part.rows, ConversationTrees("once", 256, 512)), 512, 1, seed=0)
         for part in (corpus, held_out)
     ]
     told = [shares(part, plan) for part, plan in zip((corpus, held_out), plans, strict=True)]

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from gpt2ft.data.chunks import ConversationTrees, chunk
 from gpt2ft.data.packing import build_stream, pack
-from gpt2ft.data.plan import Conversations, Plan, chunk
+from gpt2ft.data.plan import Plan
 from gpt2ft.data.store import open_store
 from gpt2ft.data.token_tree import weigh
 from gpt2ft.random import generator
@@ -154,7 +155,7 @@ def test_streams_of_real_conversations_are_full(test_data, gpt2_tokenizer, cache
     files = [test_data("oasst/en_100_tree.jsonl"), test_data("oasst/oasst1_en_validation.messages.jsonl")]
     stores = [open_store(str(file), FilterSettings(), gpt2_tokenizer, Path(cache)) for file in files]
     rows = np.array([(number, row) for number, store in enumerate(stores) for row in range(len(store))])
-    chunks = chunk(stores, rows, Conversations("once", max_length=1024, capacity=capacity))
+    chunks = chunk(stores, rows, ConversationTrees("once", max_length=1024, capacity=capacity))
     plan = Plan(chunks, capacity, micro_batches_per_step=8, seed=0)
     assert chunks.repeated > 0
     assert len(plan.streams) > 20

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from gpt2ft.data.chunks import chunk
 from gpt2ft.data.kinds import PREFERENCES
 from gpt2ft.data.packing import build_pairs, build_stream, number_replies
 from gpt2ft.data.pairs import PreferencePairs
-from gpt2ft.data.plan import Plan, chunk
+from gpt2ft.data.plan import Plan
 from gpt2ft.data.store import open_store
 from gpt2ft.settings.sections import FilterSettings
 

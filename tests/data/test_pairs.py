@@ -7,10 +7,10 @@ from itertools import product
 import numpy as np
 import pytest
 
+from gpt2ft.data.chunks import chunk
 from gpt2ft.data.kinds import PREFERENCES
 from gpt2ft.data.packing import number_replies
 from gpt2ft.data.pairs import LEAST_REPLY, PreferencePairs, compared, fit_replies, split_by_pairs, times_compared
-from gpt2ft.data.plan import chunk
 from gpt2ft.data.reading import DataError
 from gpt2ft.data.store import open_store
 from gpt2ft.data.token_tree import counts

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from gpt2ft.data.augmentation import Augmentation
-from gpt2ft.data.plan import Chunks, Conversations, Plan, chunk
+from gpt2ft.data.chunks import Chunks, ConversationTrees, chunk
+from gpt2ft.data.plan import Plan
 from gpt2ft.data.reading import DataError
 from gpt2ft.data.store import open_store
 from gpt2ft.data.token_tree import ASSISTANT, counts, fit_context, split, weigh
@@ -31,7 +32,7 @@ def chunks_of(trees, repeated=0):
     counted = np.array([counts(tree) for tree in trees])
     rows = np.stack([np.zeros(len(trees), np.int64), np.arange(len(trees))], axis=1)
     whole = np.full(len(trees), -1)
-    chunking = Conversations("once", 1 << 20, 1 << 20)
+    chunking = ConversationTrees("once", 1 << 20, 1 << 20)
     return Chunks([Held(trees)], chunking, rows, counted, whole, left_out=Counter(), repeated=repeated)
 
 
@@ -164,7 +165,7 @@ def test_fill_leaves_the_last_stream_out(make_tree):
 
 class TestCutToFit:
     def test_what_fits_stays_in_the_store(self, store):
-        chunks = chunk([store], rows_of(store), Conversations("once", max_length=512, capacity=1024))
+        chunks = chunk([store], rows_of(store), ConversationTrees("once", max_length=512, capacity=1024))
         assert np.array_equal(chunks.rows, rows_of(store))
         assert not chunks.is_cut.any()
         assert not chunks.left_out
@@ -178,8 +179,8 @@ class TestCutToFit:
         trees = [store.tree(row, 0) for row in range(len(store))]
         longest = max(int((tree.depths + tree.lengths).max()) for tree in trees)
         assert longest < store.sizes()[0].max()
-        assert not chunk([store], rows_of(store), Conversations("once", longest, 4096)).is_cut.any()
-        assert chunk([store], rows_of(store), Conversations("once", longest - 1, 4096)).is_cut.any()
+        assert not chunk([store], rows_of(store), ConversationTrees("once", longest, 4096)).is_cut.any()
+        assert chunk([store], rows_of(store), ConversationTrees("once", longest - 1, 4096)).is_cut.any()
 
     @pytest.mark.parametrize("weight", ["once", "leaves"])
     @pytest.mark.parametrize(
@@ -189,7 +190,7 @@ class TestCutToFit:
         """Of two sources out of order, some of whose trees are taken twice."""
         rows = rows_of(store, texts)
         rows = np.random.default_rng(0).permutation(np.concatenate([rows, rows[::3]]))
-        chunks = chunk([store, texts], rows, Conversations(weight, max_length, capacity))
+        chunks = chunk([store, texts], rows, ConversationTrees(weight, max_length, capacity))
         expected, left_out, repeated = [], 0, 0
         for number, row in rows.tolist():
             whole = weigh([store, texts][number].tree(row, group=number), weight)
@@ -217,7 +218,7 @@ class TestCutToFit:
 
     @pytest.mark.parametrize(("max_length", "capacity"), [(64, 64), (64, 128), (128, 128), (48, 512)])
     def test_every_reply_is_supervised_once_or_counted(self, store, max_length, capacity):
-        chunks = chunk([store], rows_of(store), Conversations("once", max_length, capacity))
+        chunks = chunk([store], rows_of(store), ConversationTrees("once", max_length, capacity))
         assert chunks.is_cut.any()
         assert chunks.repeated or capacity == 512
         replies = 0
@@ -238,7 +239,7 @@ class TestCutToFit:
         assert total - chunks.repeated == kept
 
     def test_a_text_longer_than_the_context_is_a_target_once_token_by_token(self, texts, tokenizer):
-        chunks = chunk([texts], rows_of(texts), Conversations("once", max_length=32, capacity=64))
+        chunks = chunk([texts], rows_of(texts), ConversationTrees("once", max_length=32, capacity=64))
         assert len(chunks) > len(texts)
         assert (chunks.sizes <= 32).all()
         assert chunks.supervised.sum() == (texts.sizes()[0] - 1).sum()
@@ -254,7 +255,7 @@ class TestCutToFit:
         assert sum(stream.num_supervised for stream in streams) == chunks.supervised.sum()
 
     def test_the_group_is_the_number_of_the_source(self, store):
-        chunks = chunk([store, store], np.array([(1, 0), (0, 0)]), Conversations("once", 128, 128))
+        chunks = chunk([store, store], np.array([(1, 0), (0, 0)]), ConversationTrees("once", 128, 128))
         groups = {
             number: set(chunks.tree(index).groups.tolist()) for index, (number, _) in enumerate(chunks.rows.tolist())
         }
@@ -264,7 +265,7 @@ class TestCutToFit:
         with pytest.raises(
             DataError, match=r"nothing fits `data.max_length` = 3 tokens: left out are [\d,]+ messages that do not"
         ):
-            chunk([store], rows_of(store), Conversations("once", 3, 128))
+            chunk([store], rows_of(store), ConversationTrees("once", 3, 128))
 
 
 def test_position_jitter_moves_whole_trees_within_the_context(chunks):

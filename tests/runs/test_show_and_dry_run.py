@@ -6,8 +6,9 @@ import re
 import numpy as np
 import pytest
 
+from gpt2ft.data.chunks import ConversationTrees, chunk
 from gpt2ft.data.corpus import load_corpora
-from gpt2ft.data.plan import Conversations, Plan, chunk
+from gpt2ft.data.plan import Plan
 from gpt2ft.runs.data_statistics import data_statistics
 from gpt2ft.runs.show_examples import show_examples
 from gpt2ft.settings.sections import DataSettings
@@ -17,7 +18,7 @@ from gpt2ft.settings.sections import DataSettings
 def plan_of(tokenizer, cache):
     def make(max_length=256, weight="once", **settings):
         corpus, held_out = load_corpora(DataSettings(cache=str(cache), **settings), tokenizer)
-        pieces = chunk(corpus.stores, corpus.rows, Conversations(weight, max_length, 512))
+        pieces = chunk(corpus.stores, corpus.rows, ConversationTrees(weight, max_length, 512))
         return corpus, held_out, Plan(pieces, 512, 2, seed=0)
 
     return make

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from gpt2ft.data.chunks import ConversationTrees, chunk
 from gpt2ft.data.packing import build_stream
-from gpt2ft.data.plan import Conversations, Plan, chunk
+from gpt2ft.data.plan import Plan
 from gpt2ft.data.store import open_store
 from gpt2ft.data.token_tree import TEXT, weigh
 from gpt2ft.model.logprobs import TargetLogProbs
@@ -30,7 +31,7 @@ MAX_LENGTH, CAPACITY = 256, 1024
 def plan(tokenizer, cache):
     """Of the quickstart, with some trees re-rooted and split."""
     store = open_store("quickstart", FilterSettings(), tokenizer, cache)
-    chunks = chunk([store], np.array([(0, row) for row in range(len(store))]), Conversations("once", 96, CAPACITY))
+    chunks = chunk([store], np.array([(0, row) for row in range(len(store))]), ConversationTrees("once", 96, CAPACITY))
     assert chunks.is_cut.sum() > 10
     return Plan(chunks, CAPACITY, micro_batches_per_step=4, seed=0)
 
@@ -55,7 +56,7 @@ def mixed(tokenizer, cache, tmp_path_factory):
     stores = [open_store(str(source), FilterSettings(), tokenizer, cache) for source in (file, "quickstart")]
     rows = [(number, row) for number in range(2) for row in range(12)]
     return Plan(
-        chunk(stores, np.array(rows), Conversations("once", 96, CAPACITY)),
+        chunk(stores, np.array(rows), ConversationTrees("once", 96, CAPACITY)),
         CAPACITY,
         micro_batches_per_step=4,
         seed=0,

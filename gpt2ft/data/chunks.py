@@ -1,0 +1,179 @@
+"""From stored trees to chunks: trees, or parts of them, that fit the context and a stream.
+
+kind of data     chunking rule                        a tree that does not fit is
+conversations    ConversationTrees                    re-rooted under its latest turns, split at its branches
+preferences      PreferencePairs (see pairs.py)       shortened at its prompt or its replies, split by its pairs
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt2ft.data.kinds import CONVERSATIONS, DataKind
+from gpt2ft.data.reading import DataError
+from gpt2ft.data.store import TokenStore
+from gpt2ft.data.token_tree import TEXT, TokenTree, counts, fit_context, split, weigh
+from gpt2ft.settings.sections import MessageWeight
+
+Rows = NDArray[np.int64]  # [n, 2]: number of the store, row in it
+
+
+class ChunkingRule(Protocol):
+    """How the trees of a store become chunks."""
+
+    kind: ClassVar[DataKind]
+    max_length: int  # tokens of context
+    capacity: int  # tokens of a stream
+
+    @property
+    def replies_cut_at(self) -> int | None:
+        """Length of a path at which a supervised turn may be cut, without its end; None if none ever is."""
+
+    def count(self, store: TokenStore) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Return [rows, 5] counts of each whole tree, and [rows] true where they hold: the tree fits as it is."""
+
+    def whole(self, store: TokenStore, row: int, group: int) -> TokenTree:
+        """Return the tree of a row, supervised and uncut."""
+
+    def cut(self, tree: TokenTree, left_out: Counter[str]) -> list[TokenTree]:
+        """Return the parts of a tree that fit; what is in none of them is counted, by reason.
+
+        Raises:
+            ValueError: if it cannot be cut to fit.
+        """
+
+
+@dataclass(frozen=True)
+class ConversationTrees:
+    """Trees in which every reply is supervised: re-rooted where a path exceeds the context, split at branches."""
+
+    weight: MessageWeight
+    max_length: int
+    capacity: int
+    kind: ClassVar[DataKind] = CONVERSATIONS
+    replies_cut_at: ClassVar[None] = None
+
+    def count(self, store: TokenStore) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        tokens, supervised = store.sizes()
+        none = np.zeros_like(tokens)
+        return np.stack([tokens, supervised, none, none, none], axis=1), tokens <= min(self.max_length, self.capacity)
+
+    def whole(self, store: TokenStore, row: int, group: int) -> TokenTree:
+        return weigh(store.tree(row, group), self.weight)
+
+    def cut(self, tree: TokenTree, left_out: Counter[str]) -> list[TokenTree]:
+        fitting, _ = fit_context(tree, self.max_length)
+        parts = [part for tree in fitting for part in split(tree, self.capacity)]
+        shown = {message for part in parts for message in part.messages.tolist()}
+        left_out["messages that do not fit the context"] += len(tree.lengths) - len(shown)
+        return parts
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """All chunks of some stored trees, in the order of the data.
+
+    Trees are not held here, only their rows: they are read, and cut again, when a stream is built.
+    """
+
+    stores: Sequence[TokenStore]
+    chunking: ChunkingRule
+    rows: Rows
+    counts: NDArray[np.int64]  # [n, 5] see token_tree.counts
+    parts: NDArray[np.int64]  # [n] number of the chunk among the parts of its tree, -1 for the whole tree
+    left_out: Counter[str]  # what is in no chunk, by reason
+    repeated: int  # tokens that stand in a stream a second time, to give a later turn its context
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """[n] tokens."""
+        return self.counts[:, 0]
+
+    @property
+    def supervised(self) -> NDArray[np.int64]:
+        """[n] supervised targets."""
+        return self.counts[:, 1]
+
+    @property
+    def replies(self) -> NDArray[np.int64]:
+        """[n] replies compared, of preferences."""
+        return self.counts[:, 2]
+
+    @property
+    def pairs(self) -> NDArray[np.int64]:
+        """[n] pairs of them."""
+        return self.counts[:, 3]
+
+    @property
+    def tokens_if_unpacked(self) -> NDArray[np.int64]:
+        """[n] tokens if each pair were two sequences of its own."""
+        return self.counts[:, 4]
+
+    @property
+    def is_cut(self) -> NDArray[np.bool_]:
+        """[n] true where a chunk is a part of its tree."""
+        return self.parts >= 0
+
+    def tree(self, number: int) -> TokenTree:
+        """Return the tree of a chunk; the groups of its nodes are the number of its store."""
+        store, row = self.rows[number].tolist()
+        tree = self.chunking.whole(self.stores[store], row, group=store)
+        part = int(self.parts[number])
+        return tree if part < 0 else self.chunking.cut(tree, Counter())[part]
+
+
+def chunk(stores: Sequence[TokenStore], rows: Rows, chunking: ChunkingRule) -> Chunks:
+    """Cut every tree in `rows` into chunks.
+
+    Raises:
+        DataError: if a tree cannot be cut to fit, or nothing fits.
+    """
+    counted, is_whole = np.zeros((len(rows), 5), np.int64), np.zeros(len(rows), bool)
+    for number, store in enumerate(stores):
+        here = rows[:, 0] == number
+        counted[here], is_whole[here] = (values[rows[here, 1]] for values in chunking.count(store))
+    cuts: dict[int, list[tuple[int, ...]]] = {}  # the counts of the parts of a tree
+    left_out: Counter[str] = Counter()
+    repeated = 0
+    for index in np.flatnonzero(~is_whole).tolist():
+        store, row = rows[index].tolist()
+        tree = chunking.whole(stores[store], row, group=store)
+        try:
+            parts = chunking.cut(tree, left_out)
+        except ValueError as error:
+            raise DataError(f"{stores[store].source}, conversation {stores[store].id(row)}: {error}") from error
+        if len(parts) == 1 and parts[0] is tree:
+            counted[index] = counts(tree)
+            continue
+        cuts[index] = [counts(part) for part in parts]
+        repeated += _repeated(parts)
+    times = np.ones(len(rows), np.int64)
+    times[list(cuts)] = [len(parts) for parts in cuts.values()]
+    firsts = np.cumsum(times) - times
+    rows, counted = (np.repeat(values, times, axis=0) for values in (rows, counted))
+    part_numbers = np.full(len(rows), -1)
+    for index, parts in cuts.items():
+        here = slice(firsts[index], firsts[index] + len(parts))
+        part_numbers[here] = np.arange(len(parts))
+        counted[here] = np.array(parts, np.int64).reshape(-1, 5)
+    if not len(rows):
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in left_out.items())
+        raise DataError(f"nothing fits `data.max_length` = {chunking.max_length} tokens: left out are {reasons}")
+    return Chunks(stores, chunking, rows, counted, part_numbers, +left_out, repeated)
+
+
+def _repeated(parts: Sequence[TokenTree]) -> int:
+    """Count the tokens of the parts of one tree that repeat a message; of a text, the openings of later parts."""
+    if parts and parts[0].roles[0] == TEXT:
+        return len(parts) - 1
+    lengths: dict[int, int] = {}
+    for part in parts:
+        lengths.update(zip(part.messages.tolist(), part.lengths.tolist(), strict=True))
+    return sum(len(part.tokens) for part in parts) - sum(lengths.values())
