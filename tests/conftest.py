@@ -1,5 +1,6 @@
 """What many tests share: the real data where it is there, the small tokenizer, tiny models, hand-made token trees."""
 
+import json
 import os
 from pathlib import Path
 
@@ -130,3 +131,29 @@ def accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     return start_accelerator("fp32")
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory):
+    """The quickstart's vocabulary with a shape of 2 layers x 32."""
+    from gpt2ft import quickstart
+
+    folder = tmp_path_factory.mktemp("tiny_model")
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).write_bytes((quickstart.MODEL / name).read_bytes())
+    config = json.loads((quickstart.MODEL / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"n_embd": 32, "n_head": 2, "n_layer": 2}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_weights_folder(tiny_model_folder, tmp_path_factory):
+    """The same shape with random weights in it."""
+    from gpt2ft.runs.export import write_folder
+    from gpt2ft.runs.loaded_model import load_model
+    from gpt2ft.settings.sections import ModelSettings
+
+    folder = tmp_path_factory.mktemp("tiny_weights") / "model"
+    policy = load_model(ModelSettings(path=str(tiny_model_folder), random_init=True), seed=3)
+    write_folder(folder, policy.weights(), policy.gpt2.config, policy.tokenizer)
+    return folder

@@ -24,7 +24,7 @@ LAYERS = [  # a part imports itself and parts above its own line
     {"training", "chat"},
     {"server"},
     {"runs"},
-    {"__main__"},
+    {"__main__", "api"},
 ]
 NEVER = {  # although the table would allow it
     "text": {"torch", "accelerate", "datasets"},
@@ -108,7 +108,8 @@ def test_scripts_only_name_themselves(file):
 
 
 def test_the_package_itself_imports_nothing():
-    assert (PACKAGE / "__init__.py").read_text().strip() == ""
+    ours = {module for _, module in imports((PACKAGE / "__init__.py").read_text(encoding="utf-8"))}
+    assert ours == {"importlib", "typing"}
 
 
 def test_every_part_has_its_line_in_the_table():

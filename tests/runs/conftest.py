@@ -1,38 +1,12 @@
 """Small training runs in this process: the quickstart's data, a model of one tenth, a few seconds."""
 
-import json
 from contextlib import contextmanager
 
 import pytest
 import torch
 
-from gpt2ft import quickstart
 from gpt2ft.distributed import accelerator as accelerator_module
 from gpt2ft.settings.scripts import DPOSettings, SFTSettings
-
-
-@pytest.fixture(scope="session")
-def tiny_model_folder(tmp_path_factory):
-    """The quickstart's vocabulary with a shape of 2 layers x 32."""
-    folder = tmp_path_factory.mktemp("tiny_model")
-    for name in ("vocab.json", "merges.txt"):
-        (folder / name).write_bytes((quickstart.MODEL / name).read_bytes())
-    config = json.loads((quickstart.MODEL / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"n_embd": 32, "n_head": 2, "n_layer": 2}))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tiny_weights_folder(tiny_model_folder, tmp_path_factory):
-    """The same shape with random weights in it."""
-    from gpt2ft.runs.export import write_folder
-    from gpt2ft.runs.loaded_model import load_model
-    from gpt2ft.settings.sections import ModelSettings
-
-    folder = tmp_path_factory.mktemp("tiny_weights") / "model"
-    policy = load_model(ModelSettings(path=str(tiny_model_folder), random_init=True), seed=3)
-    write_folder(folder, policy.weights(), policy.gpt2.config, policy.tokenizer)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,118 @@
+"""The Python interface, for notebooks and programs: what the scripts use, under one name each.
+
+import gpt2ft
+
+model = gpt2ft.load("runs/quickstart")
+session = gpt2ft.open_session(model, temperature=0)
+session.say("How do I make pancakes?")
+print("".join(session.reply()))
+
+stream = gpt2ft.tokenise(model, [{"role": "user", "content": "What is tea?"},
+                                 {"role": "assistant", "content": "A hot drink."}])
+gpt2ft.reply_log_probs(model, [{"role": "user", "content": "What is tea?"}], ["A hot drink.", "A fish."])
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from gpt2ft.chat.session import Session
+from gpt2ft.conversation import CHAT_ROLES, ROLES, Message, MessageTree, Role
+from gpt2ft.data.packing import build_stream
+from gpt2ft.data.token_tree import TokenTree, weigh
+from gpt2ft.errors import SettingsError
+from gpt2ft.inference.model import InferenceModel
+from gpt2ft.inference.sampling import Sampling
+from gpt2ft.model.attention import default_backend
+from gpt2ft.model.logprobs import TargetLogProbs
+from gpt2ft.runs.inference_model import load_inference_model
+from gpt2ft.settings.scripts import ChatSettings
+from gpt2ft.stream import TokenStream
+from gpt2ft.text.template import render_turn
+
+Messages = Sequence[Mapping[str, str]]  # {"role": "user", "content": "What is tea?"}
+_BLOCK = 128  # a stream's length is a multiple of it, the block of the attention mask
+
+
+def load(model: str | None = None, precision: str = "auto") -> InferenceModel:
+    """Load a run, a model folder, an adapter, a checkpoint or a published model; by default the newest finished run.
+
+    Raises:
+        ModelError, NetworkError: if it cannot be had.
+    """
+    return load_inference_model(ChatSettings(model=model, precision=precision), seed=0)
+
+
+def open_session(model: InferenceModel, max_new_tokens: int = 256, **sampling: Any) -> Session:
+    """Open a conversation: `say` adds a message, `reply` yields the answer piece by piece.
+
+    Args:
+        sampling: temperature, top_k, top_p, min_p, repetition_penalty, seed.
+    """
+    return Session(model, Sampling(**sampling), max_new_tokens)
+
+
+def tokenise(model: InferenceModel, messages: Messages) -> TokenStream:
+    """The conversation as training sees it: ids, positions, horizons, and a target for each token of the assistant.
+
+    Returns:
+        One stream, its length N rounded up to a multiple of 128.
+
+    Raises:
+        SettingsError: if a role is none of system, user and assistant.
+    """
+    tree = MessageTree.from_turns("", "", _turns(messages))
+    return _stream(_token_tree(model, tree))
+
+
+def reply_log_probs(model: InferenceModel, messages: Messages, replies: Sequence[str]) -> list[float]:
+    """The log-probability, in nats, of each of several replies to one conversation, its `<|end|>` included.
+
+    The conversation is computed once, however many replies there are.
+
+    Raises:
+        SettingsError: if conversation and reply are longer than the context, or a role is unknown.
+    """
+    conversation = MessageTree.from_turns("", "", _turns(messages)).messages
+    asked = len(conversation) - 1
+    branches = [Message("assistant", reply, parent=asked) for reply in replies]
+    tree = _token_tree(model, MessageTree("", "", (*conversation, *branches)))
+    longest, context = int((tree.depths + tree.lengths).max()), model.gpt2.config.n_positions
+    if longest > context:
+        raise SettingsError(f"conversation and reply must fit the context of {context} tokens, but are {longest}")
+    stream = _stream(tree)
+    device = next(model.gpt2.parameters()).device
+    target_log_probs = TargetLogProbs(model.gpt2, len(model.tokenizer), default_backend(device, attention_dropout=0.0))
+    with torch.no_grad():
+        log_probs = target_log_probs(stream.to(device))[: stream.num_supervised].double().cpu()
+    node_of = np.repeat(np.arange(len(tree.lengths)), tree.lengths)[stream.supervised[: stream.num_supervised].numpy()]
+    sums = np.bincount(node_of, log_probs.numpy(), minlength=len(tree.lengths))
+    return sums[asked + 1 :].tolist()
+
+
+def _turns(messages: Messages) -> list[tuple[Role, str]]:
+    for message in messages:
+        if message["role"] not in CHAT_ROLES:
+            raise SettingsError(f"a role must be one of {', '.join(CHAT_ROLES)}, but is {message['role']!r}")
+    return [(message["role"], message["content"]) for message in messages]
+
+
+def _token_tree(model: InferenceModel, tree: MessageTree) -> TokenTree:
+    turns = [render_turn(model.tokenizer, message.role, message.text) for message in tree.messages]
+    number = len(turns)
+    whole = TokenTree(
+        tokens=np.concatenate([np.array(turn) for turn in turns]),
+        lengths=np.array([len(turn) for turn in turns], np.int32),
+        parents=np.array([-1 if message.parent is None else message.parent for message in tree.messages], np.int32),
+        roles=np.array([ROLES.index(message.role) for message in tree.messages], np.int8),
+        weights=np.zeros(number, np.float32),
+        groups=np.zeros(number, np.int32),
+        messages=np.arange(number, dtype=np.int32),
+    )
+    return weigh(whole, "once")
+
+
+def _stream(tree: TokenTree) -> TokenStream:
+    return build_stream([tree], -(-len(tree.tokens) // _BLOCK) * _BLOCK, max(1, tree.num_supervised))
