@@ -5,6 +5,7 @@ import math
 import random
 import re
 import shlex
+import sys
 from collections import Counter
 
 import pytest
@@ -127,8 +128,9 @@ def test_the_figures_do_not_depend_on_batch_size(run_folder, tmp_path):
     assert found == pytest.approx([found[0]] * 3, rel=1e-6)
 
 
-def test_the_next_commands_talk_and_repeat_the_evaluation_of_the_run(run_folder):
+def test_the_next_commands_talk_and_repeat_the_evaluation_of_the_run(run_folder, monkeypatch):
     """Parsed as a shell and the script would: the same data, filters and context."""
+    monkeypatch.setattr(sys, "argv", ["launch/sft.py"])
     policy, _ = find_model(str(run_folder))
     data = {"train": ["a"], "eval": ["it's.jsonl", "b"], "max_rank": 0, "languages": ["en", "de"], "max_length": 128}
     settings = SFTSettings(data=data | {"reviewed_only": False, "on_error": "skip", "topic_replies": "tea.txt"})
