@@ -13,7 +13,7 @@ from gpt2ft.runs.inference_model import load_inference_model
 from gpt2ft.settings.scripts import ServeSettings
 
 EXTRA = ("fastapi", "starlette", "uvicorn", "h11")  # of `pip install .[serve]`
-KEY = "GPT2FT_API_KEY"
+KEY_VARIABLE = "GPT2FT_API_KEY"
 MIN_KEY_LENGTH = 16  # characters
 
 
@@ -45,9 +45,9 @@ def read_key(settings: ServeSettings) -> str | None:
     Raises:
         SettingsError: if there are two, or one that would be easy to guess or hard to send.
     """
-    file, key = settings.api_key_file, os.environ.get(KEY)
+    file, key = settings.api_key_file, os.environ.get(KEY_VARIABLE)
     if file is not None and key is not None:
-        raise SettingsError(f"the key must come from `api_key_file` or from {KEY}, but both are set")
+        raise SettingsError(f"the key must come from `api_key_file` or from {KEY_VARIABLE}, but both are set")
     if file is not None:
         try:
             key = Path(file).read_text(encoding="utf-8").strip()
@@ -65,14 +65,14 @@ def read_key(settings: ServeSettings) -> str | None:
 
 def require_key(host: str, key: str | None) -> None:
     """Raise SettingsError if other machines could come in without a key."""
-    if key is None and not is_own(host):
+    if key is None and not is_loopback(host):
         raise SettingsError(
-            f"`host` = {host} lets other machines in, so there must be a key: put one into {KEY} or a file that "
-            "`api_key_file` names"
+            f"`host` = {host} lets other machines in, so there must be a key: put one into {KEY_VARIABLE} or a file "
+            "that `api_key_file` names"
         )
 
 
-def is_own(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     """True if only this machine can reach the address."""
     try:
         return ip_address(host).is_loopback

@@ -48,8 +48,8 @@ def valid(draw: random.Random) -> dict:
 
 def wrong_value(draw: random.Random) -> bytes:
     """One parameter with a value of the wrong kind or size."""
-    asked = valid(draw) | {draw.choice(PARAMETERS): draw.choice(SCALARS)}
-    return request(json.dumps(asked).encode())
+    parameters = valid(draw) | {draw.choice(PARAMETERS): draw.choice(SCALARS)}
+    return request(json.dumps(parameters).encode())
 
 
 def wrong_message(draw: random.Random) -> bytes:

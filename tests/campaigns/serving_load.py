@@ -13,7 +13,6 @@ import os
 import random
 import re
 import signal
-import subprocess
 import sys
 from collections import Counter
 from contextlib import asynccontextmanager, suppress
@@ -24,9 +23,11 @@ from time import monotonic
 import psutil
 from malformed import Malformed, malformed
 
-ROOT = Path(__file__).parents[2]
+sys.path.append(str(Path(__file__).parents[1]))
+import processes
+
 DEFAULT = ["gpt2", "--random_init", "--slots", "64"]  # a slot for each client: see the README
-PATIENCE = 60.0  # seconds for one answer
+TIMEOUT = 60.0  # seconds for one answer
 WORDS = ["tea", "cup", "hot", "rain", "leaf", "water", "kettle", "cold", "sugar", "milk", "lemon", "why", "how", "when"]
 
 
@@ -34,7 +35,7 @@ WORDS = ["tea", "cup", "hot", "rain", "leaf", "water", "kettle", "cold", "sugar"
 class Server:
     """A launch/serve.py process."""
 
-    process: subprocess.Popen
+    process: processes.Started
     port: int
 
     @property
@@ -45,30 +46,28 @@ class Server:
     def files(self) -> int:
         return psutil.Process(self.process.pid).num_fds()
 
-    def stop(self) -> int:
+    def stop(self, log: Path | None = None) -> int:
+        """Its exit code, once it has been told to stop; what it has logged goes to a file."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(PATIENCE)
+        ended = self.process.finish(code=None)
+        if log is not None:
+            log.write_text(ended.stderr)
+        return ended.code
 
 
-def start(arguments: list[str], log: Path | None = None) -> Server:
+def start(arguments: list[str]) -> Server:
     """Starts it, and waits until it is ready."""
-    command = [sys.executable, "launch/serve.py", *arguments, "--port", "0"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with open(log or os.devnull, "w") as stderr:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
-    line = process.stdout.readline()
-    found = re.search(r"http://[^ ]+:(\d+)", line)
-    if not found:
-        raise SystemExit(f"the server did not start: {line}")
-    server = Server(process, int(found[1]))
+    kept = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
+    process = processes.start(["python", "launch/serve.py", *arguments, "--port", 0], **kept)
+    server = Server(process, int(process.wait_for(r"http://[^ ]+:(\d+)")[1]))
     asyncio.run(_until_ready(server.port))
     return server
 
 
 async def _until_ready(port: int) -> None:
-    async with asyncio.timeout(2 * PATIENCE):
+    async with asyncio.timeout(2 * TIMEOUT):
         while (await exchange(port, b"GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"))[0] != 200:
-            await asyncio.sleep(0.1)
+            pass
 
 
 # --- clients that stream -------------------------------------------------------------------------------------------
@@ -100,9 +99,9 @@ async def connection(port: int):
 async def stream_once(port: int, client: Client, draw: random.Random, ends: float) -> None:
     """One reply of a conversation; a tenth of the clients hang up in the middle."""
     turns = [{"role": ("user", "assistant")[i % 2], "content": _words(draw)} for i in range(draw.choice([1, 1, 3, 5]))]
-    asked = {"messages": turns, "max_tokens": draw.choice([16, 32, 64]), "stream": True}
-    asked |= {"stream_options": {"include_usage": True}, "temperature": draw.choice([0, 0.7])}
-    body = json.dumps(asked).encode()
+    parameters = {"messages": turns, "max_tokens": draw.choice([16, 32, 64]), "stream": True}
+    parameters |= {"stream_options": {"include_usage": True}, "temperature": draw.choice([0, 0.7])}
+    body = json.dumps(parameters).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
     leaves_after = draw.randrange(1, 10) if draw.random() < 0.1 else None
     began = last = monotonic()
@@ -247,7 +246,7 @@ async def send_all(port: int, number: int, seed: int, together: int = 16) -> tup
         for index in numbers:
             sent = malformed(seed, index)
             try:
-                async with asyncio.timeout(PATIENCE):
+                async with asyncio.timeout(TIMEOUT):
                     status, answer = await exchange(port, sent.data, ends=sent.kind == "cut_off")
             except TimeoutError:
                 problems.append(f"{sent.kind} {index}: hung")
@@ -284,18 +283,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log", type=Path, help="where the server's log goes")
     parser.add_argument("settings", nargs="*", help=f"of the server; default {' '.join(DEFAULT)}")
-    asked = parser.parse_args()
-    server = start(asked.settings or DEFAULT, asked.log)
+    given = parser.parse_args()
+    server = start(given.settings or DEFAULT)
     problems = []
     try:
-        if asked.clients and asked.seconds:
+        if given.clients and given.seconds:
             samples = []
-            clients = asyncio.run(stream_all(server.port, asked.seconds, asked.clients, samples, server))
-            problems += report_streams(clients, samples, asked.seconds)
-        if asked.malformed:
-            problems += report_malformed(server, asked.malformed, asked.seed)
+            clients = asyncio.run(stream_all(server.port, given.seconds, given.clients, samples, server))
+            problems += report_streams(clients, samples, given.seconds)
+        if given.malformed:
+            problems += report_malformed(server, given.malformed, given.seed)
     finally:
-        code = server.stop()
+        code = server.stop(given.log)
     problems += [] if code == 0 else [f"the server ended with {code}"]
     print("\n".join(["all held" if not problems else f"{len(problems)} problems:", *problems[:50]]))
     sys.exit(bool(problems))

@@ -121,11 +121,11 @@ class TestReply:
 
     def test_nothing_to_reply_to(self, scripted):
         session = scripted()
-        with pytest.raises(ValueError, match="say something first"):
+        with pytest.raises(ValueError, match="message"):
             session.reply()
         session.say("Hi")
         session.answer("Hello")
-        with pytest.raises(ValueError, match="say something first"):
+        with pytest.raises(ValueError, match="message"):
             session.reply()
 
     def test_two_messages_in_a_row_become_one(self, scripted):
@@ -171,7 +171,7 @@ class TestInterruption:
         forgotten = session.reply()
         said = next(forgotten)
         if act == "reply":
-            with pytest.raises(ValueError, match="say something first"):
+            with pytest.raises(ValueError, match="message"):
                 session.reply()
         else:
             getattr(session, act)(*{"say": ["More"], "complete": ["More"]}.get(act, []))
@@ -210,7 +210,7 @@ class TestInterruption:
         bias = model.gpt2.h[0].mlp.c_fc.bias.data
         healthy = bias.clone()
         bias[0] = torch.nan
-        with pytest.raises(ValueError, match="logits must be finite"):
+        with pytest.raises(ValueError, match="finite"):
             list(session.reply())
         assert session.turns == [("user", "The kettle, what is it?")]
         bias.copy_(healthy)
@@ -240,7 +240,7 @@ class TestContext:
                 session.say(text)
                 if kept is None:
                     fitting = limit - (lengths[0] if session.system else 0)
-                    with pytest.raises(ValueError, match=f"at most {fitting} tokens.* has {lengths[-1]}: it is taken"):
+                    with pytest.raises(ValueError, match=rf"at most {fitting} tokens.* {lengths[-1]}\b"):
                         session.reply()
                     assert session.turns == before
                     refused += 1
@@ -275,7 +275,7 @@ class TestContext:
         session = scripted()
         session.system = "tea " * 200
         session.say("Hi")
-        with pytest.raises(ValueError, match=r"at most 0 tokens beside the system text of \d+, but this one has 3"):
+        with pytest.raises(ValueError, match=r"at most 0 tokens.* system .* 3\b"):
             session.reply()
         session.system = None
         session.say("Hi")
@@ -283,7 +283,7 @@ class TestContext:
 
     def test_max_new_tokens_is_checked_when_it_is_set(self, scripted):
         session = scripted()
-        with pytest.raises(ValueError, match="`max_new_tokens` must be at least 1, but is 0"):
+        with pytest.raises(ValueError, match="`max_new_tokens` .*at least 1, .* 0"):
             session.max_new_tokens = 0
         assert session.max_new_tokens == 20
 
@@ -301,7 +301,7 @@ class TestChanges:
         assert len(session.turns) == 2
         session.undo()
         assert session.turns == []
-        with pytest.raises(ValueError, match="a message to take back, but there is none"):
+        with pytest.raises(ValueError, match="message"):
             session.undo()
 
     def test_undone_turns_leave_no_trace(self, model, tokenizer):
@@ -335,7 +335,7 @@ class TestChanges:
 
     def test_a_retry_without_a_reply(self, scripted):
         session = scripted()
-        with pytest.raises(ValueError, match="say something first"):
+        with pytest.raises(ValueError, match="message"):
             session.retry()
         session.say("Hi")
         session.retry()
@@ -379,32 +379,28 @@ class TestMessages:
         assert (other.system, other.turns) == (None, [])
 
     @pytest.mark.parametrize(
-        ("messages", "expected"),
+        ("messages", "facts"),
         [
-            ({"role": "user"}, "the messages must be a list, but are dict"),
-            (["Hi"], "message 1 must hold `role` and `content` as text, but is 'Hi'"),
-            ([{"role": "user"}], "message 1 must hold `role` and `content` as text, but is {'role': 'user'}"),
-            ([("user", 5)], "message 1 must hold"),
-            ([("user", "Hi"), ("bot", "Hi")], "message 2: `role` must be assistant after user, but is 'bot'"),
-            ([("assistant", "Hi")], "message 1: `role` must be system or user, but is 'assistant'"),
-            ([("user", "Hi"), ("user", "Hi")], "message 2: `role` must be assistant after user, but is 'user'"),
-            ([("user", "Hi"), ("system", "Hi")], "message 2: `role` must be assistant after user, but is 'system'"),
-            (
-                [("system", "Hi"), ("assistant", "Hi")],
-                "message 2: `role` must be user after system, but is 'assistant'",
-            ),
-            ([(["user"], "Hi")], "message 1: `role` must be system or user, but is ['user']"),
+            ({"role": "user"}, "list.*dict"),
+            (["Hi"], "message 1 .*`role` and `content`.*'Hi'"),
+            ([{"role": "user"}], "message 1 .*`role` and `content`"),
+            ([("user", 5)], "message 1 "),
+            ([("user", "Hi"), ("bot", "Hi")], "message 2: `role` .*assistant.*'bot'"),
+            ([("assistant", "Hi")], "message 1: `role` .*system or user.*'assistant'"),
+            ([("user", "Hi"), ("user", "Hi")], "message 2: `role` .*assistant.*'user'"),
+            ([("user", "Hi"), ("system", "Hi")], "message 2: `role` .*assistant.*'system'"),
+            ([("system", "Hi"), ("assistant", "Hi")], "message 2: `role` .*user.*'assistant'"),
+            ([(["user"], "Hi")], "message 1: `role` .*system or user"),
         ],
     )
-    def test_damaged_messages_change_nothing(self, scripted, messages, expected):
+    def test_damaged_messages_change_nothing(self, scripted, messages, facts):
         session = scripted()
         session.say("Hi")
         if isinstance(messages, list):
             pair = ("role", "content")
             messages = [dict(zip(pair, m, strict=True)) if isinstance(m, tuple) else m for m in messages]
-        with pytest.raises(ValueError) as error:  # noqa: PT011
+        with pytest.raises(ValueError, match=facts):
             session.from_messages(messages)
-        assert str(error.value).startswith(expected)
         assert session.turns == [("user", "Hi")]
 
 
@@ -483,7 +479,7 @@ class TestComplete:
         assert session.last.finish == "interrupted"
 
     def test_a_text_that_is_too_long(self, scripted):
-        with pytest.raises(ValueError, match="the text must have at most 76 tokens, but has 100: shorten it"):
+        with pytest.raises(ValueError, match="at most 76 tokens.* 100"):
             scripted().complete(" tea" * 100)
 
 

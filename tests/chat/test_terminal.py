@@ -115,6 +115,20 @@ def run():
     return Run()
 
 
+def notice(shown):
+    """The text of the one thing that was shown, a notice."""
+    [(kind, text)] = shown
+    assert kind == "notice"
+    return text
+
+
+def problem(shown):
+    """Likewise, a problem."""
+    [(kind, text)] = shown
+    assert kind == "problem"
+    return text
+
+
 # --- messages -------------------------------------------------------------------------------------------------------
 
 
@@ -142,19 +156,22 @@ def test_what_the_session_refuses_is_said_and_the_chat_goes_on(run):
 
 
 @pytest.mark.parametrize(
-    ("finish", "dropped", "said"),
+    ("finish", "dropped", "facts"),
     [
         ("stop", 0, []),
-        ("stop", 1, ["[the oldest turn no longer fits the context]"]),
-        ("stop", 2, ["[the 2 oldest turns no longer fit the context]"]),
-        ("length", 0, ["[cut off after 3 tokens; /set max_new_tokens allows more]"]),
-        ("context", 4, ["[the 4 oldest turns no longer fit the context]", "[cut off: the context is full]"]),
-        ("interrupted", 0, ["[stopped]"]),
+        ("stop", 1, ["oldest turn no longer fits"]),
+        ("stop", 2, ["2 oldest turns no longer fit"]),
+        ("length", 0, ["3 tokens.*/set max_new_tokens"]),
+        ("context", 4, ["4 oldest turns", "context is full"]),
+        ("interrupted", 0, ["stopped"]),
     ],
 )
-def test_how_a_reply_ended_is_said(run, finish, dropped, said):
+def test_how_a_reply_ended_is_said(run, finish, dropped, facts):
     run.session.next_last = Statistics(3, 1.0, finish, 5, dropped)
-    assert run("hello")[1:] == [("notice", text) for text in said]
+    notices = run("hello")[1:]
+    assert {kind for kind, _ in notices} <= {"notice"}
+    assert len(notices) == len(facts)
+    assert all(re.search(fact, text) for fact, (_, text) in zip(facts, notices, strict=True))
 
 
 # --- commands -------------------------------------------------------------------------------------------------------
@@ -165,7 +182,7 @@ def test_the_commands_change_the_conversation(run):
     run("two")
     assert run("/retry") == [("assistant", "reply 3")]
     assert run.session.turns[-2:] == [("user", "two"), ("assistant", "reply 3")]
-    assert run("/undo") == [("notice", "the last exchange is taken back; 2 turns remain")]
+    assert "2 turns" in notice(run("/undo"))
     run("/system  Be brief. ")
     assert run.session.system == "Be brief."
     run("/system")
@@ -182,7 +199,7 @@ def test_an_unknown_command_is_answered_with_the_nearest(run, given, near):
     [(kind, text)] = run(f"{given} and more")
     assert kind == "problem"
     assert f"no command {given} " in text
-    assert (f"did you mean {near}" if near else "/help lists them") in text
+    assert (near or "/help") in text
     assert run.session.turns == []
 
 
@@ -209,21 +226,19 @@ def test_settings_can_be_listed_and_changed(run):
 
 
 @pytest.mark.parametrize(
-    ("text", "problem"),
+    ("text", "facts"),
     [
-        ("warmth 1", "there is no setting warmth"),
-        ("temperature high", "`temperature` must be a number, but is 'high'"),
-        ("top_k 1.5", "`top_k` must be a whole number, but is '1.5'"),
-        ("top_p 0", "`top_p` must be"),
-        ("temperature nan", "`temperature` must be"),
-        ("temperature none", "`temperature` must be"),
+        ("warmth 1", "warmth.*temperature"),
+        ("temperature high", "`temperature` .*'high'"),
+        ("top_k 1.5", "`top_k` .*whole.*'1.5'"),
+        ("top_p 0", "`top_p` .*0"),
+        ("temperature nan", "`temperature` .*nan"),
+        ("temperature none", "`temperature` .*none"),
     ],
 )
-def test_a_bad_setting_is_refused_in_a_sentence(run, text, problem):
+def test_a_bad_setting_is_refused_in_a_sentence(run, text, facts):
     before = settings_of(run.session)
-    [(kind, said)] = run(f"/set {text}")
-    assert kind == "problem"
-    assert said.startswith(problem)
+    assert re.search(facts, problem(run(f"/set {text}")))
     assert settings_of(run.session) == before
 
 
@@ -238,60 +253,55 @@ def test_what_is_saved_is_one_line_and_is_loaded_as_it_was(turns, system, tmp_pa
     run, again = Run(), Run()
     run.session.system = system or None
     run.session.turns = [turn for user, reply in turns for turn in (("user", user), ("assistant", reply))]
-    assert run(f"/save {file}") == [("notice", f"saved to {file}")]
+    assert str(file) in notice(run(f"/save {file}"))
     assert file.read_text(encoding="utf-8").count("\n") == 1
     assert json.loads(file.read_text(encoding="utf-8")) == {"messages": run.session.to_messages()}
-    assert again(f"/load {file}")[-1] == ("notice", f"loaded {file}")
+    assert str(file) in notice(again(f"/load {file}")[-1:])
     assert again.session.turns == [(message["role"], message["content"]) for message in run.session.to_messages()]
 
 
 def test_a_file_of_others_is_never_replaced(run, tmp_path):
     theirs, ours = tmp_path / "theirs.jsonl", tmp_path / "ours.jsonl"
     theirs.write_text("precious")
-    [(kind, text)] = run(f"/save {theirs}")
-    assert (kind, text) == ("problem", f"{theirs} exists and was not saved by this chat: choose another name")
+    assert str(theirs) in problem(run(f"/save {theirs}"))
     assert theirs.read_text() == "precious"
     run(f"/save {ours}")
     run("hello")
-    assert run(f"/save {ours}") == [("notice", f"saved to {ours}")]
+    assert str(ours) in notice(run(f"/save {ours}"))
     assert len(json.loads(ours.read_text())["messages"]) == 2
 
 
 def test_bytes_that_are_no_text_do_not_keep_a_chat_from_being_saved(run, tmp_path):
     run("what is \udcff?")
-    assert run(f"/save {tmp_path / 'chat.jsonl'}")[0][0] == "notice"
+    assert notice(run(f"/save {tmp_path / 'chat.jsonl'}"))
     assert json.loads((tmp_path / "chat.jsonl").read_text())["messages"][0]["content"] == "what is ??"
 
 
 def test_a_file_that_cannot_be_written_is_said(run, tmp_path):
-    assert run(f"/save {tmp_path / 'missing' / 'file'}")[0][1].endswith(
-        "could not be written: No such file or directory"
-    )
-    assert run("/save") == [("problem", "/save must be followed by FILE")]
+    file = tmp_path / "missing" / "file"
+    assert re.search(f"{file}.*No such file", problem(run(f"/save {file}")))
+    assert "FILE" in problem(run("/save"))
 
 
 @pytest.mark.parametrize(
-    ("content", "problem"),
+    ("content", "fact"),
     [
-        (None, "cannot be read: No such file or directory"),
-        (b"", 'must hold lines like {"messages": [...]}, but does not'),
-        (b"not json\n", "must hold JSON lines, but does not: Expecting value"),
-        (b"\xff\xfe\n", "must hold JSON lines, but does not: 'utf-8' codec"),
-        (b"[" * 100_000, "must hold JSON lines, but does not: "),
-        (b'{"text": "hello"}\n', "must hold lines like"),
-        (b'{"messages": [{"role": "narrator", "content": ""}]}\n', ": `role` must be known"),
+        (None, "No such file"),
+        (b"", '{"messages": '),
+        (b"not json\n", "JSON lines.*Expecting value"),
+        (b"\xff\xfe\n", "JSON lines.*'utf-8'"),
+        (b"[" * 100_000, "JSON lines"),
+        (b'{"text": "hello"}\n', '{"messages": '),
+        (b'{"messages": [{"role": "narrator", "content": ""}]}\n', "`role`"),
     ],
 )
-def test_a_file_that_cannot_be_loaded_is_said_and_nothing_changes(run, tmp_path, content, problem):
+def test_a_file_that_cannot_be_loaded_is_said_and_nothing_changes(run, tmp_path, content, fact):
     run("hello")
     turns = list(run.session.turns)
     file = tmp_path / "chat.jsonl"
     if content is not None:
         file.write_bytes(content)
-    [(kind, text)] = run(f"/load {file}")
-    assert kind == "problem"
-    assert text.startswith(str(file))
-    assert problem in text
+    assert re.search(f"{file}.*{fact}", problem(run(f"/load {file}")))
     assert run.session.turns == turns
 
 
@@ -299,10 +309,8 @@ def test_the_first_of_several_conversations_is_loaded_and_it_is_said(run, tmp_pa
     lines = [json.dumps({"messages": [{"role": "user", "content": text}]}) for text in ("first\u2028line", "second")]
     (tmp_path / "two.jsonl").write_text("\n" + "\n".join(lines) + "\n")
     shown = run(f"/load {tmp_path / 'two.jsonl'}")
-    assert shown == [
-        ("transcript", [("user", "first\u2028line")]),
-        ("notice", f"loaded the first conversation of {tmp_path / 'two.jsonl'}"),
-    ]
+    assert shown[0] == ("transcript", [("user", "first\u2028line")])
+    assert "first conversation" in notice(shown[1:])
 
 
 # --- documents ------------------------------------------------------------------------------------------------------
@@ -314,7 +322,7 @@ def test_documents_are_continued_without_turns():
     assert run("//usr") == [(None, "/usr and so on")]
     assert run("too long") == [("problem", "a text must be shorter")]
     assert run("/set top_k 3") == [("notice", "top_k 3")]
-    assert run("/undo") == [("problem", "/undo needs a conversation, and `--complete` has none")]
+    assert re.search("/undo.*`--complete`", problem(run("/undo")))
     [(_, text)] = run("/help")
     assert "/set" in text
     assert "/undo" not in text

@@ -29,7 +29,7 @@ from gpt2ft.text.display import visible
 
 SCRIPT = "launch/chat.py"
 CONTEXT = 4096
-PATIENCE = 60  # seconds until a test gives up
+TIMEOUT = 60  # seconds until a test gives up
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ class Person:
         command = [SCRIPT, *map(str, arguments)]
         variables = processes.environment(**environment)
         self.child = pexpect.spawn(
-            sys.executable, command, env=variables, cwd=str(ROOT), dimensions=(24, 80), timeout=PATIENCE
+            sys.executable, command, env=variables, cwd=str(ROOT), dimensions=(24, 80), timeout=TIMEOUT
         )
         self.screen = Screen(80, 24)
         self.screen.answer = self.child.send
@@ -118,7 +118,7 @@ class Person:
 
     def wait(self, is_met):
         """Reads until `is_met()`."""
-        end = monotonic() + PATIENCE
+        end = monotonic() + TIMEOUT
         while not is_met():
             assert monotonic() < end, "\n".join(self.lines())
             try:
@@ -224,7 +224,7 @@ def test_undo_and_retry_change_what_is_remembered(begun, tmp_path):
     after = saved(begun, tmp_path / "after.jsonl")
     assert after[:3] == before[:3]
     assert after[3] != before[3]
-    assert "the last exchange is taken back; 2 turns remain" in begun.enter("/undo")
+    assert "2 turns remain" in begun.enter("/undo")
     assert saved(begun, tmp_path / "undone.jsonl") == before[:2]
 
 
@@ -266,7 +266,7 @@ def test_a_message_can_have_several_lines(begun, tmp_path):
 
 
 def test_an_unknown_command_is_answered_and_the_chat_goes_on(begun):
-    assert "error: there is no command /hlep (did you mean /help?)" in begun.enter("/hlep me")
+    assert "did you mean /help?" in begun.enter("/hlep me")
     assert "Alt+Enter" in begun.enter("/help")
     assert "temperature 0.7, top_k 0" in begun.enter("/set")
 
@@ -347,8 +347,8 @@ def test_a_reader_that_has_enough_ends_it_quietly(chat_model, environment):
         assert started.stdout.read(30).startswith(b"Once upon a time")
         started.stdout.close()
         began = monotonic()
-        assert (started.stderr.read(), started.wait(PATIENCE)) == (b"", 0)
-    assert monotonic() - began < PATIENCE / 2
+        assert (started.stderr.read(), started.wait(TIMEOUT)) == (b"", 0)
+    assert monotonic() - began < TIMEOUT / 2
 
 
 # --- what it is put together from -----------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from gpt2ft.settings.scripts import ChatSettings, ServeSettings
 pytest.importorskip("uvicorn", reason="needs the extra [serve]")
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 60  # seconds until a test gives up
+TIMEOUT = 60  # seconds until a test gives up
 KEY = "0123456789abcdef"
-BARE = {serve.KEY: None, "OMP_NUM_THREADS": 1}
+BARE = {serve.KEY_VARIABLE: None, "OMP_NUM_THREADS": 1}
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def refused(*settings, **more):
 
 def ask(address, request):
     """The answer, up to its end."""
-    connection = socket.create_connection((address[1], int(address[2])), timeout=PATIENCE)
+    connection = socket.create_connection((address[1], int(address[2])), timeout=TIMEOUT)
     connection.sendall(request)
     received = b""
     while data := connection.recv(65536):
@@ -74,7 +74,7 @@ def asking_for_a_stream():
 def test_told_to_stop_it_finishes_its_replies_and_ends_well(start, signal_):
     process, address = start()
     wait_until_ready(address)
-    connection = socket.create_connection((address[1], int(address[2])), timeout=PATIENCE)
+    connection = socket.create_connection((address[1], int(address[2])), timeout=TIMEOUT)
     connection.sendall(asking_for_a_stream())
     received = connection.recv(65536)
     process.send_signal(signal_)
@@ -88,7 +88,7 @@ def test_told_to_stop_it_finishes_its_replies_and_ends_well(start, signal_):
 def test_a_second_signal_does_not_wait(start):
     process, address = start("--shutdown_timeout", "1000")
     wait_until_ready(address)
-    connection = socket.create_connection((address[1], int(address[2])), timeout=PATIENCE)
+    connection = socket.create_connection((address[1], int(address[2])), timeout=TIMEOUT)
     connection.sendall(asking_for_a_stream())
     connection.recv(65536)
     process.send_signal(signal.SIGINT)
@@ -97,8 +97,8 @@ def test_a_second_signal_does_not_wait(start):
 
 
 def test_other_machines_are_let_in_with_a_key_alone(start, tmp_path, monkeypatch):
-    monkeypatch.delenv(serve.KEY, raising=False)
-    with pytest.raises(SettingsError, match=r"`host` = 0.0.0.0 lets other machines in, so there must be a key"):
+    monkeypatch.delenv(serve.KEY_VARIABLE, raising=False)
+    with pytest.raises(SettingsError, match=f"`host` = 0.0.0.0 .*{serve.KEY_VARIABLE}.*`api_key_file`"):
         serve.run(ServeSettings(host="0.0.0.0", port=0))
     file = tmp_path / "key"
     file.write_text(f"{KEY}\n")
@@ -109,10 +109,10 @@ def test_other_machines_are_let_in_with_a_key_alone(start, tmp_path, monkeypatch
 
 
 def test_a_port_that_is_taken_is_said(monkeypatch):
-    monkeypatch.delenv(serve.KEY, raising=False)
+    monkeypatch.delenv(serve.KEY_VARIABLE, raising=False)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(SettingsError, match=f"`port` = {port} cannot be listened on: Address already in use"):
+        with pytest.raises(SettingsError, match=f"`port` = {port} .*Address already in use"):
             serve.run(ServeSettings(port=port))
 
 
@@ -127,59 +127,61 @@ def test_a_model_that_cannot_say_a_token_is_not_served(tiny_weights_folder, tmp_
     next(tensor for name, tensor in weights.items() if name.endswith("ln_f.weight"))[:] = 3e38  # finite, but too large
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     ended = run(["python", "launch/serve.py", folder, "--port", 0], code=2, **BARE)
-    assert ended.stderr.splitlines()[-1].endswith("cannot say a single token: its weights are damaged")
+    assert str(folder) in ended.stderr.splitlines()[-1]
 
 
 def test_what_is_not_installed_is_said(tmp_path):
     """FastAPI hidden from this process, as if it had never been installed."""
     (tmp_path / "fastapi.py").write_text("raise ModuleNotFoundError(name='fastapi')")
     line = refused("quickstart", "--random_init", PYTHONPATH=f"{tmp_path}:{ROOT}")
-    assert line == "error: serving needs fastapi, which is not installed: pip install -e '.[serve]'"
+    assert line.startswith("error: ")
+    assert "fastapi" in line
+    assert "[serve]" in line
 
 
 @pytest.mark.parametrize(
-    ("in_file", "in_environment", "message"),
+    ("in_file", "in_environment", "fact"),
     [
-        (None, "short", "must be at least 16 letters"),
-        (None, "x" * 15 + " " + "y", "without a space"),
-        (None, "ü" * 20, "must be at least 16 letters"),
-        ("", None, "must be at least 16 letters"),
-        (KEY, KEY, "both are set"),
+        (None, "short", "16"),
+        (None, "x" * 15 + " " + "y", "space"),
+        (None, "ü" * 20, "letters"),
+        ("", None, "16"),
+        (KEY, KEY, f"`api_key_file` .*{serve.KEY_VARIABLE}"),
     ],
 )
-def test_keys_that_protect_nothing_are_refused(tmp_path, monkeypatch, in_file, in_environment, message):
+def test_keys_that_protect_nothing_are_refused(tmp_path, monkeypatch, in_file, in_environment, fact):
     file = tmp_path / "key"
-    monkeypatch.delenv(serve.KEY, raising=False)
+    monkeypatch.delenv(serve.KEY_VARIABLE, raising=False)
     if in_environment is not None:
-        monkeypatch.setenv(serve.KEY, in_environment)
+        monkeypatch.setenv(serve.KEY_VARIABLE, in_environment)
     if in_file is not None:
         file.write_text(in_file)
     settings = ServeSettings(api_key_file=None if in_file is None else str(file))
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(SettingsError, match=fact):
         serve.read_key(settings)
 
 
 def test_a_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
-    monkeypatch.delenv(serve.KEY, raising=False)
+    monkeypatch.delenv(serve.KEY_VARIABLE, raising=False)
     assert serve.read_key(ServeSettings()) is None
     (tmp_path / "key").write_text(f" {KEY}\n")
     assert serve.read_key(ServeSettings(api_key_file=str(tmp_path / "key"))) == KEY
-    with pytest.raises(SettingsError, match="cannot be read"):
+    with pytest.raises(SettingsError, match=str(tmp_path / "missing")):
         serve.read_key(ServeSettings(api_key_file=str(tmp_path / "missing")))
-    monkeypatch.setenv(serve.KEY, KEY)
+    monkeypatch.setenv(serve.KEY_VARIABLE, KEY)
     assert serve.read_key(ServeSettings()) == KEY
     assert not [name for name in ServeSettings.model_fields if name in ("key", "api_key")]  # others can read argv
 
 
 @pytest.mark.parametrize(
-    ("host", "is_own"),
+    ("host", "is_loopback"),
     [
         *((host, True) for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost")),
         *((host, False) for host in ("0.0.0.0", "::", "192.168.1.5", "8.8.8.8", "my-machine", "localhost.example", "")),
     ],
 )
-def test_which_addresses_are_this_machine_s_own(host, is_own):
-    assert serve.is_own(host) == is_own
+def test_which_addresses_are_this_machine_s_own(host, is_loopback):
+    assert serve.is_loopback(host) == is_loopback
 
 
 def test_the_defaults_of_sampling_are_those_of_a_chat():

@@ -35,15 +35,15 @@ def test_a_reply_is_the_one_that_the_model_gives_alone(client, alone):
 
 
 def test_streamed_pieces_together_are_the_whole_reply(client, alone):
-    asked = {"temperature": 0}
-    text, prompt, tokens, finish = alone([("user", "What is tea?")], 30, **asked)
+    parameters = {"temperature": 0}
+    text, prompt, tokens, finish = alone([("user", "What is tea?")], 30, **parameters)
     with client.chat.completions.create(
         model="tiny",
         messages=user("What is tea?"),
         max_completion_tokens=30,
         stream=True,
         stream_options={"include_usage": True},
-        **asked,
+        **parameters,
     ) as stream:
         first, *pieces, end, usage = list(stream)
     assert (first.choices[0].delta.role, first.choices[0].delta.content) == ("assistant", "")
@@ -78,14 +78,16 @@ def test_whoever_comes_and_goes_each_reply_is_as_if_alone(client, alone, server)
         own = random.Random(number)
         turns = [("user", " ".join(own.choices(WORDS, k=own.randrange(1, 30))))]
         most = own.randrange(1, 40)
-        asked = own.choice([{"temperature": 0}, {"temperature": 1.2, "seed": number}, {"top_p": 0.5, "seed": number}])
-        text, _, _, finish = alone(turns, most, **asked)
+        sampling = own.choice(
+            [{"temperature": 0}, {"temperature": 1.2, "seed": number}, {"top_p": 0.5, "seed": number}]
+        )
+        text, _, _, finish = alone(turns, most, **sampling)
         leaves = own.random() < 0.2
         said = ""
         with (
             with_slots,
             client.chat.completions.create(
-                model="tiny", messages=user(turns[0][1]), max_tokens=most, stream=True, **asked
+                model="tiny", messages=user(turns[0][1]), max_tokens=most, stream=True, **sampling
             ) as stream,
         ):
             for piece in stream:
@@ -113,16 +115,16 @@ def test_whoever_comes_and_goes_each_reply_is_as_if_alone(client, alone, server)
 
 def test_stop_strings_end_a_reply_wherever_tokens_are_cut(client, alone):
     text, _, tokens, _ = alone([("user", "What is tea?")], 30, temperature=0)
-    asked = {"model": "tiny", "messages": user("What is tea?"), "max_tokens": 30, "temperature": 0}
+    parameters = {"model": "tiny", "messages": user("What is tea?"), "max_tokens": 30, "temperature": 0}
     places = range(3, len(text) - 4, 5)
     assert len(places) > 5
     for place in places:
         stop = text[place : place + 4]
         expected = text[: text.index(stop)]
-        reply = client.chat.completions.create(**asked, stop=["never said", stop])
+        reply = client.chat.completions.create(**parameters, stop=["never said", stop])
         assert (reply.choices[0].message.content, reply.choices[0].finish_reason) == (expected, "stop")
         assert reply.usage.completion_tokens <= tokens
-        streamed = client.chat.completions.create(**asked, stop=stop, stream=True)
+        streamed = client.chat.completions.create(**parameters, stop=stop, stream=True)
         assert "".join(piece.choices[0].delta.content or "" for piece in streamed) == expected
 
 
@@ -136,7 +138,7 @@ def test_models(client):
 
 
 @pytest.mark.parametrize(
-    ("asked", "param", "code"),
+    ("parameters", "param", "code"),
     [
         ({"temperature": 2.5}, "temperature", "invalid_value"),
         ({"temperature": -1}, "temperature", "invalid_value"),
@@ -166,9 +168,9 @@ def test_models(client):
         ({"messages": user("tea " * 300)}, "messages", "context_length_exceeded"),
     ],
 )
-def test_what_cannot_be_done_is_refused_by_name(client, asked, param, code):
+def test_what_cannot_be_done_is_refused_by_name(client, parameters, param, code):
     with pytest.raises(openai.BadRequestError) as error:
-        client.chat.completions.create(**({"model": "tiny", "messages": user("Hi")} | asked))
+        client.chat.completions.create(**({"model": "tiny", "messages": user("Hi")} | parameters))
     assert (error.value.param, error.value.code) == (param, code)
     assert error.value.type == "invalid_request_error"
 
