@@ -23,7 +23,8 @@ import yaml
 from processes import run, start
 
 ROOT = Path(__file__).parents[1]
-DOCKERFILE = ROOT / "launch" / "Dockerfile"
+CONTAINER = ROOT / "launch" / "container"
+DOCKERFILE = CONTAINER / "Dockerfile"
 TRAINING = {
     "accelerate", "datasets", "deepspeed", "pyarrow", "pandas", "tensorboard", "transformers", "peft", "trl",
     "prompt_toolkit", "psutil", "tqdm", "huggingface_hub", "gguf", "jinja2",
@@ -73,7 +74,7 @@ def test_the_image_runs_as_nobody_and_is_told_when_to_stop():
     runtime = dict(stage("runtime"))
     assert runtime["USER"] == "10001:10001"
     assert runtime["STOPSIGNAL"] == "SIGTERM"
-    assert entry_point()[:2] == ["python", "/opt/gpt2ft/launch/serve.py"]
+    assert entry_point()[:2] == ["gpt2ft", "serve"]
     options, check = runtime["HEALTHCHECK"].split(" CMD ")
     assert "--start-period" in options
     assert json.loads(check)[:2] == ["python", "-c"]
@@ -92,7 +93,7 @@ def test_what_is_copied_is_there_and_not_ignored():
     ignored = (DOCKERFILE.parent / "Dockerfile.dockerignore").read_text(encoding="utf-8").split("\n")
     copied = [word for name in ("build", "runtime") for kind, argument in stage(name) if kind == "COPY"
               for word in argument.split()[:-1] if not argument.startswith("--from")]  # fmt: skip
-    assert set(copied) == {"pyproject.toml", "README.md", "LICENSE", "gpt2ft", "launch/serve.py"}
+    assert set(copied) == {"pyproject.toml", "README.md", "LICENSE", "gpt2ft", "launch/recipes"}
     for path in copied:
         assert f"!{path}" in ignored
         assert (ROOT / path).exists()
@@ -108,7 +109,7 @@ def test_the_serving_group_has_the_versions_of_the_rest():
 
 
 def test_compose_serves_this_machine_alone_and_grants_nothing():
-    service = yaml.safe_load((ROOT / "launch" / "compose.yaml").read_text(encoding="utf-8"))["services"]["serve"]
+    service = yaml.safe_load((CONTAINER / "compose.yaml").read_text(encoding="utf-8"))["services"]["serve"]
     assert service["ports"] == ["127.0.0.1:8000:8000"]
     assert service["read_only"]
     assert service["init"]
@@ -116,7 +117,7 @@ def test_compose_serves_this_machine_alone_and_grants_nothing():
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert all(volume["read_only"] for volume in service["volumes"])
     assert service["volumes"][0]["target"] == entry_point()[2]
-    assert (ROOT / "launch" / service["build"]["context"]).resolve() == ROOT
+    assert (CONTAINER / service["build"]["context"]).resolve() == ROOT
     assert (ROOT / service["build"]["dockerfile"]) == DOCKERFILE
 
 
