@@ -124,33 +124,7 @@ def test_compose_serves_this_machine_alone_and_grants_nothing():
 # --- what serving imports -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory):
-    """A chat model of two small layers, as a run leaves it."""
-    import torch
-
-    from gpt2ft import quickstart
-    from gpt2ft.model.gpt2 import GPT2, GPT2Config
-    from gpt2ft.runs.export import write_folder
-    from gpt2ft.text.tokenizer import ChatTokenizer
-
-    tokenizer = ChatTokenizer.from_folder(quickstart.MODEL)
-    config = GPT2Config(tokenizer.padded_size, 128, n_embd=32, n_layer=2, n_head=2)
-    gpt2 = GPT2(config).initialize(torch.Generator().manual_seed(0))
-    folder = tmp_path_factory.mktemp("served") / "model"
-    write_folder(folder, dict(gpt2.named_parameters()), config, tokenizer)
-    return folder
-
-
-def served_address(server):
-    """What the server prints once it listens."""
-    line = server.stdout.readline()
-    found = re.search(r"http://\S+:\d+", line)
-    assert found, line + server.communicate(timeout=30)[0]
-    return found[0]
-
-
-def test_serving_needs_nothing_of_training(model_folder):
+def test_serving_needs_nothing_of_training(tiny_weights_folder):
     """The script itself, answering, where those packages cannot be imported."""
     blocked = f"""
 import runpy, sys
@@ -159,7 +133,7 @@ class Blocked:
         if name.partition(".")[0] in {TRAINING!r}:
             raise ModuleNotFoundError(f"serving imports {{name}}", name=name)
 sys.meta_path.insert(0, Blocked())
-sys.argv = ["serve.py", {str(model_folder)!r}, "--port", "0"]
+sys.argv = ["serve.py", {str(tiny_weights_folder)!r}, "--port", "0"]
 runpy.run_path({str(ROOT / "launch" / "serve.py")!r}, run_name="__main__")
 """
     with start(["python", "-c", blocked]) as server:
@@ -275,7 +249,7 @@ def torch_index():
 
 
 @pytest.fixture(scope="module")
-def image(model_folder, tmp_path_factory):
+def image(tiny_weights_folder, tmp_path_factory):
     """The image as the Dockerfile makes it, the model mounted, its root read-only."""
     if os.geteuid() != 0:
         pytest.skip("needs root, to mount and to become the image's user")
@@ -288,7 +262,7 @@ def image(model_folder, tmp_path_factory):
         build.follow(stage("runtime"))
         model = f"{machine.root}/model"
         machine.run("mkdir", model, inside=False)
-        machine.run("mount", "--bind", str(model_folder), model, inside=False)
+        machine.run("mount", "--bind", str(tiny_weights_folder), model, inside=False)
         machine.run("mount", "-o", "remount,bind,ro", model, inside=False)
         machine.run("mount", "-o", "remount,ro", str(machine.root), inside=False)
         yield machine, build.environment
@@ -323,6 +297,14 @@ def test_without_a_key_it_refuses_to_be_open(image):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "there must be a key" in done.stderr
+
+
+def served_address(server):
+    """Return the address that the server prints once it listens."""
+    line = server.stdout.readline()
+    found = re.search(r"http://\S+:\d+", line)
+    assert found, line + server.communicate(timeout=30)[0]
+    return found[0]
 
 
 @pytest.mark.long

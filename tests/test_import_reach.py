@@ -59,28 +59,12 @@ def lines_of_all():
     return sum(len(file.read_text(encoding="utf-8").splitlines()) for file in PACKAGE.rglob("*.py"))
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    """A chat model of two small layers, as a run leaves it."""
-    import torch
-
-    from gpt2ft import quickstart
-    from gpt2ft.model.gpt2 import GPT2, GPT2Config
-    from gpt2ft.runs.export import write_folder
-    from gpt2ft.text.tokenizer import ChatTokenizer
-
-    tokenizer = ChatTokenizer.from_folder(quickstart.MODEL)
-    config = GPT2Config(tokenizer.padded_size, 128, n_embd=32, n_layer=2, n_head=2)
-    gpt2 = GPT2(config).initialize(torch.Generator().manual_seed(0))
-    folder = tmp_path_factory.mktemp("reach") / "model"
-    write_folder(folder, dict(gpt2.named_parameters()), config, tokenizer)
-    return folder
-
-
-def test_serving(model_folder, tmp_path):
+def test_serving(tiny_weights_folder, tmp_path):
     pytest.importorskip("uvicorn", reason="needs the extra [serve]")
     file = tmp_path / "modules"
-    with start(script("serve", file, model_folder, "--port", 0), OMP_NUM_THREADS=1, GPT2FT_API_KEY=None) as server:
+    with start(
+        script("serve", file, tiny_weights_folder, "--port", 0), OMP_NUM_THREADS=1, GPT2FT_API_KEY=None
+    ) as server:
         address = server.wait_for(r"is served at (http://\S+:\d+)")[1]
         assert b"ok" in urlopen(f"{address}/health", timeout=60).read()  # it listens, and so minds signals
         server.send_signal(signal.SIGTERM)
@@ -90,18 +74,20 @@ def test_serving(model_folder, tmp_path):
     assert "prompt_toolkit" not in modules
 
 
-def test_chatting(model_folder, tmp_path):
+def test_chatting(tiny_weights_folder, tmp_path):
     file = tmp_path / "modules"
-    done = run(script("chat", file, model_folder, "--max_new_tokens", 5), typed="What is tea?\n", OMP_NUM_THREADS=1)
+    done = run(
+        script("chat", file, tiny_weights_folder, "--max_new_tokens", 5), typed="What is tea?\n", OMP_NUM_THREADS=1
+    )
     assert done.stdout
     modules = check("chat", file, most=6500)
     assert "gpt2ft.chat.session" in modules
     assert "fastapi" not in modules
 
 
-def test_exporting(model_folder, tmp_path):
+def test_exporting(tiny_weights_folder, tmp_path):
     file = tmp_path / "modules"
-    run(script("export", file, model_folder, "--format", "hf", "--output", tmp_path / "hf"), OMP_NUM_THREADS=1)
+    run(script("export", file, tiny_weights_folder, "--format", "hf", "--output", tmp_path / "hf"), OMP_NUM_THREADS=1)
     assert (tmp_path / "hf" / "model.safetensors").is_file()
     check("export", file, most=6500)
 

@@ -26,8 +26,9 @@ from prompt_toolkit.output import Output, create_output
 from prompt_toolkit.styles import Style
 from prompt_toolkit.utils import get_cwidth, is_dumb_terminal
 
-from gpt2ft.chat.commands import COMMANDS, Chat, Turn, settings_of, spell
+from gpt2ft.chat.commands import COMMANDS, Chat, settings_of, spell
 from gpt2ft.chat.session import Session
+from gpt2ft.inference.prompt_format import Turn
 from gpt2ft.inference.sampling import Sampling
 from gpt2ft.text.display import visible
 

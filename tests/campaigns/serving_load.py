@@ -75,7 +75,7 @@ async def _until_ready(port: int) -> None:
 
 @dataclass
 class Client:
-    """What one client has met."""
+    """Counts and times of one client."""
 
     tokens: int = 0
     replies: int = 0
@@ -222,7 +222,7 @@ async def exchange(port: int, data: bytes, ends: bool = False) -> tuple[int | No
 
 
 def judge(sent: Malformed, status: int | None, answer: bytes) -> str | None:
-    """What is wrong with an answer, if anything is."""
+    """Return the fault of an answer, if it has one."""
     if status is None:
         return None if sent.may_hang_up else "hung up without a word"
     if 200 <= status < 300:

@@ -1,4 +1,4 @@
-"""What can be entered, with a session that only remembers; and text that streams onto a screen."""
+"""Entries of a chat, with a session that only remembers; and text that streams onto a screen."""
 
 import json
 import re
@@ -75,7 +75,7 @@ class FakeSession:
 
 
 class FakeScreen:
-    """What was shown, as (kind, text)."""
+    """Remembers all that is shown, as (kind, text)."""
 
     def __init__(self):
         self.shown = []

@@ -132,14 +132,14 @@ class Person:
         self.wait(lambda: self.num_prompts() >= number and self.status())
 
     def enter(self, text):
-        """What the screen shows once there is another prompt."""
+        """Return the screen once there is another prompt."""
         number = self.num_prompts()
         self.child.send(text + "\r")
         self.wait_for_prompt(number + 1)
         return "\n".join(self.lines())
 
     def leaves(self):
-        """Whether the program has ended well."""
+        """Wait for the program's end; True if it ended well."""
         self.child.expect(pexpect.EOF)
         self.child.close()
         return self.child.exitstatus == 0
@@ -356,7 +356,7 @@ def test_a_reader_that_has_enough_ends_it_quietly(chat_model, environment):
 
 @pytest.fixture
 def handed_over(monkeypatch):
-    """What a chat with these settings would hand over, without holding it."""
+    """Return all that a chat with these settings is begun with, without holding it."""
 
     def hand_over(**settings):
         met = []

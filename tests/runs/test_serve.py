@@ -35,7 +35,7 @@ def start(tiny_weights_folder):
 
 
 def refused(*settings, **more):
-    """What a server that does not start says."""
+    """Return the one line of a server that does not start."""
     ended = run(["python", "launch/serve.py", *settings], code=2, **(BARE | more))
     assert ended.stdout == ""
     [line] = ended.stderr.splitlines()

@@ -64,7 +64,7 @@ def server(serving):
 
 @pytest.fixture(autouse=True)
 def idle_again(request):
-    """What one test asked for is over before the next one begins."""
+    """Let the requests of one test end before the next one begins."""
     yield
     if "server" in request.fixturenames:
         running = request.getfixturevalue("server")

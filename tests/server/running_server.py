@@ -88,7 +88,7 @@ class Running:
 
 
 def read_until(connection, text):
-    """What a connection brings, up to `text` at least, or up to its end where that is b""."""
+    """Return what a connection brings, up to `text` at least, or up to its end where that is b""."""
     received = b""
     while not text or text not in received:
         data = connection.recv(65536)

@@ -1,4 +1,4 @@
-"""What the files of the page hold; tests/server/page has what they do."""
+"""The contents of the page's files; tests/server/page has their behaviour."""
 
 import re
 import tomllib

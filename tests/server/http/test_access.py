@@ -1,4 +1,4 @@
-"""Who may come in and with what: keys, hosts, other sites, bodies that are too large, too slow or no bodies at all."""
+"""Access: keys, hosts, other sites, bodies that are too large, too slow or no bodies at all."""
 
 import json
 import logging

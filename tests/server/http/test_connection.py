@@ -74,7 +74,7 @@ def error_of(received):
 
 
 def on_port(scenario, **settings):
-    """What the coroutine `scenario(port)` returns."""
+    """Return what the coroutine `scenario(port)` does."""
 
     async def run():
         async with Port(**settings) as port:

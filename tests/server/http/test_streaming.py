@@ -81,7 +81,7 @@ async def stay():
 
 
 def messages(kind, engine, receive=stay, on_message=lambda message: None):
-    """What is sent to a client."""
+    """Return all that is sent to a client."""
 
     async def run():
         sent = []

@@ -22,7 +22,7 @@ def browser():
 
 @pytest.fixture(scope="package")
 def profile(browser):
-    """What tabs share."""
+    """Storage and settings that tabs share."""
     with browser.new_context() as profile:
         profile.set_default_timeout(15_000)  # milliseconds
         yield profile

@@ -21,7 +21,7 @@ class Gate(threading.Event):
 
 
 class Scripts:
-    """What replies are going to be, in the order in which they are asked for.
+    """Future replies, in the order in which they are asked for.
 
     A script is made of ids, gates, an exception where the computation fails, and the reason for its end.
     """

@@ -181,7 +181,7 @@ def test_the_end_stays_in_sight_until_the_person_looks_elsewhere(visit, server):
 
 
 def test_a_token_costs_no_more_in_a_long_conversation(visit, server):
-    """What changes on the screen does not depend on how much is there, and the request is bounded."""
+    """Changes on the screen do not depend on how much is there, and the request is bounded."""
     turns = [{"role": "user", "text": f"And {number}?", "parent": number - 1} for number in range(1001)]
     outcome = {"finish": "stop", "tokens": 3, "tokensPerSecond": 1, "droppedTurns": 0}
     for turn in turns[1::2]:

@@ -1,4 +1,4 @@
-"""What a person can set."""
+"""Settings of the page."""
 
 from .visit import expect
 

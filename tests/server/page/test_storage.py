@@ -1,4 +1,4 @@
-"""What a reload, another tab and a damaged or full storage leave of a conversation."""
+"""Conversations after a reload, in another tab, and with a damaged or full storage."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What can go wrong on the way to a reply, and how to go on."""
+"""Troubles on the way to a reply, and how to go on."""
 
 import json
 

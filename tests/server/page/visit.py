@@ -1,4 +1,4 @@
-"""What a person does with the page."""
+"""A person's visit to the page."""
 
 import json
 
@@ -80,7 +80,7 @@ class Visit:
         return self.turns.nth(turn).get_by_role("button", name=name)
 
     def texts(self):
-        """What the turns say."""
+        """Return the texts of the turns."""
         return self.turns.locator(".text").all_text_contents()
 
     def expect_texts(self, *texts):
