@@ -4,7 +4,7 @@
         model.safetensors        every parameter that is trained
         exp_avg.safetensors      Adam's mean of the gradients
         exp_avg_sq.safetensors   Adam's mean of their squares
-        state.json               where the run stands
+        state.json               the position of the run, and its identity
         manifest.json            size and sha256 of each of the above, written last
 
 A folder takes its final name only when it is complete and on the disk; older ones are pruned after that.
@@ -25,13 +25,14 @@ from torch import Tensor
 
 from gpt2ft.checkpoint_verification import (
     CheckpointError,
-    check_contents,
-    check_folder,
+    check_kind,
+    check_manifest,
     check_tensors,
+    manifest_entry,
     read_json,
     shown,
 )
-from gpt2ft.files import complete_folder, discard, file_digest, write_json, write_safetensors
+from gpt2ft.files import complete_folder, discard, write_json, write_safetensors
 
 FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -40,9 +41,9 @@ TENSOR_FILES = tuple(f"{part}.safetensors" for part in ("model", *MOMENTS))
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands. `step` is the number of steps done: the position in the plan."""
+    """Position of a run, and the best that its evaluations have found so far."""
 
-    step: int = 0
+    step: int = 0  # steps done: the position in the plan
     updates: int = 0  # steps that changed the weights: the others had a gradient that was not finite
     skipped_in_a_row: int = 0
     best_loss: float | None = None  # lowest evaluation loss so far
@@ -50,12 +51,13 @@ class TrainState:
     evaluated_step: int | None = None  # the last step after which evaluation ran
 
     def after_step(self, updated: bool) -> "TrainState":
+        """Return the state one step later; `updated` is False if the step changed no weights."""
         if updated:
             return replace(self, step=self.step + 1, updates=self.updates + 1, skipped_in_a_row=0)
         return replace(self, step=self.step + 1, skipped_in_a_row=self.skipped_in_a_row + 1)
 
     def after_evaluation(self, loss: float | None) -> "TrainState":
-        """`loss` is None without held-out data."""
+        """Return the state after an evaluation; `loss` is None without held-out data, and the best only if finite."""
         after = replace(self, evaluated_step=self.step)
         if loss is None or not math.isfinite(loss) or (self.best_loss is not None and loss >= self.best_loss):
             return after
@@ -63,15 +65,14 @@ class TrainState:
 
     @classmethod
     def from_json(cls, values: Any) -> "TrainState":
-        """What `asdict` gave, read from a file.
+        """Return the state that `asdict` gave, read from a file.
 
         Raises:
             ValueError: if no run can stand there.
         """
         names = [field.name for field in fields(cls)]
         if not isinstance(values, dict) or values.keys() != set(names):
-            found = sorted(values) if isinstance(values, dict) else values
-            raise ValueError(f"`state` must hold {', '.join(names)}, but holds {shown(found)}")
+            raise ValueError(f"`state` must hold {', '.join(names)}, but holds {shown(values)}")
         step, loss = values["step"], values["best_loss"]
         if type(step) is not int or step < 0:
             raise ValueError(f"`state.step` must be a whole number that is not negative, but is {shown(step)}")
@@ -81,11 +82,8 @@ class TrainState:
             if name != "best_loss" and not may_be_absent and not is_count:
                 raise ValueError(f"`state.{name}` must be a whole number up to {step}, but is {shown(values[name])}")
         if values["updates"] + values["skipped_in_a_row"] > step:
-            raise ValueError(
-                f"`state.updates` must be at most {step - values['skipped_in_a_row']}, but is {values['updates']}"
-            )
-        is_loss = type(loss) is float and math.isfinite(loss)
-        if not is_loss and loss is not None:
+            raise ValueError(f"`state.updates` must leave room for the skipped steps, but is {values['updates']}")
+        if loss is not None and not (type(loss) is float and math.isfinite(loss)):
             raise ValueError(f"`state.best_loss` must be a finite number, but is {shown(loss)}")
         if (loss is None) != (values["best_step"] is None):
             raise ValueError("`state.best_loss` and `state.best_step` must both be there, but one is null")
@@ -103,12 +101,12 @@ def save(
     state: TrainState,
     identity: dict,
 ) -> Path:
-    """Writes a checkpoint and returns its folder.
+    """Write a checkpoint and return its folder.
 
     Args:
         weights: every parameter that is trained, by name.
         moments: of each of them, by the names in MOMENTS.
-        identity: what must be equal for a run to continue from here (settings and digests).
+        identity: settings and digests that must be equal for a run to continue from here.
 
     Raises:
         OSError: if it could not be written; older checkpoints are untouched then.
@@ -119,14 +117,13 @@ def save(
         for moment in MOMENTS:
             write_safetensors(temporary / f"{moment}.safetensors", moments[moment])
         write_json(temporary / "state.json", {"format": FORMAT, "state": asdict(state), "identity": identity})
-        files = sorted(temporary.iterdir())
-        manifest = {file.name: {"bytes": file.stat().st_size, "sha256": file_digest(file)} for file in files}
+        manifest = {file.name: manifest_entry(file) for file in sorted(temporary.iterdir())}
         write_json(temporary / "manifest.json", manifest)
     return folder
 
 
 def prune(root: Path, keep: int, best_step: int | None) -> None:
-    """Removes all checkpoints but the newest `keep` and the best.
+    """Remove all checkpoints but the newest `keep` and the best.
 
     Newest by step, and also by when they were written: where a damaged one was passed over, what is written after it
     has an earlier step and must not give way to it.
@@ -141,16 +138,18 @@ def prune(root: Path, keep: int, best_step: int | None) -> None:
 
 
 def folders(root: Path) -> list[Path]:
-    """The checkpoints under `root`, newest first; whether they are whole is not looked at."""
+    """Return the checkpoints under `root`, newest first, damaged ones too."""
     return [path for path in _entries(root) if _is_named(path) and path.is_dir() and not path.is_symlink()]
 
 
 def find_newest(root: Path, verbose: bool) -> Path | None:
-    """The newest checkpoint that is whole; a damaged one is named and the one before it taken.
+    """Return the newest checkpoint that is whole, or None if there has never been one.
+
+    A damaged one is named on stderr and the one before it taken.
 
     Raises:
-        CheckpointError: if there is anything with a name like a checkpoint's, but nothing is whole, or if `root` cannot
-            be read. A run never starts anew in silence.
+        CheckpointError: if `root` cannot be read, or holds names like a checkpoint's and nothing whole: a run never
+            starts anew in silence.
     """
     entries = _entries(root)
     for entry in entries:
@@ -166,9 +165,9 @@ def find_newest(root: Path, verbose: bool) -> Path | None:
 
 
 def verify(folder: Path) -> None:
-    """Raises CheckpointError unless every file is there with the content the manifest states, and makes sense."""
-    check_folder(folder)
-    check_contents(folder / "manifest.json", {*TENSOR_FILES, "state.json"})
+    """Raise CheckpointError unless a checkpoint has the content that its manifest states, and a run can use it."""
+    check_kind(folder, "a folder")
+    check_manifest(folder / "manifest.json", {*TENSOR_FILES, "state.json"})
     state, _ = read_state(folder)
     if folder.name != _name(state.step):
         raise CheckpointError(f"{folder} must be named {_name(state.step)}, after the step in its state.json")
@@ -176,21 +175,20 @@ def verify(folder: Path) -> None:
 
 
 def read_state(folder: Path) -> tuple[TrainState, dict]:
-    """Where the run stood, and its identity.
+    """Return the state of the run and its identity.
 
     Raises:
-        CheckpointError: if state.json does not say so in this version's format.
+        CheckpointError: if state.json is not in this version's format.
     """
     file = folder / "state.json"
     saved = read_json(file)
-    if not isinstance(saved, dict) or type(saved.get("format")) is not int:
-        raise CheckpointError(f"{file} must hold an object with a `format`, but holds {shown(saved)}")
-    if saved["format"] != FORMAT:
-        raise CheckpointError(f"{file} has checkpoint format {shown(saved['format'])}, but this version reads {FORMAT}")
-    if saved.keys() != {"format", "state", "identity"}:
-        raise CheckpointError(f"{file} must hold `format`, `state` and `identity`, but holds {shown(sorted(saved))}")
-    if not isinstance(saved["identity"], dict):
-        raise CheckpointError(f"{file}: `identity` must be an object, but is {shown(saved['identity'])}")
+    found = saved.get("format") if isinstance(saved, dict) else None
+    if repr(found) != repr(FORMAT):  # == takes 1.0 and True for 1
+        raise CheckpointError(
+            f"{file} must have the checkpoint format {FORMAT} of this version, but has {shown(found)}"
+        )
+    if saved.keys() != {"format", "state", "identity"} or not isinstance(saved["identity"], dict):
+        raise CheckpointError(f"{file} must hold `format`, `state` and an object `identity`, but holds {shown(saved)}")
     try:
         return TrainState.from_json(saved["state"]), saved["identity"]
     except ValueError as error:
@@ -198,7 +196,7 @@ def read_state(folder: Path) -> tuple[TrainState, dict]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Every parameter that is trained, of a checkpoint that was verified.
+    """Return every parameter that is trained, by name, from a checkpoint that was verified.
 
     Raises:
         CheckpointError: if they cannot be read.
@@ -207,7 +205,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def read_moments(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """exp_avg and exp_avg_sq by parameter name, of a checkpoint that was verified.
+    """Return exp_avg and exp_avg_sq by parameter name, from a checkpoint that was verified.
 
     Raises:
         CheckpointError: if they cannot be read.
@@ -223,7 +221,7 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 def difference(saved: dict, current: dict, prefix: str = "") -> str | None:
-    """The first key in which two identities differ, with both values; None if they are equal."""
+    """Return the first key in which two identities differ, with both values, in words; None if they are equal."""
     for key in sorted(saved.keys() | current.keys()):
         before, now = saved.get(key), current.get(key)
         if isinstance(before, dict) and isinstance(now, dict):
@@ -240,7 +238,7 @@ def _name(step: int | None) -> str | None:
 
 
 def _entries(root: Path) -> list[Path]:
-    """Whatever may be meant as a checkpoint, latest step first: also files, links, and folders that were renamed."""
+    """Return all that may be meant as checkpoints, latest step first: also files, links and renamed folders."""
     try:
         found = [path for path in root.iterdir() if path.name.startswith("step-")]
     except FileNotFoundError as error:
@@ -258,12 +256,12 @@ def _step_in(path: Path) -> int:
 
 
 def _is_named(path: Path) -> bool:
-    """Whether this is the name a checkpoint gets, and not one such as step-1 or step-00000001.bak."""
+    """Return True for the name that a checkpoint gets, False for one such as step-1 or step-00000001.bak."""
     return path.name == _name(_step_in(path))
 
 
 def _written_at(folder: Path) -> int:
-    """When a checkpoint's last file was written; before all others if it was not."""
+    """Return the time of a checkpoint's last file, in nanoseconds; before all others if it is missing."""
     try:
         return (folder / "manifest.json").stat().st_mtime_ns
     except OSError:

@@ -26,7 +26,7 @@ def test_damaged_checkpoints_are_named_and_passed_over():
     assert damaged.run(2 * len(KINDS), seed=1) == []
 
 
-@pytest.mark.parametrize("check", ["check_contents", "read_state", "check_tensors"])
+@pytest.mark.parametrize("check", ["check_manifest", "read_state", "check_tensors"])
 def test_without_one_of_the_checks_damage_is_seen(check, monkeypatch):
     def nothing(path, *_):
         digits = path.name.removeprefix("step-")
@@ -71,7 +71,7 @@ def test_a_save_that_is_not_whole_is_seen(tmp_path):
     assert any("state.json is missing" in problem for problem in killed_saves.judge(tmp_path, 1, ended))
 
 
-def test_a_checkpoint_that_was_being_replaced_at_a_kill_is_there_at_the_next_start(tmp_path, monkeypatch):
+def test_a_checkpoint_that_was_being_replaced_at_a_kill_is_there_at_the_next_start(tmp_path, accelerator):
     """Without it the run would start anew in silence: it was the only one."""
     from gpt2ft.runs.output import Output
     from gpt2ft.settings.scripts import SFTSettings
@@ -84,7 +84,7 @@ def test_a_checkpoint_that_was_being_replaced_at_a_kill_is_there_at_the_next_sta
     settings = SFTSettings(data={"train": ["quickstart"]}, output=str(output.folder))
     output.claim(settings)
     assert checkpoint.find_newest(output.checkpoints, verbose=True) == folder
-    output.begin(settings, {})
+    output.begin(settings, {}, accelerator)
     assert [path.name for path in output.checkpoints.iterdir()] == [folder.name]
 
 
