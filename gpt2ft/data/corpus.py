@@ -17,7 +17,7 @@ from gpt2ft.data.store import TokenStore, open_store
 from gpt2ft.data.topic import Topic
 from gpt2ft.errors import SettingsError
 from gpt2ft.files import cache_root, user_path
-from gpt2ft.settings.sections import DataSettings, FilterSettings, split_factor
+from gpt2ft.settings.sections import DataSettings, FilterSettings, split_mixing_weight
 from gpt2ft.text.tokenizer import ChatTokenizer
 
 
@@ -78,7 +78,7 @@ def load_corpora(
             raise SettingsError(f"`data.eval_fraction` = {settings.eval_fraction} holds no conversation out: raise it")
     if not len(corpus.rows):
         raise DataError("no conversation is left to train on: all of them are held out")
-    return _sampled(corpus, [split_factor(source)[1] for source in settings.train], seed), held_out
+    return _sampled(corpus, [split_mixing_weight(source)[1] for source in settings.train], seed), held_out
 
 
 def read_topic(source: str) -> Topic:
@@ -105,7 +105,7 @@ def _open_stores(
     sources: Sequence[str], settings: DataSettings, tokenizer: ChatTokenizer, kind: DataKind
 ) -> list[TokenStore]:
     topic = read_topic(settings.topic_replies) if settings.topic_replies else None
-    names = [split_factor(source)[0] for source in sources]
+    names = [split_mixing_weight(source)[0] for source in sources]
     cache = cache_root(settings.cache)
     return [open_store(name, settings.filters, tokenizer, cache, topic, kind) for name in names]
 

@@ -16,7 +16,7 @@ from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.gpt2 import GPT2, GPT2Config
 from gpt2ft.model.lora import LoRAConfig, apply_lora, is_adapted, load_trainable_parameters, merged_weights
 from gpt2ft.random import seed_for
-from gpt2ft.settings.parsing import read_sections, read_yaml
+from gpt2ft.settings.parsing import read_recipe, read_sections
 from gpt2ft.settings.scripts import DPOSettings, RunSettings, SFTSettings
 from gpt2ft.settings.sections import LoRASettings, ModelSettings
 from gpt2ft.text.tokenizer import ChatTokenizer
@@ -188,7 +188,7 @@ def read_run_settings(folder: Path) -> RunSettings:
     """
     recipe = folder / RECIPE
     kind = DPOSettings if "dpo" in read_sections(recipe) else SFTSettings
-    return kind(**read_yaml(kind, recipe))
+    return read_recipe(kind, recipe)
 
 
 def plain_model(settings: RunSettings, trained: Mapping[str, Tensor], initial_digest: str | None) -> LoadedModel:

@@ -1,41 +1,55 @@
-"""Settings: defaults <- YAML recipe <- command line, checked before anything heavy is imported.
+"""Read settings: defaults <- YAML recipe <- command line, checked before anything heavy is imported.
 
     accelerate launch launch/sft.py [RECIPE] [--section.key value ...]
 
-RECIPE is the name of a file in launch/recipes or a path to one. All problems of one source are reported
-together, an unknown key with the nearest known one. Nothing here imports torch.
+RECIPE is the name of a file in launch/recipes or a path to one. All problems of one source are reported together, an
+unknown setting with the nearest known one. tyro knows the grammar of the command line and writes the help; pydantic
+checks the values of both sources. Nothing here imports torch.
 """
 
 import difflib
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from typing import Annotated, Any, TypeVar, get_origin
 
+import tyro
+import yaml
 from pydantic import ValidationError
+from tyro import constructors
 
 from gpt2ft.command_line import program_name
 from gpt2ft.errors import SettingsError, fail, speaks_for_its_machine
-from gpt2ft.settings.sections import Section
+from gpt2ft.settings.sections import RENAMED, Section
 
 _CLONE = Path(__file__).resolve().parents[2] / "launch" / "recipes"
 RECIPES = _CLONE if _CLONE.is_dir() else Path(__file__).resolve().parents[1] / "recipes"  # of an installed package
+
+_NOT_GIVEN = object()  # of a setting without a default
 
 Settings = TypeVar("Settings", bound=Section)
 
 
 def refuse_problems(problems: Iterable[str]) -> None:
-    """Raises SettingsError with all problems, if there are any."""
+    """Raise SettingsError with all problems, if there are any."""
     if found := list(problems):
         raise SettingsError("\n".join(found))
 
 
 def parse_recipe(kind: type[Settings], default_recipe: str, arguments: Sequence[str]) -> Settings:
-    """Settings of a training run from the arguments of its script; exits with 2 and all problems if there are any."""
+    """Return the settings of a training run; exits with 2 and all problems if there are any.
+
+    Args:
+        arguments: of the script. The first is the name or path of a recipe, unless it is a setting.
+    """
     try:
         arguments = list(arguments)
         recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else default_recipe
         file = _recipe_file(recipe)
-        settings = parse_flags(kind, arguments, defaults=read_yaml(kind, file), recipe=file.stem)
+        settings = parse_flags(kind, arguments, read_recipe(kind, file), recipe=file.stem)
         if getattr(settings, "output", "") is None:
             settings = settings.model_copy(update={"output": f"runs/{file.stem}"})
         refuse_problems(settings.problems())
@@ -45,7 +59,11 @@ def parse_recipe(kind: type[Settings], default_recipe: str, arguments: Sequence[
 
 
 def parse_script(kind: type[Settings], first: str, arguments: Sequence[str]) -> Settings:
-    """Settings of a script without recipes, whose first bare argument stands for the setting `first`."""
+    """Return the settings of a script without recipes; exits with 2 and all problems if there are any.
+
+    Args:
+        first: the setting that the first argument stands for, if that has no name.
+    """
     try:
         arguments = list(arguments)
         if arguments and not arguments[0].startswith("-"):
@@ -58,36 +76,40 @@ def parse_script(kind: type[Settings], first: str, arguments: Sequence[str]) -> 
 
 
 def parse_flags(
-    kind: type[Settings], arguments: Sequence[str], defaults: dict[str, Any] | None = None, recipe: str = ""
+    kind: type[Settings], arguments: Sequence[str], defaults: Settings | None = None, recipe: str = ""
 ) -> Settings:
-    """The command line over `defaults`.
+    """Return the settings on the command line, over `defaults`.
 
     Raises:
         SettingsError: naming every setting that does not exist and every value that does not fit.
     """
-    import tyro
-
-    arguments = _normal_booleans(kind, arguments)
-    if not {"-h", "--help"} & set(arguments) and (problems := list(_flag_problems(kind, arguments, defaults or {}))):
-        raise SettingsError("\n".join(problems))
-    base = kind(**defaults) if defaults is not None else None
-    program, description = program_name(), (kind.__doc__ or "").strip()
+    program, description = program_name(), inspect.getdoc(kind) or ""
     if recipe:
         program, description = f"{program} [RECIPE]", f"{description}\n\nDefaults are those of the recipe {recipe}."
-    return tyro.cli(
+    registry = constructors.ConstructorRegistry()
+    registry.struct_rule(_section_of_words)
+    values, unknown = tyro.cli(
         kind,
         args=arguments,
         prog=program,
         description=description,
-        default=tyro.MISSING_NONPROP if base is None else base,
-        config=(tyro.conf.FlagConversionOff,),
+        default=tyro.MISSING_NONPROP if defaults is None else defaults,
+        return_unknown_args=True,
+        registry=registry,
         use_underscores=True,
         console_outputs=speaks_for_its_machine(),
     )
+    problems = list(_unknown_words(kind, unknown))
+    try:
+        settings = kind.model_validate(values)
+    except ValidationError as error:
+        problems += _explain(kind, "command line", error)
+    refuse_problems(problems)
+    return settings
 
 
-def read_yaml(kind: type[Section], file: Path) -> dict[str, Any]:
-    """The values in a recipe, checked.
+def read_recipe(kind: type[Settings], file: Path) -> Settings:
+    """Return the settings in a recipe.
 
     Raises:
         SettingsError: naming the file and every key that does not fit.
@@ -96,19 +118,17 @@ def read_yaml(kind: type[Section], file: Path) -> dict[str, Any]:
     if "dpo" in values and "dpo" not in kind.model_fields:
         raise SettingsError(f"{file} is a recipe for launch/reference.py and launch/dpo.py: it has a section `dpo`")
     try:
-        return kind.model_validate(values).model_dump()
+        return kind.model_validate(values)
     except ValidationError as error:
         raise SettingsError("\n".join(_explain(kind, str(file), error))) from error
 
 
 def read_sections(file: Path) -> dict[str, Any]:
-    """What a recipe holds, unchecked.
+    """Return what a recipe holds, unchecked.
 
     Raises:
         SettingsError: if it cannot be read.
     """
-    import yaml
-
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -121,9 +141,7 @@ def read_sections(file: Path) -> dict[str, Any]:
 
 
 def to_yaml(settings: Section) -> str:
-    """The settings as a recipe that gives them again."""
-    import yaml
-
+    """Return the settings as a recipe that gives them again."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -139,75 +157,100 @@ def _recipe_file(recipe: str) -> Path:
     raise SettingsError(f"there is no recipe {recipe!r}{nearest_name(recipe, names)}; there are: {', '.join(names)}")
 
 
+# --- the command line -----------------------------------------------------------------------------------------------
+
+
+def _section_of_words(info: constructors.StructTypeInfo) -> constructors.StructConstructorSpec | None:
+    """Have tyro give every setting of a section its words, unread, or its default.
+
+    On its own tyro reads one value after the other and ends at the first that does not fit. So it is only asked which
+    words belong to which setting, any number of them, and pydantic finds all that is wrong.
+    """
+    if not _is_section(info.type):
+        return None
+    fields = []
+    for name, field in info.type.model_fields.items():
+        kind, default = field.annotation, getattr(info.default, name, field.get_default())
+        if not _is_section(kind):
+            kind = _words_for(kind)
+        if field.is_required():
+            kind, default = Annotated[kind, tyro.conf.arg(help_behavior_hint="(required)")], _NOT_GIVEN
+        fields.append(constructors.StructFieldSpec(name, kind, default, " ".join((field.description or "").split())))
+    return constructors.StructConstructorSpec(dict, tuple(fields))
+
+
+def _words_for(kind: Any) -> Any:
+    """Return a type that takes any number of words and is described as tyro describes `kind`."""
+    spec = constructors.ConstructorRegistry.get_primitive_spec(constructors.PrimitiveTypeInfo.make(kind, set()))
+    metavar = "[{true,false}]" if kind is bool else spec.metavar
+    conversions = {"instance_from_str": partial(_value, kind), "str_from_instance": _shown}
+    return Annotated[object, replace(spec, nargs="*", choices=None, metavar=metavar, **conversions)]
+
+
+def _value(kind: Any, words: list[str]) -> Any:
+    """Return what pydantic is to read of the words that follow the name of a setting."""
+    if get_origin(kind) is tuple:
+        return words
+    if kind is bool and not words:
+        return True
+    if words == ["None"]:
+        return None
+    return words[0] if len(words) == 1 else words
+
+
+def _shown(default: Any) -> list[str]:
+    """Return the words that would give a default."""
+    if isinstance(default, tuple):
+        return list(default)
+    return [str(default).lower() if isinstance(default, bool) else str(default)]
+
+
+def _unknown_words(kind: type[Section], words: Sequence[str]) -> Iterator[str]:
+    """Explain the words that tyro has found no setting for; those after an unknown name are its values."""
+    names = [word for word in words if word.startswith("--")]
+    for word in takewhile(lambda word: not word.startswith("--"), words):
+        yield f"command line: `{word}` belongs to no setting"
+    for name in names:
+        name = name[2:].partition("=")[0].replace("-", "_")
+        yield f"command line: {_no_setting(name, list(_names(kind)))}"
+
+
+# --- what is wrong --------------------------------------------------------------------------------------------------
+
+
 def _explain(kind: type[Section], source: str, error: ValidationError) -> Iterator[str]:
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            known = [*kind.model_fields, *(name for name, _ in _fields(kind))]
-            yield f"{source}: there is no setting `{key}`{nearest_name(key, known)}"
-        elif problem["type"] == "missing":
+            yield f"{source}: {_no_setting(key, [*kind.model_fields, *_names(kind)])}"
+        elif problem["input"] is _NOT_GIVEN or problem["type"] == "missing":
             yield f"{source}: `{key}` must be given"
         else:
             message = problem["msg"][0].lower() + problem["msg"][1:]
-            yield f"{source}: `{key}`: {message}, but is {problem['input']!r}"
+            found = "missing" if problem["input"] == [] else repr(problem["input"])
+            yield f"{source}: `{key}`: {message}, but is {found}"
+
+
+def _no_setting(name: str, known: Sequence[str]) -> str:
+    if RENAMED.get(name) in known:
+        return f"the setting `{name}` is called `{RENAMED[name]}` now"
+    return f"there is no setting `{name}`{nearest_name(name, known)}"
 
 
 def nearest_name(name: str, known: Sequence[str]) -> str:
-    """` (did you mean `x`?)` for the known name most like `name`; empty if none is."""
+    """Return ` (did you mean `x`?)` for the known name most like `name`; empty if none is."""
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" (did you mean `{nearest[0]}`?)" if nearest else ""
 
 
-def _fields(kind: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting by its dotted name, with its type."""
+def _names(kind: type[Section], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted name of every setting."""
     for name, field in kind.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from _fields(field.annotation, f"{prefix}{name}.")
+        if _is_section(field.annotation):
+            yield from _names(field.annotation, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", field.annotation
+            yield f"{prefix}{name}"
 
 
-def _flag_problems(kind: type[Section], arguments: Sequence[str], defaults: dict[str, Any]) -> Iterator[str]:
-    """Unknown names and values that do not fit, all of them: tyro ends at the first. The shape is left to tyro."""
-    words: dict[str, list[str]] = {}
-    for argument in arguments:
-        if argument.startswith("--"):
-            name, equals, value = argument[2:].partition("=")
-            words[name] = [value] if equals else []
-        elif words:
-            words[name].append(argument)
-    known = dict(_fields(kind))
-    values = {name: dict(value) if isinstance(value, dict) else value for name, value in defaults.items()}
-    for name, given in words.items():
-        *sections, key = name.split(".")
-        is_list = name in known and get_origin(known[name]) is tuple
-        if name not in known:
-            yield f"command line: there is no setting `{name}`{nearest_name(name, list(known))}"
-        elif is_list or len(given) == 1:
-            section = values.setdefault(sections[0], {}) if sections else values
-            section[key] = given if is_list else None if given == ["None"] else given[0]
-    try:
-        kind.model_validate(values)
-    except ValidationError as error:
-        yield from _explain(kind, "command line", error)
-
-
-def _normal_booleans(kind: type[Section], arguments: Sequence[str]) -> list[str]:
-    """A bare `--flag` becomes `--flag True`; `true` and `false` become Python's."""
-    flags = {f"--{name}" for name, annotation in _fields(kind) if annotation is bool}
-    normal: list[str] = []
-    for position, argument in enumerate(arguments):
-        following = arguments[position + 1] if position + 1 < len(arguments) else "--"
-        name, equals, value = argument.partition("=")
-        if argument.startswith("--"):  # --dry-run is --dry_run
-            name = "--" + name[2:].replace("-", "_")
-            argument = name + equals + value
-        if name in flags and equals:
-            normal += [name, value.capitalize()]
-        elif normal and normal[-1] in flags:
-            normal.append(argument.capitalize())
-        else:
-            normal.append(argument)
-            if argument in flags and following.startswith("--"):
-                normal.append("True")
-    return normal
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)

@@ -15,8 +15,8 @@ from gpt2ft.settings.sections import (
     PairRule,
     Positive,
     PreferenceSettings,
+    PublishedModel,
     SamplingDefaults,
-    SamplingSettings,
     Section,
     TrainingSettings,
     source_problems,
@@ -25,7 +25,7 @@ from gpt2ft.settings.sections import (
 
 
 class RunSettings(Section):
-    """What every training run is told."""
+    """Settings of every training run."""
 
     model: ModelSettings = ModelSettings()
     lora: LoRASettings = LoRASettings()
@@ -43,12 +43,12 @@ class RunSettings(Section):
 
     @property
     def looks_only(self) -> bool:
+        """Nothing is trained."""
         return self.dry_run or self.show > 0
 
     def problems(self) -> Iterator[str]:
-        """What is wrong between settings, each in one sentence."""
         data, training = self.data, self.training
-        yield from source_problems(data.train, "data.train", factors=True)
+        yield from source_problems(data.train, "data.train", weighted=True)
         yield from source_problems(data.eval, "data.eval")
         if not data.train:
             yield "`data.train` must name at least one data source, but is empty"
@@ -89,19 +89,28 @@ class DPOSettings(RunSettings):
             yield "`data.message_weight` must be once in DPO, where pairs are weighed: see `dpo.pair_weight`"
 
 
-class EvaluateSettings(CorpusSettings):
-    """Scores a model on held-out conversations: nats per token, perplexity, bits per byte."""
+class FinishedModelSettings(Section):
+    """The model of a script that does not train."""
 
     model: str | None = None
     """A run, a model folder, a checkpoint or a published name; default the newest finished run in runs/."""
+    random_init: bool = False
+    """Take shape and tokenizer from `model` but weights from the seed, 0 where there is none."""
+
+    def problems(self) -> Iterator[str]:
+        if self.random_init and self.model is None:
+            yield "`random_init` needs a model whose shape it takes: name one, for example quickstart"
+
+
+class EvaluateSettings(CorpusSettings, FinishedModelSettings):
+    """Scores a model on held-out conversations: nats per token, perplexity, bits per byte."""
+
     data: tuple[str, ...]
     """Held-out data: hub names such as oasst1:validation, `quickstart:held_out`, or files."""
     max_length: Positive | None = None
     """Tokens of context; default the model's."""
     tokens_per_micro_batch: Positive = 8192
     """Tokens in one forward pass. The result does not depend on it."""
-    random_init: bool = False
-    """Take shape and tokenizer from `model` but weights from the seed 0: what a run from random weights starts from."""
     pairs: PairRule | None = None
     """Score preferences instead: compare the replies to a prompt as `dpo.pairs` does."""
     beta: Annotated[float, Field(gt=0)] | None = None
@@ -115,7 +124,7 @@ class EvaluateSettings(CorpusSettings):
     max_new_tokens: Positive = 100
     """Longest of those replies in tokens."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """As in training."""
+    """auto: the launcher's unless that is "no", then bf16 on CUDA and fp32 on CPU."""
     report: str | None = None
     """Where to write the figures; default report.json in the run or model folder, or here for a published name."""
 
@@ -124,8 +133,7 @@ class EvaluateSettings(CorpusSettings):
         if not self.data:
             yield "`data` must name at least one data source, but is empty"
         yield from stream_problems(self.tokens_per_micro_batch, self.max_length or 0, "")
-        if self.random_init and self.model is None:
-            yield "`random_init` needs a model whose shape it takes: name one, for example quickstart"
+        yield from super().problems()
         if not self.topic and (self.topic_prompts, self.max_new_tokens) != (200, 100):
             yield "`topic` must be set where `topic_prompts` or `max_new_tokens` is: nothing is answered without it"
         if self.pairs is None and (self.reference is not None or self.beta is not None):
@@ -139,9 +147,9 @@ class BenchmarkSettings(Section):
     """Measures training speed on made-up conversations: tokens/s, peak memory, time per phase."""
 
     what: Literal["sft", "dpo"] = "sft"
-    """Which kind of training."""
-    model: Literal["distilgpt2", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"
-    """Which shape. Weights are random, nothing is downloaded."""
+    """Kind of training."""
+    model: PublishedModel = "gpt2"
+    """Shape of the model. Weights are random, nothing is downloaded."""
     tokens_per_micro_batch: Positive = 8192
     """Tokens in one stream."""
     micro_batches: Positive = 4
@@ -163,27 +171,27 @@ class BenchmarkSettings(Section):
         yield from self.lora.problems()
 
 
-class ChatSettings(SamplingSettings):
-    """Talks with a model in the terminal."""
+class InferenceSettings(SamplingDefaults, FinishedModelSettings):
+    """A model that replies, and how it does where nothing else is asked for."""
 
-    model: str | None = None
-    """A run, a model folder, a checkpoint or a published name; default the newest finished run in runs/."""
-    random_init: bool = False
-    """Take shape and tokenizer from `model` but weights from the seed."""
-    complete: bool = False
-    """Continue texts as documents instead of answering messages; what comes through a pipe is one document."""
-    system: str | None = None
-    """Instructions that stand before the conversation."""
-    seed: NotNegative | None = None
-    """The same seed gives the same replies; default: others every time."""
     max_new_tokens: Positive = 256
     """Longest reply in tokens."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto is bf16 on CUDA and fp32 on CPU."""
 
+
+class ChatSettings(InferenceSettings):
+    """Talks with a model in the terminal."""
+
+    seed: NotNegative | None = None
+    """The same seed gives the same replies; default: others every time."""
+    complete: bool = False
+    """Continue texts as documents instead of answering messages; what comes through a pipe is one document."""
+    system: str | None = None
+    """Instructions that stand before the conversation."""
+
     def problems(self) -> Iterator[str]:
-        if self.random_init and self.model is None:
-            yield "`random_init` needs a model whose shape it takes: name one, for example quickstart"
+        yield from super().problems()
         if self.complete and self.system is not None:
             yield "`system` must not be set with `complete`, which knows no conversation"
 
@@ -206,17 +214,20 @@ class ExportSettings(Section):
             yield "`dtype` must not be set where `format` is adapter: adapters are written as they were trained"
 
 
-class ServeSettings(SamplingDefaults):
-    """Serves a model to programs that speak OpenAI's API, and a page to talk with it in a browser."""
+class ServeSettings(InferenceSettings):
+    """Serves a model to programs that speak OpenAI's API, and a page to talk with it in a browser.
 
-    model: str | None = None
-    """A run, a model folder, a checkpoint or a published name; default the newest finished run in runs/."""
-    random_init: bool = False
-    """Take shape and tokenizer from `model` but weights from the seed 0."""
+    Settings of replies hold where a request says nothing else.
+    """
+
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
+    """Higher is more varied, lower more predictable; 0 always takes the likeliest token."""
+    max_tokens: Positive | None = None
+    """Most tokens that a request may ask for; default the model's context."""
     model_name: str | None = None
     """What clients call the model; default the last part of `model`."""
     host: str = "127.0.0.1"
-    """Address to listen on. Any other than this machine's own to itself needs a key (see `api_key_file`)."""
+    """Address to listen on. One that other machines can reach needs a key (see `api_key_file`)."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port to listen on; 0 takes a free one. It is printed."""
     api_key_file: str | None = None
@@ -228,9 +239,11 @@ class ServeSettings(SamplingDefaults):
     queue: NotNegative = 64
     """Requests that may wait for a slot; further ones are answered with 429."""
     prefill_chunk: Positive = 256
-    """Tokens of new prompts that are read between two tokens of the others: fewer keeps those flowing."""
+    """Tokens of new prompts that are read between two tokens of running replies; fewer keeps those flowing."""
     connections: Positive = 512
     """Connections that may be open at once."""
+    messages: Positive = 256
+    """Most messages in a request."""
     body_bytes: Positive = 262_144
     """Largest request."""
     body_seconds: Annotated[float, Field(gt=0)] = 10.0
@@ -241,19 +254,8 @@ class ServeSettings(SamplingDefaults):
     """Longest time that a reply may take, waiting included; it ends there as at its longest length."""
     shutdown_timeout: Annotated[float, Field(gt=0)] = 30.0
     """Longest time that replies are given to finish after SIGTERM or Ctrl-C."""
-    messages: Positive = 256
-    """Most messages in a request."""
-    max_tokens: Positive | None = None
-    """Most tokens that a request may ask for; default the model's context."""
-    max_new_tokens: Positive = 256
-    """Longest reply in tokens where a request does not say."""
-    temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
-    """Of replies where the request does not say; higher is more varied, 0 always takes the likeliest token."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto is bf16 on CUDA and fp32 on CPU."""
 
     def problems(self) -> Iterator[str]:
-        if self.random_init and self.model is None:
-            yield "`random_init` needs a model whose shape it takes: name one, for example quickstart"
+        yield from super().problems()
         if self.model_name is not None and not self.model_name.strip():
             yield "`model_name` must not be empty"

@@ -1,32 +1,48 @@
 """What can be set, by section: names, defaults, ranges, and what each means. Needs pydantic alone.
 
-A section is used as it is by whatever it sets, so no default and no range stands in a second place.
+A section is used as it is by whatever it sets, so no default and no range stands in a second place. The docstring of a
+setting is its help on the command line.
 """
 
 import os
 import re
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
 MessageWeight = Literal["once", "leaves"]
+PublishedModel = Literal["distilgpt2", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
+LoRATarget = Literal["q", "k", "v", "o", "fc", "proj"]
+PreferenceLoss = Literal["sigmoid", "cdpo", "robust", "ipo", "hinge", "sigmoid_norm", "simpo", "orpo"]
+PairRule = Literal["all", "best_worst", "adjacent"]
+PairWeight = Literal["pair", "prompt"]
+
+RENAMED = {  # old name -> new name, with their sections: who gives the old one is told the new one
+    "read_per_step": "prefill_chunk",
+    "reader_seconds": "write_timeout",
+    "reply_seconds": "request_timeout",
+    "drain_seconds": "shutdown_timeout",
+}
 
 
 class Section(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
     def problems(self) -> Iterator[str]:
-        """What is wrong between settings, each in one sentence."""
+        """Yield each contradiction between settings as one sentence."""
         return iter(())
 
 
 class ModelSettings(Section):
+    """The model to start from."""
+
     path: str = "gpt2"
     """A published model (distilgpt2, gpt2, gpt2-medium, gpt2-large, gpt2-xl), a Hugging Face folder, or a run."""
     random_init: bool = False
@@ -40,23 +56,25 @@ class ModelSettings(Section):
 
 
 class LoRASettings(Section):
+    """Low-rank adapters instead of all weights (Hu et al. 2021)."""
+
     rank: NotNegative = 0
     """Rank of the adapters; 0 trains all weights instead."""
     alpha: Annotated[float, Field(gt=0)] = 16.0
-    """What the adapters add is multiplied by alpha / rank."""
+    """The output of the adapters is multiplied by alpha / rank."""
     dropout: Fraction = 0.0
-    """Dropout on what the adapters read, in training."""
-    targets: tuple[Literal["q", "k", "v", "o", "fc", "proj"], ...] = ("q", "k", "v", "o")
-    """What is adapted: projections of the attention (q, k, v, o) and of the MLP (fc, proj)."""
+    """Dropout on the input of the adapters, in training."""
+    targets: tuple[LoRATarget, ...] = ("q", "k", "v", "o")
+    """Projections that get an adapter: of the attention (q, k, v, o) and of the MLP (fc, proj)."""
     rslora: bool = False
-    """Multiply by alpha / sqrt(rank) instead, which suits high ranks."""
+    """Multiply by alpha / sqrt(rank) instead, which suits high ranks (Kalajdzievski 2023)."""
 
     def problems(self) -> Iterator[str]:
         if not self.rank and self != type(self)():
             yield "`lora.rank` must be set where other settings of `lora` are: without it all weights are trained"
         if self.rank and (not self.targets or len(set(self.targets)) < len(self.targets)):
-            names = ", ".join(self.targets) or "nothing"
-            yield f"`lora.targets` must name at least one of q, k, v, o, fc, proj, each once, but names {names}"
+            known, given = ", ".join(get_args(LoRATarget)), ", ".join(self.targets) or "nothing"
+            yield f"`lora.targets` must name at least one of {known}, each once, but names {given}"
 
 
 class FilterSettings(Section):
@@ -78,7 +96,7 @@ class FilterSettings(Section):
 
 
 class CorpusSettings(FilterSettings):
-    """How data sources are read, whatever is then done with them."""
+    """How data sources are read, whatever they are used for."""
 
     topic_replies: str | None = None
     """Replies that take the place of all others, whatever the prompt: a .txt with one a line, or any data source."""
@@ -87,6 +105,8 @@ class CorpusSettings(FilterSettings):
 
 
 class DataSettings(CorpusSettings):
+    """The conversations to train on and to evaluate on."""
+
     train: tuple[str, ...] = ()
     """What to train on: hub names (oasst1, oasst2, smoltalk, ultrachat, alpaca, dolly), `quickstart`, files (.jsonl,
     .jsonl.gz, .json, .parquet) or folders of them. `oasst1@0.5` takes half of the trees, `@1.5` every second twice."""
@@ -95,19 +115,19 @@ class DataSettings(CorpusSettings):
     eval_fraction: Fraction = 0.0
     """Without `eval`: the share of whole trees to hold out of `train`."""
     max_length: Positive = 1024
-    """Tokens of context. Older turns of longer paths give way, whole turns at a time."""
+    """Tokens of context. Where a path is longer, its oldest turns give way, whole turns at a time."""
     message_weight: MessageWeight = "once"
     """How often a message counts: once, or once for every path through it."""
     position_jitter: NotNegative = 0
-    """Training starts each conversation at a random position up to this one, as far as there is room. For random
-    weights and little data, where a model ties what it says to where it stands."""
+    """In training, begin each conversation at a random position up to this one, as far as there is room. For random
+    weights and little data, where a model ties its replies to positions."""
     prompt_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Training replaces tokens of user turns, of each conversation a share between 0 and this. For random weights and
-    little data, where a model ties its reply to the exact words of the prompt."""
+    """In training, replace a random share of the tokens of user turns, up to this one, by random tokens. For random
+    weights and little data, where a model ties its replies to the exact words of the prompt."""
 
 
 class SamplingDefaults(Section):
-    """How the tokens of a reply are chosen."""
+    """How the tokens of replies are chosen, where nothing else is asked for."""
 
     temperature: Annotated[float, Field(ge=0)] = 0.7
     """Higher is more varied, lower more predictable; 0 always takes the likeliest token."""
@@ -129,6 +149,8 @@ class SamplingSettings(SamplingDefaults):
 
 
 class TrainingSettings(Section):
+    """Length of the run, batches, evaluation and checkpoints."""
+
     steps: Positive | None = None
     """Optimizer steps; overrides `epochs`."""
     epochs: Positive = 1
@@ -154,7 +176,7 @@ class TrainingSettings(Section):
     max_skipped_steps: Positive = 10
     """Steps in a row with a gradient that is not finite, after which the run stops."""
     activation_checkpointing: bool = False
-    """Keep less for the backward pass and compute it again: the same run in less memory, about a quarter slower."""
+    """Keep fewer activations and compute them again in the backward pass: same run, less memory, a quarter slower."""
     deterministic: bool = False
     """On CUDA: only kernels that give the same bits every time (slower)."""
     sample_prompts: NotNegative = 3
@@ -164,10 +186,12 @@ class TrainingSettings(Section):
 
 
 class OptimizerSettings(Section):
+    """AdamW and its learning rate."""
+
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """What the learning rate does after warm-up."""
+    """Course of the learning rate after warm-up."""
     warmup_fraction: Fraction = 0.03
     """Share of the steps in which the learning rate rises from zero."""
     final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -182,46 +206,12 @@ class OptimizerSettings(Section):
     """Added to the denominator of Adam's step."""
 
 
-def stream_problems(tokens_per_micro_batch: int, max_length: int, prefix: str) -> Iterator[str]:
-    if tokens_per_micro_batch < max_length:
-        yield (
-            f"`{prefix}tokens_per_micro_batch` must be at least the longest path of {max_length} tokens, "
-            f"but is {tokens_per_micro_batch}"
-        )
-    if tokens_per_micro_batch % 128:
-        yield (
-            f"`{prefix}tokens_per_micro_batch` must be a multiple of 128, the block of the attention mask, "
-            f"but is {tokens_per_micro_batch}"
-        )
-
-
-def split_factor(source: str) -> tuple[str, float]:
-    """`name@factor` -> (name, factor); the factor is 1 where none is given, and where the whole is a file or folder."""
-    found = re.fullmatch(r"(.+)@([+-]?(?:\d+\.?\d*|\.\d+)(?:e\d+)?)", source)
-    return (found[1], float(found[2])) if found and not os.path.exists(source) else (source, 1.0)
-
-
-def source_problems(sources: Sequence[str], key: str, factors: bool = False) -> Iterator[str]:
-    """Args: factors: whether a source may have one."""
-    names = [split_factor(source)[0] for source in sources]
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        yield f"`{key}` must name each data source once, but names {name} {names.count(name)} times"
-    for source in sources:
-        name, factor = split_factor(source)
-        if not factors and name != source:
-            yield f"`{key}` counts every message once, so {source} must have no factor: give {name}"
-        elif not 0 < factor <= 100:
-            yield f"the factor of a data source in `{key}` must be above 0 and at most 100, but {source} has {factor:g}"
-
-
-PairRule = Literal["all", "best_worst", "adjacent"]
-PairWeight = Literal["pair", "prompt"]
-
-
 class PreferenceSettings(Section):
-    loss: Literal["sigmoid", "cdpo", "robust", "ipo", "hinge", "sigmoid_norm", "simpo", "orpo"] = "sigmoid"
-    """sigmoid is DPO's own; cdpo and robust smooth it for labels that are sometimes wrong; ipo, hinge, sigmoid_norm (by
-    length) bound or scale it otherwise; simpo and orpo need no reference."""
+    """The loss on pairs of replies."""
+
+    loss: PreferenceLoss = "sigmoid"
+    """sigmoid is DPO's own; cdpo and robust smooth it for labels that are sometimes wrong; ipo, hinge and sigmoid_norm
+    (by length) bound or scale it otherwise; simpo and orpo need no reference."""
     beta: Annotated[float, Field(gt=0)] = 0.1
     """How strongly the policy is held to the reference; of orpo, the weight of the odds ratio."""
     pairs: PairRule = "all"
@@ -249,3 +239,42 @@ class PreferenceSettings(Section):
             yield f"`dpo.gamma` must be 0 with `dpo.loss` = {self.loss}: only simpo has a margin to reach"
         if self.rpo_alpha and self.loss == "orpo":
             yield "`dpo.rpo_alpha` must be 0 with `dpo.loss` = orpo, which holds that term already"
+
+
+# --- rules that scripts share ---------------------------------------------------------------------------------------
+
+
+def stream_problems(tokens_per_micro_batch: int, max_length: int, prefix: str) -> Iterator[str]:
+    """Yield what is wrong with the length of a stream.
+
+    Args:
+        prefix: of the setting: `training.` or nothing.
+    """
+    key = f"`{prefix}tokens_per_micro_batch`"
+    if tokens_per_micro_batch < max_length:
+        yield f"{key} must be at least the longest path of {max_length} tokens, but is {tokens_per_micro_batch}"
+    if tokens_per_micro_batch % 128:
+        yield f"{key} must be a multiple of 128, the block of the attention mask, but is {tokens_per_micro_batch}"
+
+
+def split_mixing_weight(source: str) -> tuple[str, float]:
+    """Split `name@0.5` into name and mixing weight; 1 where none is given, or a file or folder has the whole name."""
+    found = re.fullmatch(r"(.+)@([+-]?(?:\d+\.?\d*|\.\d+)(?:e\d+)?)", source)
+    return (found[1], float(found[2])) if found and not os.path.exists(source) else (source, 1.0)
+
+
+def source_problems(sources: Sequence[str], key: str, weighted: bool = False) -> Iterator[str]:
+    """Yield what is wrong with the names of data sources.
+
+    Args:
+        weighted: a source may have a mixing weight.
+    """
+    names = [split_mixing_weight(source)[0] for source in sources]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"`{key}` must name each data source once, but names {name} {names.count(name)} times"
+    for source in sources:
+        name, weight = split_mixing_weight(source)
+        if not weighted and name != source:
+            yield f"`{key}` counts every message once, so {source} must have no mixing weight: give {name}"
+        elif not 0 < weight <= 100:
+            yield f"mixing weights in `{key}` must be above 0 and at most 100, but {source} has {weight:g}"

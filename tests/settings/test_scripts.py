@@ -1,0 +1,136 @@
+"""The settings of each script: its help, what must hold between them, and that a mistake is answered at once."""
+
+import pytest
+from processes import run
+
+from gpt2ft.settings.parsing import RECIPES, parse_recipe, parse_script
+from gpt2ft.settings.scripts import (
+    BenchmarkSettings,
+    ChatSettings,
+    DPOSettings,
+    EvaluateSettings,
+    ExportSettings,
+    ServeSettings,
+    SFTSettings,
+)
+
+LAUNCH = RECIPES.parent
+RUN_AND_LIST_MODULES = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as exit:
+    heavy = {"torch", "accelerate", "datasets", "numpy", "pyarrow", "tiktoken"} & set(sys.modules)
+    print(f"exit {exit.code}, heavy imports: {sorted(heavy)}")
+"""
+
+
+def run_script(script, *words, **environment):
+    """The last line of what a script prints, and all of it, with the code it ends with and what it imported."""
+    done = run(["python", "-W", "error", "-c", RUN_AND_LIST_MODULES, LAUNCH / script, *words], code=None, **environment)
+    return done.stdout.splitlines()[-1], done.printed
+
+
+def keys(problems):
+    return [problem.split("`")[1] for problem in problems]
+
+
+# --- the command line of each ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in LAUNCH.glob("*.py")))
+def test_help_names_every_setting_and_imports_nothing_heavy(script):
+    end, said = run_script(script, "--help", COLUMNS="200")
+    assert end == "exit 0, heavy imports: []"
+    assert script in said
+    if script == "sft.py":
+        assert "[RECIPE]" in said
+        assert "recipe quickstart" in said
+        for name in ("--training.steps", "--data.max_length", "--optimizer.learning_rate", "--resume", "--dry_run"):
+            assert name in said
+        assert "Optimizer steps" in said
+        assert "(default: 0.003)" in said  # the recipe's, not the class's
+    if script == "evaluate.py":
+        assert "(required)" in said
+
+
+@pytest.mark.parametrize("wrong", [["--traning.steps", "1"], ["nosuch"], ["--data.train"]])
+def test_what_is_wrong_is_said_before_anything_heavy_is_imported(wrong):
+    end, said = run_script("sft.py", *wrong)
+    assert end == "exit 2, heavy imports: []"
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_recipe_is_sound(recipe):
+    kind = DPOSettings if "dpo" in recipe.stem else SFTSettings
+    settings = parse_recipe(kind, "", [recipe.stem])
+    assert settings == parse_recipe(kind, "", [str(recipe)])
+    assert settings.output == f"runs/{recipe.stem}"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [SFTSettings, DPOSettings, EvaluateSettings, BenchmarkSettings, ChatSettings, ExportSettings, ServeSettings],
+)
+def test_every_setting_has_its_help(kind):
+    sections = [field.annotation for field in kind.model_fields.values() if hasattr(field.annotation, "model_fields")]
+    assert all(section.__doc__ for section in (kind, *sections))
+    for section in (kind, *sections):
+        leaves = {name: field for name, field in section.model_fields.items() if field.annotation not in sections}
+        assert [name for name, field in leaves.items() if not field.description] == []
+
+
+# --- what must hold between settings --------------------------------------------------------------------------------
+
+
+def test_settings_that_contradict_each_other_are_all_named(problems):
+    recipe = """
+data: {max_length: 300, eval: [a], eval_fraction: 0.1}
+model: {attention: flex, attention_dropout: 0.1}
+"""
+    said = problems("--training.tokens_per_micro_batch", "200", recipe=recipe)
+    assert keys(said) == [
+        "data.train",
+        "data.eval",
+        "training.tokens_per_micro_batch",
+        "training.tokens_per_micro_batch",
+        "model.attention",
+    ]
+    assert "300" in said[2]
+    assert "200" in said[2]
+    assert keys(problems("--training.eval_every", "3")) == ["training.eval_every"]
+
+
+def test_the_temperature_ends_at_two_in_the_api_alone(refused):
+    assert parse_script(ChatSettings, "model", ["--temperature", "3"]).temperature == 3
+    assert parse_script(ServeSettings, "model", ["--temperature", "2"]).temperature == 2
+    assert keys(refused(parse_script, ServeSettings, "model", ["--temperature", "3"])) == ["temperature"]
+
+
+def test_a_chat_has_a_seed_and_a_server_takes_that_of_its_requests(refused):
+    assert parse_script(ChatSettings, "model", ["--seed", "3"]).seed == 3
+    assert keys(refused(parse_script, ChatSettings, "model", ["--seed", "-1"])) == ["seed"]
+    assert keys(refused(parse_script, ServeSettings, "model", ["--seed", "3"])) == ["seed"]
+
+
+@pytest.mark.parametrize("kind", [ChatSettings, ServeSettings, EvaluateSettings])
+def test_random_weights_need_the_name_of_a_shape(kind):
+    data = {"data": ("a",)} if kind is EvaluateSettings else {}
+    assert keys(kind(random_init=True, **data).problems()) == ["random_init"]
+    assert keys(kind(random_init=True, model="quickstart", **data).problems()) == []
+
+
+def test_a_topic_is_words():
+    (said,) = EvaluateSettings(data=("a",), topic=("tea", "two words")).problems()
+    assert keys([said]) == ["topic"]
+    assert "'two words'" in said
+
+
+def test_what_would_be_ignored_without_a_topic_is_refused():
+    assert keys(EvaluateSettings(data=("a",), topic_prompts=5).problems()) == ["topic"]
+
+
+def test_what_would_be_ignored_without_pairs_is_refused():
+    assert keys(EvaluateSettings(data=("a",), beta=0.5).problems()) == ["pairs"]

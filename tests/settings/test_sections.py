@@ -1,0 +1,39 @@
+"""What stands in the sections themselves: filters apart from the rest, mixing weights, renamed settings."""
+
+from gpt2ft.settings.scripts import EvaluateSettings, ServeSettings, SFTSettings
+from gpt2ft.settings.sections import RENAMED, DataSettings, FilterSettings, split_mixing_weight
+
+
+def test_the_filters_are_taken_out_of_whatever_holds_them():
+    given = {"languages": ("en",), "max_rank": 1, "reviewed_only": False, "on_error": "skip"}
+    for settings in (DataSettings(train=("a",), **given), EvaluateSettings(data=("a",), cache="b", **given)):
+        assert type(settings.filters) is FilterSettings
+        assert settings.filters == FilterSettings(**given)
+
+
+def test_a_renamed_setting_exists_by_its_new_name_alone():
+    assert set(RENAMED.values()) <= set(ServeSettings.model_fields)
+    assert not set(RENAMED) & set(ServeSettings.model_fields)
+
+
+# --- mixing weights of data sources ---------------------------------------------------------------------------------
+
+
+def test_a_source_may_have_a_mixing_weight(tmp_path):
+    assert split_mixing_weight("oasst1@0.5") == ("oasst1", 0.5)
+    assert split_mixing_weight("a.jsonl@2") == ("a.jsonl", 2)
+    assert split_mixing_weight("oasst1") == ("oasst1", 1.0)
+    assert split_mixing_weight("me@home.jsonl") == ("me@home.jsonl", 1.0)
+    folder = tmp_path / "all@2"
+    folder.mkdir()
+    assert split_mixing_weight(str(folder)) == (str(folder), 1.0)
+
+
+def test_mixing_weights_that_make_no_sense_and_sources_named_twice():
+    data = {"train": ("oasst1@0", "oasst1", "b@101", "d@0.5"), "eval": ("c@0.5",), "max_length": 256}
+    twice, zero, large, held_out = SFTSettings(data=data).problems()
+    assert "`data.train`" in twice
+    assert "oasst1 2 times" in twice
+    assert ("`data.train`" in zero, "oasst1@0" in zero) == (True, True)
+    assert ("`data.train`" in large, "b@101" in large) == (True, True)
+    assert ("`data.eval`" in held_out, "c@0.5" in held_out) == (True, True)
