@@ -114,7 +114,7 @@ def test_peft_puts_an_exported_adapter_on_its_base(source, lora_run, tiny_weight
 
 @pytest.mark.parametrize("source", ["", LAST_STEP, "model"])
 def test_without_an_adapter_there_is_none_to_export(source, full_run, tmp_path):
-    with pytest.raises(ModelError, match="needs a LoRA run or one of its checkpoints, but .* has no adapter"):
+    with pytest.raises(ModelError, match="LoRA .* has no adapter"):
         exported(full_run / source, tmp_path / "out", format="adapter")
     assert not (tmp_path / "out").exists()
 
@@ -269,7 +269,7 @@ def test_names_that_llama_cpp_takes_for_others_are_refused(small, tokenizer, tmp
     for id, name in ((5, "</s>"), (5, "<|start|>"), (tokenizer.role_ids["user"], "<|return|>")):
         with pytest.raises(ModelError, match=rf"must not hold .* \(id {id}\) to be exported as GGUF"):
             small(tmp_path / "out.gguf", names=[*names[:id], name, *names[id + 1 :]])
-    with pytest.raises(ModelError, match="must have merges to be exported as GGUF, but has bytes only"):
+    with pytest.raises(ModelError, match="merges .* GGUF"):
         small(tmp_path / "out.gguf", merges=[])
     assert not list(tmp_path.iterdir())
 
@@ -313,7 +313,7 @@ def test_a_wrong_file_is_never_left_behind(spoil, full_run, tmp_path, monkeypatc
 
 def test_nothing_is_overwritten(full_run, tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(SettingsError, match="must not exist yet, but does: name another folder, or remove it"):
+    with pytest.raises(SettingsError, match="`output` = .* must not exist"):
         exported(full_run, tmp_path / "out", format="hf")
     with pytest.raises(SettingsError, match="must be a folder for the .gguf file to lie in"):
         exported(full_run, tmp_path / "tea.gguf", format="gguf")
@@ -337,7 +337,7 @@ def base_folder(tiny_model_folder, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["hf", "gguf"])
 def test_a_model_that_was_never_trained_to_chat_is_refused(kind, base_folder, tmp_path):
-    with pytest.raises(ModelError, match="only chat models can be exported, but .* was never trained with chat tokens"):
+    with pytest.raises(ModelError, match="only chat models"):
         exported(base_folder, tmp_path / "out", format=kind)
 
 
