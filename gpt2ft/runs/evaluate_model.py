@@ -26,7 +26,7 @@ from gpt2ft.runs.samples import Sample, Turns, answer, held_out_prompts
 from gpt2ft.runs.train_dpo import store_for
 from gpt2ft.settings.parsing import refuse_problems
 from gpt2ft.settings.scripts import DPOSettings, EvaluateSettings
-from gpt2ft.settings.sections import DataSettings, PreferenceSettings, stream_problems
+from gpt2ft.settings.sections import CorpusSettings, DataSettings, PreferenceSettings, stream_problems
 from gpt2ft.training.evaluate import LossSums, evaluate_by_source, evaluate_objective, sum_over_sources
 from gpt2ft.training.reference_pass import attach_reference
 
@@ -40,16 +40,8 @@ def run(settings: EvaluateSettings) -> None:
     if max_length > context:
         raise SettingsError(f"`max_length` must be at most the model's context of {context}, but is {max_length}")
     refuse_problems(stream_problems(settings.tokens_per_micro_batch, max_length, ""))
-    data = DataSettings(
-        train=settings.data,
-        max_length=max_length,
-        languages=settings.languages,
-        max_rank=settings.max_rank,
-        reviewed_only=settings.reviewed_only,
-        on_error=settings.on_error,
-        topic_replies=settings.topic_replies,
-        cache=settings.cache,
-    )
+    reading = settings.model_dump(include=set(CorpusSettings.model_fields))
+    data = DataSettings(train=settings.data, max_length=max_length, **reading)
     corpus, _ = load_corpora(data, loaded.tokenizer, kind=PREFERENCES if settings.pairs else CONVERSATIONS)
     check_agreement(accelerator, 0, corpus.content())
     prompts = topic_prompts(loaded, corpus, settings) if settings.topic else []

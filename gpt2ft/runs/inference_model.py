@@ -5,10 +5,10 @@ import torch
 from gpt2ft.inference.model import InferenceModel
 from gpt2ft.inference.prompt_format import ChatPromptFormat, prompt_format_for
 from gpt2ft.runs.loaded_model import find_model
-from gpt2ft.settings.scripts import ChatSettings, ServeSettings
+from gpt2ft.settings.scripts import InferenceSettings
 
 
-def load_inference_model(settings: ChatSettings | ServeSettings, seed: int) -> InferenceModel:
+def load_inference_model(settings: InferenceSettings, seed: int) -> InferenceModel:
     """Load the model that `settings` name.
 
     Args:

@@ -1,4 +1,4 @@
-"""What each script takes: sections put together, and what must hold between them."""
+"""The settings of each script: sections put together, and what must hold between them."""
 
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -18,6 +18,7 @@ from gpt2ft.settings.sections import (
     PublishedModel,
     SamplingDefaults,
     Section,
+    StreamSettings,
     TrainingSettings,
     source_problems,
     stream_problems,
@@ -102,31 +103,30 @@ class FinishedModelSettings(Section):
             yield "`random_init` needs a model whose shape it takes: name one, for example quickstart"
 
 
-class EvaluateSettings(CorpusSettings, FinishedModelSettings):
-    """Scores a model on held-out conversations: nats per token, perplexity, bits per byte."""
+class EvaluateSettings(StreamSettings, CorpusSettings, FinishedModelSettings):
+    """Scores a model on held-out conversations: nats per token, perplexity, bits per byte.
+
+    The figures do not depend on the length of a stream.
+    """
 
     data: tuple[str, ...]
     """Held-out data: hub names such as oasst1:validation, `quickstart:held_out`, or files."""
     max_length: Positive | None = None
     """Tokens of context; default the model's."""
-    tokens_per_micro_batch: Positive = 8192
-    """Tokens in one forward pass. The result does not depend on it."""
     pairs: PairRule | None = None
     """Score preferences instead: compare the replies to a prompt as `dpo.pairs` does."""
     beta: Annotated[float, Field(gt=0)] | None = None
-    """Of the rewards of preferences; default what the run was trained with, else 0.1."""
+    """Factor of the rewards of preferences; default what the run was trained with, else 0.1."""
     reference: str | None = None
-    """What rewards are measured against, named like `model`; default what a DPO run started from, else nothing."""
+    """Model that rewards are measured against, named like `model`; default what a DPO run started from, if any."""
     topic: tuple[str, ...] = ()
     """Also answer held-out prompts, and count the replies in which one of these words occurs."""
     topic_prompts: Positive = 200
-    """How many prompts to answer at most."""
+    """Most prompts to answer."""
     max_new_tokens: Positive = 100
     """Longest of those replies in tokens."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: the launcher's unless that is "no", then bf16 on CUDA and fp32 on CPU."""
     report: str | None = None
-    """Where to write the figures; default report.json in the run or model folder, or here for a published name."""
+    """File for the figures; default report.json in the run or model folder, or here for a published name."""
 
     def problems(self) -> Iterator[str]:
         yield from source_problems(self.data, "data")
@@ -143,27 +143,23 @@ class EvaluateSettings(CorpusSettings, FinishedModelSettings):
                 yield f"`topic` must be single words, but holds {word!r}"
 
 
-class BenchmarkSettings(Section):
+class BenchmarkSettings(StreamSettings):
     """Measures training speed on made-up conversations: tokens/s, peak memory, time per phase."""
 
     what: Literal["sft", "dpo"] = "sft"
     """Kind of training."""
     model: PublishedModel = "gpt2"
     """Shape of the model. Weights are random, nothing is downloaded."""
-    tokens_per_micro_batch: Positive = 8192
-    """Tokens in one stream."""
     micro_batches: Positive = 4
     """Streams per optimizer step on this process."""
     steps: Positive = 5
     """Measured optimizer steps, after one that is not counted."""
     attention: Literal["auto", "flex", "segments", "dense"] = "auto"
-    """As in training."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """As in training."""
+    """Implementation of attention, as in training."""
     activation_checkpointing: bool = False
-    """As in training."""
+    """Compute activations again in the backward pass, as in training."""
     seed: NotNegative = 0
-    """Of the weights and the conversations."""
+    """Seed of the weights and the conversations."""
     lora: LoRASettings = LoRASettings()
 
     def problems(self) -> Iterator[str]:
@@ -225,7 +221,7 @@ class ServeSettings(InferenceSettings):
     max_tokens: Positive | None = None
     """Most tokens that a request may ask for; default the model's context."""
     model_name: str | None = None
-    """What clients call the model; default the last part of `model`."""
+    """Name of the model for clients; default the last part of `model`."""
     host: str = "127.0.0.1"
     """Address to listen on. One that other machines can reach needs a key (see `api_key_file`)."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000

@@ -1,4 +1,4 @@
-"""What can be set, by section: names, defaults, ranges, and what each means. Needs pydantic alone.
+"""Everything that can be set, by section: names, defaults, ranges and meanings. Needs pydantic alone.
 
 A section is used as it is by whatever it sets, so no default and no range stands in a second place. The docstring of a
 setting is its help on the command line.
@@ -48,7 +48,7 @@ class ModelSettings(Section):
     random_init: bool = False
     """Take shape and tokenizer from `path` but weights from the seed."""
     attention: Literal["auto", "flex", "segments", "dense"] = "auto"
-    """How attention is computed; auto is flex on CUDA without `attention_dropout`, else segments."""
+    """Implementation of attention; auto is flex on CUDA without `attention_dropout`, else segments."""
     dropout: Fraction = 0.0
     """Dropout after the embeddings and on both residual branches."""
     attention_dropout: Fraction = 0.0
@@ -78,7 +78,7 @@ class LoRASettings(Section):
 
 
 class FilterSettings(Section):
-    """Which messages of a data source are kept."""
+    """The messages that are kept of a data source."""
 
     languages: tuple[str, ...] = ()
     """Keep messages in these languages only; empty keeps all. Formats that name no languages are kept."""
@@ -87,7 +87,7 @@ class FilterSettings(Section):
     reviewed_only: bool = True
     """Drop messages whose review said no."""
     on_error: Literal["fail", "skip"] = "fail"
-    """What a malformed line does: end the run, or be skipped and counted."""
+    """fail ends the run at a malformed line; skip leaves it out and counts it."""
 
     @property
     def filters(self) -> "FilterSettings":
@@ -96,7 +96,7 @@ class FilterSettings(Section):
 
 
 class CorpusSettings(FilterSettings):
-    """How data sources are read, whatever they are used for."""
+    """Reading of data sources, whatever they are used for."""
 
     topic_replies: str | None = None
     """Replies that take the place of all others, whatever the prompt: a .txt with one a line, or any data source."""
@@ -108,7 +108,7 @@ class DataSettings(CorpusSettings):
     """The conversations to train on and to evaluate on."""
 
     train: tuple[str, ...] = ()
-    """What to train on: hub names (oasst1, oasst2, smoltalk, ultrachat, alpaca, dolly), `quickstart`, files (.jsonl,
+    """Data to train on: hub names (oasst1, oasst2, smoltalk, ultrachat, alpaca, dolly), `quickstart`, files (.jsonl,
     .jsonl.gz, .json, .parquet) or folders of them. `oasst1@0.5` takes half of the trees, `@1.5` every second twice."""
     eval: tuple[str, ...] = ()
     """Held-out data, named like `train`. Conversations found in both are dropped from `train`."""
@@ -117,17 +117,17 @@ class DataSettings(CorpusSettings):
     max_length: Positive = 1024
     """Tokens of context. Where a path is longer, its oldest turns give way, whole turns at a time."""
     message_weight: MessageWeight = "once"
-    """How often a message counts: once, or once for every path through it."""
+    """A message counts once, or once for every path through it (leaves)."""
     position_jitter: NotNegative = 0
     """In training, begin each conversation at a random position up to this one, as far as there is room. For random
     weights and little data, where a model ties its replies to positions."""
     prompt_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """In training, replace a random share of the tokens of user turns, up to this one, by random tokens. For random
-    weights and little data, where a model ties its replies to the exact words of the prompt."""
+    """In training, replace tokens of user turns by others, in each conversation a share drawn between 0 and this. For
+    random weights and little data, where a model ties its replies to the exact words of the prompt."""
 
 
 class SamplingDefaults(Section):
-    """How the tokens of replies are chosen, where nothing else is asked for."""
+    """Choice of the tokens of replies, where nothing else is asked for."""
 
     temperature: Annotated[float, Field(ge=0)] = 0.7
     """Higher is more varied, lower more predictable; 0 always takes the likeliest token."""
@@ -142,25 +142,32 @@ class SamplingDefaults(Section):
 
 
 class SamplingSettings(SamplingDefaults):
-    """How the tokens of one reply are chosen."""
+    """Choice of the tokens of one reply."""
 
     seed: int | None = None
     """The same seed gives the same reply; default: another every time."""
 
 
-class TrainingSettings(Section):
+class StreamSettings(Section):
+    """Streams of tokens and the precision of computing on them."""
+
+    tokens_per_micro_batch: Positive = 8192
+    """Tokens in one stream, the unit of one pass through the model."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: the launcher's unless that is "no", then bf16 on CUDA and fp32 on CPU."""
+
+
+class TrainingSettings(StreamSettings):
     """Length of the run, batches, evaluation and checkpoints."""
 
     steps: Positive | None = None
     """Optimizer steps; overrides `epochs`."""
     epochs: Positive = 1
     """Passes over the data."""
-    tokens_per_micro_batch: Positive = 8192
-    """Tokens in one stream, the unit of one forward and backward pass."""
     micro_batches_per_step: Positive = 8
     """Streams in one optimizer step over all processes. Accumulation is this divided by the processes."""
     seed: NotNegative = 0
-    """Of initial weights, packing, order and dropout."""
+    """Seed of initial weights, packing, order and dropout."""
     log_every: Positive = 10
     """Steps between lines of metrics."""
     eval_every: Positive | None = None
@@ -168,9 +175,7 @@ class TrainingSettings(Section):
     save_every: Positive | None = None
     """Steps between checkpoints; default: whenever evaluation runs. The last step always saves."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
-    """How many of the newest checkpoints to keep, besides the best."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: the launcher's unless that is "no", then bf16 on CUDA and fp32 on CPU."""
+    """Number of newest checkpoints to keep, besides the best."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm."""
     max_skipped_steps: Positive = 10
@@ -213,15 +218,15 @@ class PreferenceSettings(Section):
     """sigmoid is DPO's own; cdpo and robust smooth it for labels that are sometimes wrong; ipo, hinge and sigmoid_norm
     (by length) bound or scale it otherwise; simpo and orpo need no reference."""
     beta: Annotated[float, Field(gt=0)] = 0.1
-    """How strongly the policy is held to the reference; of orpo, the weight of the odds ratio."""
+    """Strength with which the policy is held to the reference; of orpo, the weight of the odds ratio."""
     pairs: PairRule = "all"
-    """Which replies to a prompt are compared: all of different rank, the best against the worst, or adjacent ranks."""
+    """Replies to a prompt that are compared: all of different rank, the best with the worst, or adjacent ranks."""
     pair_weight: PairWeight = "pair"
-    """What counts the same: every pair, or every prompt, so that those with many replies do not dominate."""
+    """pair counts every pair the same; prompt counts every prompt the same, however many replies it has."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Of cdpo and robust: the share of pairs taken to be the wrong way round."""
+    """Share of pairs taken to be the wrong way round, of cdpo and robust."""
     gamma: Annotated[float, Field(ge=0)] = 0.0
-    """Of simpo: the margin to reach."""
+    """Margin to reach, of simpo."""
     rpo_alpha: Annotated[float, Field(ge=0)] = 0.0
     """Weight of an added negative log-likelihood of the chosen reply, per token."""
 

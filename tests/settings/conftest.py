@@ -1,4 +1,4 @@
-"""What tests of settings share: a recipe of their own, parsed with words of the command line."""
+"""Fixtures that tests of settings share: a recipe of their own, parsed with words of the command line."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Which source of settings wins; and that all that is wrong in one is said at once, by name, with exit code 2."""
+"""The order in which sources of settings win; all that is wrong in one is said at once, by name, with exit code 2."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What stands in the sections themselves: filters apart from the rest, mixing weights, renamed settings."""
+"""Contents of the sections themselves: filters apart from the rest, mixing weights, renamed settings."""
 
 from gpt2ft.settings.scripts import EvaluateSettings, ServeSettings, SFTSettings
 from gpt2ft.settings.sections import RENAMED, DataSettings, FilterSettings, split_mixing_weight
