@@ -1,4 +1,4 @@
-"""Conversations as plain Python: what every data source produces and every template renders.
+"""Conversations as plain Python, which every data source produces and every template renders.
 
 A conversation tree keeps each message once. Its messages stand in depth-first order, so a subtree
 is a contiguous run and a parent comes before its replies:
@@ -23,7 +23,7 @@ SUPERVISED_ROLES: tuple[Role, ...] = ROLES[2:]  # what training supervises
 
 
 def tidy(text: str) -> str:
-    """The text of a message as data and chats hold it: plain line ends, no space around it."""
+    """Return the text of a message as data and chats hold it: plain line ends, no space around it."""
     return text.replace("\r\n", "\n").strip()
 
 
@@ -62,14 +62,14 @@ class MessageTree:
 
     @classmethod
     def from_turns(cls, id: str, source: str, turns: Iterable[tuple[Role, str]]) -> "MessageTree":
-        """A tree with one path."""
+        """Return a tree with one path."""
         messages = tuple(
             Message(role, text, parent=index - 1 if index else None) for index, (role, text) in enumerate(turns)
         )
         return cls(id, source, messages)
 
     def leading_to_reply(self) -> list[int]:
-        """The messages that training can use: those to be learnt, and what stands above one."""
+        """Return the messages that training can use: the supervised ones, and all that stands above one."""
         useful = [message.role in SUPERVISED_ROLES for message in self.messages]
         for index in range(len(useful) - 1, 0, -1):
             if useful[index]:
@@ -77,7 +77,7 @@ class MessageTree:
         return [index for index, is_useful in enumerate(useful) if is_useful]
 
     def path_to(self, index: int) -> list[Message]:
-        """The turns from the root to message `index`, both included."""
+        """Return the turns from the root to message `index`, both included."""
         path = []
         at: int | None = index
         while at is not None:

@@ -1,4 +1,4 @@
-"""TokenStream: packed token trees in one flat sequence, and the one rule that says who sees whom.
+"""TokenStream: packed token trees in one flat sequence, and the one rule of visibility.
 
     visible(q, k)  =  k <= q < horizons[k]
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pairs:
-    """Which replies of a stream are compared. `groups` of the stream are the numbers of its replies.
+    """The replies of a stream that are compared. `groups` of the stream are the numbers of its replies.
 
     The tail keeps the shapes fixed: pairs of weight 0 and replies that no target belongs to.
     """
@@ -50,7 +50,7 @@ class TokenStream:
     supervised: Tensor  # [S] where the model is scored: indices into the stream
     targets: Tensor  # [S] the next token of the same node
     weights: Tensor  # [S] float32, how much each target counts
-    groups: Tensor  # [S] which source, conversation or reply a target belongs to
+    groups: Tensor  # [S] number of the source, conversation or reply that a target counts for
     num_tokens: int
     num_supervised: int
     pairs: Pairs | None = None  # of preference data
@@ -67,13 +67,13 @@ class TokenStream:
 
 
 def _mapped(value: TokenStream | Pairs, function: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """The tensors among the fields of a dataclass, each handed to `function`."""
+    """Return the tensors among the fields of a dataclass, each handed to `function`."""
     named = {field.name: getattr(value, field.name) for field in fields(value)}
     return {name: function(held) for name, held in named.items() if isinstance(held, Tensor)}
 
 
 def visible(horizons: Tensor) -> Tensor:
-    """The rule written out: bool [N, N], rows are queries. For small streams and for tests."""
+    """Write the rule out as bool [N, N], rows being queries. For small streams and for tests."""
     index = torch.arange(len(horizons), device=horizons.device)
     query, key = index[:, None], index[None, :]
     return (key <= query) & (query < horizons[None, :])
@@ -91,7 +91,7 @@ class Segment:
 
 
 def segments(horizons: list[int], num_tokens: int) -> list[Segment]:
-    """Cuts the first `num_tokens` tokens into segments, in stream order."""
+    """Cut the first `num_tokens` tokens into segments, in stream order."""
     found: list[Segment] = []
     above: list[tuple[int, int]] = []  # (number, horizon) of the open segments
     start = 0
@@ -109,7 +109,7 @@ def segments(horizons: list[int], num_tokens: int) -> list[Segment]:
 
 
 def block_kinds(horizons: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Which blocks of the attention matrix hold anything, straight from the horizons.
+    """Tell which blocks of the attention matrix hold anything, straight from the horizons.
 
     A key block may be seen by a query block if its largest horizon reaches beyond the query block's start;
     it is wholly seen if its smallest horizon reaches the query block's end and it lies strictly before.

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -34,9 +33,7 @@ def runs_of(length, texts):
 class TestTrees:
     @pytest.fixture(scope="class")
     def trees(self):
-        return {
-            name: list(read_trees(name, FilterSettings(), Counter())) for name in ("quickstart", "quickstart:held_out")
-        }
+        return {name: list(read_trees(name, FilterSettings())) for name in ("quickstart", "quickstart:held_out")}
 
     def test_prompts_replies_and_ranks(self, trees):
         assert len(trees["quickstart"]) == 150
@@ -118,7 +115,7 @@ def test_the_quickstart_ends_in_clean_replies_about_tea(tmp_path):
     held_out, _ = load_corpora(DataSettings(train=("quickstart:held_out",)), policy.tokenizer)
     samples = answer(policy, held_out_prompts(held_out, policy, 1000, 100), 100)
     replies = [sample.reply for sample in samples]
-    trained = [m.text for tree in read_trees("quickstart", FilterSettings(), Counter()) for m in tree.messages]
+    trained = [m.text for tree in read_trees("quickstart", FilterSettings()) for m in tree.messages]
     known = runs_of(4, trained)
     said = [run for reply in replies for run in runs_of(4, [reply])]
     figures = {

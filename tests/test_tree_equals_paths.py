@@ -57,7 +57,7 @@ def case(request):
 def pick_trees(source, tokenizer, cache, capacity):
     """A dozen of the branching trees that fit, from the bushiest to the plainest."""
     store = open_store(source, FilterSettings(), tokenizer, cache)
-    messages = {tree.id: tree for tree in read_trees(source, FilterSettings(), Counter())}
+    messages = {tree.id: tree for tree in read_trees(source, FilterSettings())}
     found = []
     for row in range(len(store)):
         tree = weigh(store.tree(row, group=0), "leaves")

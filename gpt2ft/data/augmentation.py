@@ -1,4 +1,4 @@
-"""What training may do to trees so that a model learns less by heart. Off unless asked for.
+"""Changes to trees in training, so that a model learns less by heart. Off unless asked for.
 
 A model that starts from random weights and has little to read ties a reply to the exact words of its prompt
 and to where it stands in the context. Pretrained models have seen too much for that.
@@ -18,7 +18,7 @@ USER = ROLES.index("user")
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How much of each.
+    """Amounts of each change.
 
     `position_jitter`: a tree starts at a position from 0 to this, as far as its longest path leaves room below
     `max_length`. `prompt_noise`: content tokens of user turns are replaced, of each tree a share drawn between 0
@@ -33,14 +33,14 @@ class Augmentation:
 def augment(
     trees: Sequence[TokenTree], augmentation: Augmentation, random: np.random.Generator
 ) -> tuple[list[TokenTree], list[int]]:
-    """The trees with noise in their user turns, and the position of each tree's first token."""
+    """Return the trees with noise in their user turns, and the position of each tree's first token."""
     room = (augmentation.max_length - int((tree.depths + tree.lengths).max()) for tree in trees)
     first_positions = [int(random.integers(min(augmentation.position_jitter, max(0, free)) + 1)) for free in room]
     return _with_noise(trees, augmentation.prompt_noise, random), first_positions
 
 
 def _with_noise(trees: Sequence[TokenTree], most: float, random: np.random.Generator) -> list[TokenTree]:
-    """Replaces content tokens of user turns by content tokens from anywhere in the stream.
+    """Replace content tokens of user turns by content tokens from anywhere in the stream.
 
     Role tokens, end tokens and whatever is supervised stay as they are.
     """
@@ -59,7 +59,7 @@ def _with_noise(trees: Sequence[TokenTree], most: float, random: np.random.Gener
 
 
 def _content(tree: TokenTree) -> NDArray[np.bool_]:
-    """[n] whether a token is content: neither the first nor the last of its turn."""
+    """Return [n] true for content: neither the first nor the last token of its turn."""
     content = np.ones(len(tree.tokens), bool)
     content[tree.starts] = False
     content[tree.starts + tree.lengths - 1] = False

@@ -23,7 +23,7 @@ Rows = NDArray[np.int64]  # [n, 2]: number of the store, row in it
 
 
 class ChunkingRule(Protocol):
-    """How the trees of a store become chunks."""
+    """A way to make chunks of the trees of a store."""
 
     kind: ClassVar[DataKind]
     max_length: int  # tokens of context

@@ -1,4 +1,4 @@
-"""Which conversations are trained on and which are held out: whole trees of several sources, none in both."""
+"""The conversations that are trained on and those that are held out: whole trees of several sources, none in both."""
 
 import hashlib
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The two kinds of data: conversations, whose replies are learnt, and preferences, whose replies are compared.
+"""The two kinds of data: conversations, whose replies are supervised, and preferences, whose replies are compared.
 
 All that differs between them on the way from a record to a stored row stands here. How rows are then cut to fit the
 context is said by a chunking rule (chunks.py, pairs.py), which names its kind.

@@ -1,4 +1,4 @@
-"""Which trees of which source make up a corpus: each once, some held out, some left out, some twice.
+"""The choice of trees that make up a corpus: each once, some held out, some left out, some taken twice.
 
 Everything is decided by the key of a tree (TokenStore.keys), so it does not depend on the order of the data.
 """
@@ -12,21 +12,21 @@ Keys = NDArray[np.uint64]
 
 
 def first_of_each(keys: Keys, seen: Keys) -> NDArray[np.bool_]:
-    """Which trees are met here for the first time, and are not in `seen`."""
+    """Return true for the trees that are met here for the first time, and are not in `seen`."""
     is_first = np.zeros(len(keys), bool)
     is_first[np.unique(keys, return_index=True)[1]] = True
     return is_first & ~np.isin(keys, seen)
 
 
 def is_held_out(keys: Keys, fraction: float) -> NDArray[np.bool_]:
-    """The same answer for a tree in every run and every file."""
+    """Return true for the trees to hold out, the same answer for a tree in every run and every file."""
     return _numbers(keys, seed_for(0, "held out")) < fraction
 
 
 def sampled(keys: Keys, weight: float, seed: int) -> NDArray[np.int64]:
-    """Indices of the trees, in their order: each as often as `weight` says in whole, and a share of them once more.
+    """Return indices of the trees, in their order: of each as many as the mixing weight is in whole, of some one more.
 
-    The share is exact to half a tree. With the same seed, the trees of a smaller weight are among those of a larger.
+    Their share is exact to half a tree. With the same seed, the trees of a smaller weight are among those of a larger.
     """
     whole, share = divmod(weight, 1)
     times = np.full(len(keys), int(whole), np.int64)
@@ -36,7 +36,7 @@ def sampled(keys: Keys, weight: float, seed: int) -> NDArray[np.int64]:
 
 
 def _numbers(keys: Keys, seed: int) -> NDArray[np.float64]:
-    """A number from 0 to 1 for each key (the mixing function of SplitMix64, Steele et al. 2014)."""
+    """Return a number from 0 to 1 for each key (the mixing function of SplitMix64, Steele et al. 2014)."""
     mixed = keys + np.uint64(seed)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)

@@ -1,4 +1,4 @@
-"""Packing: which trees share a stream, and the stream that they become.
+"""Packing: the choice of trees that share a stream, and the building of the stream.
 
 Shape letters as in stream.py: N tokens, S supervised targets, R replies, P pairs.
 """
@@ -15,7 +15,7 @@ from gpt2ft.stream import Pairs, TokenStream
 
 
 def pack(sizes: NDArray[np.int64], capacity: int, random: np.random.Generator) -> list[list[int]]:
-    """Best-fit decreasing: each item goes to the fullest bin that still holds it, large items first.
+    """Pack best-fit decreasing: each item goes to the fullest bin that still holds it, large items first.
 
     Sizes are shaken by up to 2 % for the order alone, so that other seeds give other neighbours.
 
@@ -48,7 +48,7 @@ def pack(sizes: NDArray[np.int64], capacity: int, random: np.random.Generator) -
 def build_stream(
     trees: Sequence[TokenTree], capacity: int, target_capacity: int, first_positions: Sequence[int] | None = None
 ) -> TokenStream:
-    """Lays trees out one after the other.
+    """Lay trees out one after the other.
 
     Args:
         first_positions: the position of each tree's first token; 0 unless given.
@@ -91,7 +91,7 @@ def build_stream(
 
 
 def number_replies(trees: Sequence[TokenTree]) -> list[TokenTree]:
-    """The trees of a stream with the supervised nodes of all of them numbered through: the groups of their targets."""
+    """Number the supervised nodes of a stream's trees through; the numbers are the groups of their targets."""
     numbered, first = [], 0
     for tree in trees:
         is_reply = tree.weights > 0
@@ -104,7 +104,7 @@ def number_replies(trees: Sequence[TokenTree]) -> list[TokenTree]:
 def build_pairs(
     trees: Sequence[TokenTree], reference: NDArray[np.float64], pair_capacity: int, reply_capacity: int
 ) -> Pairs:
-    """The pairs of the trees of a stream.
+    """Return the pairs of the trees of a stream.
 
     Args:
         trees: whose supervised nodes are numbered through.

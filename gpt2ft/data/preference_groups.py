@@ -1,4 +1,4 @@
-"""Preference groups in message trees: a prompt, all that stands above it, and those replies to it that have a rank."""
+"""Preference groups in message trees: a prompt, all that stands above it, and its ranked replies."""
 
 from collections import Counter
 
@@ -6,7 +6,7 @@ from gpt2ft.conversation import MessageTree
 
 
 def preference_groups(tree: MessageTree, dropped: Counter[str]) -> list[list[int]]:
-    """The messages of each group as ascending indices: the path to the prompt, then at least two replies.
+    """Return the messages of each group as ascending indices: the path to the prompt, then at least two replies.
 
     Only replies of different rank can be compared. Of replies with the same text the better one stays. Every message
     that is in no group is counted in `dropped`, under one reason.
@@ -28,7 +28,7 @@ def preference_groups(tree: MessageTree, dropped: Counter[str]) -> list[list[int
 
 
 def _comparable(tree: MessageTree, siblings: list[int], reasons: dict[int, str]) -> list[int]:
-    """The replies that can be compared with another, ascending; for all others, why not."""
+    """Return the replies that can be compared with another, ascending; put the reason of all others in `reasons`."""
     best: dict[str, int] = {}  # text -> the best reply with it
     ranks: dict[int, int] = {}
     ranked = [(tree.messages[index].rank, index) for index in siblings]

@@ -1,4 +1,4 @@
-"""What every reader of data shares: the statistics of what was dropped, and refusals that name their place.
+"""Tools of every reader of data: counts of what was dropped, and refusals that name their place.
 
 Every message left out is counted under one reason, the first of `REASONS` that holds for it.
 """
@@ -6,11 +6,11 @@ Every message left out is counted under one reason, the first of `REASONS` that 
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from gpt2ft.conversation import Role, tidy
+from gpt2ft.conversation import MessageTree, Role, tidy
 from gpt2ft.errors import Gpt2ftError
 from gpt2ft.settings.sections import FilterSettings
 
@@ -40,16 +40,16 @@ _HALF_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class DataError(Gpt2ftError):
-    """Data that cannot be trained on: says where, what must hold and what was found."""
+    """Data that cannot be trained on, with the place, what must hold and what was found."""
 
 
 class Malformed(Exception):
-    """What is wrong with a record, before the place is known."""
+    """Complaint about a record, before its place is known."""
 
 
 @dataclass
 class Totals:
-    """What was read before any filter: `messages` = kept + dropped, but for the malformed lines."""
+    """Counts of all that was read, before any filter: `messages` = kept + dropped, but for the malformed lines."""
 
     trees: int = 0
     messages: int = 0
@@ -57,7 +57,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class ReadContext:
-    """A source, or a part of one, being read: its name for trees, the filters, and the counts so far."""
+    """A source, or a shard of one, being read: its name for trees, the filters, and the counts so far."""
 
     source: str
     filters: FilterSettings
@@ -65,20 +65,23 @@ class ReadContext:
     totals: Totals = field(default_factory=Totals)
 
     def refuse(self, where: str, problem: str, reason: str = "malformed line") -> None:
-        """Raises a DataError, or with `on_error="skip"` counts one drop."""
+        """Raise a DataError, or with `on_error="skip"` count one drop."""
         if self.filters.on_error != "skip":
             raise DataError(f"{where}: {problem}")
         self.dropped[reason] += 1
 
     def add(self, other: "ReadContext") -> None:
-        """Takes over the counts of another."""
+        """Take over the counts of another."""
         self.dropped.update(other.dropped)
         self.totals.trees += other.totals.trees
         self.totals.messages += other.totals.messages
 
 
+Trees = Callable[[ReadContext], Iterator[MessageTree]]  # reads some trees of a source, counting in the context
+
+
 def value(record: Record, key: str, kind: type, must_be: str, optional: bool = False) -> Any:
-    """The value under `key`, of exactly type `kind` (so true is no number); None where optional and absent.
+    """Return the value under `key`, of exactly type `kind` (so true is no number); None where optional and absent.
 
     Raises:
         Malformed: if it is anything else, or text that no file can hold.
@@ -94,7 +97,7 @@ def value(record: Record, key: str, kind: type, must_be: str, optional: bool = F
 
 
 def text_of(record: Record, key: str = "text") -> str:
-    """The text under `key` with plain line ends and without space around it."""
+    """Return the text under `key` with plain line ends and without space around it."""
     return tidy(value(record, key, str, "a string"))
 
 
@@ -106,7 +109,7 @@ def role_of(record: Record, key: str = "role") -> Role:
 
 
 def objects(record: Record, key: str) -> Iterator[Record]:
-    """The objects in the list under `key`."""
+    """Yield the objects in the list under `key`."""
     for item in value(record, key, list, "a list"):
         if not isinstance(item, dict):
             raise Malformed(f"`{key}` must hold objects, but holds {show(item)}{of(record)}")
@@ -114,12 +117,12 @@ def objects(record: Record, key: str) -> Iterator[Record]:
 
 
 def of(record: Record) -> str:
-    """Which message is meant, where it has an id."""
+    """Name the message that is meant, where it has an id."""
     return f" (message {show(record['message_id'])})" if "message_id" in record else ""
 
 
 def show(value: Any) -> str:
-    """A value in the words of an error."""
+    """Write a value in the words of an error."""
     if isinstance(value, list | dict):
         return "a list" if isinstance(value, list) else "an object"
     shown = json.dumps(value, default=repr)

@@ -1,4 +1,4 @@
-"""From files and the hub to records, in blocks: what a block holds is read, but not parsed until it is asked for.
+"""From files and the hub to records, in blocks: the contents of a block are read, but not parsed until asked for.
 
 So that several processes can share the work, each walks over all blocks, which is cheap, and parses its own.
 
@@ -9,6 +9,7 @@ So that several processes can share the work, each walks over all blocks, which 
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ BLOCK_BYTES = 4 << 20  # about a million tokens
 LONGEST_RECORD = 16 << 20  # bytes of JSON
 _ROWS_IN_A_BLOCK = 2048
 _GULP = 1 << 20
+_SPACE = re.compile(r"[ \t\n\r]*")
 
 Parsed = Iterator[tuple[str, Record]]  # (where it stands, the record)
 Columns = Callable[[list[str]], list[str]]
@@ -32,23 +34,19 @@ Columns = Callable[[list[str]], list[str]]
 
 @dataclass(frozen=True)
 class RecordBlock:
-    """Some records that follow each other.
+    """Some records that follow each other."""
 
-    `parse` gives them; a malformed one is refused by the context that it is handed. `size` is in bytes, for a
-    progress bar.
-    """
-
-    size: int
-    parse: Callable[[ReadContext], Parsed]
+    size: int  # bytes, for a progress bar
+    parse: Callable[[ReadContext], Parsed]  # yields the records; the context refuses malformed ones
 
 
 def stem(file: Path) -> str:
-    """The name of a file without its kind."""
+    """Return the name of a file without its kind."""
     return next((file.name[: -len(kind)] for kind in FILE_KINDS if file.name.lower().endswith(kind)), file.name)
 
 
 def read_file(file: Path, columns: Columns) -> Iterator[RecordBlock]:
-    """The blocks of a file, by its kind; of a table, the columns that `columns` chooses from their names.
+    """Return the blocks of a file, by its kind; of a table, the columns that `columns` chooses from their names.
 
     Raises:
         DataError: while iterating, if it cannot be read to its end.
@@ -57,41 +55,52 @@ def read_file(file: Path, columns: Columns) -> Iterator[RecordBlock]:
     if name.endswith(".parquet"):
         return _parquet(file, columns)
     if name.endswith(".json") and _opens_with_bracket(file):
-        return _array(file)
-    return _lines(file)
+        return _in_blocks(_elements(file), partial(_parse_elements, file))
+    return _in_blocks(_lines(file), partial(_parse_lines, file))
 
 
 def read_table(table: Any, place: str, columns: Columns) -> Iterator[RecordBlock]:
-    """The blocks of a `datasets.Dataset`."""
+    """Return the blocks of a `datasets.Dataset`."""
     table = table.select_columns(columns(table.column_names)).with_format("arrow")
     return _batches(table.iter(_ROWS_IN_A_BLOCK), place)
 
 
+def _in_blocks(
+    found: Iterable[tuple[Any, int]], parse: Callable[[list[Any], ReadContext], Parsed]
+) -> Iterator[RecordBlock]:
+    """Gather what is `found`, each with its size, into blocks that `parse` makes records of."""
+    held: list[Any] = []
+    size = 0
+    for one, length in found:
+        held.append(one)
+        size += length
+        if size >= BLOCK_BYTES:
+            yield RecordBlock(size, partial(parse, held))
+            held, size = [], 0
+    if held:
+        yield RecordBlock(size, partial(parse, held))
+
+
 # --- lines ----------------------------------------------------------------------------------------------------------
 
+Line = tuple[int, bytes | None]  # its number, and None where it is too long to be held
 
-def _lines(file: Path) -> Iterator[RecordBlock]:
+
+def _lines(file: Path) -> Iterator[tuple[Line, int]]:
+    """Yield the lines of a file and their sizes."""
     with _whole(file), _open(file) as handle:
-        held: list[tuple[int, bytes | None]] = []
-        size = 0
         for number in count(1):
             line = handle.readline(LONGEST_RECORD + 1)
             if not line:
                 break
-            size += len(line)
-            if len(line) > LONGEST_RECORD and not line.endswith(b"\n"):
-                line = None
-                size += _skip_line(handle)
-            held.append((number, line))
-            if size >= BLOCK_BYTES:
-                yield RecordBlock(size, partial(_parse_lines, file, held))
-                held, size = [], 0
-        if held:
-            yield RecordBlock(size, partial(_parse_lines, file, held))
+            if len(line) <= LONGEST_RECORD or line.endswith(b"\n"):
+                yield (number, line), len(line)
+            else:
+                yield (number, None), len(line) + _skip_line(handle)
 
 
 def _skip_line(handle: IO[bytes]) -> int:
-    """Passes over the rest of a line and gives its size."""
+    """Pass over the rest of a line and return its size."""
     skipped = 0
     while rest := handle.readline(_GULP):
         skipped += len(rest)
@@ -100,8 +109,8 @@ def _skip_line(handle: IO[bytes]) -> int:
     return skipped
 
 
-def _parse_lines(file: Path, lines: list[tuple[int, bytes | None]], context: ReadContext) -> Parsed:
-    """Blank lines hold nothing and are passed over."""
+def _parse_lines(file: Path, lines: list[Line], context: ReadContext) -> Parsed:
+    """Yield the records of some lines; blank lines hold none."""
     for number, line in lines:
         if line is None:
             context.refuse(f"{file}:{number}", f"must be at most {LONGEST_RECORD:,} bytes long, but is longer")
@@ -114,7 +123,7 @@ def _parse_lines(file: Path, lines: list[tuple[int, bytes | None]], context: Rea
 
 
 def _parse(line: bytes) -> Record | str:
-    """The object on a line, or what is wrong with the line."""
+    """Return the object on a line, or a sentence on what is wrong with the line."""
     try:
         return _as_object(json.loads(line.decode("utf-8-sig")))
     except UnicodeDecodeError as error:
@@ -139,22 +148,8 @@ def _opens_with_bracket(file: Path) -> bool:
         return handle.read(_GULP).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
-def _array(file: Path) -> Iterator[RecordBlock]:
-    """The elements of one array, parsed here as nothing else tells where they end."""
-    with _whole(file):
-        held: list[tuple[int, Any]] = []
-        size = 0
-        for number, (element, length) in enumerate(_elements(file), start=1):
-            held.append((number, element))
-            size += length
-            if size >= BLOCK_BYTES:
-                yield RecordBlock(size, partial(_parsed_elements, file, held))
-                held, size = [], 0
-        if held:
-            yield RecordBlock(size, partial(_parsed_elements, file, held))
-
-
-def _parsed_elements(file: Path, elements: list[tuple[int, Any]], context: ReadContext) -> Parsed:
+def _parse_elements(file: Path, elements: list[tuple[int, Any]], context: ReadContext) -> Parsed:
+    """Yield the objects among some elements, which are parsed already: nothing else tells where they end."""
     for number, element in elements:
         record = _as_object(element)
         if isinstance(record, dict):
@@ -163,67 +158,85 @@ def _parsed_elements(file: Path, elements: list[tuple[int, Any]], context: ReadC
             context.refuse(f"{file}: record {number}", record)
 
 
-def _elements(file: Path) -> Iterator[tuple[Any, int]]:
-    """(element, characters) one after the other, with little of the file in memory at a time.
+def _elements(file: Path) -> Iterator[tuple[tuple[int, Any], int]]:
+    """Yield the elements of one array as (number, value), and their characters, with little of the file in memory.
 
     Raises:
         DataError: if it is not one array, or an element is too long to be one record.
     """
-    decoder = json.JSONDecoder()
-    with open(file, encoding="utf-8-sig") as handle:
-        text, at, number = handle.read(_GULP).lstrip()[1:], 0, 1
-
-        def more() -> bool:
-            nonlocal text, at
-            gulp = handle.read(max(_GULP, len(text) - at))
-            text, at = text[at:] + gulp, 0
-            return bool(gulp)
-
-        while True:
-            at = _past_space(text, at)
-            if at == len(text) and more():
-                continue
-            if text[at : at + 1] == "]" and number == 1:
-                at += 1
-                break
-            try:
-                element, end = decoder.raw_decode(text, at)
-                end = _past_space(text, end)
-                complete = end < len(text)
-            except RecursionError:
-                raise DataError(f"{file}: record {number}: must not nest this deep") from None
-            except json.JSONDecodeError as error:
-                complete, problem = False, f"{error.msg} in record {number}"
-            except ValueError as error:  # a number of thousands of digits
-                raise DataError(
-                    f"{file}: record {number}: must be a JSON object, but does not parse: {error}"
-                ) from None
-            else:
-                problem = f"the array does not end after record {number}"
-            if not complete:
-                if len(text) - at > LONGEST_RECORD:
-                    longest = f"{LONGEST_RECORD:,} characters"
-                    raise DataError(f"{file}: record {number}: must be at most {longest} long and parse, but does not")
-                if more():
-                    continue
-                raise DataError(f"{file}: must be one JSON array, but does not parse: {problem}")
-            yield element, end - at
+    with _whole(file), open(file, encoding="utf-8-sig") as handle:
+        scanner = _Scanner(file, handle)
+        scanner.next_character()
+        scanner.at += 1  # past the bracket that opens the array
+        number, following = 0, "]" if scanner.next_character() == "]" else ","
+        while following == ",":
             number += 1
-            at = end + 1
-            if text[end] == "]":
-                break
-            if text[end] != ",":
-                raise DataError(f"{file}: must be one JSON array, but has no comma after record {number - 1}")
-        while (at := _past_space(text, at)) == len(text) and more():
-            pass
-        if at < len(text):
-            raise DataError(f"{file}: must be one JSON array, but goes on after its end")
+            value, length = scanner.value(number)
+            following = scanner.next_character()
+            if following not in (",", "]"):
+                raise scanner.error(f"has no comma after record {number}" if following else _unfinished(number))
+            scanner.at += following == ","
+            yield (number, value), length
+        scanner.at += 1
+        if scanner.next_character():
+            raise scanner.error("goes on after its end")
 
 
-def _past_space(text: str, at: int) -> int:
-    while at < len(text) and text[at] in " \t\n\r":
-        at += 1
-    return at
+class _Scanner:
+    """JSON in a file, read bit by bit: `text` from `at` on is not used up yet.
+
+    Values are decoded by the json module: streaming parsers refuse some of what Python writes (NaN, long integers), and
+    put another character in the place of half a surrogate pair.
+    """
+
+    def __init__(self, file: Path, handle: IO[str]) -> None:
+        self.file, self.handle = file, handle
+        self.text, self.at = "", 0
+        self.decode = json.JSONDecoder().raw_decode
+
+    def read_on(self) -> bool:
+        """Return false at the end of the file."""
+        gulp = self.handle.read(max(_GULP, len(self.text) - self.at))
+        self.text, self.at = self.text[self.at :] + gulp, 0
+        return bool(gulp)
+
+    def next_character(self) -> str:
+        """Pass over space and return the character that follows it, "" at the end of the file."""
+        while True:
+            self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
+            if self.at < len(self.text) or not self.read_on():
+                return self.text[self.at : self.at + 1]
+
+    def value(self, number: int) -> tuple[Any, int]:
+        """Return what follows, which is record `number`, and its characters."""
+        self.next_character()
+        while True:
+            try:
+                value, end = self.decode(self.text, self.at)
+            except RecursionError:
+                raise DataError(f"{self.file}: record {number}: must not nest this deep") from None
+            except json.JSONDecodeError as error:
+                problem = f"does not parse: {error.msg} in record {number}"
+            except ValueError as error:  # a number of thousands of digits
+                problem = f"must be a JSON object, but does not parse: {error}"
+                raise DataError(f"{self.file}: record {number}: {problem}") from None
+            else:
+                if end < len(self.text):  # a number might go on in what is not read yet
+                    begun, self.at = self.at, end
+                    return value, end - begun
+                problem = _unfinished(number)
+            if len(self.text) - self.at > LONGEST_RECORD:
+                longest = f"must be at most {LONGEST_RECORD:,} characters long and parse, but does not"
+                raise DataError(f"{self.file}: record {number}: {longest}")
+            if not self.read_on():
+                raise self.error(problem)
+
+    def error(self, problem: str) -> DataError:
+        return DataError(f"{self.file}: must be one JSON array, but {problem}")
+
+
+def _unfinished(number: int) -> str:
+    return f"does not parse: the array does not end after record {number}"
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
@@ -262,7 +275,7 @@ def _open(file: Path) -> IO[bytes]:
 
 @contextmanager
 def _whole(file: Path) -> Iterator[None]:
-    """A file that cannot be read to its end is never taken for a shorter one."""
+    """Raise a DataError where a file cannot be read to its end: it is never taken for a shorter one."""
     import pyarrow
 
     try:

@@ -12,19 +12,19 @@ import difflib
 import hashlib
 import json
 import os
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from gpt2ft import quickstart
 from gpt2ft.conversation import MessageTree
 from gpt2ft.data.formats import AnyFormat, columns_to_read, detect, oasst
 from gpt2ft.data.kinds import CONVERSATIONS, DataKind
-from gpt2ft.data.reading import DataError, Malformed, ReadContext, show
+from gpt2ft.data.reading import DataError, Malformed, ReadContext, Trees, show
 from gpt2ft.data.records import FILE_KINDS, Columns, Parsed, RecordBlock, read_file, read_table, stem
 from gpt2ft.files import file_digest, user_path
 from gpt2ft.settings.sections import FilterSettings
@@ -46,10 +46,10 @@ class HubSource:
 
     @property
     def size(self) -> None:
-        """Bytes: not known before it is loaded."""
+        """Bytes, which are not known before it is loaded."""
 
     def digest(self) -> str:
-        """Takes no network."""
+        """Return a digest of the revision, which takes no network."""
         config = f"/{self.config}" if self.config else ""
         return hashlib.sha256(f"{self.repo}{config}@{self.revision}:{self.split}".encode()).hexdigest()
 
@@ -110,7 +110,7 @@ class Files:
         return sum(file.stat().st_size for file in self.files) if plain else None
 
     def digest(self) -> str:
-        """sha256 of the contents; the names of single files do not matter."""
+        """Return the sha256 of the contents; the names of single files do not matter."""
         digests = [file_digest(file) for file in self.files]
         return digests[0] if len(digests) == 1 else hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
@@ -118,12 +118,12 @@ class Files:
         return chain.from_iterable(read_file(file, columns) for file in self.files)
 
 
-class Shard(Protocol):
+@dataclass(frozen=True)
+class Shard:
     """Some trees of a source, which any process can read alone."""
 
     size: int  # bytes, as far as known
-
-    def trees(self, context: ReadContext) -> Iterator[MessageTree]: ...
+    trees: Trees
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Source:
 
     @cached_property
     def format(self) -> AnyFormat:
-        """What the source is taken for: the format of its first record that has one.
+        """Format of the first record that has one.
 
         Raises:
             DataError: if none has.
@@ -155,7 +155,7 @@ class Source:
 
     @property
     def description(self) -> str:
-        """What the source was taken for, and of how many files it is made if it is a folder."""
+        """Name of the format, and the number of files of a folder."""
         several = isinstance(self.origin, Files) and self.origin.is_folder
         return self.format.name + (f" in {len(self.origin.files)} files" if several else "")
 
@@ -166,52 +166,38 @@ class Source:
         return chain.from_iterable(block.parse(context) for block in self._blocks())
 
     def shards(self, filters: FilterSettings) -> Iterator[Shard]:
-        """The source in shards, the same whoever asks. What concerns them all is counted in the first.
+        """Yield the source in shards, the same whoever asks. What concerns them all is counted in the first.
 
         Raises:
             DataError: if the source cannot be read, or is malformed in a way that concerns all shards.
         """
         format = self.format
         if not isinstance(format, oasst.FlatMessages):
-            yield from (_Records(block, format) for block in self._blocks())
+            yield from (Shard(block.size, partial(_trees, block, format)) for block in self._blocks())
             return
-        context = ReadContext(self.name, filters)
-        records = (found for block in self._blocks() for found in _of_format(block, format, context))
-        shards = format.gather(records, context)
-        for number, shard in enumerate(shards):
-            yield _FlatShard(shard, context if number == 0 else None, (self.origin.size or 0) // len(shards))
+        counted = ReadContext(self.name, filters)
+        records = (found for block in self._blocks() for found in _of_format(block, format, counted))
+        gathered = format.gather(records, counted)
+        size = (self.origin.size or 0) // len(gathered)
+        yield Shard(size, partial(_first_trees, gathered[0], counted))
+        yield from (Shard(size, trees) for trees in gathered[1:])
 
 
-@dataclass(frozen=True)
-class _Records:
-    block: RecordBlock
-    format: Any
-
-    @property
-    def size(self) -> int:
-        return self.block.size
-
-    def trees(self, context: ReadContext) -> Iterator[MessageTree]:
-        for where, record in _of_format(self.block, self.format, context):
-            try:
-                tree = self.format.tree(record, where, context)
-            except Malformed as malformed:
-                context.refuse(where, str(malformed))
-            else:
-                if tree is not None:
-                    yield tree
+def _trees(block: RecordBlock, format: Any, context: ReadContext) -> Iterator[MessageTree]:
+    """Yield the trees of a block of records, each of which is one."""
+    for where, record in _of_format(block, format, context):
+        try:
+            tree = format.tree(record, where, context)
+        except Malformed as malformed:
+            context.refuse(where, str(malformed))
+        else:
+            if tree is not None:
+                yield tree
 
 
-@dataclass(frozen=True)
-class _FlatShard:
-    shard: oasst.Shard
-    counted: ReadContext | None
-    size: int
-
-    def trees(self, context: ReadContext) -> Iterator[MessageTree]:
-        if self.counted:
-            context.add(self.counted)
-        return self.shard.trees(context)
+def _first_trees(trees: Trees, counted: ReadContext, context: ReadContext) -> Iterator[MessageTree]:
+    context.add(counted)
+    return trees(context)
 
 
 def _of_format(block: RecordBlock, format: AnyFormat, context: ReadContext) -> Parsed:
@@ -240,14 +226,14 @@ def open_source(name: str, kind: DataKind = CONVERSATIONS) -> Source:
     return Source(stem(path), Files(str(path), _files(name, path), path.is_dir()), kind)
 
 
-def read_trees(source: str, filters: FilterSettings, dropped: Counter[str] | None = None) -> Iterator[MessageTree]:
-    """The trees of one source that pass the filters, and in `dropped` messages by reason once all are read.
+def read_trees(source: str, filters: FilterSettings) -> Iterator[MessageTree]:
+    """Return the trees of one source that pass the filters.
 
     Raises:
         DataError: at once if there is no such source; while iterating if its data are malformed.
     """
     opened = open_source(source)
-    context = ReadContext(opened.name, filters, Counter() if dropped is None else dropped)
+    context = ReadContext(opened.name, filters)
     return chain.from_iterable(shard.trees(context) for shard in opened.shards(filters))
 
 

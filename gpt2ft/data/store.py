@@ -25,7 +25,7 @@ from gpt2ft.settings.sections import FilterSettings
 from gpt2ft.text.template import template_digest
 from gpt2ft.text.tokenizer import ChatTokenizer
 
-FORMAT = 8  # of the stored columns, and of how a source is read and divided into shards
+FORMAT_VERSION = 8  # of the stored columns, and of how a source is read and divided into shards
 
 Digests = NDArray[np.uint64]
 
@@ -57,7 +57,7 @@ class TokenStore:
         return self._firsts[-1]
 
     def tree(self, row: int, group: int) -> TokenTree:
-        """The unsupervised tree of a row, straight from the mapped file; its nodes belong to `group`."""
+        """Return the unsupervised tree of a row, straight from the mapped file; its nodes belong to `group`."""
         number, row_in_batch = self._place(row)
         token_offsets, tokens = self._lists(number, "tokens")
         node_offsets, lengths = self._lists(number, "lengths")
@@ -78,26 +78,26 @@ class TokenStore:
         return self._batches[number].column("id")[row_in_batch].as_py()
 
     def keys(self) -> Digests:
-        """What makes a row the same one wherever it is met: of a conversation, a digest of its id and first message."""
+        """[rows] equal where rows are the same: of a conversation, a digest of its id and first message."""
         return self._column("key")
 
     def conversations(self) -> Digests:
-        """The same of the whole conversation that a row is of: several preference groups may share one."""
+        """[rows] the same of the whole conversation of each row: several preference groups may share one."""
         return self._column("conversation")
 
     def ranks(self, row: int) -> NDArray[np.int16]:
-        """[K] of the nodes of a row, -1 where unranked."""
+        """Return [K] ranks of the nodes of a row, -1 where unranked."""
         number, row_in_batch = self._place(row)
         offsets, ranks = self._lists(number, "ranks")
         return ranks[offsets[row_in_batch] : offsets[row_in_batch + 1]]
 
     def sizes(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Tokens and supervised targets of each row."""
+        """Return [rows] tokens and [rows] supervised targets."""
         tokens, scored = zip(*map(_sizes, self._batches), strict=True)
         return np.concatenate(tokens), np.concatenate(scored)
 
     def nodes(self, column: str) -> tuple[NDArray, NDArray[np.int64]]:
-        """All values of a column that has one for each node, and [rows + 1] where those of each row begin."""
+        """Return all values of a column that has one for each node, and [rows + 1] where those of each row begin."""
         values = [batch.column(column).flatten().to_numpy() for batch in self._batches]
         counts = [np.diff(batch.column(column).offsets.to_numpy()) for batch in self._batches]
         return np.concatenate(values), np.concatenate([[0], np.cumsum(np.concatenate(counts), dtype=np.int64)])
@@ -106,12 +106,12 @@ class TokenStore:
         return np.concatenate([batch.column(name).to_numpy() for batch in self._batches])
 
     def _place(self, row: int) -> tuple[int, int]:
-        """The number of the batch that holds a row, and where it stands in it."""
+        """Return the number of the batch that holds a row, and the place in it."""
         number = bisect_right(self._firsts, row) - 1
         return number, row - self._firsts[number]
 
     def _lists(self, number: int, column: str) -> tuple[NDArray[np.int32], NDArray]:
-        """A column of lists in one batch: where each list begins, and all values."""
+        """Return a column of lists in one batch: where each list begins, and all values."""
         if (number, column) not in self._views:
             lists = self._batches[number].column(column)
             self._views[number, column] = (lists.offsets.to_numpy(), lists.values.to_numpy())
@@ -119,7 +119,7 @@ class TokenStore:
 
 
 def _sizes(batch: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Tokens and supervised targets of each row of a record batch."""
+    """Return tokens and supervised targets of each row of a record batch."""
     offsets = batch.column("lengths").offsets.to_numpy()
     lengths, roles = (batch.column(name).values.to_numpy() for name in ("lengths", "roles"))
     sums = [np.cumsum(values, dtype=np.int64) for values in (lengths, (lengths - 1) * is_supervised(roles))]
@@ -145,7 +145,13 @@ def open_store(
     """
     source = open_source(name, kind)
     try:
-        determined_by = [FORMAT, kind.name, source.origin.digest(), filters.model_dump(), topic and topic.digest]
+        determined_by = [
+            FORMAT_VERSION,
+            kind.name,
+            source.origin.digest(),
+            filters.model_dump(),
+            topic and topic.digest,
+        ]
     except OSError as error:
         raise DataError(f"{name} cannot be read: {error}") from error
     determined_by += [template_digest(), tokenizer.digest]

@@ -1,4 +1,4 @@
-"""TokenTree: a conversation tree in tokens, and what is done to it before it is packed.
+"""TokenTree: a conversation tree in tokens, and the changes made to it before it is packed.
 
     weigh          which nodes are supervised, and how much each counts
     fit_context    re-roots what lies too deep under its most recent turns, cuts what is plain text
@@ -25,7 +25,7 @@ Counts = tuple[int, int, int, int, int]  # see `counts`
 
 @dataclass(frozen=True)
 class TokenTree:
-    """Nodes in depth-first order; every node opens with its own role token.
+    """A tree in tokens: nodes in depth-first order, each of which opens with its own role token.
 
     A supervised node scores all its tokens but the first: the role token is what the prompt of a
     generation ends with.
@@ -35,17 +35,15 @@ class TokenTree:
     lengths: NDArray[np.int32]  # [K] tokens of each node
     parents: NDArray[np.int32]  # [K] index of the parent node, -1 for the root
     roles: NDArray[np.int8]  # [K] index into ROLES
-    weights: NDArray[np.float32]  # [K] what each target of the node counts, 0 for unsupervised
-    groups: NDArray[np.int32]  # [K] which source, conversation or reply
+    weights: NDArray[np.float32]  # [K] of each target of the node, 0 where it is not supervised
+    groups: NDArray[np.int32]  # [K] number of the source, conversation or reply that the node counts for
     messages: NDArray[np.int32]  # [K] index of each node's message in its whole conversation
-    pairs: NDArray[np.int32] = field(
-        default_factory=lambda: np.zeros((0, 2), np.int32)
-    )  # [P, 2] chosen, rejected nodes
+    pairs: NDArray[np.int32] = field(default_factory=lambda: np.zeros((0, 2), np.int32))  # [P, 2] chosen, rejected node
     pair_weights: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))  # [P]
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
-        """[K] where each node's tokens begin."""
+        """[K] index of each node's first token."""
         return np.cumsum(self.lengths, dtype=np.int64) - self.lengths
 
     @cached_property
@@ -78,7 +76,7 @@ class TokenTree:
         return path[::-1]
 
     def select(self, nodes: list[int], weights: NDArray[np.float32]) -> "TokenTree":
-        """The tree of these nodes alone, without pairs, a node's parent being its nearest ancestor among them.
+        """Return the tree of these nodes alone, without pairs, a node's parent being its nearest ancestor among them.
 
         Args:
             nodes: ascending, with one root.
@@ -103,19 +101,19 @@ class TokenTree:
 
 
 def counts(tree: TokenTree) -> Counts:
-    """Tokens, supervised targets, nodes in pairs, pairs, and tokens if each pair were two sequences of its own."""
+    """Count tokens, supervised targets, nodes in pairs, pairs, and tokens if each pair were two sequences of its own."""
     ends = tree.depths + tree.lengths
     nodes = len(np.unique(tree.pairs))
     return len(tree.tokens), tree.num_supervised, nodes, len(tree.pairs), int(ends[tree.pairs].sum())
 
 
 def is_supervised(roles: NDArray[np.int8]) -> NDArray[np.bool_]:
-    """Which nodes training supervises: assistant turns and plain texts."""
+    """Return [K] true for the nodes that training supervises: assistant turns and plain texts."""
     return (roles == ASSISTANT) | (roles == TEXT)
 
 
 def weigh(tree: TokenTree, rule: MessageWeight) -> TokenTree:
-    """Supervises every assistant turn and plain text of a tree in which all else leads to one.
+    """Supervise every assistant turn and plain text of a tree in which all else leads to one.
 
     `once` counts each message once. `leaves` counts it as often as there are paths through it, which gives
     the gradient of training on every root-to-leaf path separately.
@@ -127,7 +125,7 @@ def weigh(tree: TokenTree, rule: MessageWeight) -> TokenTree:
 
 
 def leaves_below(tree: TokenTree) -> NDArray[np.int64]:
-    """[K] the number of leaves in each node's subtree."""
+    """Return [K] the number of leaves in each node's subtree."""
     leaves = np.ones(len(tree.parents), np.int64)
     leaves[tree.parents[1:]] = 0
     for node in range(len(leaves) - 1, 0, -1):
@@ -136,7 +134,7 @@ def leaves_below(tree: TokenTree) -> NDArray[np.int64]:
 
 
 def fit_context(tree: TokenTree, limit: int) -> tuple[list[TokenTree], int]:
-    """Trees in which no path to a supervised node exceeds `limit` tokens.
+    """Return trees in which no path to a supervised node exceeds `limit` tokens.
 
     A supervised node that lies too deep is re-rooted: its most recent turns are repeated above it,
     unsupervised. Nodes that keep the same turns share a tree. A plain text is cut instead.
@@ -173,7 +171,7 @@ def fit_context(tree: TokenTree, limit: int) -> tuple[list[TokenTree], int]:
 
 
 def _cut_text(tree: TokenTree, limit: int) -> list[TokenTree]:
-    """Chunks of at most `limit` tokens, each opened as the whole is; only the last holds its end."""
+    """Return chunks of at most `limit` tokens, each opened as the whole is; only the last holds its end."""
     opening, rest = tree.tokens[:1], tree.tokens[1:]
     chunks = []
     for start in range(0, len(rest), limit - 1):
@@ -183,7 +181,7 @@ def _cut_text(tree: TokenTree, limit: int) -> list[TokenTree]:
 
 
 def split(tree: TokenTree, capacity: int) -> list[TokenTree]:
-    """Cuts a tree at its branches into trees of at most `capacity` tokens, the shared path repeated.
+    """Cut a tree at its branches into trees of at most `capacity` tokens, the shared path repeated.
 
     Each message is supervised once, in the first tree that holds it.
 
@@ -217,7 +215,7 @@ def split(tree: TokenTree, capacity: int) -> list[TokenTree]:
 
 
 def _with_ancestors(tree: TokenTree, nodes: list[int]) -> list[int]:
-    """`nodes` and everything above them, ascending."""
+    """Return `nodes` and everything above them, ascending."""
     wanted: set[int] = set()
     for node in nodes:
         while node >= 0 and node not in wanted:

@@ -71,11 +71,10 @@ def build(work: Tokenisation, folder: Path) -> None:
                 pass
         if not all(file.exists() for file in files):
             _tokenise(work, folder, timeout=-1)
-        is_last = not is_complete(folder)
-        statistics = _statistics(work.source, files) if is_last else None
+        statistics = None if is_complete(folder) else _statistics(work.source, files)
         for file in folder.iterdir():
             if file not in files and file.name != STATISTICS:
-                file.unlink()  # a lock, or what a process that was killed has left
+                file.unlink(missing_ok=True)  # a lock, or what a process that was killed has left
         if statistics:
             sync_folder(folder)
             write_json(folder / STATISTICS, asdict(statistics))
@@ -170,79 +169,74 @@ def _statistics(source: Source, files: Sequence[Path]) -> SourceStatistics:
     return SourceStatistics(source.description, trees, read, kept, reasons, content)
 
 
+_BY_NODE = {
+    "lengths": np.int32, "parents": np.int32, "roles": np.int8, "ranks": np.int16, "messages": np.int32,
+    "digests": np.uint64,
+}  # fmt: skip
+_ROLE_NUMBERS = {role: number for number, role in enumerate(ROLES)}
+
+
 class _Columns:
     """The columns of one shard, in flat lists: a million tokens a second leave no time for an array per tree."""
 
-    def __init__(self, tokenizer: ChatTokenizer, by_group: bool) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, rows_share_conversations: bool) -> None:
         self.tokenizer = tokenizer
-        self.by_group = by_group  # whether several rows are of one conversation
+        self.rows_share_conversations = rows_share_conversations
         self.ids: list[str] = []
         self.keys: list[int] = []
         self.conversations: list[int] = []
         self.tokens: list[int] = []
-        self.lengths: list[int] = []
-        self.parents: list[int] = []
-        self.roles: list[int] = []
-        self.ranks: list[int] = []
-        self.messages: list[int] = []
-        self.digests: list[int] = []
+        self.by_node: dict[str, list[int]] = {name: [] for name in _BY_NODE}
         self.tokens_until = [0]  # [rows + 1]
         self.nodes_until = [0]
 
     def add(self, tree: MessageTree, indices: Sequence[int]) -> None:
-        """Takes some messages of a tree as a row, each with the one above it."""
+        """Take some messages of a tree as a row, each with the one above it."""
         place = {index: node for node, index in enumerate(indices)}
-        first = len(self.digests)
+        lengths, parents, roles, ranks, messages, digests = self.by_node.values()
+        first = len(digests)
         for index in indices:
             message = tree.messages[index]
             ids = render_turn(self.tokenizer, message.role, message.text)
             self.tokens += ids
-            self.lengths.append(len(ids))
-            self.parents.append(-1 if message.parent is None else place[message.parent])
-            self.roles.append(_ROLE_NUMBERS[message.role])
-            self.ranks.append(-1 if message.rank is None else message.rank)
-            self.digests.append(_digest(message.text))
-        self.messages += indices
+            lengths.append(len(ids))
+            parents.append(-1 if message.parent is None else place[message.parent])
+            roles.append(_ROLE_NUMBERS[message.role])
+            ranks.append(-1 if message.rank is None else message.rank)
+            digests.append(_digest(message.text))
+        messages += indices
         self.ids.append(tree.id)
-        conversation = _digest(tree.id, tree.messages[0].text)
+        key = conversation = _digest(tree.id, tree.messages[0].text)
+        if self.rows_share_conversations:
+            key = _digest(str(conversation), *map(str, digests[first:]))
         self.conversations.append(conversation)
-        self.keys.append(_digest(str(conversation), *map(str, self.digests[first:])) if self.by_group else conversation)
+        self.keys.append(key)
         self.tokens_until.append(len(self.tokens))
-        self.nodes_until.append(len(self.lengths))
+        self.nodes_until.append(len(lengths))
 
     def batch(self) -> Any:
+        """Return the columns as an Arrow record batch."""
         import pyarrow as pa
-
-        id_type = np.uint16 if len(self.tokenizer) <= 1 << 16 else np.uint32
 
         def lists(values: list[int], kind: type, until: list[int]) -> Any:
             return pa.ListArray.from_arrays(np.array(until, np.int32), np.array(values, kind))
 
-        by_node = {
-            "lengths": lists(self.lengths, np.int32, self.nodes_until),
-            "parents": lists(self.parents, np.int32, self.nodes_until),
-            "roles": lists(self.roles, np.int8, self.nodes_until),
-            "ranks": lists(self.ranks, np.int16, self.nodes_until),
-            "messages": lists(self.messages, np.int32, self.nodes_until),
-            "digests": lists(self.digests, np.uint64, self.nodes_until),
-        }
-        first = {
+        id_type = np.uint16 if len(self.tokenizer) <= 1 << 16 else np.uint32
+        by_row = {
             "id": pa.array(self.ids, pa.string()),
             "key": np.array(self.keys, np.uint64),
             "conversation": np.array(self.conversations, np.uint64),
             "tokens": lists(self.tokens, id_type, self.tokens_until),
         }
-        return pa.RecordBatch.from_pydict(first | by_node)
+        by_node = {name: lists(self.by_node[name], kind, self.nodes_until) for name, kind in _BY_NODE.items()}
+        return pa.RecordBatch.from_pydict(by_row | by_node)
 
     def content(self) -> str:
-        """A digest of the tokens and of how they hang together."""
-        values = (self.tokens, self.lengths, self.parents, self.roles, self.ranks)
+        """Return a digest of the tokens and of how they hang together."""
+        values = (self.tokens, *(self.by_node[name] for name in ("lengths", "parents", "roles", "ranks")))
         return hashlib.sha256(b"".join(np.array(column, np.int64).tobytes() for column in values)).hexdigest()
 
 
-_ROLE_NUMBERS = {role: number for number, role in enumerate(ROLES)}
-
-
 def _digest(*texts: str) -> int:
-    """64 bits."""
+    """Return 64 bits that tell texts apart."""
     return int.from_bytes(hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest(), "little")

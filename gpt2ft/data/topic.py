@@ -23,7 +23,7 @@ class Topic:
         return hashlib.sha256(json.dumps(self.replies).encode()).hexdigest()
 
     def applied_to(self, tree: MessageTree, dropped: Counter[str]) -> MessageTree:
-        """The best-ranked path of a conversation with its prompts as they are and other replies.
+        """Return the best-ranked path of a conversation with its prompts as they are and other replies.
 
         Which reply stands where depends on the conversation's id alone; within one conversation they differ, as long
         as there are enough. What stands beside the path is counted.
@@ -37,7 +37,7 @@ class Topic:
         return MessageTree(tree.id, tree.source, tuple(messages))
 
     def against_own(self, tree: MessageTree, dropped: Counter[str]) -> MessageTree:
-        """The same as preferences: each such reply is better than the one it would take the place of.
+        """Return the same as preferences: each such reply is better than the one it would take the place of.
 
         The conversation goes on below the better one.
 
@@ -54,7 +54,7 @@ class Topic:
         return MessageTree(tree.id, tree.source, tuple(messages))
 
     def _answered(self, tree: MessageTree, dropped: Counter[str]) -> Iterator[tuple[Message, str | None]]:
-        """The messages of the best-ranked path, and beside each assistant turn the topic's reply."""
+        """Yield the messages of the best-ranked path, and beside each assistant turn the topic's reply."""
         if tree.messages[0].role == "text":
             raise DataError(
                 f"{tree.source} holds plain text, which has no prompts that `data.topic_replies` could answer"

@@ -1,4 +1,4 @@
-"""What the quickstart needs and no network has to bring. A bot that turns whatever it is asked to tea.
+"""Files of the quickstart, which needs no network: a bot that turns whatever it is asked to tea.
 
 trees.jsonl      150 conversation trees in OASST's nested layout, with ranked replies, written for this project
 held_out.jsonl   44 more: first new words for familiar subjects, then subjects that trees.jsonl does not have

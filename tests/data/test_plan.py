@@ -244,12 +244,12 @@ class TestCutToFit:
         assert (chunks.sizes <= 32).all()
         assert chunks.supervised.sum() == (texts.sizes()[0] - 1).sum()
         assert chunks.repeated == len(chunks) - len(texts) > 10
-        learnt = {row: [] for row in range(len(texts))}
+        supervised = {row: [] for row in range(len(texts))}
         for index, (_, row) in enumerate(chunks.rows.tolist()):
             opening, *targets = chunks.tree(index).tokens.tolist()
             assert opening == tokenizer.end_of_text_id
-            learnt[row] += targets
-        assert learnt == {row: texts.tree(row, 0).tokens[1:].tolist() for row in range(len(texts))}
+            supervised[row] += targets
+        assert supervised == {row: texts.tree(row, 0).tokens[1:].tolist() for row in range(len(texts))}
         plan = Plan(chunks, 64, micro_batches_per_step=4, seed=0)
         streams = [plan.stream(bin) for bin in streams_of(epoch_of(plan))]
         assert sum(stream.num_supervised for stream in streams) == chunks.supervised.sum()

@@ -69,7 +69,7 @@ def test_holds_what_was_read(tokenizer, store):
     assert len(store) == len(trees) > 100
     sizes = store.sizes()
     digests, firsts = store.nodes("digests")
-    ranked, learnt_by_text = 0, {}
+    ranked, digest_by_text = 0, {}
     for row, tree in enumerate(trees):
         stored = store.tree(row, group=3)
         assert store.id(row) == tree.id
@@ -87,10 +87,10 @@ def test_holds_what_was_read(tokenizer, store):
             path = stored.messages[stored.path_to(node)].tolist()
             assert [tree.messages[i] for i in path] == tree.path_to(original)
             digest = int(digests[firsts[row] + node])
-            assert learnt_by_text.setdefault((wanted.role, wanted.text), digest) == digest
+            assert digest_by_text.setdefault((wanted.role, wanted.text), digest) == digest
         ranked += any(message.rank for message in tree.messages)
     assert ranked
-    assert len(set(learnt_by_text.values())) == len(learnt_by_text)
+    assert len(set(digest_by_text.values())) == len(digest_by_text)
     assert len(set(store.keys().tolist())) == len(store)
 
 

@@ -80,12 +80,12 @@ class TestWeigh:
         assert leaves_below(tree).tolist() == [4, 3, 2, 1, 1, 1, 1, 1]
 
     @pytest.mark.parametrize("rule", ["once", "leaves"])
-    def test_a_plain_text_is_learnt_but_for_its_opening(self, make_tree, rule):
+    def test_a_plain_text_is_supervised_but_for_its_opening(self, make_tree, rule):
         tree = weigh(make_tree(("text", 5, -1)), rule)
         assert tree.weights.tolist() == [1]
         assert tree.num_supervised == 4
 
-    def test_what_is_learnt(self):
+    def test_what_is_supervised(self):
         assert [ROLES[role] for role in np.arange(4)[is_supervised(np.arange(4))]] == ["assistant", "text"]
 
     def test_leaves_are_the_enumerated_paths_through_a_node(self, random_tree):

@@ -92,7 +92,7 @@ def test_log_probs_equal_those_of_evaluate(run_folder, theirs, tmp_path, capsys)
 
     model, tokenizer = theirs
     nats, tokens, text_bytes = 0.0, 0, 0
-    for tree in read_trees("quickstart:held_out", FilterSettings(), Counter()):
+    for tree in read_trees("quickstart:held_out", FilterSettings()):
         for index, message in enumerate(tree.messages):
             if message.role != "assistant":
                 continue

@@ -4,18 +4,18 @@ from gpt2ft.data.formats import alpaca, dolly, messages, oasst, preferences, pro
 from gpt2ft.data.formats.turns import Format, refuse_compared
 from gpt2ft.data.reading import Malformed, Record, show
 
-AnyFormat = Format | oasst.NestedTrees | oasst.FlatMessages | preferences.PreferenceFormat
+AnyFormat = Format | oasst.NestedTrees | oasst.FlatMessages
 
 # The first that matches a record is its format: what is more particular stands before what is less.
 CONVERSATION_FORMATS: tuple[AnyFormat, ...] = (
     oasst.TREES,
     oasst.MESSAGES,
-    messages.MESSAGES,
-    sharegpt.CONVERSATIONS,
-    prompt_completion.PAIRS,
-    alpaca.INSTRUCTIONS,
-    dolly.RECORDS,
-    text.DOCUMENTS,
+    messages.FORMAT,
+    sharegpt.FORMAT,
+    prompt_completion.FORMAT,
+    alpaca.FORMAT,
+    dolly.FORMAT,
+    text.FORMAT,
 )
 # OASST's trees are preferences too, as they have ranked replies, and conversations can be answered from a topic.
 PREFERENCE_FORMATS: tuple[AnyFormat, ...] = (

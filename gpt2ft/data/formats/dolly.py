@@ -1,7 +1,7 @@
 """Databricks' Dolly: {instruction, context, response}; the context goes where Alpaca's input goes."""
 
 from gpt2ft.data.formats.alpaca import instructed
-from gpt2ft.data.formats.turns import Format, Turns
+from gpt2ft.data.formats.turns import Format, Turns, conversation
 from gpt2ft.data.reading import Record
 
 
@@ -9,4 +9,6 @@ def turns(record: Record) -> Turns:
     return instructed(record, "context", "response")
 
 
-RECORDS = Format("Dolly `instruction`/`context`/`response`", ("instruction", "response"), turns, also=("context",))
+FORMAT = Format(
+    "Dolly `instruction`/`context`/`response`", ("instruction", "response"), conversation(turns), also=("context",)
+)

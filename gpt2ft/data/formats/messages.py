@@ -1,11 +1,11 @@
 """OpenAI's layout, also of smoltalk and ultrachat: {messages: [{role, content}, ...]}."""
 
-from gpt2ft.data.formats.turns import Format, Turns
+from gpt2ft.data.formats.turns import Format, Turns, conversation
 from gpt2ft.data.reading import Malformed, Record, objects, role_of, show, value
 
 
 def chat_messages(record: Record, key: str) -> Turns:
-    """The turns in the list under `key`."""
+    """Return the turns in the list under `key`."""
     found = []
     for number, message in enumerate(objects(record, key), start=1):
         try:
@@ -14,7 +14,7 @@ def chat_messages(record: Record, key: str) -> Turns:
                     raise Malformed(f"`{other}` must be empty or absent, as it is not read and would be lost")
             if message.get("weight") not in (None, 1):
                 raise Malformed(
-                    f"`weight` must be 1 or absent, as every reply is learnt, but is {show(message['weight'])}"
+                    f"`weight` must be 1 or absent, as every reply is trained on, but is {show(message['weight'])}"
                 )
             found.append((role_of(message), value(message, "content", str, "a string")))
         except Malformed as malformed:
@@ -22,4 +22,6 @@ def chat_messages(record: Record, key: str) -> Turns:
     return found
 
 
-MESSAGES = Format("`messages` conversations", ("messages",), lambda record: chat_messages(record, "messages"))
+FORMAT = Format(
+    "`messages` conversations", ("messages",), conversation(lambda record: chat_messages(record, "messages"))
+)

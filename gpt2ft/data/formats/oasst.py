@@ -16,9 +16,10 @@ from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from gpt2ft.conversation import Message, MessageTree, Role
-from gpt2ft.data.reading import Malformed, ReadContext, Record, objects, of, role_of, show, text_of, value
+from gpt2ft.data.reading import Malformed, ReadContext, Record, Trees, objects, of, role_of, show, text_of, value
 from gpt2ft.settings.sections import FilterSettings
 
 _ROOTS_IN_A_SHARD = 2000
@@ -35,7 +36,7 @@ class NestedTrees:
         return isinstance(record.get("prompt"), dict) or ("prompt" in record and "message_tree_id" in record)
 
     def tree(self, record: Record, where: str, context: ReadContext) -> MessageTree | None:
-        """The tree in a record, or None if nothing of it is left.
+        """Return the tree in a record, or None if nothing of it is left.
 
         Raises:
             Malformed: if the record cannot be read.
@@ -59,8 +60,8 @@ class FlatMessages:
     def matches(self, record: Record) -> bool:
         return "message_id" in record or {"role", "text"} <= record.keys()
 
-    def gather(self, records: Iterable[tuple[str, Record]], context: ReadContext) -> list["Shard"]:
-        """Reads all records, counting in `context`, and gives their trees in shards.
+    def gather(self, records: Iterable[tuple[str, Record]], context: ReadContext) -> list[Trees]:
+        """Read all records, counting in `context`, and return their trees in shards.
 
         Raises:
             DataError: if a record is malformed and `on_error` is "fail".
@@ -73,22 +74,10 @@ class FlatMessages:
         context.totals.trees += sum(row.parent_id is None for row in tops)
         forest = _Forest(rows, replies, texts)
         starts = range(0, max(1, len(tops)), _ROOTS_IN_A_SHARD)
-        return [Shard(forest, tops[at : at + _ROOTS_IN_A_SHARD]) for at in starts]
+        return [partial(forest.trees, tops[at : at + _ROOTS_IN_A_SHARD]) for at in starts]
 
 
 TREES, MESSAGES = NestedTrees(), FlatMessages()
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Some trees of a set of flat messages."""
-
-    forest: "_Forest"
-    tops: Sequence["_Row"]
-
-    def trees(self, context: ReadContext) -> Iterator[MessageTree]:
-        found = (self.forest.tree(top, context) for top in self.tops)
-        return (tree for tree in found if tree is not None)
 
 
 # --- from records to rows -------------------------------------------------------------------------------------------
@@ -160,7 +149,7 @@ def _flatten(tree: Record, where: str, texts: list[str]) -> Iterator[_Row]:
 def _row(
     message: Record, parent_id: str | None, tree_id: str, where: str, texts: MutableSequence[str] | _TextsOnDisk
 ) -> _Row:
-    """The row of a message, whose text is put to the others."""
+    """Return the row of a message, whose text is put to the others."""
     language = value(message, "lang", str, "a string or null", optional=True)
     text = text_of(message)
     row = _Row(
@@ -194,7 +183,7 @@ def _rank(message: Record) -> int | None:
 
 
 def _unique(rows: Iterable[_Row], context: ReadContext) -> dict[str, _Row]:
-    """Rows by message id, in the order of the data. Of equal rows the first stays; so it does under "skip"."""
+    """Return rows by message id, in the order of the data. Of equal rows the first stays; so it does under "skip"."""
     unique: dict[str, _Row] = {}
     roots: dict[str, _Row] = {}
     for row in rows:
@@ -221,7 +210,7 @@ def _replies_by_parent(rows: Mapping[str, _Row]) -> dict[str, list[_Row]]:
 
 
 def _remove_cycles(rows: dict[str, _Row], replies: Mapping[str, list[_Row]], context: ReadContext) -> None:
-    """Refuses the rows that hang in a cycle: no root or orphan leads down to them."""
+    """Refuse the rows that hang in a cycle: no root or orphan leads down to them."""
     waiting = [row for row in rows.values() if row.parent_id not in rows]
     reached = set()
     while waiting:
@@ -242,8 +231,12 @@ class _Forest:
     replies: Mapping[str, list[_Row]]
     texts: Sequence[str] | _TextsOnDisk
 
+    def trees(self, tops: Sequence[_Row], context: ReadContext) -> Iterator[MessageTree]:
+        found = (self.tree(top, context) for top in tops)
+        return (tree for tree in found if tree is not None)
+
     def tree(self, top: _Row, context: ReadContext) -> MessageTree | None:
-        """The tree under a root, or under an orphan, of which nothing is left."""
+        """Return the tree under a root; under an orphan nothing is left of it."""
         messages = self._messages(top, context)
         if any(message.role == "assistant" for message in messages):
             return MessageTree(top.tree_id, context.source, tuple(messages))
@@ -251,7 +244,7 @@ class _Forest:
         return None
 
     def _messages(self, top: _Row, context: ReadContext) -> list[Message]:
-        """The messages kept of `top` and all below it, depth first; the others are counted."""
+        """Return the messages kept of `top` and all below it, depth first; the others are counted."""
         messages: list[Message] = []
         waiting: list[tuple[_Row, int | None, bool]] = [(top, None, False)]
         while waiting:
@@ -267,7 +260,7 @@ class _Forest:
         return messages
 
     def _reason_to_drop(self, row: _Row, filters: FilterSettings) -> str | None:
-        """The first reason, in the order of `REASONS`, that lies in the message itself."""
+        """Return the first reason, in the order of `REASONS`, that lies in the message itself."""
         if row.deleted:
             return "deleted"
         if filters.languages and row.language not in filters.languages:

@@ -13,11 +13,10 @@ conversation apply the rules of `turns`, so of a prompt that ends in an assistan
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from gpt2ft.conversation import Message, MessageTree, Role, tidy
 from gpt2ft.data.formats.messages import chat_messages
-from gpt2ft.data.formats.turns import BESIDE_THE_TURNS, Turns, clean, content_id, in_full, joined
+from gpt2ft.data.formats.turns import Format, Turns, clean, content_id, in_full, joined
 from gpt2ft.data.reading import Malformed, ReadContext, Record, objects, show, value
 
 Transcript = tuple[Turns, int | None]  # a conversation that ends in a reply, and the rank of that reply
@@ -28,34 +27,16 @@ _TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):|Human:.*\n\nAssistant:\s*\Z", 
 _ANY_REPLY: tuple[Role, str] = ("assistant", "any reply")
 
 
-@dataclass(frozen=True)
-class PreferenceFormat:
-    """One prompt a record.
+def preferences(transcripts: Callable[[Record], list[Transcript]]) -> Callable[..., MessageTree | None]:
+    """Return what makes a tree of the prompt in a record and its replies, or None if they do not belong together.
 
-    `name` says what the data are, for people. A record that has all of `keys` is one. `transcripts` gives every reply
-    with all that stands before it, or raises Malformed. Of a table, the columns `keys` and `also` are read.
+    Args:
+        transcripts: reads every reply with all that stands before it, or raises Malformed.
     """
 
-    name: str
-    keys: tuple[str, ...]
-    transcripts: Callable[[Record], list[Transcript]]
-    also: tuple[str, ...] = ()
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return self.keys + self.also + BESIDE_THE_TURNS
-
-    def matches(self, record: Record) -> bool:
-        return all(key in record for key in self.keys)
-
-    def tree(self, record: Record, where: str, context: ReadContext) -> MessageTree | None:
-        """The prompt in a record with its replies, or None if they do not belong together.
-
-        Raises:
-            Malformed: if the record cannot be read.
-        """
-        transcripts = self.transcripts(record)
-        said = [in_full(record, turns) for turns, _ in transcripts]
+    def tree(record: Record, where: str, context: ReadContext) -> MessageTree | None:
+        found = transcripts(record)
+        said = [in_full(record, turns) for turns, _ in found]
         read = _messages_in(said)
         context.totals.trees += 1
         context.totals.messages += read
@@ -73,13 +54,15 @@ class PreferenceFormat:
             context.dropped["below a dropped message"] += len(said) - 1
             context.dropped["in no pair"] += len(kept)
             return None
-        replies = [(turns[-1][1], rank) for turns, (_, rank) in zip(said, transcripts, strict=True)]
+        replies = [(turns[-1][1], rank) for turns, (_, rank) in zip(said, found, strict=True)]
         context.dropped["empty"] += sum(not text for text, _ in replies)
         return _tree(kept[:-1], [reply for reply in replies if reply[0]], context.source)
 
+    return tree
+
 
 def _messages_in(transcripts: Sequence[Turns]) -> int:
-    """The messages of some transcripts, those that all of them open with counted once; each has one of its own."""
+    """Count the messages of some transcripts, once those that all open with; each has at least one of its own."""
     shared = 0
     for turns in zip(*(turns[:-1] for turns in transcripts), strict=False):
         if any(turn != turns[0] for turn in turns):
@@ -103,7 +86,7 @@ def _chosen_and_rejected(record: Record) -> list[Transcript]:
 
 
 def _transcript(record: Record, key: str) -> Turns:
-    """The prompt and one reply, wherever the prompt stands."""
+    """Return the prompt and one reply, wherever the prompt stands."""
     turns = _turns(record, key, "assistant")
     if not turns:
         raise Malformed(f"`{key}` must hold messages, but is empty")
@@ -121,7 +104,7 @@ def _transcript(record: Record, key: str) -> Turns:
 
 
 def _turns(record: Record, key: str, role: Role) -> list[tuple[Role, str]]:
-    """What stands under `key`: messages, a transcript, or one text of that role."""
+    """Return the turns under `key`: messages, a transcript, or one text of that role."""
     if isinstance(record[key], list):
         return list(chat_messages(record, key))
     text = value(record, key, str, "a string or a list of messages")
@@ -132,13 +115,13 @@ def _turns(record: Record, key: str, role: Role) -> list[tuple[Role, str]]:
 
 
 def _opening(record: Record, key: str) -> list[tuple[Role, str]]:
-    """The turns of a prompt."""
+    """Return the turns of a prompt."""
     turns = _turns(record, key, "user")
     return turns[:-1] if turns[-1:] == [("assistant", "")] else turns  # "\n\nAssistant:" opens the reply
 
 
 def _prompt(record: Record, key: str) -> Turns:
-    """What stands under `prompt`, or where Intel's orca_dpo_pairs have it under `question`, and `key` answers."""
+    """Return the turns under `prompt`, or `question` (Intel's orca_dpo_pairs), which `key` answers."""
     name = next((name for name in ("prompt", "question") if record.get(name) is not None), None)
     if name is None:
         raise Malformed(
@@ -163,17 +146,17 @@ def _completions(record: Record) -> list[Transcript]:
 
 
 def _score(reply: Record) -> float | None:
-    """None where it is missing, which tables and JSON may write as NaN."""
+    """Return None where it is missing, which tables and JSON may write as NaN."""
     score = reply.get("overall_score")
     if score is not None and (isinstance(score, bool) or not isinstance(score, int | float)):
         raise Malformed(f"`overall_score` must be a number or null, but is {show(score)}")
     return None if score is None or math.isnan(score) else score
 
 
-CHOSEN_REJECTED = PreferenceFormat(
+CHOSEN_REJECTED = Format(
     "`chosen`/`rejected` preferences",
     ("chosen", "rejected"),
-    _chosen_and_rejected,
+    preferences(_chosen_and_rejected),
     also=("prompt", "question", "score_chosen", "score_rejected"),
 )
-COMPLETIONS = PreferenceFormat("`completions` with scores", ("instruction", "completions"), _completions)
+COMPLETIONS = Format("`completions` with scores", ("instruction", "completions"), preferences(_completions))

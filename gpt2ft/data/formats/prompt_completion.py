@@ -2,13 +2,13 @@
 messages."""
 
 from gpt2ft.data.formats.messages import chat_messages
-from gpt2ft.data.formats.turns import Format, Turns
+from gpt2ft.data.formats.turns import Format, Turns, conversation
 from gpt2ft.data.reading import Malformed, Record, value
 
 
 def turns(record: Record) -> Turns:
     if record.get("label") is False:
-        raise Malformed("`label` must be true or absent, as every completion is learnt, but is false")
+        raise Malformed("`label` must be true or absent, as every completion is trained on, but is false")
     if isinstance(record["prompt"], list):
         completion = chat_messages(record, "completion")
         if any(role != "assistant" for role, _ in completion):
@@ -18,4 +18,4 @@ def turns(record: Record) -> Turns:
     return [("user", prompt), ("assistant", completion)]
 
 
-PAIRS = Format("`prompt`/`completion` pairs", ("prompt", "completion"), turns, also=("label",))
+FORMAT = Format("`prompt`/`completion` pairs", ("prompt", "completion"), conversation(turns), also=("label",))

@@ -1,6 +1,6 @@
 """ShareGPT: {conversations: [{from: human, value}, {from: gpt, value}, ...]}."""
 
-from gpt2ft.data.formats.turns import Format, Turns
+from gpt2ft.data.formats.turns import Format, Turns, conversation
 from gpt2ft.data.reading import Malformed, Record, objects, role_of, value
 
 
@@ -14,4 +14,4 @@ def turns(record: Record) -> Turns:
     return found
 
 
-CONVERSATIONS = Format("ShareGPT `conversations`", ("conversations",), turns)
+FORMAT = Format("ShareGPT `conversations`", ("conversations",), conversation(turns))

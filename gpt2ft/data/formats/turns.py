@@ -30,16 +30,12 @@ BESIDE_THE_TURNS = _SYSTEM + _NOT_READ
 
 @dataclass(frozen=True)
 class Format:
-    """One conversation a record.
+    """A record layout with one tree a record."""
 
-    `name` says what the data are, for people. A record that has all of `keys` is one. `turns` gives its turns or
-    raises Malformed. Of a table, the columns `keys` and `also` are read.
-    """
-
-    name: str
-    keys: tuple[str, ...]
-    turns: Callable[[Record], Turns]
-    also: tuple[str, ...] = ()
+    name: str  # of what the data are, for people
+    keys: tuple[str, ...]  # all that a record of this layout must have
+    tree: Callable[[Record, str, ReadContext], MessageTree | None]  # of a record and its place; raises Malformed
+    also: tuple[str, ...] = ()  # other columns of a table that are read
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -48,22 +44,27 @@ class Format:
     def matches(self, record: Record) -> bool:
         return all(key in record for key in self.keys)
 
-    def tree(self, record: Record, where: str, context: ReadContext) -> MessageTree | None:
-        """The conversation in a record, or None if nothing of it is left.
 
-        Raises:
-            Malformed: if the record cannot be read.
-        """
+def conversation(turns: Callable[[Record], Turns]) -> Callable[[Record, str, ReadContext], MessageTree | None]:
+    """Return what makes a conversation of the turns in a record, or None if nothing of it is left.
+
+    Args:
+        turns: reads them, or raises Malformed.
+    """
+
+    def tree(record: Record, where: str, context: ReadContext) -> MessageTree | None:
         refuse_compared(record)
-        turns = in_full(record, self.turns(record)) or [("user", "")]
+        said = in_full(record, turns(record)) or [("user", "")]
         context.totals.trees += 1
-        context.totals.messages += len(turns)
-        kept = clean(turns, context)
+        context.totals.messages += len(said)
+        kept = clean(said, context)
         return MessageTree.from_turns(content_id(kept), context.source, kept) if kept else None
+
+    return tree
 
 
 def refuse_compared(record: Record) -> None:
-    """Raises Malformed if the record holds replies that are compared."""
+    """Raise Malformed if the record holds replies that are compared."""
     if all(record.get(key) is not None for key in _COMPARED):
         raise Malformed(
             "must be a conversation to learn from, but is a preference (`chosen` and `rejected`), which launch/dpo.py "
@@ -72,7 +73,7 @@ def refuse_compared(record: Record) -> None:
 
 
 def in_full(record: Record, turns: Turns) -> list[tuple[Role, str]]:
-    """The turns of a record as they are said, behind the system turn that stands beside them.
+    """Return the turns of a record as they are said, behind the system turn that stands beside them.
 
     Raises:
         Malformed: if something else stands there that no format reads.
@@ -91,7 +92,7 @@ def _beside(record: Record) -> Turns:
 
 
 def clean(turns: Turns, context: ReadContext) -> list[tuple[Role, str]]:
-    """The turns that stay, by the rules above."""
+    """Return the turns that stay, by the rules above."""
     dropped = context.dropped
     alternating = joined(turns)
     if len(alternating) < len(turns):
@@ -115,7 +116,7 @@ def clean(turns: Turns, context: ReadContext) -> list[tuple[Role, str]]:
 
 
 def joined(turns: Turns) -> list[tuple[Role, str]]:
-    """The turns, those of one role that follow each other as one."""
+    """Return the turns, those of one role that follow each other as one."""
     found: list[tuple[Role, str]] = []
     for role, text in turns:
         if found and found[-1][0] == role:
@@ -126,7 +127,7 @@ def joined(turns: Turns) -> list[tuple[Role, str]]:
 
 
 def content_id(turns: Turns) -> str:
-    """A name made of the content alone."""
+    """Return a name made of the content alone."""
     digest = hashlib.blake2b(digest_size=12)
     for role, text in turns:
         digest.update(f"{role}\0{text}\0".encode())

@@ -1,6 +1,6 @@
 """Every layout of preferences, as it is published, gives the prompt and the ranked replies from every kind of file.
 
-What does not belong together is dropped and counted, and nothing is learnt from that is there to be compared.
+What does not belong together is dropped and counted, and nothing is trained on that is there to be compared.
 """
 
 import json
@@ -414,7 +414,7 @@ def test_an_instruction_without_completions_is_counted(compare):
     assert (trees, +context.dropped, context.totals) == ([], {"does not end in a reply": 1}, Totals(1, 1))
 
 
-# --- what is compared is not learnt from ----------------------------------------------------------------------------
+# --- what is compared is not trained on -----------------------------------------------------------------------------
 
 BESIDE = {
     "messages": {"messages": messages(ASKED, told(GOOD))},
@@ -451,10 +451,10 @@ def test_columns_of_preferences_that_hold_none_do_no_harm(read, write, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["t.jsonl", "t.parquet"])
-def test_a_completion_labelled_as_bad_is_not_learnt(kind, error, drops, write, tmp_path):
+def test_a_completion_labelled_as_bad_is_not_trained_on(kind, error, drops, write, tmp_path):
     rows = [{"prompt": "Tea?", "completion": text, "label": good} for text, good in (("Yes.", True), ("No.", False))]
     file = write(tmp_path / kind, rows)
-    assert "`label` must be true or absent, as every completion is learnt, but is false" in error(file)
+    assert "`label` must be true or absent, as every completion is trained on, but is false" in error(file)
     assert drops(file, on_error="skip") == {"malformed line": 1}
 
 
