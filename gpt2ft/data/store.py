@@ -145,15 +145,10 @@ def open_store(
     """
     source = open_source(name, kind)
     try:
-        determined_by = [
-            FORMAT_VERSION,
-            kind.name,
-            source.origin.digest(),
-            filters.model_dump(),
-            topic and topic.digest,
-        ]
+        data = source.origin.digest()
     except OSError as error:
         raise DataError(f"{name} cannot be read: {error}") from error
+    determined_by = [FORMAT_VERSION, kind.name, data, filters.model_dump(), topic and topic.digest]
     determined_by += [template_digest(), tokenizer.digest]
     folder = cache / "trees" / hashlib.sha256(json.dumps(determined_by).encode()).hexdigest()[:32]
     try:

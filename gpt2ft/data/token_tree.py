@@ -101,7 +101,7 @@ class TokenTree:
 
 
 def counts(tree: TokenTree) -> Counts:
-    """Count tokens, supervised targets, nodes in pairs, pairs, and tokens if each pair were two sequences of its own."""
+    """Count tokens, supervised targets, nodes in pairs, pairs, and tokens if each pair were two sequences alone."""
     ends = tree.depths + tree.lengths
     nodes = len(np.unique(tree.pairs))
     return len(tree.tokens), tree.num_supervised, nodes, len(tree.pairs), int(ends[tree.pairs].sum())

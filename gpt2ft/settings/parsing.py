@@ -175,7 +175,11 @@ def _section_of_words(info: constructors.StructTypeInfo) -> constructors.StructC
             kind = _words_for(kind)
         if field.is_required():
             kind, default = Annotated[kind, tyro.conf.arg(help_behavior_hint="(required)")], _NOT_GIVEN
-        fields.append(constructors.StructFieldSpec(name, kind, default, " ".join((field.description or kind.__doc__ or "").split())))
+        fields.append(
+            constructors.StructFieldSpec(
+                name, kind, default, " ".join((field.description or kind.__doc__ or "").split())
+            )
+        )
     return constructors.StructConstructorSpec(dict, tuple(fields))
 
 
