@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2ft.data.plan import Conversations, Plan, chunk
+from gpt2ft.data.chunks import ConversationTrees, chunk
+from gpt2ft.data.plan import Plan
 from gpt2ft.data.store import open_store
 from gpt2ft.model.attention import dense_attention
 from gpt2ft.objectives.sft import SFT
@@ -43,7 +44,7 @@ def stores(tokenizer, cache, tmp_path_factory):
 def make_plan(stores):
     def make(capacity=128):
         rows = np.array([(number, row) for number, store in enumerate(stores) for row in range(len(store))])
-        return Plan(chunk(stores, rows, Conversations("once", 64, capacity)), capacity, 1, seed=0, shuffle=False)
+        return Plan(chunk(stores, rows, ConversationTrees("once", 64, capacity)), capacity, 1, seed=0, shuffle=False)
 
     return make
 
