@@ -171,15 +171,12 @@ def _section_of_words(info: constructors.StructTypeInfo) -> constructors.StructC
     fields = []
     for name, field in info.type.model_fields.items():
         kind, default = field.annotation, getattr(info.default, name, field.get_default())
+        help_text = field.description or inspect.getdoc(kind) or ""
         if not _is_section(kind):
             kind = _words_for(kind)
         if field.is_required():
             kind, default = Annotated[kind, tyro.conf.arg(help_behavior_hint="(required)")], _NOT_GIVEN
-        fields.append(
-            constructors.StructFieldSpec(
-                name, kind, default, " ".join((field.description or kind.__doc__ or "").split())
-            )
-        )
+        fields.append(constructors.StructFieldSpec(name, kind, default, " ".join(help_text.split())))
     return constructors.StructConstructorSpec(dict, tuple(fields))
 
 
