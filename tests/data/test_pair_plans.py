@@ -137,9 +137,7 @@ def test_more_pairs_or_replies_than_there_is_room_for_are_refused(chunks):
     reference = np.zeros(replies)
     assert build_pairs(trees, reference, pairs, replies).weights.all()
     for capacity in ((pairs - 1, replies), (pairs, replies - 1)):
-        with pytest.raises(
-            ValueError, match=f"{pairs} pairs of {replies} replies do not fit {capacity[0]}, {capacity[1]}"
-        ):
+        with pytest.raises(ValueError, match=f"{pairs} pairs of {replies} replies .* {capacity[0]}, {capacity[1]}"):
             build_pairs(trees, reference, *capacity)
 
 

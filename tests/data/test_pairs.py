@@ -6,6 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from facts import tells
 
 from gpt2ft.data.chunks import chunk
 from gpt2ft.data.kinds import PREFERENCES
@@ -307,9 +308,7 @@ class TestSplitByPairs:
                 assert (len(parts) == 1) == (len(whole.tokens) <= capacity)
                 parts_met[len(parts)] += 1
             if len(whole.pairs) > 1:
-                with pytest.raises(
-                    ValueError, match=rf"two replies of a pair are {needed:,} tokens, but a stream hold"
-                ):
+                with pytest.raises(ValueError, match=rf"{needed:,} tokens"):
                     split_by_pairs(whole, needed - 1)
                 refused += 1
         assert min(parts_met[number] for number in (1, 2, 3, 4)) > 10
@@ -319,7 +318,7 @@ class TestSplitByPairs:
         with pytest.raises(DataError) as raised:
             chunk([store], rows_of(store), PreferencePairs("all", "pair", 60, 60))
         assert "groups.jsonl, conversation " in str(raised.value)
-        assert "tokens, but a stream holds 60: `tokens_per_micro_batch` must be at least 128" in str(raised.value)
+        assert tells(str(raised.value), "60 ... `tokens_per_micro_batch` ... 128")
 
 
 def pairs_of(chunks):

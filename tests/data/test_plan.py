@@ -262,9 +262,7 @@ class TestCutToFit:
         assert groups == {1: {1}, 0: {0}}
 
     def test_nothing_that_fits_is_refused(self, store):
-        with pytest.raises(
-            DataError, match=r"nothing fits `data.max_length` = 3 tokens: left out are [\d,]+ messages that do not"
-        ):
+        with pytest.raises(DataError, match=r"`data.max_length` = 3 .* [\d,]+ messages that do not fit"):
             chunk([store], rows_of(store), ConversationTrees("once", 3, 128))
 
 

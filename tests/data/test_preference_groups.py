@@ -81,7 +81,7 @@ class TestByHand:
 
 
 def random_ranked_tree(seed):
-    """Up to 30 messages; ranks that are missing, tied or tokens_if_unpacked, and only so many texts."""
+    """Up to 30 messages; ranks that are missing, tied or apart, and only so many texts."""
     random = np.random.default_rng(seed)
     messages, path = [Message("user", "Tea?")], [0]
     for number in range(1, int(random.integers(2, 31))):

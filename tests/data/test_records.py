@@ -6,6 +6,7 @@ import tracemalloc
 from collections import Counter
 
 import pytest
+from facts import tells
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -49,29 +50,29 @@ def test_blank_lines_line_ends_of_windows_and_a_byte_order_mark_are_no_errors(tm
 
 @pytest.mark.parametrize("name", ["t.jsonl", "t.jsonl.gz", "t.json"])
 @pytest.mark.parametrize(
-    ("line", "expected"),
+    ("line", "facts"),
     [
-        (b'{"text": "x", ', "must be one JSON object, but does not parse: Expecting property name"),
-        (b'{"text": "x"} {}', "must be one JSON object, but does not parse: Extra data at column 15"),
-        (b'{"text": "x"},', "must be one JSON object, but does not parse: Extra data at column 14"),
-        (b'{"text": "x}', "must be one JSON object, but does not parse: Invalid control character"),
-        (b'{"rank": ' + b"9" * 5000 + b"}", "must be one JSON object, but does not parse: Exceeds the limit"),
-        (b'{"text": "\xff"}', "must be UTF-8 text, but is not at byte 11"),
-        (b'{"text": "\xc3"}', "must be UTF-8 text, but is not at byte 11"),
-        ('{"text": "x"}'.encode("utf-16"), "must be UTF-8 text, but is not at byte 1"),
-        (b'"a"', 'must be a JSON object, but is "a"'),
-        (b"null", "must be a JSON object, but is null"),
-        (b"NaN", "must be a JSON object, but is NaN"),
-        (b'["a"]', "must be a JSON object, but is a list"),
-        (DEEP, "must not nest this deep; write long conversations as flat"),
-        (b'{"text": "' + b"x" * 1000 + b'"}', "must be at most 600 bytes long, but is longer"),
+        (b'{"text": "x", ', "Expecting property name"),
+        (b'{"text": "x"} {}', "Extra data at column 15"),
+        (b'{"text": "x"},', "Extra data at column 14"),
+        (b'{"text": "x}', "Invalid control character"),
+        (b'{"rank": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
+        (b'{"text": "\xff"}', "UTF-8 ... byte 11"),
+        (b'{"text": "\xc3"}', "UTF-8 ... byte 11"),
+        ('{"text": "x"}'.encode("utf-16"), "UTF-8 ... byte 1"),
+        (b'"a"', 'JSON object ... "a"'),
+        (b"null", "JSON object ... null"),
+        (b"NaN", "JSON object ... NaN"),
+        (b'["a"]', "JSON object ... a list"),
+        (DEEP, "nest this deep ... flat"),
+        (b'{"text": "' + b"x" * 1000 + b'"}', "600 bytes"),
     ],
 )  # fmt: skip
-def test_a_malformed_line_is_an_error_or_skipped_and_counted(tmp_path, monkeypatch, name, line, expected):
+def test_a_malformed_line_is_an_error_or_skipped_and_counted(tmp_path, monkeypatch, name, line, facts):
     if b"x" * 1000 in line:
         monkeypatch.setattr(records, "LONGEST_RECORD", 600)
     file = write_bytes(tmp_path / name, b"\n".join([*LINES[:2], line, LINES[2]]))
-    assert problem(file).startswith(f"{file}:3: {expected}")
+    assert tells(problem(file), f"{file}:3: ... {facts}")
     assert parsed(file, "skip")[:2] == ([(":1", GOOD[0]), (":2", GOOD[1]), (":4", GOOD[2])], {"malformed line": 1})
 
 
@@ -102,7 +103,7 @@ def test_a_line_of_a_hundred_megabytes_takes_no_memory(tmp_path, name):
     assert (found, dropped) == ([(":1", GOOD[0]), (":3", GOOD[1])], {"malformed line": 1})
     assert peak < 3 * records.LONGEST_RECORD
     assert sum(block.size for block in blocks) > 100 << 20
-    assert problem(file) == f"{file}:2: must be at most 16,777,216 bytes long, but is longer"
+    assert tells(problem(file), f"{file}:2: ... 16,777,216 bytes")
 
 
 # --- an array -------------------------------------------------------------------------------------------------------
@@ -116,42 +117,42 @@ def test_an_array_with_space_and_a_byte_order_mark(tmp_path, opening):
 
 def test_elements_that_are_no_objects_are_refused_one_by_one(tmp_path):
     file = write_bytes(tmp_path / "t.json", b'[1, {"text": "x"}, null, NaN, "a", [{"text": "x"}], 1.5]')
-    assert problem(file) == f"{file}: record 1: must be a JSON object, but is 1"
+    assert tells(problem(file), f"{file}: record 1: ... JSON object ... 1")
     found, dropped, _ = parsed(file, "skip")
     assert (found, dropped) == ([(": record 2", {"text": "x"})], {"malformed line": 6})
 
 
 @pytest.mark.parametrize("on_error", ["fail", "skip"])
 @pytest.mark.parametrize(
-    ("content", "expected"),
+    ("content", "facts"),
     [
-        (b"[", "must be one JSON array, but does not parse: Expecting value in record 1"),
-        (b"[,]", "must be one JSON array, but does not parse: Expecting value in record 1"),
-        (b"[{},]", "must be one JSON array, but does not parse: Expecting value in record 2"),
-        (b"[{}, {", "must be one JSON array, but does not parse: Expecting property name enclosed in double quotes"),
-        (b'[{}, {"a": "b', "must be one JSON array, but does not parse: Unterminated string starting at in record 2"),
-        (b"[{}, {}", "must be one JSON array, but does not parse: the array does not end after record 2"),
-        (b"[{}, {} \n", "must be one JSON array, but does not parse: the array does not end after record 2"),
-        (b"[{},", "must be one JSON array, but does not parse: Expecting value in record 2"),
-        (b"[{} {}]", "must be one JSON array, but has no comma after record 1"),
-        (b"[{}, {}}", "must be one JSON array, but has no comma after record 2"),
-        (b"[{}] {}", "must be one JSON array, but goes on after its end"),
-        (b"[]]", "must be one JSON array, but goes on after its end"),
-        (b"[{}]\n[{}]", "must be one JSON array, but goes on after its end"),
-        (b"[{}, " + DEEP + b"]", "record 2: must not nest this deep"),
-        (b'[{}, {"a": ' + b"9" * 5000 + b"}]", "record 2: must be a JSON object, but does not parse: Exceeds"),
-        (b'[{}, {"a": "' + b"x" * 1000 + b'"}]', "record 2: must be at most 600 characters long and parse"),
-        (b'[{}, {"a": "' + b"x" * 1000 + b"}, {}]", "record 2: must be at most 600 characters long and parse"),
-        (b'[{"a": "\xff"}]', "must be a whole and readable file, but is not: 'utf-8' codec can't decode"),
-        (b'[{"a": "\xc3', "must be a whole and readable file, but is not: 'utf-8' codec can't decode"),
+        (b"[", "Expecting value in record 1"),
+        (b"[,]", "Expecting value in record 1"),
+        (b"[{},]", "Expecting value in record 2"),
+        (b"[{}, {", "Expecting property name enclosed in double quotes"),
+        (b'[{}, {"a": "b', "Unterminated string starting at in record 2"),
+        (b"[{}, {}", "the array does not end after record 2"),
+        (b"[{}, {} \n", "the array does not end after record 2"),
+        (b"[{},", "Expecting value in record 2"),
+        (b"[{} {}]", "has no comma after record 1"),
+        (b"[{}, {}}", "has no comma after record 2"),
+        (b"[{}] {}", "goes on after its end"),
+        (b"[]]", "goes on after its end"),
+        (b"[{}]\n[{}]", "goes on after its end"),
+        (b"[{}, " + DEEP + b"]", "record 2: ... nest this deep"),
+        (b'[{}, {"a": ' + b"9" * 5000 + b"}]", "record 2: ... Exceeds"),
+        (b'[{}, {"a": "' + b"x" * 1000 + b'"}]', "record 2: ... 600 characters"),
+        (b'[{}, {"a": "' + b"x" * 1000 + b"}, {}]", "record 2: ... 600 characters"),
+        (b'[{"a": "\xff"}]', "whole and readable ... 'utf-8' codec"),
+        (b'[{"a": "\xc3', "whole and readable ... 'utf-8' codec"),
     ],
 )  # fmt: skip
-def test_a_broken_array_is_always_an_error(tmp_path, monkeypatch, content, expected, on_error):
+def test_a_broken_array_is_always_an_error(tmp_path, monkeypatch, content, facts, on_error):
     if b"x" * 1000 in content:
         monkeypatch.setattr(records, "LONGEST_RECORD", 600)
         monkeypatch.setattr(records, "_GULP", 16)
     file = write_bytes(tmp_path / "t.json", content)
-    assert problem(file, on_error).startswith(f"{file}: {expected}")
+    assert tells(problem(file, on_error), f"{file}: ... {facts}")
 
 
 def test_an_array_element_of_a_hundred_megabytes_takes_little_memory(tmp_path):
@@ -162,7 +163,7 @@ def test_an_array_element_of_a_hundred_megabytes_takes_little_memory(tmp_path):
             handle.write(b"x" * (1 << 20))
         handle.write(b'"}]')
     tracemalloc.start()
-    assert problem(file, "skip").startswith(f"{file}: record 2: must be at most 16,777,216 characters long")
+    assert tells(problem(file, "skip"), f"{file}: record 2: ... 16,777,216 characters")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 6 * records.LONGEST_RECORD
@@ -204,7 +205,7 @@ def test_an_array_is_what_the_json_module_makes_of_it_wherever_the_file_is_cut(t
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(records, "_GULP", gulp)
             if expected is None:
-                assert "must be one JSON array" in problem(file)
+                assert "JSON array" in problem(file)
             else:
                 found = [element for (_, element), _ in records._elements(file)]
                 assert repr(found) == repr(expected)  # NaN is not equal to itself
@@ -253,7 +254,7 @@ def test_text_in_parquet_that_is_not_utf8(tmp_path, on_error):
 
     text = pyarrow.Array.from_buffers(pyarrow.string(), 1, pyarrow.array([b"\xff"]).buffers())
     pyarrow.parquet.write_table(pyarrow.table({"text": text}), tmp_path / "t.parquet")
-    assert "must be a whole and readable parquet file" in problem(tmp_path / "t.parquet", on_error)
+    assert "whole and readable parquet file" in problem(tmp_path / "t.parquet", on_error)
 
 
 # --- blocks ---------------------------------------------------------------------------------------------------------

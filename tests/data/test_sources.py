@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+from facts import tells
 from processes import run
 
 from gpt2ft.data.reading import DataError, Totals
@@ -129,43 +130,35 @@ class TestFolder:
     def test_a_file_of_another_format_is_refused_by_its_place(self, error, drops, write, tmp_path):
         write(tmp_path / "a.jsonl", [{"text": "Tea."}] * 2)
         write(tmp_path / "b.parquet", [{"prompt": "Tea?", "completion": "Yes."}] * 3)
-        assert error(tmp_path) == (
-            f'{tmp_path}/b.parquet: row 1: must be plain `text` like the first record, but holds "prompt", "completion"'
-        )
+        assert tells(error(tmp_path), f'{tmp_path}/b.parquet: row 1: ... plain `text` ... "prompt", "completion"')
         assert drops(tmp_path, on_error="skip") == {"malformed line": 3}
 
     def test_without_data_it_is_refused(self, error, tmp_path):
         (tmp_path / "t.txt").write_text("Tea.")
-        assert error(tmp_path) == (
-            f"data source {str(tmp_path)!r} must be a folder with files that end in .jsonl, .jsonl.gz, .json, "
-            ".parquet, but holds none"
-        )
+        assert tells(error(tmp_path), f"{str(tmp_path)!r} ... .jsonl, .jsonl.gz, .json, .parquet ... none")
 
 
 @pytest.mark.parametrize("on_error", ["fail", "skip"])
 @pytest.mark.parametrize("name", KINDS)
 def test_an_empty_file_is_always_an_error(name, on_error, error, write, tmp_path):
     file = write(tmp_path / name, [])
-    assert error(file, on_error=on_error) == f"{file}: must hold conversations, but holds none"
+    assert tells(error(file, on_error=on_error), f"{file}: ... holds none")
 
 
 @pytest.mark.parametrize("on_error", ["fail", "skip"])
 def test_a_file_in_which_nothing_can_be_read_says_why(on_error, error, tmp_path):
     """One object over many lines, as an editor leaves it."""
     (tmp_path / "t.json").write_text(json.dumps({"messages": [{"role": "user"}]}, indent=2))
-    assert error(tmp_path / "t.json", on_error=on_error) == (
-        f"{tmp_path}/t.json:1: must be one JSON object, but does not parse: "
-        "Expecting property name enclosed in double quotes at column 1"
-    )
+    problem = error(tmp_path / "t.json", on_error=on_error)
+    assert tells(problem, f"{tmp_path}/t.json:1: ... JSON object ... Expecting property name ... column 1")
     (tmp_path / "t.jsonl").write_text('{"question": "Tea?"}\n')
-    assert error(tmp_path / "t.jsonl", on_error=on_error).startswith(
-        f"{tmp_path}/t.jsonl: must hold conversations, but at {tmp_path}/t.jsonl:1 it must be OASST trees, "
-    )
+    problem = error(tmp_path / "t.jsonl", on_error=on_error)
+    assert tells(problem, f"{tmp_path}/t.jsonl: ... {tmp_path}/t.jsonl:1 ... OASST trees")
 
 
 def test_the_format_is_that_of_the_first_record_that_has_one(error, drops, tmp_path):
     (tmp_path / "t.jsonl").write_text('\nbroken\n{"a": 1}\n{"text": "Tea."}\n{"messages": []}\n')
-    assert error(tmp_path / "t.jsonl").startswith(f"{tmp_path}/t.jsonl:2: must be one JSON object")
+    assert tells(error(tmp_path / "t.jsonl"), f"{tmp_path}/t.jsonl:2: ... JSON object")
     assert drops(tmp_path / "t.jsonl", on_error="skip") == {"malformed line": 3}
     assert open_source(str(tmp_path / "t.jsonl")).format.name == "plain `text`"
 
@@ -177,9 +170,8 @@ def test_a_missing_file_is_answered_at_once_with_the_nearest_name(error, write, 
     write(tmp_path / "trees.jsonl", ROWS)
     with pytest.raises(DataError) as raised:
         read_trees(str(tmp_path / "tree.jsonl"), FilterSettings())
-    assert str(raised.value) == (
-        f"data source {str(tmp_path / 'tree.jsonl')!r} must be a name or a file, but no such file exists; "
-        f"did you mean {str(tmp_path / 'trees.jsonl')!r}?"
+    assert tells(
+        str(raised.value), f"{str(tmp_path / 'tree.jsonl')!r} ... did you mean {str(tmp_path / 'trees.jsonl')!r}?"
     )
     assert "did you mean 'oasst1'?" in error("osst1")
     assert "did you mean 'ultrachat'?" in error("ultrachat_200k")
@@ -188,15 +180,13 @@ def test_a_missing_file_is_answered_at_once_with_the_nearest_name(error, write, 
 
 def test_other_files_are_refused(error, tmp_path):
     (tmp_path / "t.csv").write_text("a,b")
-    assert error(tmp_path / "t.csv").endswith(
-        "must be a file that ends in .jsonl, .jsonl.gz, .json, .parquet, but is another kind of file"
-    )
+    assert tells(error(tmp_path / "t.csv"), "t.csv ... .jsonl, .jsonl.gz, .json, .parquet")
 
 
 def test_unknown_splits_are_refused(error):
-    assert error("oasst1:test") == "data source 'oasst1:test' must name the split train or validation, but names 'test'"
-    assert error("ultrachat:train").endswith("must name the split train_sft or test_sft, but names 'train'")
-    assert error("quickstart:eval") == f"data source 'quickstart:eval' must be one of {', '.join(BUNDLED)}"
+    assert tells(error("oasst1:test"), "'oasst1:test' ... train or validation ... 'test'")
+    assert tells(error("ultrachat:train"), "'ultrachat:train' ... train_sft or test_sft ... 'train'")
+    assert tells(error("quickstart:eval"), f"'quickstart:eval' ... {', '.join(BUNDLED)}")
 
 
 @pytest.mark.parametrize("name", BUNDLED)
@@ -316,7 +306,7 @@ def write_hub_cache(name, hugging_face_home, revision):
 
 def test_without_network_and_cache_the_error_says_what_to_put_where(tmp_path):
     answer = read_offline("oasst1", tmp_path)
-    assert answer.startswith("DataError: OpenAssistant/oasst1@fdf72ae0 train: must be on the hub or in the cache")
+    assert answer.startswith("DataError: OpenAssistant/oasst1@fdf72ae0 train: ")
     assert str(tmp_path / "datasets") in answer
     assert f"https://huggingface.co/datasets/OpenAssistant/oasst1/tree/{SOURCES['oasst1'].revision}" in answer
     assert answer.count("\n") == 1
@@ -341,11 +331,11 @@ def test_preferences_of_the_hub_are_ranked_replies_and_nothing_to_learn_from(nam
         f"source={name!r}, messages=(Message(role='user', text='Tea?', parent=None, rank=None), {', '.join(replies)})"
         in answer
     )
-    assert "must be a conversation to learn from, but is a preference" in read_offline(name, tmp_path)
+    assert "is a preference" in read_offline(name, tmp_path)
 
 
 def test_another_revision_in_the_cache_is_refused(tmp_path):
     write_hub_cache("oasst1", tmp_path, "0" * 40)
     answer = read_offline("oasst1", tmp_path)
-    assert answer.startswith("DataError: OpenAssistant/oasst1@fdf72ae0 train: must be on the hub or in the cache")
-    assert f"the cache holds revision {'0' * 40} instead of {SOURCES['oasst1'].revision}" in answer
+    assert answer.startswith("DataError: OpenAssistant/oasst1@fdf72ae0 train: ")
+    assert tells(answer, f"{'0' * 40} ... {SOURCES['oasst1'].revision}")

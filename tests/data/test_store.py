@@ -224,7 +224,7 @@ def test_the_statistics_of_real_data_add_up(name, read, test_data, gpt2_tokenize
 def test_nothing_to_train_on_is_refused(tokenizer, write, tmp_path):
     file = str(write(tmp_path / "a.jsonl", [message("a", role="prompter"), message("b", "a", deleted=True)]))
     for _ in range(2):
-        with pytest.raises(DataError, match=r"a\.jsonl holds nothing to train on; dropped: 1 deleted, 1 no reply"):
+        with pytest.raises(DataError, match=r"a\.jsonl .* dropped: 1 deleted, 1 no reply"):
             open_store(file, KEEP_ALL, tokenizer, tmp_path)
         assert finished(tmp_path) == []
 
@@ -234,12 +234,12 @@ def test_what_no_tokenizer_can_take_is_refused_by_its_opening(tokenizer, write, 
     with pytest.raises(DataError) as raised:
         open_store(str(write(tmp_path / "a.jsonl", rows)), KEEP_ALL, tokenizer, tmp_path)
     assert str(raised.value).startswith(f'{tmp_path}/a.jsonl: a conversation that opens with "Milk   ')
-    assert str(raised.value).endswith("must hold at most 900,000 whitespace characters in a row, but holds more")
+    assert "900,000 whitespace characters" in str(raised.value)
 
 
 def test_a_cache_that_cannot_be_written_is_refused(tokenizer, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(DataError, match=r"the cache folder .*file.* cannot be written .*: set `data.cache` to another"):
+    with pytest.raises(DataError, match=r"file.* cannot be written .* `data.cache`"):
         open_store("quickstart", KEEP_ALL, tokenizer, tmp_path / "file" / "cache")
 
 
@@ -267,5 +267,5 @@ def test_a_damaged_store_says_which_folder_to_remove(tokenizer, tmp_path, damage
     folder = tmp_path / "trees" / open_store("quickstart", KEEP_ALL, tokenizer, tmp_path).digest
     file = folder / damage
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(DataError, match=f"the tokenised data in {folder} is damaged .*: remove that folder"):
+    with pytest.raises(DataError, match=f"{folder} is damaged .* remove"):
         open_store("quickstart", KEEP_ALL, tokenizer, tmp_path)

@@ -188,7 +188,7 @@ class TestSplit:
         assert [part.num_supervised for part in parts] == [3 + 4 + 1, 5, 1]
 
     def test_a_path_larger_than_a_stream_is_refused(self, make_tree):
-        with pytest.raises(ValueError, match="a path of 16 tokens does not fit a stream of 15"):
+        with pytest.raises(ValueError, match="path of 16 tokens .* 15"):
             split(weigh(make_tree(*BRANCHES), "once"), 15)
 
 

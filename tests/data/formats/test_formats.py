@@ -1,6 +1,7 @@
 """Every layout, as it is published, gives its turns from every kind of file; what is malformed is named or counted."""
 
 import pytest
+from facts import tells
 
 from gpt2ft.conversation import MessageTree
 from gpt2ft.data.formats import CONVERSATION_FORMATS, columns_to_read, detect
@@ -190,7 +191,7 @@ def test_of_a_table_only_what_its_format_reads():
 @pytest.mark.parametrize("kind", ["t.jsonl", "t.parquet"])
 def test_preferences_are_refused_by_name(record, kind, error, write, tmp_path):
     found = error(write(tmp_path / kind, [record] * 2), on_error="skip")
-    assert found.startswith(f"{tmp_path / kind}: must hold conversations, but at {tmp_path / kind}:")
+    assert tells(found, f"{tmp_path / kind}: ... {tmp_path / kind}:")
     assert "is a preference (`chosen` and `rejected`" in found
 
 
@@ -203,78 +204,77 @@ def test_real_preferences_are_refused_by_name(test_data, error):
 HALF = "\ud83d"
 FIRST, SECOND = "message 1 of `messages`:", "message 2 of `messages`:"
 TURN = "turn 1 of `conversations`:"
-ANOTHER = "like the first record, but holds"
 MALFORMED = {
     "openai": [
-        ({"messages": None}, "`messages` must be a list, but is null"),
-        ({"messages": "Tea?"}, '`messages` must be a list, but is "Tea?"'),
-        ({"messages": {"role": "user"}}, "`messages` must be a list, but is an object"),
-        ({"messages": [ASKED, None]}, "`messages` must hold objects, but holds null"),
-        ({"messages": [[ASKED]]}, "`messages` must hold objects, but holds a list"),
-        ({"messages": [ASKED, {"role": "assistant"}]}, f"{SECOND} `content` must be a string, but is missing"),
-        ({"messages": [ASKED, TOLD | {"content": None}]}, f"{SECOND} `content` must be a string, but is null"),
-        ({"messages": [ASKED | {"content": [{"type": "text"}]}]}, f"{FIRST} `content` must be a string, but is a list"),
-        ({"messages": [ASKED | {"content": float("nan")}]}, f"{FIRST} `content` must be a string, but is NaN"),
-        ({"messages": [ASKED | {"content": HALF}]}, f"{FIRST} `content` must be text, but holds half of a surrogate"),
-        ({"messages": [{"content": "Tea?"}]}, f"{FIRST} `role` must be a string, but is missing"),
-        ({"messages": [ASKED | {"role": 1}]}, f"{FIRST} `role` must be a string, but is 1"),
-        ({"messages": [ASKED, {"role": "tool", "content": "4"}]}, f"{SECOND} `role` must be one of prompter"),
-        ({"text": "Tea?"}, f'must be `messages` conversations {ANOTHER} "text"'),
-        ({}, f"must be `messages` conversations {ANOTHER} no keys"),
-        ([ASKED], "must be a JSON object, but is "),
+        ({"messages": None}, "`messages` ... null"),
+        ({"messages": "Tea?"}, '`messages` ... "Tea?"'),
+        ({"messages": {"role": "user"}}, "`messages` ... an object"),
+        ({"messages": [ASKED, None]}, "`messages` ... null"),
+        ({"messages": [[ASKED]]}, "`messages` ... a list"),
+        ({"messages": [ASKED, {"role": "assistant"}]}, f"{SECOND} `content` ... missing"),
+        ({"messages": [ASKED, TOLD | {"content": None}]}, f"{SECOND} `content` ... null"),
+        ({"messages": [ASKED | {"content": [{"type": "text"}]}]}, f"{FIRST} `content` ... a list"),
+        ({"messages": [ASKED | {"content": float("nan")}]}, f"{FIRST} `content` ... NaN"),
+        ({"messages": [ASKED | {"content": HALF}]}, f"{FIRST} `content` ... half of a surrogate"),
+        ({"messages": [{"content": "Tea?"}]}, f"{FIRST} `role` ... missing"),
+        ({"messages": [ASKED | {"role": 1}]}, f"{FIRST} `role` ... 1"),
+        ({"messages": [ASKED, {"role": "tool", "content": "4"}]}, f"{SECOND} `role` ... prompter"),
+        ({"text": "Tea?"}, '`messages` conversations ... "text"'),
+        ({}, "`messages` conversations ... no keys"),
+        ([ASKED], "JSON object"),
     ],
     "sharegpt": [
-        ({"conversations": None}, "`conversations` must be a list, but is null"),
-        ({"conversations": [3]}, "`conversations` must hold objects, but holds 3"),
-        ({"conversations": [{"from": "human"}]}, f"{TURN} `value` must be a string, but is missing"),
-        ({"conversations": [{"from": "human", "value": None}]}, f"{TURN} `value` must be a string, but is null"),
-        ({"conversations": [{"value": "Tea?"}]}, f"{TURN} `from` must be a string, but is missing"),
-        ({"conversations": [{"from": "bing", "value": "x"}]}, f"{TURN} `from` must be one of prompter, user"),
-        ({"messages": [ASKED]}, f'must be ShareGPT `conversations` {ANOTHER} "messages"'),
+        ({"conversations": None}, "`conversations` ... null"),
+        ({"conversations": [3]}, "`conversations` ... 3"),
+        ({"conversations": [{"from": "human"}]}, f"{TURN} `value` ... missing"),
+        ({"conversations": [{"from": "human", "value": None}]}, f"{TURN} `value` ... null"),
+        ({"conversations": [{"value": "Tea?"}]}, f"{TURN} `from` ... missing"),
+        ({"conversations": [{"from": "bing", "value": "x"}]}, f"{TURN} `from` ... prompter"),
+        ({"messages": [ASKED]}, 'ShareGPT `conversations` ... "messages"'),
     ],
     "alpaca": [
-        ({"instruction": None, "output": "x"}, "`instruction` must be a string, but is null"),
-        ({"instruction": "x", "output": None}, "`output` must be a string, but is null"),
-        ({"instruction": "x", "input": 3, "output": "x"}, "`input` must be a string or null, but is 3"),
-        ({"instruction": "x", "input": ["x"], "output": "x"}, "`input` must be a string or null, but is a list"),
-        ({"instruction": HALF, "output": "x"}, "`instruction` must be text, but holds half of a surrogate pair"),
-        ({"instruction": "x"}, f'must be Alpaca `instruction`/`input`/`output` {ANOTHER} "instruction"'),
+        ({"instruction": None, "output": "x"}, "`instruction` ... null"),
+        ({"instruction": "x", "output": None}, "`output` ... null"),
+        ({"instruction": "x", "input": 3, "output": "x"}, "`input` ... 3"),
+        ({"instruction": "x", "input": ["x"], "output": "x"}, "`input` ... a list"),
+        ({"instruction": HALF, "output": "x"}, "`instruction` ... half of a surrogate"),
+        ({"instruction": "x"}, 'Alpaca `instruction`/`input`/`output` ... "instruction"'),
     ],
     "dolly": [
-        ({"instruction": "x", "context": "", "response": False}, "`response` must be a string, but is false"),
-        ({"instruction": "x", "context": {}, "response": "x"}, "`context` must be a string or null, but is an object"),
-        ({"instruction": 1.5, "context": "", "response": "x"}, "`instruction` must be a string, but is 1.5"),
-        ({"instruction": "x", "output": "x"}, "must be Dolly `instruction`/`context`/`response` like the first record"),
+        ({"instruction": "x", "context": "", "response": False}, "`response` ... false"),
+        ({"instruction": "x", "context": {}, "response": "x"}, "`context` ... an object"),
+        ({"instruction": 1.5, "context": "", "response": "x"}, "`instruction` ... 1.5"),
+        ({"instruction": "x", "output": "x"}, "Dolly"),
     ],
     "prompt and completion": [
-        ({"prompt": None, "completion": "x"}, "`prompt` must be a string, but is null"),
-        ({"prompt": "x", "completion": [TOLD]}, "`completion` must be a string, but is a list"),
-        ({"prompt": [ASKED], "completion": "x"}, '`completion` must be a list, but is "x"'),
-        ({"prompt": [ASKED], "completion": [None]}, "`completion` must hold objects, but holds null"),
-        ({"prompt": [ASKED], "completion": [ASKED]}, "`completion` must hold assistant messages only"),
-        ({"prompt": [TOLD | {"role": "x"}], "completion": [TOLD]}, "message 1 of `prompt`: `role` must be one of"),
-        ({"prompt": {"role": "user"}, "completion": "x"}, "`prompt` must be a string, but is an object"),
-        ({"prompt": "x", "chosen": "x", "rejected": "y"}, "must be `prompt`/`completion` pairs like the first record"),
+        ({"prompt": None, "completion": "x"}, "`prompt` ... null"),
+        ({"prompt": "x", "completion": [TOLD]}, "`completion` ... a list"),
+        ({"prompt": [ASKED], "completion": "x"}, '`completion` ... "x"'),
+        ({"prompt": [ASKED], "completion": [None]}, "`completion` ... null"),
+        ({"prompt": [ASKED], "completion": [ASKED]}, "`completion` ... assistant"),
+        ({"prompt": [TOLD | {"role": "x"}], "completion": [TOLD]}, "message 1 of `prompt`: `role`"),
+        ({"prompt": {"role": "user"}, "completion": "x"}, "`prompt` ... an object"),
+        ({"prompt": "x", "chosen": "x", "rejected": "y"}, "`prompt`/`completion` pairs"),
     ],
     "text": [
-        ({"text": None}, "`text` must be a string, but is null"),
-        ({"text": ["a", "b"]}, "`text` must be a string, but is a list"),
-        ({"text": True}, "`text` must be a string, but is true"),
-        ({"content": "x"}, f'must be plain `text` {ANOTHER} "content"'),
+        ({"text": None}, "`text` ... null"),
+        ({"text": ["a", "b"]}, "`text` ... a list"),
+        ({"text": True}, "`text` ... true"),
+        ({"content": "x"}, 'plain `text` ... "content"'),
     ],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("layout", "record", "problem"),
-    [(layout, record, problem) for layout, cases in MALFORMED.items() for record, problem in cases],
+    ("layout", "record", "facts"),
+    [(layout, record, facts) for layout, cases in MALFORMED.items() for record, facts in cases],
 )
-def test_a_malformed_record_is_an_error_or_skipped_and_counted(layout, record, problem, read, error, write, tmp_path):
+def test_a_malformed_record_is_an_error_or_skipped_and_counted(layout, record, facts, read, error, write, tmp_path):
     (good, _), *_ = PUBLISHED[layout][1]
     expected = read(write(tmp_path / "t.jsonl", [good, good]))[0]
     for kind, place in (("lines.json", "lines.json:2"), ("array.json", "array.json: record 2")):
         file = write(tmp_path / kind, [good, record, good])
-        assert error(file).startswith(f"{tmp_path / place}: {problem}")
+        assert tells(error(file), f"{tmp_path / place}: ... {facts}")
         trees, context = read(file, on_error="skip")
         assert [tree.messages for tree in trees] == [tree.messages for tree in expected]
         assert context.dropped == {"malformed line": 1}
@@ -282,15 +282,15 @@ def test_a_malformed_record_is_an_error_or_skipped_and_counted(layout, record, p
 
 
 @pytest.mark.parametrize(
-    ("messages", "problem"),
+    ("messages", "facts"),
     [
-        (None, "`messages` must be a list, but is null"),
-        ([ASKED, None], "`messages` must hold objects, but holds null"),
-        ([ASKED, TOLD | {"content": None}], f"{SECOND} `content` must be a string, but is null"),
-        ([{"role": None, "content": "x"}], f"{FIRST} `role` must be a string, but is null"),
+        (None, "`messages` ... null"),
+        ([ASKED, None], "`messages` ... null"),
+        ([ASKED, TOLD | {"content": None}], f"{SECOND} `content` ... null"),
+        ([{"role": None, "content": "x"}], f"{FIRST} `role` ... null"),
     ],
 )
-def test_nulls_in_a_table(messages, problem, error, drops, write, tmp_path):
+def test_nulls_in_a_table(messages, facts, error, drops, write, tmp_path):
     file = write(tmp_path / "t.parquet", [{"messages": [ASKED, TOLD]}, {"messages": messages}])
-    assert error(file) == f"{file}: row 2: {problem}"
+    assert tells(error(file), f"{file}: row 2: ... {facts}")
     assert drops(file, on_error="skip") == {"malformed line": 1}

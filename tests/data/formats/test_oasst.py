@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from facts import tells
 from pydantic import ValidationError
 
 from gpt2ft.conversation import Message, MessageTree
@@ -181,7 +182,7 @@ def test_equal_messages_count_once_and_different_ones_of_one_id_are_an_error(rea
     assert drops(rows) == {"duplicate message id": 1}
     assert read(rows)[0] == read(FAMILY)[0]
     rows = [*FAMILY, {**FAMILY[1], "text": "other"}]
-    assert error(rows) == 'test.jsonl:7: `message_id` must be unique, but "b" is another message at test.jsonl:2'
+    assert tells(error(rows), 'test.jsonl:7: ... `message_id` ... "b" ... test.jsonl:2')
     assert drops(rows, on_error="skip") == {"duplicate message id": 1}
     assert read(rows, on_error="skip")[0] == read(FAMILY)[0]
 
@@ -191,7 +192,7 @@ def test_ids_are_unique_within_a_nested_tree(read, error, drops):
     trees = nested([row("a"), row("b", "a")]) + nested([row("x"), row("b", "x", text="other")])
     assert [[message.text for message in tree.messages] for tree in read(trees)[0]] == [["a", "b"], ["x", "other"]]
     trees[1]["prompt"]["replies"] += nested([row("x"), row("b", "x")])[0]["prompt"]["replies"]
-    assert error(trees) == 'test.jsonl:2: `message_id` must be unique, but "b" is another message at test.jsonl:2'
+    assert tells(error(trees), 'test.jsonl:2: ... `message_id` ... "b" ... test.jsonl:2')
     assert drops(trees, on_error="skip") == {"duplicate message id": 1}
 
 
@@ -203,7 +204,7 @@ def test_equal_nested_trees_are_all_read(read):
 
 def test_two_roots_cannot_share_a_tree_id(drops, error):
     rows = [row("a"), row("b", "a"), row("c", message_tree_id="a"), row("d", "c")]
-    assert error(rows) == 'test.jsonl:3: `message_tree_id` must be unique, but "a" has another root at test.jsonl:1'
+    assert tells(error(rows), 'test.jsonl:3: ... `message_tree_id` ... "a" ... test.jsonl:1')
     assert drops(rows, on_error="skip") == {"duplicate tree id": 1, "orphan": 1}
 
 
@@ -219,62 +220,62 @@ def test_cycles(parents, read, error):
 
 
 @pytest.mark.parametrize(
-    ("record", "problem"),
+    ("record", "facts"),
     [
-        (row("x", text=5), '`text` must be a string, but is 5 (message "x")'),
-        (row("x", text=None), '`text` must be a string, but is null (message "x")'),
-        ({"message_id": "x", "role": "user"}, '`text` must be a string, but is missing (message "x")'),
-        ({"role": "user", "text": "x"}, "`message_id` must be a string, but is missing"),
-        (row(7, "a", text="a"), "`message_id` must be a string, but is 7 (message 7)"),
-        (row("x", {"a": 1}), '`parent_id` must be a string or null, but is an object (message "x")'),
-        (row("x", role=None), '`role` must be a string, but is null (message "x")'),
-        (row("x", role="narrator"), "`role` must be one of prompter, user, human, assistant"),
-        (row("x", rank="0"), '`rank` must be a whole number or null, but is "0" (message "x")'),
-        (row("x", rank=True), "`rank` must be a whole number or null, but is true"),
-        (row("x", rank=0.5), "`rank` must be a whole number or null, but is 0.5"),
-        (row("x", rank=float("nan")), "`rank` must be a whole number or null, but is NaN"),
-        (row("x", rank=-1), "`rank` must be from 0 (the best) to 32,767, but is -1"),
-        (row("x", rank=10**20), "`rank` must be from 0 (the best) to 32,767, but is 1000"),
-        (row("x", lang=["en"]), "`lang` must be a string or null, but is a list"),
-        (row("x", deleted="no"), '`deleted` must be true, false or null, but is "no"'),
-        (row("x", review_result=1), "`review_result` must be true, false or null, but is 1"),
-        (row("x", text="\ud83d"), "`text` must be text, but holds half of a surrogate pair"),
-        (row("x", text=b"bytes"), "`text` must be a string, but is \"b'bytes'\""),
+        (row("x", text=5), '`text` ... 5 (message "x")'),
+        (row("x", text=None), '`text` ... null (message "x")'),
+        ({"message_id": "x", "role": "user"}, '`text` ... missing (message "x")'),
+        ({"role": "user", "text": "x"}, "`message_id` ... missing"),
+        (row(7, "a", text="a"), "`message_id` ... 7 (message 7)"),
+        (row("x", {"a": 1}), '`parent_id` ... an object (message "x")'),
+        (row("x", role=None), '`role` ... null (message "x")'),
+        (row("x", role="narrator"), "`role` ... prompter"),
+        (row("x", rank="0"), '`rank` ... "0" (message "x")'),
+        (row("x", rank=True), "`rank` ... true"),
+        (row("x", rank=0.5), "`rank` ... 0.5"),
+        (row("x", rank=float("nan")), "`rank` ... NaN"),
+        (row("x", rank=-1), "`rank` ... 32,767 ... -1"),
+        (row("x", rank=10**20), "`rank` ... 32,767 ... 1000"),
+        (row("x", lang=["en"]), "`lang` ... a list"),
+        (row("x", deleted="no"), '`deleted` ... "no"'),
+        (row("x", review_result=1), "`review_result` ... 1"),
+        (row("x", text="\ud83d"), "`text` ... half of a surrogate pair"),
+        (row("x", text=b"bytes"), "`text` ... \"b'bytes'\""),
         (
             {"message_tree_id": "x", "prompt": {}},
-            'must be OASST messages like the first record, but holds "message_tree_id", "prompt"',
+            'OASST messages ... "message_tree_id", "prompt"',
         ),
     ],
 )
-def test_a_malformed_message_is_an_error_or_skipped_and_counted(record, problem, read, error):
-    assert f"test.jsonl:3: {problem}" in error([*FAMILY[:2], record])
+def test_a_malformed_message_is_an_error_or_skipped_and_counted(record, facts, read, error):
+    assert tells(error([*FAMILY[:2], record]), f"test.jsonl:3: ... {facts}")
     trees, context = read([*FAMILY[:2], record, *FAMILY[2:]], on_error="skip")
     assert context.dropped == {"malformed line": 1}
     assert trees == read(FAMILY)[0]
 
 
 @pytest.mark.parametrize(
-    ("tree", "problem"),
+    ("tree", "facts"),
     [
-        ({"prompt": row("x")}, "`message_tree_id` must be a string, but is missing"),
-        ({"message_tree_id": "x", "prompt": None}, "`prompt` must be an object, the root message, but is null"),
-        ({"message_tree_id": "x", "prompt": "Hi"}, '`prompt` must be an object, the root message, but is "Hi"'),
-        ({"message_tree_id": "x", "prompt": row("x", replies=None)}, "`replies` must be a list, but is null"),
-        ({"message_tree_id": "x", "prompt": row("x", replies={})}, "`replies` must be a list, but is an object"),
-        ({"message_tree_id": "x", "prompt": row("x", replies=[None])}, "`replies` must hold objects, but holds null"),
+        ({"prompt": row("x")}, "`message_tree_id` ... missing"),
+        ({"message_tree_id": "x", "prompt": None}, "`prompt` ... null"),
+        ({"message_tree_id": "x", "prompt": "Hi"}, '`prompt` ... "Hi"'),
+        ({"message_tree_id": "x", "prompt": row("x", replies=None)}, "`replies` ... null"),
+        ({"message_tree_id": "x", "prompt": row("x", replies={})}, "`replies` ... an object"),
+        ({"message_tree_id": "x", "prompt": row("x", replies=[None])}, "`replies` ... null"),
         (
             {"message_tree_id": "x", "prompt": row("x", replies=[row("y", "x", text=[])])},
-            '`text` must be a string, but is a list (message "y")',
+            '`text` ... a list (message "y")',
         ),
         (
             {"message_tree_id": "x", "prompt": row("x", replies=[row("y", "z")])},
-            '`parent_id` must be "x", the message above, but is "z" (message "y")',
+            '`parent_id` ... "x" ... "z" ... (message "y")',
         ),
-        (row("x"), 'must be OASST trees like the first record, but holds "message_id", "parent_id", "role"'),
+        (row("x"), 'OASST trees ... "message_id", "parent_id", "role"'),
     ],
 )
-def test_a_malformed_tree_is_an_error_or_skipped_and_counted_as_one_line(tree, problem, read, error):
-    assert f"test.jsonl:2: {problem}" in error([*nested(FAMILY), tree])
+def test_a_malformed_tree_is_an_error_or_skipped_and_counted_as_one_line(tree, facts, read, error):
+    assert tells(error([*nested(FAMILY), tree]), f"test.jsonl:2: ... {facts}")
     trees, context = read([*nested(FAMILY), tree], on_error="skip")
     assert context.dropped == {"malformed line": 1}
     assert trees == read(FAMILY)[0]
@@ -282,7 +283,7 @@ def test_a_malformed_tree_is_an_error_or_skipped_and_counted_as_one_line(tree, p
 
 
 def test_a_record_of_no_format_among_others(error, drops):
-    assert error([{}, *FAMILY]) == "test.jsonl:1: must be OASST messages like the first record, but holds no keys"
+    assert tells(error([{}, *FAMILY]), "test.jsonl:1: ... OASST messages ... no keys")
     assert drops([{}, *FAMILY], on_error="skip") == {"malformed line": 1}
 
 

@@ -8,6 +8,7 @@ import math
 from collections import Counter
 
 import pytest
+from facts import tells
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -125,7 +126,7 @@ PUBLISHED = {
             ),
         ],
     ),
-    "HH-RLHF with its prompt tokens_if_unpacked": (
+    "HH-RLHF with its prompt apart": (
         CHOSEN,
         [
             (
@@ -434,12 +435,12 @@ def test_a_conversation_beside_chosen_and_rejected_is_not_taken_for_what_to_lear
     """UltraFeedback's `messages` are the chosen conversation in some splits and the prompt alone in others."""
     compared = {"prompt": ASKED[1], "chosen": GOOD, "rejected": BAD} | BESIDE[beside]
     file = write(tmp_path / kind, [compared] * 2)
-    assert "must be a conversation to learn from, but is a preference (`chosen` and `rejected`)" in error(file)
+    assert tells(error(file), "is a preference ... `chosen` ... `rejected`")
     assert "is a preference" in error(file, on_error="skip")
     (tree, _), _ = compare(file)
     assert replies_of([tree]) == [list(PAIR)]
     mixed = write(tmp_path / "mixed" / kind, [BESIDE[beside] | {"prompt": ASKED[1]}, compared])
-    assert "is a preference (`chosen` and `rejected`)" in error(mixed)
+    assert tells(error(mixed), "is a preference ... `chosen` ... `rejected`")
     _, context = read(mixed, on_error="skip")
     assert (context.dropped["malformed line"], context.totals.trees) == (1, 1)
 
@@ -454,7 +455,7 @@ def test_columns_of_preferences_that_hold_none_do_no_harm(read, write, tmp_path)
 def test_a_completion_labelled_as_bad_is_not_trained_on(kind, error, drops, write, tmp_path):
     rows = [{"prompt": "Tea?", "completion": text, "label": good} for text, good in (("Yes.", True), ("No.", False))]
     file = write(tmp_path / kind, rows)
-    assert "`label` must be true or absent, as every completion is trained on, but is false" in error(file)
+    assert tells(error(file), "`label` ... false")
     assert drops(file, on_error="skip") == {"malformed line": 1}
 
 
@@ -470,106 +471,102 @@ def test_conversations_can_be_read_where_preferences_are_asked_for():
 # --- malformed ------------------------------------------------------------------------------------------------------
 
 ALONE = {"chosen": GOOD, "rejected": BAD}
-NEEDS_PROMPT = (
-    "`prompt` must be given where `chosen` is a reply alone, or `chosen` must be a transcript that opens with"
-)
+NEEDS_PROMPT = "`prompt` ... `chosen` is a reply alone"
 MALFORMED = {
     "strings": [
-        (ALONE, f'{NEEDS_PROMPT} "\\n\\nHuman:" or a list of messages, but is "Warm the pot'),
+        (ALONE, f'{NEEDS_PROMPT} ... "Warm the pot'),
         (ALONE | {"prompt": None}, NEEDS_PROMPT),
         (ALONE | {"input": "Tea?"}, NEEDS_PROMPT),
         (ALONE | {"chosen": messages(told(GOOD))}, NEEDS_PROMPT),
-        ({"prompt": "Tea?", "chosen": GOOD}, f'must be {CHOSEN} like the first record, but holds "prompt", "chosen"'),
-        (ALONE | {"prompt": 3}, "`prompt` must be a string or a list of messages, but is 3"),
-        (ALONE | {"prompt": {"role": "user"}}, "`prompt` must be a string or a list of messages, but is an object"),
-        (ALONE | {"prompt": "Tea?", "chosen": None}, "`chosen` must be a string or a list of messages, but is null"),
-        (ALONE | {"prompt": "Tea?", "rejected": 1.5}, "`rejected` must be a string or a list of messages, but is 1.5"),
+        ({"prompt": "Tea?", "chosen": GOOD}, f'{CHOSEN} ... "prompt", "chosen"'),
+        (ALONE | {"prompt": 3}, "`prompt` ... 3"),
+        (ALONE | {"prompt": {"role": "user"}}, "`prompt` ... an object"),
+        (ALONE | {"prompt": "Tea?", "chosen": None}, "`chosen` ... null"),
+        (ALONE | {"prompt": "Tea?", "rejected": 1.5}, "`rejected` ... 1.5"),
         (
             ALONE | {"conversations": [], "chosen": {"from": "gpt", "value": GOOD}},
-            "`chosen` must be a string or a list of messages, but is an object",
+            "`chosen` ... an object",
         ),
-        (ALONE | {"prompt": "Tea?", "rejected": "\ud83d"}, "`rejected` must be text, but holds half of a surrogate"),
-        (ALONE | {"prompt": "Tea?", "history": ["x"]}, "`history` must be empty or absent, as it is not read"),
+        (ALONE | {"prompt": "Tea?", "rejected": "\ud83d"}, "`rejected` ... half of a surrogate"),
+        (ALONE | {"prompt": "Tea?", "history": ["x"]}, "`history`"),
     ],
     "messages that hold the replies alone": [
-        (ALONE | {"prompt": []}, "`prompt` must end in a user turn where `chosen` is a reply alone, but is empty"),
+        (ALONE | {"prompt": []}, "`prompt` ... user turn ... `chosen` ... empty"),
         (
             ALONE | {"prompt": messages(ASKED, told("Well,"))},
-            "`prompt` must end in a user turn where `chosen` is a reply alone, but ends in one of the role assistant",
+            "`prompt` ... user turn ... `chosen` ... role assistant",
         ),
         (
             ALONE | {"prompt": messages(SYSTEM)},
-            "`prompt` must end in a user turn where `chosen` is a reply alone, but ends in one of the role system",
+            "`prompt` ... user turn ... `chosen` ... role system",
         ),
-        (ALONE | {"prompt": messages(ASKED), "chosen": []}, "`chosen` must hold messages, but is empty"),
-        (ALONE | {"prompt": messages(ASKED), "chosen": [GOOD]}, "`chosen` must hold objects, but holds"),
-        (ALONE | {"prompt": [{"role": "x"}]}, "message 1 of `prompt`: `role` must be one of prompter, user"),
+        (ALONE | {"prompt": messages(ASKED), "chosen": []}, "`chosen` ... empty"),
+        (ALONE | {"prompt": messages(ASKED), "chosen": [GOOD]}, "`chosen` ... objects"),
+        (ALONE | {"prompt": [{"role": "x"}]}, "message 1 of `prompt`: `role` ... prompter"),
         (
             ALONE | {"prompt": messages(ASKED), "rejected": [{"role": "assistant", "content": None}]},
-            "message 1 of `rejected`: `content` must be a string, but is null",
+            "message 1 of `rejected`: `content` ... null",
         ),
     ],
     "messages with an implicit prompt": [
         (
             {"prompt": messages(*BEFORE), "chosen": messages(ASKED, told(GOOD)), "rejected": messages(*BEFORE)},
-            "`chosen` must go on from the turns in `prompt`, but does not",
+            "`chosen` ... `prompt`",
         ),
     ],
     "binarised UltraFeedback": [
         (
             {"prompt": "Coffee?", "chosen": messages(ASKED, told(GOOD)), "rejected": messages(ASKED, told(BAD))},
-            "`chosen` must hold the text of `prompt` as a user turn, but does not",
+            "`chosen` ... `prompt` ... user turn",
         ),
     ],
     "HH-RLHF": [
         (
             {"chosen": transcript(ASKED, told(GOOD)), "rejected": "Human: x"},
-            "`prompt` must be given where `rejected` is a reply alone",
+            "`prompt` ... `rejected` is a reply alone",
         ),
     ],
-    "HH-RLHF with its prompt tokens_if_unpacked": [
+    "HH-RLHF with its prompt apart": [
         (
             {"prompt": transcript(*BEFORE, told("Well,")), **ALONE},
-            "`prompt` must end in a user turn where `chosen` is a reply alone, but ends in one of the role assistant",
+            "`prompt` ... user turn ... `chosen` ... role assistant",
         ),
         (
             {"prompt": transcript(ASKED), "chosen": transcript(*BEFORE, told(GOOD)), "rejected": BAD},
-            "`chosen` must go on from the turns in `prompt`, but does not",
+            "`chosen` ... `prompt`",
         ),
     ],
     "Intel's orca_dpo_pairs": [
-        (ALONE | {"question": 3}, "`question` must be a string or a list of messages, but is 3"),
-        (ALONE | {"question": "Tea?", "system": 3}, "`system` must be a string or null, but is 3"),
+        (ALONE | {"question": 3}, "`question` ... 3"),
+        (ALONE | {"question": "Tea?", "system": 3}, "`system` ... 3"),
     ],
     "UltraFeedback": [
-        ({"instruction": None, "completions": []}, "`instruction` must be a string, but is null"),
-        ({"instruction": "x", "completions": None}, "`completions` must be a list, but is null"),
-        ({"instruction": "x", "completions": ["y"]}, '`completions` must hold objects, but holds "y"'),
-        ({"instruction": "x", "completions": [{"overall_score": 1.0}]}, "`response` must be a string, but is missing"),
+        ({"instruction": None, "completions": []}, "`instruction` ... null"),
+        ({"instruction": "x", "completions": None}, "`completions` ... null"),
+        ({"instruction": "x", "completions": ["y"]}, '`completions` ... "y"'),
+        ({"instruction": "x", "completions": [{"overall_score": 1.0}]}, "`response` ... missing"),
         (
             {"instruction": "x", "completions": [{"response": "y", "overall_score": "8"}]},
-            '`overall_score` must be a number or null, but is "8"',
+            '`overall_score` ... "8"',
         ),
         (
             {"instruction": "x", "completions": [{"response": "y", "overall_score": True}]},
-            "`overall_score` must be a number or null, but is true",
+            "`overall_score` ... true",
         ),
-        ({"instruction": "x", "output": "y"}, "must be `completions` with scores like the first record, but holds"),
+        ({"instruction": "x", "output": "y"}, "`completions` with scores"),
     ],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("layout", "record", "problem"),
-    [(layout, record, problem) for layout, cases in MALFORMED.items() for record, problem in cases],
+    ("layout", "record", "facts"),
+    [(layout, record, facts) for layout, cases in MALFORMED.items() for record, facts in cases],
 )
-def test_a_malformed_record_is_an_error_or_skipped_and_counted(
-    layout, record, problem, compare, error, write, tmp_path
-):
+def test_a_malformed_record_is_an_error_or_skipped_and_counted(layout, record, facts, compare, error, write, tmp_path):
     (good, prompt, replies), *_ = PUBLISHED[layout][1]
     for kind, place in (("lines.json", "lines.json:2"), ("array.json", "array.json: record 2")):
         file = write(tmp_path / kind, [good, record, good])
-        assert error(file, kind=PREFERENCES).startswith(f"{tmp_path / place}: {problem}")
+        assert tells(error(file, kind=PREFERENCES), f"{tmp_path / place}: ... {facts}")
         trees, context = compare(file, on_error="skip")
         assert [tree.messages for tree in trees] == [tree_of("", prompt, replies).messages] * 2
         assert +context.dropped == {"malformed line": 1}
