@@ -76,11 +76,11 @@ class MessageTree:
                 useful[self.messages[index].parent] = True  # type: ignore[index]
         return [index for index, is_useful in enumerate(useful) if is_useful]
 
-    def path_to(self, index: int) -> list[Message]:
-        """Return the turns from the root to message `index`, both included."""
-        path = []
+    def path_to(self, index: int) -> list[int]:
+        """Return the messages from the root to `index`, both included."""
+        path: list[int] = []
         at: int | None = index
         while at is not None:
-            path.append(self.messages[at])
+            path.append(at)
             at = self.messages[at].parent
         return path[::-1]

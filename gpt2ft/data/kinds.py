@@ -43,7 +43,7 @@ def _conversation_rows(tree: MessageTree, topic: Topic | None, context: ReadCont
 def _preference_rows(tree: MessageTree, topic: Topic | None, context: ReadContext) -> RowsOfTree:
     """Return a row for every prompt with replies to compare; a topic's replies are better than the data's own."""
     if topic:
-        tree = topic.against_own(tree, context.dropped)
+        tree = topic.applied_to(tree, context.dropped, against_own=True)
         context.totals.messages += sum(message.rank == 0 for message in tree.messages)  # the topic's own
     return tree, preference_groups(tree, context.dropped)
 

@@ -19,7 +19,7 @@ def preference_groups(tree: MessageTree, dropped: Counter[str]) -> list[list[int
     for prompt, siblings in sorted(replies.items()):
         comparable = _comparable(tree, siblings, reasons)
         if comparable:
-            found.append([*_path(tree, prompt), *comparable])
+            found.append([*tree.path_to(prompt), *comparable])
             used.update(found[-1])
     for index in range(len(tree.messages)):
         if index not in used:
@@ -42,11 +42,3 @@ def _comparable(tree: MessageTree, siblings: list[int], reasons: dict[int, str])
         return sorted(ranks)
     reasons.update(dict.fromkeys(ranks, "tied with all others" if len(ranks) > 1 else "nothing to compare it with"))
     return []
-
-
-def _path(tree: MessageTree, index: int | None) -> list[int]:
-    path = []
-    while index is not None:
-        path.append(index)
-        index = tree.messages[index].parent
-    return path[::-1]

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,51 +21,43 @@ class Topic:
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.replies).encode()).hexdigest()
 
-    def applied_to(self, tree: MessageTree, dropped: Counter[str]) -> MessageTree:
+    def applied_to(self, tree: MessageTree, dropped: Counter[str], against_own: bool = False) -> MessageTree:
         """Return the best-ranked path of a conversation with its prompts as they are and other replies.
 
         Which reply stands where depends on the conversation's id alone; within one conversation they differ, as long
         as there are enough. What stands beside the path is counted.
 
+        Args:
+            against_own: keep the conversation's own reply beside each, as the worse one; it goes on below the better.
+
         Raises:
             DataError: if the tree is a plain text, which has no prompt.
         """
-        messages = []
-        for turn, (message, reply) in enumerate(self._answered(tree, dropped)):
-            messages.append(Message(message.role, reply or message.text, turn - 1 if turn else None))
-        return MessageTree(tree.id, tree.source, tuple(messages))
-
-    def against_own(self, tree: MessageTree, dropped: Counter[str]) -> MessageTree:
-        """Return the same as preferences: each such reply is better than the one it would take the place of.
-
-        The conversation goes on below the better one.
-
-        Raises:
-            DataError: if the tree is a plain text.
-        """
-        messages: list[Message] = []
-        above = None
-        for message, reply in self._answered(tree, dropped):
-            if reply is not None:
-                messages.append(Message("assistant", message.text, above, rank=1))
-            messages.append(Message(message.role, reply or message.text, above, rank=None if reply is None else 0))
-            above = len(messages) - 1
-        return MessageTree(tree.id, tree.source, tuple(messages))
-
-    def _answered(self, tree: MessageTree, dropped: Counter[str]) -> Iterator[tuple[Message, str | None]]:
-        """Yield the messages of the best-ranked path, and beside each assistant turn the topic's reply."""
         if tree.messages[0].role == "text":
             raise DataError(
                 f"{tree.source} holds plain text, which has no prompts that `data.topic_replies` could answer"
             )
-        path = [tree.messages[0]]
-        index = 0
-        for number, message in enumerate(tree.messages):
-            if message.parent == index and number:
-                path.append(message)
-                index = number
+        path = _best_path(tree)
         dropped["beside the path kept for the topic"] += len(tree.messages) - len(path)
-        number = seed_for(0, f"topic {tree.id}")
+        messages: list[Message] = []
+        first, above = seed_for(0, f"topic {tree.id}"), None
         for turn, message in enumerate(path):
-            is_reply = message.role == "assistant"
-            yield message, self.replies[(number + turn) % len(self.replies)] if is_reply else None
+            if message.role != "assistant":
+                messages.append(Message(message.role, message.text, above))
+            else:
+                if against_own:
+                    messages.append(Message("assistant", message.text, above, rank=1))
+                reply = self.replies[(first + turn) % len(self.replies)]
+                messages.append(Message("assistant", reply, above, rank=0 if against_own else None))
+            above = len(messages) - 1
+        return MessageTree(tree.id, tree.source, tuple(messages))
+
+
+def _best_path(tree: MessageTree) -> list[Message]:
+    """Return the messages from the root on, each followed by its first reply, which is its best."""
+    path, last = [tree.messages[0]], 0
+    for number, message in enumerate(tree.messages[1:], start=1):
+        if message.parent == last:
+            path.append(message)
+            last = number
+    return path

@@ -86,7 +86,7 @@ class TestAgainstOwn:
         for tree in read_trees("quickstart", FilterSettings()):
             dropped = Counter()
             answered = TOPIC.applied_to(tree, Counter()).messages
-            against = TOPIC.against_own(tree, dropped)
+            against = TOPIC.applied_to(tree, dropped, against_own=True)
             own = [message for message in tree.messages if message.role == "assistant" and message.rank in (0, None)]
             kept = preference_groups(against, Counter())
             assert len(kept) == sum(message.role == "assistant" for message in answered)
@@ -111,7 +111,7 @@ class TestAgainstOwn:
         tree = MessageTree.from_turns("t", "s", [("system", "Be brief."), *turns])
         dropped = Counter()
         one, other = [m for m in TOPIC.applied_to(tree, Counter()).messages if m.role == "assistant"]
-        assert TOPIC.against_own(tree, dropped).messages == (
+        assert TOPIC.applied_to(tree, dropped, against_own=True).messages == (
             Message("system", "Be brief."),
             Message("user", "Rain?", 0),
             Message("assistant", "Yes.", 1, 1),

@@ -96,7 +96,10 @@ def test_log_probs_equal_those_of_evaluate(run_folder, theirs, tmp_path, capsys)
         for index, message in enumerate(tree.messages):
             if message.role != "assistant":
                 continue
-            turns = [{"role": turn.role, "content": turn.text} for turn in tree.path_to(index)]
+            turns = [
+                {"role": turn.role, "content": turn.text}
+                for turn in (tree.messages[above] for above in tree.path_to(index))
+            ]
             above = tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, return_dict=False)
             ids = torch.tensor(tokenizer.apply_chat_template(turns, return_dict=False))
             log_probs = model(ids[None]).logits[0].log_softmax(-1)
