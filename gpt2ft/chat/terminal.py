@@ -30,7 +30,7 @@ from gpt2ft.chat.commands import COMMANDS, Chat, settings_of, spell
 from gpt2ft.chat.session import Session
 from gpt2ft.inference.prompt_format import Turn
 from gpt2ft.inference.sampling import Sampling
-from gpt2ft.text.display import visible
+from gpt2ft.text.display import escape_control_characters
 
 
 def talk(session: Session, history: Path, completes: bool, notice: str = "") -> bool:
@@ -61,14 +61,14 @@ class Plain:
 
     def turn(self, role: str | None, pieces: Iterable[str]) -> None:
         for piece in pieces:
-            print(visible(piece), end="", flush=True)
+            print(escape_control_characters(piece), end="", flush=True)
         print(flush=True)
 
     def transcript(self, turns: Sequence[Turn]) -> None:
         pass  # stdout is for replies alone
 
     def notice(self, text: str) -> None:
-        print(visible(text), file=sys.stderr)
+        print(escape_control_characters(text), file=sys.stderr)
 
     def problem(self, text: str) -> None:
         self.notice(f"error: {text}")
@@ -211,7 +211,7 @@ class Terminal:
         lines = Lines(self.output, column=len(label))
         try:
             for piece in pieces:
-                lines.write(visible(piece))
+                lines.write(escape_control_characters(piece))
         finally:
             lines.write("\n")
 
@@ -228,7 +228,7 @@ class Terminal:
         room = max(MIN_NAME_WIDTH, self.output.get_size().columns - len(rest) - 2)
         name = session.model.source
         name = name if len(name) <= room else f"...{name[3 - room :]}"
-        return visible(f" {name}{rest}")
+        return escape_control_characters(f" {name}{rest}")
 
 
 class Completions(Completer):

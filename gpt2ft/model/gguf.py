@@ -30,8 +30,8 @@ OF_OTHER_MODELS = frozenset({
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """What a GGUF file says of the tokenizer.
+class GGUFTokenizer:
+    """The tokenizer, as a GGUF file holds it.
 
     Attributes:
         names: of every id, by id, in GPT-2's printable symbols.
@@ -51,7 +51,7 @@ class Vocabulary:
 
 
 def write_gguf(
-    file: Path, weights: Mapping[str, Tensor], config: GPT2Config, vocabulary: Vocabulary, dtype: torch.dtype
+    file: Path, weights: Mapping[str, Tensor], config: GPT2Config, tokenizer: GGUFTokenizer, dtype: torch.dtype
 ) -> None:
     """Writes a complete file, or none, and reads it back.
 
@@ -64,9 +64,9 @@ def write_gguf(
     """
     import gguf
 
-    _check_vocabulary(vocabulary)
-    metadata = _metadata(config, vocabulary, dtype, name=file.stem)
-    tensors = dict(_tensors(weights, config, len(vocabulary.names), dtype))
+    _check_names(tokenizer)
+    metadata = _metadata(config, tokenizer, dtype, name=file.stem)
+    tensors = dict(_tensors(weights, config, len(tokenizer.names), dtype))
     with synced(file) as temporary:
         writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.GPT2])
         for key, value in metadata.items():
@@ -81,19 +81,19 @@ def write_gguf(
         _check(temporary, metadata, tensors)
 
 
-def _check_vocabulary(vocabulary: Vocabulary) -> None:
+def _check_names(tokenizer: GGUFTokenizer) -> None:
     """Raises ModelError unless llama.cpp reads the names as they are meant."""
-    for id, name in enumerate(vocabulary.names):
-        if name in (OF_OTHER_MODELS if id in vocabulary.control_ids else ENDINGS | OF_OTHER_MODELS):
+    for id, name in enumerate(tokenizer.names):
+        if name in (OF_OTHER_MODELS if id in tokenizer.control_ids else ENDINGS | OF_OTHER_MODELS):
             raise ModelError(
                 f"the vocabulary must not hold {name} (id {id}) to be exported as GGUF: llama.cpp takes it for a "
                 "control token of another model; export --format hf"
             )
-    if not vocabulary.merges:
+    if not tokenizer.merges:
         raise ModelError("the vocabulary must have merges to be exported as GGUF, but has bytes only")
 
 
-def _metadata(config: GPT2Config, vocabulary: Vocabulary, dtype: torch.dtype, name: str) -> dict[str, Any]:
+def _metadata(config: GPT2Config, tokenizer: GGUFTokenizer, dtype: torch.dtype, name: str) -> dict[str, Any]:
     """What stands in the file beside the tensors, by llama.cpp's keys."""
     from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, Keys, LlamaFileType, TokenType
 
@@ -108,7 +108,7 @@ def _metadata(config: GPT2Config, vocabulary: Vocabulary, dtype: torch.dtype, na
         Keys.Attention.LAYERNORM_EPS: config.layer_norm_epsilon,
     }
     kinds = [
-        TokenType.CONTROL if id in vocabulary.control_ids else TokenType.NORMAL for id in range(len(vocabulary.names))
+        TokenType.CONTROL if id in tokenizer.control_ids else TokenType.NORMAL for id in range(len(tokenizer.names))
     ]
     return {
         Keys.General.NAME: name,
@@ -116,21 +116,21 @@ def _metadata(config: GPT2Config, vocabulary: Vocabulary, dtype: torch.dtype, na
         **{key.format(arch=architecture): value for key, value in shape.items()},
         Keys.Tokenizer.MODEL: "gpt2",
         Keys.Tokenizer.PRE: "gpt-2",  # how text is cut before BPE: always as GPT-2 does, here
-        Keys.Tokenizer.LIST: list(vocabulary.names),
+        Keys.Tokenizer.LIST: list(tokenizer.names),
         Keys.Tokenizer.TOKEN_TYPE: [int(kind) for kind in kinds],
-        Keys.Tokenizer.MERGES: list(vocabulary.merges),
-        Keys.Tokenizer.BOS_ID: vocabulary.end_of_text_id,
-        Keys.Tokenizer.EOS_ID: vocabulary.end_id,
-        Keys.Tokenizer.EOT_ID: vocabulary.end_id,
-        Keys.Tokenizer.PAD_ID: vocabulary.end_of_text_id,
+        Keys.Tokenizer.MERGES: list(tokenizer.merges),
+        Keys.Tokenizer.BOS_ID: tokenizer.end_of_text_id,
+        Keys.Tokenizer.EOS_ID: tokenizer.end_id,
+        Keys.Tokenizer.EOT_ID: tokenizer.end_id,
+        Keys.Tokenizer.PAD_ID: tokenizer.end_of_text_id,
         Keys.Tokenizer.ADD_BOS: False,
         Keys.Tokenizer.ADD_EOS: False,
-        Keys.Tokenizer.CHAT_TEMPLATE: vocabulary.chat_template,
+        Keys.Tokenizer.CHAT_TEMPLATE: tokenizer.chat_template,
     }
 
 
 def _tensors(
-    weights: Mapping[str, Tensor], config: GPT2Config, vocabulary: int, dtype: torch.dtype
+    weights: Mapping[str, Tensor], config: GPT2Config, num_ids: int, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor by its name in GGUF, in the layout and the precision that it is written in."""
     import gguf
@@ -140,7 +140,7 @@ def _tensors(
         name = names.get_name(PREFIX + ours, try_suffixes=(".weight", ".bias"))
         tensor = weight.detach().float().cpu()
         if ours == "wte.weight":
-            tensor = tensor[:vocabulary]
+            tensor = tensor[:num_ids]
         if tensor.ndim == 2 and ours != "wpe.weight":
             tensor = in_precision(ours, tensor, dtype)
         yield name, (tensor if ours in ("wte.weight", "wpe.weight") else tensor.t()).contiguous()

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from gpt2ft.conversation import ROLES, SUPERVISED_ROLES
 from gpt2ft.data.corpus import Corpus
 from gpt2ft.data.plan import Plan
-from gpt2ft.text.display import visible
+from gpt2ft.text.display import escape_control_characters
 from gpt2ft.text.tokenizer import ChatTokenizer
 
 SUPERVISED = [ROLES.index(role) for role in SUPERVISED_ROLES]
@@ -158,5 +158,5 @@ def _is_first(nodes: _Nodes) -> NDArray[np.bool_]:
 
 
 def _quoted(text: str) -> str:
-    line = visible(" ".join(text.split()))
+    line = escape_control_characters(" ".join(text.split()))
     return f'"{line if len(line) <= 80 else line[:77] + "..."}"'

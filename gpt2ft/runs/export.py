@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gpt2ft.errors import SettingsError
 from gpt2ft.files import complete_folder, write_json, write_text
-from gpt2ft.model.gguf import SHORT_NAMES, Vocabulary, write_gguf
+from gpt2ft.model.gguf import SHORT_NAMES, GGUFTokenizer, write_gguf
 from gpt2ft.model.gpt2 import GPT2Config
 from gpt2ft.model.lora import is_adapted, merged_weights
 from gpt2ft.model.peft import merge_adapter, write_adapter
@@ -31,8 +31,10 @@ from gpt2ft.runs.loaded_model import (
     read_run_settings,
 )
 from gpt2ft.settings.scripts import ExportSettings, RunSettings
-from gpt2ft.text.template import CHAT_TEMPLATE, END, OLLAMA_TEMPLATE
+from gpt2ft.text.chat_tokens import END
+from gpt2ft.text.template import CHAT_TEMPLATE, OLLAMA_TEMPLATE
 from gpt2ft.text.tokenizer import ChatTokenizer
+from gpt2ft.text.tokenizer_export import save_tokenizer
 
 MODELFILE = '''\
 # ollama create NAME -f Modelfile
@@ -65,15 +67,23 @@ def _export_folder(settings: ExportSettings, output: Path) -> None:
 def _export_gguf(settings: ExportSettings, output: Path) -> None:
     loaded = _chat_model(settings.model)
     tokenizer, config, dtype = loaded.tokenizer, loaded.gpt2.config, getattr(torch, settings.dtype or "float16")
-    names, merges = tokenizer.names_and_merges()
-    vocabulary = Vocabulary(
-        names, merges, tokenizer.control_ids, tokenizer.end_id, tokenizer.end_of_text_id, CHAT_TEMPLATE
-    )
     file = f"{output.name}-{SHORT_NAMES[dtype]}.gguf"
     with complete_folder(output) as temporary:
-        write_gguf(temporary / file, loaded.weights(), config, vocabulary, dtype)
+        write_gguf(temporary / file, loaded.weights(), config, gguf_tokenizer(tokenizer), dtype)
         modelfile = MODELFILE.format(file=file, template=OLLAMA_TEMPLATE, stop=END, context=config.n_positions)
         write_text(temporary / "Modelfile", modelfile)
+
+
+def gguf_tokenizer(tokenizer: ChatTokenizer) -> GGUFTokenizer:
+    """A tokenizer, with the chat template, as a GGUF file holds it."""
+    return GGUFTokenizer(
+        names=tokenizer.vocabulary.names(),
+        merges=tokenizer.vocabulary.merges(),
+        control_ids=tokenizer.control_ids,
+        end_id=tokenizer.end_id,
+        end_of_text_id=tokenizer.end_of_text_id,
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def _export_adapter(settings: ExportSettings, output: Path) -> None:
@@ -130,7 +140,7 @@ def write_adapter_folder(
     published = HUB_MODELS.get(base) if not Path(base).is_dir() else None
     place = published.repository if published else str(find_folder(base).resolve())
     with complete_folder(folder) as temporary:
-        adapted.tokenizer.save(temporary, model_max_length=adapted.gpt2.config.n_positions)
+        save_tokenizer(adapted.tokenizer, temporary, adapted.gpt2.config.n_positions)
         write_adapter(temporary, adapted.gpt2, lora_config(settings.lora), place)
         _check_adapter(temporary, settings, merged)
 
@@ -163,7 +173,7 @@ def write_folder(
     eos, pad = tokenizer.end_id, tokenizer.end_of_text_id
     token_ids = {"bos_token_id": pad, "eos_token_id": eos, "pad_token_id": pad}
     with complete_folder(folder) as temporary:
-        tokenizer.save(temporary, model_max_length=config.n_positions)
+        save_tokenizer(tokenizer, temporary, config.n_positions)
         generation = token_ids | {"eos_token_id": [eos, pad], "do_sample": False}
         write_json(temporary / "generation_config.json", generation)
         write_model(temporary, weights, config, len(tokenizer), token_ids, dtype)

@@ -17,7 +17,7 @@ from gpt2ft.conversation import ROLES
 from gpt2ft.data.plan import Plan
 from gpt2ft.data.token_tree import TokenTree
 from gpt2ft.stream import TokenStream
-from gpt2ft.text.display import visible
+from gpt2ft.text.display import escape_control_characters
 from gpt2ft.text.tokenizer import ChatTokenizer
 
 # What a token looks like: (supervised, every other token) -> the terminal's colour. Two shades show where one ends.
@@ -122,7 +122,7 @@ def _pieces(example: _Example, tokens: range, tokenizer: ChatTokenizer) -> Itera
         text = tokenizer.decode(held)
         if "\ufffd" in text and len(held) < 4 and index + 1 < tokens.stop:  # a character has at most four bytes
             continue
-        yield visible(text).replace("\t", "\\t"), bool(example.weights[index])
+        yield escape_control_characters(text).replace("\t", "\\t"), bool(example.weights[index])
         held = []
 
 

@@ -6,7 +6,7 @@ from gpt2ft.conversation import Role
 
 
 def kept_turns(roles: Sequence[Role], lengths: Sequence[int], limit: int) -> list[int] | None:
-    """Which turns of a path stay within `limit` tokens: the oldest whole turns give way.
+    """Return the turns of a path that stay within `limit` tokens: the oldest whole turns give way.
 
     The last turn always stays, and so does a system turn at the root. What follows the gap opens with a
     user turn, as every conversation does.

@@ -12,15 +12,10 @@ no content can forge one.
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from gpt2ft.conversation import CHAT_ROLES, ROLES, Role
-
-if TYPE_CHECKING:
-    from gpt2ft.text.tokenizer import ChatTokenizer
-
-ROLE_TOKENS: dict[Role, str] = {role: f"<|{role}|>" for role in CHAT_ROLES}
-END = "<|end|>"
+from gpt2ft.conversation import ROLES, Role
+from gpt2ft.text.chat_tokens import END, END_OF_TEXT, ROLE_TOKENS
+from gpt2ft.text.tokenizer import ChatTokenizer
 
 # The same in Jinja, for the readers of an export. One line, without anything between the tags, so that it
 # renders alike under every setting of trim_blocks and lstrip_blocks. `<|assistant|>` is never spelled whole:
@@ -42,44 +37,38 @@ CHAT_TEMPLATE = (
 OLLAMA_TEMPLATE = "{{ range .Messages }}<|{{ .Role }}|>{{ .Content }}<|end|>{{ end }}<|assistant|>"
 
 
-def render_turn(tokenizer: "ChatTokenizer", role: Role, text: str) -> list[int]:
-    """The ids of one turn: its role token, its content, `<|end|>`.
+def render_turn(tokenizer: ChatTokenizer, role: Role, text: str) -> list[int]:
+    """Return the ids of one turn: its role token, its content, `<|end|>`.
 
     Raises:
         ValueError: if there is no such role.
     """
-    opening, end = _frame(tokenizer, role)
-    return [opening, *tokenizer.encode(text), end]
+    if role not in ROLES:
+        raise ValueError(f"`role` must be one of {', '.join(ROLES)}, but is {role!r}")
+    if role == "text":
+        return [tokenizer.end_of_text_id, *tokenizer.encode(text), tokenizer.end_of_text_id]
+    return [tokenizer.role_ids[role], *tokenizer.encode(text), tokenizer.end_id]
 
 
-def render_prompt(tokenizer: "ChatTokenizer", turns: Sequence[tuple[Role, str]]) -> list[int]:
-    """The ids of all turns, then `<|assistant|>`: what the model continues."""
+def render_prompt(tokenizer: ChatTokenizer, turns: Sequence[tuple[Role, str]]) -> list[int]:
+    """Return the ids of all turns, then `<|assistant|>`: what the model continues."""
     ids = [id for role, text in turns for id in render_turn(tokenizer, role, text)]
     return [*ids, tokenizer.role_ids["assistant"]]
 
 
-def _frame(tokenizer: "ChatTokenizer", role: Role) -> tuple[int, int]:
-    """The control ids before and after the content of a turn."""
-    if role not in ROLES:
-        raise ValueError(f"`role` must be one of {', '.join(ROLES)}, but is {role!r}")
-    if role == "text":
-        return tokenizer.end_of_text_id, tokenizer.end_of_text_id
-    return tokenizer.role_ids[role], tokenizer.end_id
-
-
-class _Speller:
-    """Stands in for a tokenizer: its "ids" are the texts themselves, so a rendering can be read."""
+class _NamesAsIds:
+    """Stand-in for a tokenizer whose "ids" are names and texts, so that a rendering can be read."""
 
     role_ids = ROLE_TOKENS
     end_id = END
-    end_of_text_id = "<|endoftext|>"
+    end_of_text_id = END_OF_TEXT
 
     def encode(self, text: str) -> list[str]:
         return [text]
 
 
 def template_digest() -> str:
-    """SHA-256 of what the template makes of every role; changes when either rendering changes."""
+    """Return the SHA-256 of what the template makes of every role; it changes when either rendering changes."""
     turns = [(role, f" {role}\n") for role in ROLES]
-    rendered = render_prompt(_Speller(), turns)  # type: ignore[arg-type]
+    rendered = render_prompt(_NamesAsIds(), turns)  # type: ignore[arg-type]
     return hashlib.sha256(json.dumps([rendered, CHAT_TEMPLATE]).encode()).hexdigest()

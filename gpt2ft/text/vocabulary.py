@@ -1,21 +1,19 @@
-"""GPT-2's vocabulary as files: the layouts of Hugging Face in, checked, and out again.
+"""GPT-2's vocabulary, byte-level BPE, and how it is read from folders in the layout of Hugging Face.
 
-A folder says which text is a token (vocab.json, or tokenizer.json), which two parts each token joins and in
-what order (merges.txt, or tokenizer.json again), and which names are no text (added_tokens.json). A merge's
-place in the list is its rank.
+A folder lists the tokens with their ids (vocab.json, or tokenizer.json), the two parts that each token joins, in the
+order in which BPE joins them (merges.txt, or tokenizer.json again), and the names that are no text
+(added_tokens.json). A merge's place in the list is its rank. All of it is checked.
 
 In all these files each byte is written as one printable symbol: itself where it is printable in Latin-1, and
 otherwise a letter from U+0100 on, so that a space reads as "Ġ".
 """
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-
-from gpt2ft.files import write_json, write_text
 
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _HIDDEN = [byte for byte in range(256) if byte not in _PRINTABLE]
@@ -29,12 +27,36 @@ Merges = list[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a folder says, checked."""
+    """Text tokens and control tokens; together their ids run from 0 without a gap.
 
-    source: Path  # the file that holds the merges
-    tokens: list[bytes]  # the text tokens by rank
-    ids: list[int]  # the id of each of them
-    control_ids: dict[str, int]  # the id of each name that is no text
+    Attributes:
+        tokens: the text tokens by rank: the 256 bytes, then what each merge builds.
+        ids: the id of each of them.
+        control_ids: the id of each name that is no text.
+    """
+
+    tokens: list[bytes]
+    ids: list[int]
+    control_ids: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.ids) + len(self.control_ids)
+
+    def spellings(self) -> list[bytes]:
+        """By id: the bytes of a text token, the name of a control token."""
+        by_id = dict(zip(self.ids, self.tokens, strict=True))
+        by_id |= {id: name.encode() for name, id in self.control_ids.items()}
+        return [by_id[id] for id in range(len(self))]
+
+    def names(self) -> list[str]:
+        """By id: how vocab.json spells each token."""
+        by_id = {id: _symbols(token) for id, token in zip(self.ids, self.tokens, strict=True)}
+        by_id |= {id: name for name, id in self.control_ids.items()}
+        return [by_id[id] for id in range(len(self))]
+
+    def merges(self) -> list[str]:
+        """By rank: how merges.txt spells each merge."""
+        return [" ".join(map(_symbols, parts)) for parts in _parts_of_merges(self.tokens)]
 
 
 def read_vocabulary(folder: Path, reserved: Collection[str]) -> Vocabulary:
@@ -49,49 +71,14 @@ def read_vocabulary(folder: Path, reserved: Collection[str]) -> Vocabulary:
     tokens = _ranked_tokens(table)
     symbols = [_symbols(token) for token in tokens]
     control_ids = _control_ids(table, symbols, reserved)
-    return Vocabulary(table.source, tokens, [table.ids[symbol] for symbol in symbols], control_ids)
-
-
-def write_vocabulary(folder: Path, tokens: Sequence[bytes], ids: Sequence[int], control_ids: Mapping[str, int]) -> None:
-    """Writes vocab.json, merges.txt and tokenizer.json; arguments as in `Vocabulary`.
-
-    Raises:
-        ValueError: if a token beyond the bytes does not join two of lower rank.
-    """
-    names, merges = names_and_merges(tokens, ids, control_ids)
-    vocabulary = {name: id for id, name in enumerate(names)}
-    write_json(folder / "vocab.json", vocabulary)
-    write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
-    write_json(folder / "tokenizer.json", _pipeline(vocabulary, merges, listed_control_tokens(control_ids)))
-    (folder / "added_tokens.json").unlink(missing_ok=True)  # would be stale: vocab.json holds every name
-
-
-def names_and_merges(
-    tokens: Sequence[bytes], ids: Sequence[int], control_ids: Mapping[str, int]
-) -> tuple[list[str], list[str]]:
-    """The name of every id, by id, and the merges by rank, as these files spell them; arguments as in `Vocabulary`.
-
-    Raises:
-        ValueError: if a token beyond the bytes does not join two of lower rank.
-    """
-    names = {id: _symbols(token) for id, token in zip(ids, tokens, strict=True)}
-    names |= {id: name for name, id in control_ids.items()}
-    merges = [f"{_symbols(left)} {_symbols(right)}" for left, right in _merges_of(tokens)]
-    return [names[id] for id in range(len(names))], merges
-
-
-def listed_control_tokens(control_ids: Mapping[str, int]) -> list[dict[str, Any]]:
-    """The control tokens as tokenizer.json lists them, by id."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    by_id = sorted((id, name) for name, id in control_ids.items())
-    return [{"id": id, "content": name} | flags for id, name in by_id]
-
-
-# What a folder says, in symbols
+    _check_gaps(table)
+    return Vocabulary(tokens, [table.ids[symbol] for symbol in symbols], control_ids)
 
 
 @dataclass(frozen=True)
 class _Table:
+    """The lists of a folder, in symbols."""
+
     source: Path  # the file that holds the merges
     ids: dict[str, int]  # of text tokens and control tokens alike
     merges: Merges
@@ -120,6 +107,14 @@ def _control_ids(table: _Table, symbols: Sequence[str], reserved: Collection[str
         if declared:
             control_ids[name] = id
     return control_ids
+
+
+def _check_gaps(table: _Table) -> None:
+    """Raise ValueError unless the ids run from 0 without a gap."""
+    for expected, (id, name) in enumerate(sorted((id, name) for name, id in table.ids.items())):
+        if id != expected:
+            found = f"{id} comes twice" if id < expected else f"{expected} is missing"
+            raise ValueError(f"{table.source}: the token ids must run from 0 without a gap, but {found} (at {name!r})")
 
 
 def _symbols(token: bytes) -> str:
@@ -155,14 +150,13 @@ def _ranked_tokens(table: _Table) -> list[bytes]:
 
 
 def _check_order(table: _Table, tokens: list[bytes]) -> None:
-    """Each merge must join what the merges before it leave of its token; in every trained vocabulary it does.
+    """Raise ValueError unless each merge joins what the merges before it leave of its token.
 
-    tiktoken joins any two neighbours that make a token. Where this holds, those are always the two the merge names.
+    tiktoken joins any two neighbours that make a token. Where this holds, as in every trained vocabulary, those are
+    always the two that the merge names.
     """
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    for number, merge in enumerate(table.merges, start=1):
-        rank = len(tokens) - len(table.merges) + number - 1
-        parts = [_symbols(part) for part in _parts_before(tokens[rank], rank, ranks)]
+    for number, (merge, left) in enumerate(zip(table.merges, _parts_of_merges(tokens), strict=True), start=1):
+        parts = [_symbols(part) for part in left]
         if parts != list(merge):
             raise ValueError(
                 f"{table.source}: merge {number} ({' '.join(merge)}) must join what the merges before it leave, "
@@ -170,21 +164,10 @@ def _check_order(table: _Table, tokens: list[bytes]) -> None:
             )
 
 
-def _merges_of(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
-    """The two parts of each token beyond the bytes: what the merges before it make of its bytes.
-
-    Raises:
-        ValueError: if there are more than two parts, so that `tokens` is no BPE vocabulary by rank.
-    """
+def _parts_of_merges(tokens: Sequence[bytes]) -> Iterator[list[bytes]]:
+    """For each token beyond the bytes, what the merges before it make of its bytes: the two parts of its own merge."""
     ranks = {token: rank for rank, token in enumerate(tokens)}
-    merges = []
-    for rank, token in enumerate(tokens):
-        if len(token) > 1:
-            parts = _parts_before(token, rank, ranks)
-            if len(parts) != 2:
-                raise ValueError(f"token {token!r} of rank {rank} must join two earlier tokens, but has {len(parts)}")
-            merges.append((parts[0], parts[1]))
-    return merges
+    return (_parts_before(token, rank, ranks) for rank, token in enumerate(tokens) if len(token) > 1)
 
 
 def _parts_before(token: bytes, rank: int, ranks: dict[bytes, int]) -> list[bytes]:
@@ -200,7 +183,7 @@ def _parts_before(token: bytes, rank: int, ranks: dict[bytes, int]) -> list[byte
     return parts
 
 
-# Files in
+# --- the files of a folder ---
 
 
 def _read_folder(folder: Path) -> _Table:
@@ -316,33 +299,3 @@ def _declared(path: Path, added_tokens: Any) -> dict[str, int]:
 def _brief(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 200 else text[:200] + "..."
-
-
-# Files out
-
-
-def _pipeline(vocabulary: dict[str, int], merges: list[str], added_tokens: list[dict[str, Any]]) -> dict[str, Any]:
-    """tokenizer.json. Control tokens stand in the vocabulary too, which fixes their ids for every reader."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    model = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": "",
-        "end_of_word_suffix": "",
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "vocab": vocabulary,
-        "merges": merges,
-    }
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added_tokens,
-        "normalizer": None,
-        "pre_tokenizer": byte_level,
-        "post_processor": byte_level | {"trim_offsets": False},
-        "decoder": byte_level,
-        "model": model,
-    }

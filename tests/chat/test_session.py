@@ -13,6 +13,7 @@ from gpt2ft.inference.sampling import GREEDY, Sampling
 from gpt2ft.model.gpt2 import GPT2, GPT2Config
 from gpt2ft.text.context import kept_turns
 from gpt2ft.text.template import render_prompt, render_turn
+from gpt2ft.text.tokenizer_export import save_tokenizer
 
 SEEDED = Sampling(temperature=5.0, top_p=1.0, seed=5)
 N_POSITIONS = 96
@@ -419,7 +420,7 @@ class TestPlainPromptFormat:
     def test_it_is_for_models_whose_chat_tokens_were_never_trained(self, tokenizer, tmp_path):
         assert not tokenizer.has_chat_tokens
         assert isinstance(prompt_format_for(tokenizer), PlainPromptFormat)
-        tokenizer.save(tmp_path)
+        save_tokenizer(tokenizer, tmp_path, model_max_length=1024)
         assert isinstance(prompt_format_for(type(tokenizer).from_folder(tmp_path)), ChatPromptFormat)
 
     def test_a_reply_ends_where_the_next_user_turn_would_begin(self, session, tokenizer):

@@ -25,7 +25,7 @@ from gpt2ft.runs.export import write_folder
 from gpt2ft.runs.loaded_model import load_model
 from gpt2ft.settings.scripts import ChatSettings
 from gpt2ft.settings.sections import ModelSettings
-from gpt2ft.text.display import visible
+from gpt2ft.text.display import escape_control_characters
 
 SCRIPT = "launch/chat.py"
 CONTEXT = 4096
@@ -175,7 +175,7 @@ def test_a_reply_streams_below_its_message_and_the_status_line_counts_it(begun, 
     assert user == ("user", "What is tea?")
     assert role == "assistant"
     on_screen = shown.split("assistant> ")[-1].split("[cut off")[0]
-    assert "".join(on_screen.split()) == "".join(visible(reply).split())
+    assert "".join(on_screen.split()) == "".join(escape_control_characters(reply).split())
     assert re.search(rb"\x1b\[[\d;]*35[\d;]*massistant> ", begun.received)
 
 
@@ -319,7 +319,7 @@ def test_every_line_is_an_entry_and_stdout_holds_replies_alone(chat_model, untra
         if text == "And cold?":
             session.sampling = Sampling(seed=3, top_k=9)
         session.say(text)
-        replies.append(visible("".join(session.reply())) + "\n")
+        replies.append(escape_control_characters("".join(session.reply())) + "\n")
     assert ended.stdout == "".join(replies)
     assert "\\x" in "".join(replies)  # the model did say control characters
     assert len(ended.errors) == 1
@@ -334,7 +334,7 @@ def test_a_pipe_is_one_document_that_is_continued(base_model, untrained, environ
     ended = through_pipe(arguments, document + "\n", environment)
     continuation = "".join(in_this_process(untrained, 3, 20).complete(document))
     assert len(continuation) > 20
-    assert ended.stdout == visible(document + continuation) + "\n"
+    assert ended.stdout == escape_control_characters(document + continuation) + "\n"
     assert (ended.stderr, ended.code) == ("", 0)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from gpt2ft.files import write_safetensors
 from gpt2ft.model import gguf as gguf_module
 from gpt2ft.model import pretrained
 from gpt2ft.model.attention import dense_attention
-from gpt2ft.model.gguf import Vocabulary, write_gguf
+from gpt2ft.model.gguf import write_gguf
 from gpt2ft.model.pretrained import ModelError
 from gpt2ft.runs import export
 from gpt2ft.runs.loaded_model import find_model
@@ -236,9 +237,13 @@ def test_the_modelfile_names_what_lies_beside_it(gguf_folder):
 
 def test_gpt2s_own_vocabulary(gpt2_tokenizer, tiny_gpt2, tmp_path):
     gpt2 = tiny_gpt2(gpt2_tokenizer.padded_size, 64, n_embd=16)
-    names, merges = gpt2_tokenizer.names_and_merges()
-    vocabulary = Vocabulary(names, merges, gpt2_tokenizer.control_ids, 50260, 50256, CHAT_TEMPLATE)
-    write_gguf(tmp_path / "gpt2.gguf", dict(gpt2.named_parameters()), gpt2.config, vocabulary, torch.float16)
+    write_gguf(
+        tmp_path / "gpt2.gguf",
+        dict(gpt2.named_parameters()),
+        gpt2.config,
+        export.gguf_tokenizer(gpt2_tokenizer),
+        torch.float16,
+    )
     fields = gguf.GGUFReader(tmp_path / "gpt2.gguf").fields
     tokens = fields["tokenizer.ggml.tokens"].contents()
     assert len(tokens) == 50261
@@ -252,20 +257,18 @@ def test_gpt2s_own_vocabulary(gpt2_tokenizer, tiny_gpt2, tmp_path):
 
 @pytest.fixture
 def small(tiny_gpt2, tokenizer):
-    """write(file, **changes of the vocabulary): a GGUF file of a tiny model."""
+    """write(file, **changes of its tokenizer): a GGUF file of a tiny model."""
     gpt2 = tiny_gpt2(tokenizer.padded_size, 16, n_embd=8)
-    names, merges = tokenizer.names_and_merges()
-    said = {"names": names, "merges": merges, "control_ids": tokenizer.control_ids, "chat_template": CHAT_TEMPLATE}
 
     def write(file, weights=None, dtype=torch.float16, **changes):
-        vocabulary = Vocabulary(end_id=tokenizer.end_id, end_of_text_id=tokenizer.end_of_text_id, **(said | changes))
-        write_gguf(file, dict(gpt2.named_parameters()) | (weights or {}), gpt2.config, vocabulary, dtype)
+        changed = replace(export.gguf_tokenizer(tokenizer), **changes)
+        write_gguf(file, dict(gpt2.named_parameters()) | (weights or {}), gpt2.config, changed, dtype)
 
     return write
 
 
 def test_names_that_llama_cpp_takes_for_others_are_refused(small, tokenizer, tmp_path):
-    names, _ = tokenizer.names_and_merges()
+    names = tokenizer.vocabulary.names()
     for id, name in ((5, "</s>"), (5, "<|start|>"), (tokenizer.role_ids["user"], "<|return|>")):
         with pytest.raises(ModelError, match=rf"must not hold .* \(id {id}\) to be exported as GGUF"):
             small(tmp_path / "out.gguf", names=[*names[:id], name, *names[id + 1 :]])
@@ -325,10 +328,13 @@ def base_folder(tiny_model_folder, tmp_path_factory):
     """A GPT-2 that knows no chat tokens, as published ones are."""
     folder = tmp_path_factory.mktemp("base")
     known = ChatTokenizer.from_folder(tiny_model_folder)
-    names, merges = known.names_and_merges()
-    kept = [name for id, name in enumerate(names) if id not in known.control_ids or name == "<|endoftext|>"]
+    kept = [
+        name
+        for id, name in enumerate(known.vocabulary.names())
+        if id not in known.control_ids or name == "<|endoftext|>"
+    ]
     (folder / "vocab.json").write_text(json.dumps({name: id for id, name in enumerate(kept)}))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *known.vocabulary.merges(), ""]))
     config = transformers.AutoConfig.from_pretrained(tiny_model_folder, vocab_size=len(kept))
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
     assert not ChatTokenizer.from_folder(folder).has_chat_tokens

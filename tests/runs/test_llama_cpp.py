@@ -9,11 +9,11 @@ import torch
 
 from gpt2ft.inference.prompt_format import ChatPromptFormat
 from gpt2ft.model.attention import dense_attention
-from gpt2ft.model.gguf import Vocabulary, write_gguf
+from gpt2ft.model.gguf import write_gguf
 from gpt2ft.runs import export
 from gpt2ft.runs.loaded_model import find_model
 from gpt2ft.settings.scripts import ExportSettings
-from gpt2ft.text.template import CHAT_TEMPLATE, render_prompt
+from gpt2ft.text.template import render_prompt
 
 llama_cpp = pytest.importorskip(
     "llama_cpp", reason="needs llama.cpp: pip install llama-cpp-python (compiles for minutes)"
@@ -60,10 +60,7 @@ def of_gpt2(gpt2_tokenizer, tiny_gpt2, tmp_path_factory):
     """llama.cpp with GPT-2's own vocabulary, extended by the chat tokens, on a tiny model."""
     file = tmp_path_factory.mktemp("gpt2") / "gpt2.gguf"
     gpt2 = tiny_gpt2(gpt2_tokenizer.padded_size, 256, n_embd=8)
-    names, merges = gpt2_tokenizer.names_and_merges()
-    ends = (gpt2_tokenizer.end_id, gpt2_tokenizer.end_of_text_id)
-    vocabulary = Vocabulary(names, merges, gpt2_tokenizer.control_ids, *ends, CHAT_TEMPLATE)
-    write_gguf(file, dict(gpt2.named_parameters()), gpt2.config, vocabulary, torch.float16)
+    write_gguf(file, dict(gpt2.named_parameters()), gpt2.config, export.gguf_tokenizer(gpt2_tokenizer), torch.float16)
     return load(file)
 
 

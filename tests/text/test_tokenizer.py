@@ -12,6 +12,7 @@ import pytest
 from gpt2ft.errors import NetworkError
 from gpt2ft.text.template import render_prompt
 from gpt2ft.text.tokenizer import ChatTokenizer
+from gpt2ft.text.tokenizer_export import save_tokenizer
 
 DATA = Path(os.environ.get("GPT2FT_TEST_DATA", Path(__file__).parents[2] / "../shared/data"))
 CHAT_TOKENS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
@@ -69,7 +70,7 @@ def tokenizer(request, small_folder):
 def saved(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     (folder / "added_tokens.json").write_text('{"<|stale|>": 7}')
-    tokenizer.save(folder, model_max_length=1024)
+    save_tokenizer(tokenizer, folder, model_max_length=1024)
     return folder
 
 

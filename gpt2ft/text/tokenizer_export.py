@@ -1,0 +1,82 @@
+"""Tokenizers as folders that transformers, and older readers of its layout, load without this package."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gpt2ft.files import write_json, write_text
+from gpt2ft.text.chat_tokens import END, END_OF_TEXT
+from gpt2ft.text.template import CHAT_TEMPLATE
+from gpt2ft.text.tokenizer import ChatTokenizer
+
+
+def save_tokenizer(tokenizer: ChatTokenizer, folder: Path, model_max_length: int) -> None:
+    """Write vocabulary, merges, control tokens and chat template; `ChatTokenizer.from_folder` reads the folder back.
+
+    Args:
+        folder: made if it does not exist; files of the same name are replaced.
+        model_max_length: the model's context in tokens.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    merges, control_ids = tokenizer.vocabulary.merges(), tokenizer.vocabulary.control_ids
+    ids = {name: id for id, name in enumerate(tokenizer.vocabulary.names())}
+    write_json(folder / "vocab.json", ids)
+    write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
+    write_json(folder / "tokenizer.json", _pipeline(ids, merges, _listed(control_ids)))
+    (folder / "added_tokens.json").unlink(missing_ok=True)  # would be stale: vocab.json holds every name
+    write_json(folder / "tokenizer_config.json", _config(control_ids, model_max_length))
+    write_json(folder / "special_tokens_map.json", _purposes(control_ids))
+    write_text(folder / "chat_template.jinja", CHAT_TEMPLATE)
+
+
+def _listed(control_ids: Mapping[str, int]) -> list[dict[str, Any]]:
+    """The control tokens as tokenizer.json lists them, by id."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return [{"id": id, "content": name} | flags for name, id in sorted(control_ids.items(), key=lambda item: item[1])]
+
+
+def _purposes(control_ids: Mapping[str, int]) -> dict[str, Any]:
+    """The control token for each purpose that transformers knows."""
+    named = {"bos_token": END_OF_TEXT, "eos_token": END, "unk_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
+    return named | {"additional_special_tokens": [name for name in control_ids if name not in named.values()]}
+
+
+def _config(control_ids: Mapping[str, int], model_max_length: int) -> dict[str, Any]:
+    """tokenizer_config.json. The template stands in it too, for readers that know no chat_template.jinja."""
+    return {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": model_max_length,
+        "add_prefix_space": False,
+        "add_bos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "errors": "replace",
+        "added_tokens_decoder": {str(token.pop("id")): token for token in _listed(control_ids)},
+        "chat_template": CHAT_TEMPLATE,
+    } | _purposes(control_ids)
+
+
+def _pipeline(ids: dict[str, int], merges: list[str], added_tokens: list[dict[str, Any]]) -> dict[str, Any]:
+    """tokenizer.json. Control tokens stand in the vocabulary too, which fixes their ids for every reader."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": "",
+        "end_of_word_suffix": "",
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "vocab": ids,
+        "merges": merges,
+    }
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added_tokens,
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": byte_level | {"trim_offsets": False},
+        "decoder": byte_level,
+        "model": model,
+    }
