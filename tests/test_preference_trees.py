@@ -18,8 +18,8 @@ from gpt2ft.data.pairs import PreferencePairs
 from gpt2ft.data.plan import Plan
 from gpt2ft.data.store import open_store
 from gpt2ft.model.logprobs import TargetLogProbs
-from gpt2ft.objectives.dpo import DPO, DPOConfig, reply_log_probs
-from gpt2ft.settings.sections import FilterSettings
+from gpt2ft.objectives.dpo import DPO, reply_log_probs
+from gpt2ft.settings.sections import FilterSettings, PreferenceSettings
 from gpt2ft.stream import TokenStream
 
 TOLERANCE = 1e-5  # relative, in float32
@@ -189,7 +189,7 @@ def test_another_reply_in_sight_would_be_noticed(case):
 
 def test_gradients_of_a_group_are_those_of_its_pairs_as_sequences(case):
     """Every reply computed as a sequence of its own, the loss of each pair written out."""
-    objective = DPO(DPOConfig("sigmoid", beta=BETA))
+    objective = DPO(PreferenceSettings(loss="sigmoid", beta=BETA))
     for micro_batch in case.micro_batches:
         stream = case.plan.stream(micro_batch)
         loss = objective.loss(case.model(stream), stream)

@@ -12,7 +12,6 @@ Shape letters as in gpt2.py; r rank, n trained rows.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,42 +19,19 @@ from torch.nn.functional import dropout, embedding, linear
 
 from gpt2ft.model.gpt2 import GPT2, Projection
 from gpt2ft.model.logprobs import with_rows
-
-# A target is some columns of a matrix: (module of a block, which of how many equal parts).
-TARGETS = {
-    "q": ("attn.c_attn", 0, 3),
-    "k": ("attn.c_attn", 1, 3),
-    "v": ("attn.c_attn", 2, 3),
-    "o": ("attn.c_proj", 0, 1),
-    "fc": ("mlp.c_fc", 0, 1),
-    "proj": ("mlp.c_proj", 0, 1),
-}
+from gpt2ft.settings.choices import LORA_TARGETS
+from gpt2ft.settings.sections import LoRASettings
 
 
 def columns_of(target: str, width: int) -> slice:
-    """The columns of its matrix, of `width` columns, that a target is."""
-    _, part, parts = TARGETS[target]
-    return slice(part * width // parts, (part + 1) * width // parts)
+    """The columns of a target in its matrix of `width` columns."""
+    _, part, num_parts = LORA_TARGETS[target]
+    return slice(part * width // num_parts, (part + 1) * width // num_parts)
 
 
-@dataclass(frozen=True)
-class LoRAConfig:
-    """`scaling` is alpha / rank, or alpha / sqrt(rank) with `rslora` (Kalajdzievski 2023)."""
-
-    rank: int
-    alpha: float
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ("q", "k", "v", "o")
-    rslora: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.targets or not set(self.targets) <= set(TARGETS):
-            found = ", ".join(self.targets) or "nothing"
-            raise ValueError(f"`targets` must be some of {', '.join(TARGETS)}, but is {found}")
-
-    @property
-    def scaling(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+def scaling_of(settings: LoRASettings) -> float:
+    """alpha / rank, or alpha / sqrt(rank) with `rslora` (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor")."""
+    return settings.alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
 
 
 class Adapter(nn.Module):
@@ -77,13 +53,13 @@ class Adapter(nn.Module):
 class AdaptedProjection(Projection):
     """A frozen projection, and adapters by target."""
 
-    def __init__(self, base: Projection, config: LoRAConfig, targets: Sequence[str]) -> None:
+    def __init__(self, base: Projection, settings: LoRASettings, targets: Sequence[str]) -> None:
         nn.Module.__init__(self)
         self.weight, self.bias = base.weight, base.bias
-        self.scaling, self.dropout = config.scaling, config.dropout
+        self.scaling, self.dropout = scaling_of(settings), settings.dropout
         size_in, size_out = base.weight.shape
-        sizes = {target: size_out // TARGETS[target][2] for target in targets}
-        self.adapters = nn.ModuleDict({target: Adapter(size_in, sizes[target], config.rank) for target in targets})
+        sizes = {target: size_out // LORA_TARGETS[target].num_parts for target in targets}
+        self.adapters = nn.ModuleDict({target: Adapter(size_in, sizes[target], settings.rank) for target in targets})
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -135,18 +111,19 @@ class _Embedded(torch.autograd.Function):
         return is_row.to(gradient.dtype) @ gradient, None, None, None  # [n, E]
 
 
-def apply_lora(gpt2: GPT2, config: LoRAConfig, row_ids: Sequence[int], generator: torch.Generator) -> None:
+def apply_lora(gpt2: GPT2, settings: LoRASettings, row_ids: Sequence[int], generator: torch.Generator) -> None:
     """Freezes a model and puts adapters on it; they and the rows `row_ids` of the table are what is trained.
 
     Its outputs are the same as before.
     """
     gpt2.requires_grad_(False)
-    targets = [target for target in TARGETS if target in config.targets]  # in one order, whatever they are named in
+    targets = [target for target in LORA_TARGETS if target in settings.targets]  # in one order, however they are given
+    assert targets, "`lora.targets` must name what is adapted"
     for block in gpt2.h:
-        for module in dict.fromkeys(TARGETS[target][0] for target in targets):
+        for module in dict.fromkeys(LORA_TARGETS[target].module for target in targets):
             owner, name = block.get_submodule(module.rpartition(".")[0]), module.rpartition(".")[2]
-            here = [target for target in targets if TARGETS[target][0] == module]
-            adapted = AdaptedProjection(getattr(owner, name), config, here)
+            here = [target for target in targets if LORA_TARGETS[target].module == module]
+            adapted = AdaptedProjection(getattr(owner, name), settings, here)
             for adapter in adapted.adapters.values():
                 adapter.initialize(generator)
             setattr(owner, name, adapted)

@@ -21,8 +21,10 @@ from torch import Tensor
 
 from gpt2ft.files import write_json, write_safetensors
 from gpt2ft.model.gpt2 import GPT2
-from gpt2ft.model.lora import AdaptedProjection, LoRAConfig, adapted_projections, columns_of
+from gpt2ft.model.lora import AdaptedProjection, adapted_projections, columns_of, scaling_of
 from gpt2ft.model.pretrained import ModelError
+from gpt2ft.settings.choices import LORA_TARGETS
+from gpt2ft.settings.sections import LoRASettings
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model.transformer."
@@ -30,12 +32,11 @@ ROWS = f"{PREFIX}wte.token_adapter.trainable_tokens_delta"  # not a difference: 
 # Where the table was resized PEFT writes it whole as well, and everything of it once more for the tied head.
 TABLES = (f"{PREFIX}wte.weight", f"{PREFIX}wte.token_adapter.base_layer.weight")
 HEADS = {name.replace("transformer.wte", "lm_head"): name for name in (ROWS, *TABLES)}
-_LORA = re.compile(
-    re.escape(PREFIX) + r"(h\.\d+\.(?:attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj))\.lora_(A|B)\.weight"
-)
+_MODULES = "|".join(re.escape(module) for module in sorted({target.module for target in LORA_TARGETS.values()}))
+_LORA = re.compile(re.escape(PREFIX) + rf"(h\.\d+\.(?:{_MODULES}))\.lora_(A|B)\.weight")
 
 
-def write_adapter(folder: Path, gpt2: GPT2, config: LoRAConfig, base: str) -> None:
+def write_adapter(folder: Path, gpt2: GPT2, settings: LoRASettings, base: str) -> None:
     """Writes the adapters and rows of an adapted model, and reads them back.
 
     Args:
@@ -50,7 +51,7 @@ def write_adapter(folder: Path, gpt2: GPT2, config: LoRAConfig, base: str) -> No
         tensors |= {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
         ranks[".".join(name.split(".")[2:])] = len(A)
     write_safetensors(folder / WEIGHTS, tensors)
-    write_json(folder / CONFIG, _peft_config(config, ranks, gpt2.wte.row_ids.tolist(), base))
+    write_json(folder / CONFIG, _peft_config(settings, ranks, gpt2.wte.row_ids.tolist(), base))
     found = {name: tensor.shape for name, tensor in load_file(folder / WEIGHTS).items()}
     if found != {name: tensor.shape for name, tensor in tensors.items()}:
         raise OSError(f"{folder / WEIGHTS} does not hold what was written to it")
@@ -68,23 +69,23 @@ def _as_one(module: AdaptedProjection) -> tuple[Tensor, Tensor]:
     return A, B
 
 
-def _peft_config(config: LoRAConfig, ranks: Mapping[str, int], row_ids: list[int], base: str) -> dict[str, Any]:
+def _peft_config(settings: LoRASettings, ranks: Mapping[str, int], row_ids: list[int], base: str) -> dict[str, Any]:
     def alpha(rank: int) -> float:
-        return config.scaling * (math.sqrt(rank) if config.rslora else rank)
+        return scaling_of(settings) * (math.sqrt(rank) if settings.rslora else rank)
 
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "rank_pattern": {module: rank for module, rank in ranks.items() if rank != config.rank},
-        "alpha_pattern": {module: alpha(rank) for module, rank in ranks.items() if rank != config.rank},
-        "lora_dropout": config.dropout,
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "rank_pattern": {module: rank for module, rank in ranks.items() if rank != settings.rank},
+        "alpha_pattern": {module: alpha(rank) for module, rank in ranks.items() if rank != settings.rank},
+        "lora_dropout": settings.dropout,
         "target_modules": sorted(ranks),
         "trainable_token_indices": row_ids,
         "fan_in_fan_out": True,  # GPT-2 stores its matrices [in, out]
-        "use_rslora": config.rslora,
+        "use_rslora": settings.rslora,
         "bias": "none",
         "inference_mode": True,
     }

@@ -7,7 +7,6 @@ they are used. Shape letters: V rows of the vocabulary table, E embedding width.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,35 +16,19 @@ from torch import Tensor
 from gpt2ft.errors import Gpt2ftError
 from gpt2ft.files import write_json, write_safetensors
 from gpt2ft.model.gpt2 import GPT2Config, parameter_shapes
+from gpt2ft.settings.choices import PUBLISHED_MODELS
 
 PREFIX = "transformer."
 
 
-@dataclass(frozen=True)
-class HubModel:
-    """A published GPT-2: where it lies, at which commit, and its shape (all have 1,024 positions)."""
-
-    repository: str
-    revision: str
-    n_layer: int
-    n_head: int
-    n_embd: int
-
-    def config(self) -> GPT2Config:
-        return GPT2Config(vocab_size=50257, n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd)
-
-
-HUB_MODELS = {
-    "distilgpt2": HubModel("distilbert/distilgpt2", "2290a62682d06624634c1f46a6ad5be0f47f38aa", 6, 12, 768),
-    "gpt2": HubModel("openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e", 12, 12, 768),
-    "gpt2-medium": HubModel("openai-community/gpt2-medium", "6dcaa7a952f72f9298047fd5137cd6e4f05f41da", 24, 16, 1024),
-    "gpt2-large": HubModel("openai-community/gpt2-large", "32b71b12589c2f8d625668d2335a01cac3249519", 36, 20, 1280),
-    "gpt2-xl": HubModel("openai-community/gpt2-xl", "15ea56dee5df4983c59b2538573817e1667135e2", 48, 25, 1600),
-}
-
-
 class ModelError(Gpt2ftError):
     """A model folder that cannot be used; the message says why and what to do."""
+
+
+def published_config(name: str) -> GPT2Config:
+    """The shape of a published model, without downloading anything."""
+    model = PUBLISHED_MODELS[name]
+    return GPT2Config(vocab_size=50257, n_layer=model.n_layer, n_head=model.n_head, n_embd=model.n_embd)
 
 
 def find_folder(path: str) -> Path:
@@ -55,7 +38,7 @@ def find_folder(path: str) -> Path:
         if (candidate / "config.json").is_file():
             return candidate
     if not folder.exists():
-        names = ", ".join(HUB_MODELS)
+        names = ", ".join(PUBLISHED_MODELS)
         raise ModelError(
             f"the model must be a folder or one of {names}, but {path!r} is neither (a run must be trained first)"
         )
@@ -73,7 +56,7 @@ def download(name: str) -> Path:
     from huggingface_hub import snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    hub = HUB_MODELS[name]
+    hub = PUBLISHED_MODELS[name]
     files = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
     cached = [try_to_load_from_cache(hub.repository, file, revision=hub.revision) for file in files]
     if all(isinstance(path, str) for path in cached):

@@ -22,14 +22,13 @@ from gpt2ft.model.attention import default_backend
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.model.lora import apply_lora
-from gpt2ft.model.pretrained import HUB_MODELS
-from gpt2ft.objectives.dpo import DPO, DPOConfig
+from gpt2ft.model.pretrained import published_config
+from gpt2ft.objectives.dpo import DPO
 from gpt2ft.objectives.sft import SFT
 from gpt2ft.random import generator, seed_for
 from gpt2ft.runs.describe import parameter_counts
-from gpt2ft.runs.loaded_model import lora_config
 from gpt2ft.settings.scripts import BenchmarkSettings
-from gpt2ft.settings.sections import OptimizerSettings
+from gpt2ft.settings.sections import OptimizerSettings, PreferenceSettings
 from gpt2ft.stream import TokenStream
 from gpt2ft.training.memory_probe import peak_memory
 from gpt2ft.training.optimizer import adamw
@@ -45,9 +44,9 @@ def run(settings: BenchmarkSettings) -> None:
     accelerator = start_accelerator(settings.precision, settings.micro_batches * _processes())
     device = accelerator.device
     random = torch.Generator().manual_seed(seed_for(settings.seed, "weights"))
-    gpt2 = GPT2(replace(HUB_MODELS[settings.model].config(), vocab_size=ROWS)).initialize(random)
+    gpt2 = GPT2(replace(published_config(settings.model), vocab_size=ROWS)).initialize(random)
     if settings.lora.rank:
-        apply_lora(gpt2, lora_config(settings.lora), range(VOCABULARY - 4, VOCABULARY), random)
+        apply_lora(gpt2, settings.lora, range(VOCABULARY - 4, VOCABULARY), random)
         cast_frozen(accelerator, gpt2)
     gpt2.activation_checkpointing = settings.activation_checkpointing
     gpt2.to(device)
@@ -58,7 +57,7 @@ def run(settings: BenchmarkSettings) -> None:
     strategy = prepare(accelerator, model, optimizer, max_grad_norm=1.0)
     model = strategy.model
     streams = Streams(settings, accelerator.process_index)
-    objective = DPO(DPOConfig()) if settings.what == "dpo" else SFT()
+    objective = DPO(PreferenceSettings()) if settings.what == "dpo" else SFT()
     seconds = dict.fromkeys(PHASES, 0.0)
     tokens = 0
     for step in range(settings.steps + 1):

@@ -19,7 +19,7 @@ from gpt2ft.files import write_json
 from gpt2ft.model.attention import default_backend
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.model.pretrained import ModelError
-from gpt2ft.objectives.dpo import DPO, DPOConfig
+from gpt2ft.objectives.dpo import DPO
 from gpt2ft.runs.describe import listed
 from gpt2ft.runs.loaded_model import RECIPE, LoadedModel, find_model, load_model, read_run_settings
 from gpt2ft.runs.samples import Sample, Turns, answer, held_out_prompts
@@ -107,7 +107,7 @@ def preferences(
         with signals.listening():
             attach_reference([plan], store, model, accelerator, signals)
         model.cpu()
-    config = DPOConfig("simpo" if started_from is None else "sigmoid", beta)
+    config = PreferenceSettings(loss="simpo" if started_from is None else "sigmoid", beta=beta)
     with autocast(accelerator):
         means = evaluate_objective(_on_device(loaded, accelerator), plan, DPO(config), accelerator)
     pieces = plan.chunks

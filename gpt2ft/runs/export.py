@@ -19,17 +19,17 @@ from gpt2ft.model.gguf import SHORT_NAMES, GGUFTokenizer, write_gguf
 from gpt2ft.model.gpt2 import GPT2Config
 from gpt2ft.model.lora import is_adapted, merged_weights
 from gpt2ft.model.peft import merge_adapter, write_adapter
-from gpt2ft.model.pretrained import HUB_MODELS, ModelError, find_folder, write_model
+from gpt2ft.model.pretrained import ModelError, find_folder, write_model
 from gpt2ft.runs.loaded_model import (
     LoadedModel,
     find_model,
     is_adapter,
     load_adapted,
     load_model,
-    lora_config,
     newest_run,
     read_run_settings,
 )
+from gpt2ft.settings.choices import PUBLISHED_MODELS
 from gpt2ft.settings.scripts import ExportSettings, RunSettings
 from gpt2ft.text.chat_tokens import END
 from gpt2ft.text.template import CHAT_TEMPLATE, OLLAMA_TEMPLATE
@@ -137,11 +137,11 @@ def write_adapter_folder(
     Raises:
         OSError: if it could not be written, or does not.
     """
-    published = HUB_MODELS.get(base) if not Path(base).is_dir() else None
+    published = PUBLISHED_MODELS.get(base) if not Path(base).is_dir() else None
     place = published.repository if published else str(find_folder(base).resolve())
     with complete_folder(folder) as temporary:
         save_tokenizer(adapted.tokenizer, temporary, adapted.gpt2.config.n_positions)
-        write_adapter(temporary, adapted.gpt2, lora_config(settings.lora), place)
+        write_adapter(temporary, adapted.gpt2, settings.lora, place)
         _check_adapter(temporary, settings, merged)
 
 

@@ -14,8 +14,9 @@ from gpt2ft import checkpoint, quickstart
 from gpt2ft.model import peft, pretrained
 from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.gpt2 import GPT2, GPT2Config
-from gpt2ft.model.lora import LoRAConfig, apply_lora, is_adapted, load_trainable_parameters, merged_weights
+from gpt2ft.model.lora import apply_lora, is_adapted, load_trainable_parameters, merged_weights
 from gpt2ft.random import seed_for
+from gpt2ft.settings.choices import PUBLISHED_MODELS
 from gpt2ft.settings.parsing import read_recipe, read_sections
 from gpt2ft.settings.scripts import DPOSettings, RunSettings, SFTSettings
 from gpt2ft.settings.sections import LoRASettings, ModelSettings
@@ -77,7 +78,7 @@ def _load_adapter(settings: ModelSettings, seed: int) -> LoadedModel:
     if settings.random_init:
         raise pretrained.ModelError(f"{folder} is an adapter, which has no shape of its own: name its base instead")
     base = peft.read_base(folder)
-    names = {model.repository: name for name, model in pretrained.HUB_MODELS.items()}
+    names = {model.repository: name for name, model in PUBLISHED_MODELS.items()}
     loaded = load_model(settings.model_copy(update={"path": names.get(base, base)}), seed)
     tokenizer = loaded.tokenizer
     if any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
@@ -93,12 +94,8 @@ def adapt(loaded: LoadedModel, settings: LoRASettings, seed: int) -> LoadedModel
     """Return the model with fresh adapters; it trains them and the rows of the chat tokens alone."""
     tokenizer = loaded.tokenizer
     rows = [*tokenizer.role_ids.values(), tokenizer.end_id]
-    apply_lora(loaded.gpt2, lora_config(settings), rows, torch.Generator().manual_seed(seed_for(seed, "adapters")))
+    apply_lora(loaded.gpt2, settings, rows, torch.Generator().manual_seed(seed_for(seed, "adapters")))
     return loaded
-
-
-def lora_config(settings: LoRASettings) -> LoRAConfig:
-    return LoRAConfig(settings.rank, settings.alpha, settings.dropout, settings.targets, settings.rslora)
 
 
 def _read_tokenizer(folder: Path) -> ChatTokenizer:
@@ -110,10 +107,10 @@ def _read_tokenizer(folder: Path) -> ChatTokenizer:
 
 def _shape_and_tokenizer(settings: ModelSettings) -> tuple[GPT2Config, ChatTokenizer, Path | None]:
     """The folder is None where the weights are to be random."""
-    published = pretrained.HUB_MODELS.get(settings.path)
+    published = PUBLISHED_MODELS.get(settings.path)
     if published and not Path(settings.path).is_dir():
         if settings.random_init:
-            return published.config(), ChatTokenizer.gpt2(), None
+            return pretrained.published_config(settings.path), ChatTokenizer.gpt2(), None
         folder = pretrained.download(settings.path)
     else:
         folder = quickstart.MODEL if settings.path == "quickstart" else pretrained.find_folder(settings.path)

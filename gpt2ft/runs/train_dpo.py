@@ -17,7 +17,8 @@ from gpt2ft.distributed.accelerator import autocast, precision_of
 from gpt2ft.distributed.signals import SignalHandler
 from gpt2ft.files import cache_root
 from gpt2ft.model.logprobs import TargetLogProbs
-from gpt2ft.objectives.dpo import DPO, DPOConfig, start_loss
+from gpt2ft.objectives.dpo import DPO
+from gpt2ft.objectives.losses import start_loss
 from gpt2ft.runs.evaluation import EvalResult, Evaluator
 from gpt2ft.runs.loaded_model import LoadedModel
 from gpt2ft.runs.manifest import versions
@@ -43,9 +44,7 @@ class PreferenceTuning:
 
     def __init__(self, settings: DPOSettings) -> None:
         self.settings = settings
-        dpo = settings.dpo
-        self.config = DPOConfig(dpo.loss, dpo.beta, dpo.label_smoothing, dpo.gamma, dpo.rpo_alpha)
-        self.objective = DPO(self.config)
+        self.objective = DPO(settings.dpo)
 
     def chunking(self, for_training: bool) -> ChunkingRule:
         """Evaluation counts every pair once."""
@@ -69,7 +68,7 @@ class PreferenceTuning:
         if not self.settings.dpo.needs_reference:
             return
         store = store_for(setup.loaded, model, setup.accelerator, self.settings.data.cache)
-        expected = start_loss(self.config)
+        expected = start_loss(self.settings.dpo)
         worst = reference_pass.check_start(model, setup.plan, step, store, setup.accelerator, self.objective, expected)
         if setup.accelerator.is_main_process:
             loss = "" if expected is None else f", loss {expected:.4f}"

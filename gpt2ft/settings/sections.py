@@ -7,18 +7,20 @@ setting is its help on the command line.
 import os
 import re
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from gpt2ft.settings.choices import LORA_TARGETS, PREFERENCE_LOSSES, PUBLISHED_MODELS
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 MessageWeight = Literal["once", "leaves"]
-PublishedModel = Literal["distilgpt2", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
-LoRATarget = Literal["q", "k", "v", "o", "fc", "proj"]
-PreferenceLoss = Literal["sigmoid", "cdpo", "robust", "ipo", "hinge", "sigmoid_norm", "simpo", "orpo"]
+PublishedModel = Literal[*PUBLISHED_MODELS]
+LoRATarget = Literal[*LORA_TARGETS]
+PreferenceLoss = Literal[*PREFERENCE_LOSSES]
 PairRule = Literal["all", "best_worst", "adjacent"]
 PairWeight = Literal["pair", "prompt"]
 
@@ -43,8 +45,9 @@ class Section(BaseModel):
 class ModelSettings(Section):
     """The model to start from."""
 
-    path: str = "gpt2"
-    """A published model (distilgpt2, gpt2, gpt2-medium, gpt2-large, gpt2-xl), a Hugging Face folder, or a run."""
+    path: Annotated[
+        str, Field(description=f"A published model ({', '.join(PUBLISHED_MODELS)}), a Hugging Face folder, or a run.")
+    ] = "gpt2"
     random_init: bool = False
     """Take shape and tokenizer from `path` but weights from the seed."""
     attention: Literal["auto", "flex", "segments", "dense"] = "auto"
@@ -73,7 +76,7 @@ class LoRASettings(Section):
         if not self.rank and self != type(self)():
             yield "`lora.rank` must be set where other settings of `lora` are: without it all weights are trained"
         if self.rank and (not self.targets or len(set(self.targets)) < len(self.targets)):
-            known, given = ", ".join(get_args(LoRATarget)), ", ".join(self.targets) or "nothing"
+            known, given = ", ".join(LORA_TARGETS), ", ".join(self.targets) or "nothing"
             yield f"`lora.targets` must name at least one of {known}, each once, but names {given}"
 
 
@@ -214,9 +217,10 @@ class OptimizerSettings(Section):
 class PreferenceSettings(Section):
     """The loss on pairs of replies."""
 
-    loss: PreferenceLoss = "sigmoid"
-    """sigmoid is DPO's own; cdpo and robust smooth it for labels that are sometimes wrong; ipo, hinge and sigmoid_norm
-    (by length) bound or scale it otherwise; simpo and orpo need no reference."""
+    loss: Annotated[
+        PreferenceLoss,
+        Field(description="; ".join(f"{name}: {traits.meaning}" for name, traits in PREFERENCE_LOSSES.items()) + "."),
+    ] = "sigmoid"
     beta: Annotated[float, Field(gt=0)] = 0.1
     """Strength with which the policy is held to the reference; of orpo, the weight of the odds ratio."""
     pairs: PairRule = "all"
@@ -232,18 +236,16 @@ class PreferenceSettings(Section):
 
     @property
     def needs_reference(self) -> bool:
-        return self.loss not in ("simpo", "orpo")
+        return PREFERENCE_LOSSES[self.loss].needs_reference
 
     def problems(self) -> Iterator[str]:
-        smooths = self.loss in ("cdpo", "robust")
-        if self.label_smoothing and not smooths:
-            yield f"`dpo.label_smoothing` must be 0 with `dpo.loss` = {self.loss}: only cdpo and robust smooth labels"
-        if smooths and not self.label_smoothing:
+        taken = PREFERENCE_LOSSES[self.loss].parameters
+        for name in ("label_smoothing", "gamma", "rpo_alpha"):
+            if getattr(self, name) and name not in taken:
+                takers = ", ".join(loss for loss, traits in PREFERENCE_LOSSES.items() if name in traits.parameters)
+                yield f"`dpo.{name}` must be 0 with `dpo.loss` = {self.loss}: only {takers} have it"
+        if "label_smoothing" in taken and not self.label_smoothing:
             yield f"`dpo.label_smoothing` must be above 0 with `dpo.loss` = {self.loss}, which is sigmoid otherwise"
-        if self.gamma and self.loss != "simpo":
-            yield f"`dpo.gamma` must be 0 with `dpo.loss` = {self.loss}: only simpo has a margin to reach"
-        if self.rpo_alpha and self.loss == "orpo":
-            yield "`dpo.rpo_alpha` must be 0 with `dpo.loss` = orpo, which holds that term already"
 
 
 # --- rules that scripts share ---------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from gpt2ft.data.packing import build_stream
 from gpt2ft.model.attention import attention_for
 from gpt2ft.model.gpt2 import GPT2, GPT2Config, parameter_shapes
 from gpt2ft.model.logprobs import TargetLogProbs
-from gpt2ft.model.pretrained import HUB_MODELS
+from gpt2ft.model.pretrained import published_config
+from gpt2ft.settings.choices import PUBLISHED_MODELS
 
 # vocab_size, n_positions, n_embd, n_layer, n_head
 SHAPES = {
@@ -71,11 +72,11 @@ def test_a_tree_holds_what_transformers_computes_path_by_path(random_tree, trans
 def test_parameters_have_the_names_and_sizes_of_the_published_models():
     sizes = {"distilgpt2": 81_912_576, "gpt2": 124_439_808, "gpt2-medium": 354_823_168}
     sizes |= {"gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
-    assert sizes.keys() == HUB_MODELS.keys()
-    for name, published in HUB_MODELS.items():
+    assert sizes.keys() == PUBLISHED_MODELS.keys()
+    for name, size in sizes.items():
         with torch.device("meta"):
-            model = GPT2(published.config())
-        assert sum(parameter.numel() for parameter in model.parameters()) == sizes[name]
+            model = GPT2(published_config(name))
+        assert sum(parameter.numel() for parameter in model.parameters()) == size
         assert model.state_dict().keys() == dict(model.named_parameters()).keys()
 
 

@@ -8,9 +8,11 @@ from safetensors.torch import load_file, save_file
 
 from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.gpt2 import GPT2
-from gpt2ft.model.lora import TARGETS, LoRAConfig, apply_lora, merged_weights, trainable_parameters
+from gpt2ft.model.lora import apply_lora, merged_weights, trainable_parameters
 from gpt2ft.model.peft import CONFIG, WEIGHTS, merge_adapter, read_base, write_adapter
 from gpt2ft.model.pretrained import ModelError
+from gpt2ft.settings.choices import LORA_TARGETS
+from gpt2ft.settings.sections import LoRASettings
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -74,15 +76,15 @@ def disturb(parameters, seed=2):
         (3, ("k", "o")),
         (4, ("q", "k", "v", "o")),
         (2, ("fc", "proj")),
-        (3, tuple(TARGETS)),
+        (3, tuple(LORA_TARGETS)),
     ],
 )
 def test_adapter_merged_peft_and_transformers_agree(base, base_folder, ids, tmp_path, rank, targets, rslora):
-    config = LoRAConfig(rank, 6.0, targets=targets, rslora=rslora)
+    settings = LoRASettings(rank=rank, alpha=6.0, targets=targets, rslora=rslora)
     model = plain(base, dict(base.named_parameters()))
-    apply_lora(model, config, ROW_IDS, torch.Generator().manual_seed(1))
+    apply_lora(model, settings, ROW_IDS, torch.Generator().manual_seed(1))
     disturb(trainable_parameters(model).values())
-    write_adapter(tmp_path, model, config, str(base_folder))
+    write_adapter(tmp_path, model, settings, str(base_folder))
     adapted = logits(model, ids)
     merged = merged_weights(model)
     theirs = transformers.GPT2LMHeadModel.from_pretrained(base_folder)
@@ -125,10 +127,10 @@ def test_what_peft_has_trained(base, base_folder, ids, tmp_path, settings):
 
 @pytest.fixture
 def adapter(base, base_folder, tmp_path):
-    config = LoRAConfig(4, 8.0, targets=("q", "o"))
+    settings = LoRASettings(rank=4, alpha=8.0, targets=("q", "o"))
     model = plain(base, dict(base.named_parameters()))
-    apply_lora(model, config, ROW_IDS, torch.Generator().manual_seed(1))
-    write_adapter(tmp_path, model, config, str(base_folder))
+    apply_lora(model, settings, ROW_IDS, torch.Generator().manual_seed(1))
+    write_adapter(tmp_path, model, settings, str(base_folder))
     return tmp_path
 
 

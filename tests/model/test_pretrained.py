@@ -287,7 +287,8 @@ class TestWeightsRefused:
 OFFLINE = """
 import sys
 from pathlib import Path
-from gpt2ft.model.pretrained import HUB_MODELS, ModelError, download
+from gpt2ft.model.pretrained import ModelError, download
+from gpt2ft.settings.choices import PUBLISHED_MODELS
 
 def attempt(name):
     try:
@@ -296,7 +297,7 @@ def attempt(name):
         print(error)
 
 def cached(name, files):
-    hub = HUB_MODELS[name]
+    hub = PUBLISHED_MODELS[name]
     folder = Path(sys.argv[1], "hub", "models--" + hub.repository.replace("/", "--"), "snapshots", hub.revision)
     folder.mkdir(parents=True)
     for file in files:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from gpt2ft.objectives.dpo import DPO, DPOConfig
+from gpt2ft.objectives.dpo import DPO
 from gpt2ft.runs.benchmark import Streams
 from gpt2ft.settings.scripts import BenchmarkSettings
+from gpt2ft.settings.sections import PreferenceSettings
 
 
 @pytest.mark.parametrize("what", ["sft", "dpo"])
@@ -22,7 +23,7 @@ def test_streams_are_full_and_of_one_shape(what):
 
 def test_pairs_are_of_replies_in_their_stream():
     made = Streams(BenchmarkSettings(what="dpo", tokens_per_micro_batch=2048, micro_batches=2), rank=0)
-    objective = DPO(DPOConfig())
+    objective = DPO(PreferenceSettings())
     for stream in (made.next() for _ in range(3)):
         real = stream.pairs.weights > 0
         assert real.sum() >= 3

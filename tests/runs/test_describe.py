@@ -2,8 +2,9 @@
 
 import pytest
 
-from gpt2ft.model.lora import LoRAConfig, apply_lora
+from gpt2ft.model.lora import apply_lora
 from gpt2ft.runs.describe import Hardware, memory_estimate
+from gpt2ft.settings.sections import LoRASettings
 
 
 def estimate(gpt2, strategy="ddp", processes=4, bf16=False, activation_checkpointing=True):
@@ -25,7 +26,7 @@ def test_shards_divide_what_the_strategy_shards(tiny_gpt2):
 
 def test_deepspeed_holds_frozen_weights_in_float32(tiny_gpt2, one_generator):
     gpt2 = tiny_gpt2(512, 128)
-    apply_lora(gpt2, LoRAConfig(4, 8.0), [1, 2], one_generator)
+    apply_lora(gpt2, LoRASettings(rank=4, alpha=8.0), [1, 2], one_generator)
     frozen = sum(parameter.numel() for parameter in gpt2.parameters() if not parameter.requires_grad)
     trained = sum(parameter.numel() for parameter in gpt2.parameters() if parameter.requires_grad)
     more = estimate(gpt2, "zero2", processes=1, bf16=True) - estimate(gpt2, processes=1, bf16=True)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gpt2ft.objectives.dpo import LOSSES, needs_reference
 from gpt2ft.runs import evaluate_model
 from gpt2ft.runs.loaded_model import find_model, load_model
+from gpt2ft.settings.choices import PREFERENCE_LOSSES
 from gpt2ft.settings.scripts import EvaluateSettings
 from gpt2ft.settings.sections import ModelSettings
 from gpt2ft.training.reference_store import ReferenceLogProbError
@@ -51,14 +51,15 @@ def run_folder(run_dpo, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "loss", [loss if loss in ("ipo", "simpo") else pytest.param(loss, marks=pytest.mark.long) for loss in LOSSES]
+    "loss",
+    [loss if loss in ("ipo", "simpo") else pytest.param(loss, marks=pytest.mark.long) for loss in PREFERENCE_LOSSES],
 )
 def test_every_loss_trains(loss, run_dpo, tmp_path):
     """The first loss is the known one, and chosen replies come to be rewarded more than rejected ones."""
     run_dpo(tmp_path / "run", 8, dpo={"loss": loss} | SETTINGS.get(loss, {}), eval_every=8)
     steps = logged(tmp_path / "run", "train")
     assert len(steps) == 8
-    if needs_reference(loss):
+    if PREFERENCE_LOSSES[loss].needs_reference:
         known = {"ipo": 25.0, "hinge": 1.0}.get(loss, math.log(2))
         assert steps[1]["train/loss"] == pytest.approx(known, rel=1e-4)
         for name in ("reward_chosen", "reward_rejected", "margin"):

@@ -1,0 +1,126 @@
+"""Preference losses: one for every pair of a chosen and a rejected reply to the same prompt.
+
+Compared are log-probs of whole replies, c and r, and how far they have moved from the reference:
+
+    change(y) = log policy(y) - log reference(y)         h = change(chosen) - change(rejected)
+
+Each loss is a pure function of the settings and `PairLogProbs`, [P] -> [P]. Their traits stand in
+`PREFERENCE_LOSSES` (settings/choices.py). Shape letter: P pairs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from gpt2ft.settings.sections import PreferenceSettings
+
+
+@dataclass(frozen=True)
+class PairLogProbs:
+    """Log-probs of the replies of each pair, summed over their targets."""
+
+    chosen: Tensor  # [P] under the policy
+    rejected: Tensor  # [P]
+    reference_chosen: Tensor  # [P] under the reference; losses without one do not read it
+    reference_rejected: Tensor  # [P]
+    chosen_lengths: Tensor  # [P] targets
+    rejected_lengths: Tensor  # [P]
+
+    @property
+    def chosen_change(self) -> Tensor:
+        return self.chosen - self.reference_chosen
+
+    @property
+    def rejected_change(self) -> Tensor:
+        return self.rejected - self.reference_rejected
+
+    @property
+    def chosen_mean(self) -> Tensor:
+        """Log-prob per token under the policy."""
+        return self.chosen / self.chosen_lengths
+
+    @property
+    def rejected_mean(self) -> Tensor:
+        return self.rejected / self.rejected_lengths
+
+
+def sigmoid(settings: PreferenceSettings, pairs: PairLogProbs) -> Tensor:
+    """-log sigmoid(beta h). Rafailov et al. 2023, "Direct Preference Optimization", eq. 7."""
+    return -logsigmoid(settings.beta * (pairs.chosen_change - pairs.rejected_change))
+
+
+def cdpo(settings: PreferenceSettings, pairs: PairLogProbs) -> Tensor:
+    """Conservative DPO: the label is right with probability 1 - eps. Mitchell 2023, "A note on DPO with noisy
+    preferences", eq. 3."""
+    reward = settings.beta * (pairs.chosen_change - pairs.rejected_change)
+    eps = settings.label_smoothing
+    return -(1 - eps) * logsigmoid(reward) - eps * logsigmoid(-reward)
+
+
+def robust(settings: PreferenceSettings, pairs: PairLogProbs) -> Tensor:
+    """Unbiased where labels are flipped with probability eps. Chowdhury et al. 2024, "Provably robust DPO", eq. 12."""
+    reward = settings.beta * (pairs.chosen_change - pairs.rejected_change)
+    eps = settings.label_smoothing
+    return (-(1 - eps) * logsigmoid(reward) + eps * logsigmoid(-reward)) / (1 - 2 * eps)
+
+
+def ipo(settings: PreferenceSettings, pairs: PairLogProbs) -> Tensor:
+    """(h - 1 / (2 beta))^2 with changes per token, as TRL has it. Azar et al. 2023, "A general theoretical paradigm",
+    eq. 17."""
+    per_token = pairs.chosen_change / pairs.chosen_lengths - pairs.rejected_change / pairs.rejected_lengths
+    return (per_token - 1 / (2 * settings.beta)).square()
+
+
+def hinge(settings: PreferenceSettings, pairs: PairLogProbs) -> Tensor:
+    """max(0, 1 - beta h). Liu et al. 2023, "Statistical rejection sampling improves preference optimization", eq. 9."""
+    return torch.relu(1 - settings.beta * (pairs.chosen_change - pairs.rejected_change))
+
+
+def sigmoid_norm(settings: PreferenceSettings, pairs: PairLogProbs) -> Tensor:
+    """DPO with changes per token. Lambert et al. 2024, "Tulu 3", eq. 6."""
+    per_token = pairs.chosen_change / pairs.chosen_lengths - pairs.rejected_change / pairs.rejected_lengths
+    return -logsigmoid(settings.beta * per_token)
+
+
+def simpo(settings: PreferenceSettings, pairs: PairLogProbs) -> Tensor:
+    """-log sigmoid(beta (c per token - r per token) - gamma), without a reference. Meng et al. 2024, "SimPO", eq. 6."""
+    return -logsigmoid(settings.beta * (pairs.chosen_mean - pairs.rejected_mean) - settings.gamma)
+
+
+def orpo(settings: PreferenceSettings, pairs: PairLogProbs) -> Tensor:
+    """NLL of the chosen reply per token, and beta times that of the odds ratio. Hong et al. 2024, "ORPO", eq. 6, 7."""
+    ratio = _log_odds(pairs.chosen_mean) - _log_odds(pairs.rejected_mean)
+    return -pairs.chosen_mean - settings.beta * logsigmoid(ratio)
+
+
+def _log_odds(log_prob: Tensor) -> Tensor:
+    """log(p / (1 - p))"""
+    return log_prob - torch.log(-torch.expm1(log_prob))
+
+
+LOSSES: dict[str, Callable[[PreferenceSettings, PairLogProbs], Tensor]] = {
+    loss.__name__: loss for loss in (sigmoid, cdpo, robust, ipo, hinge, sigmoid_norm, simpo, orpo)
+}
+
+
+def pair_losses(settings: PreferenceSettings, pairs: PairLogProbs) -> Tensor:
+    """[P] the loss of each pair, with `rpo_alpha` times the NLL per token of the chosen reply.
+
+    The added term is that of Pang et al. 2024, "Iterative reasoning preference optimization", eq. 1.
+    """
+    losses = LOSSES[settings.loss](settings, pairs)
+    return losses - settings.rpo_alpha * pairs.chosen_mean if settings.rpo_alpha else losses
+
+
+def start_loss(settings: PreferenceSettings) -> float | None:
+    """The loss where policy and reference are equal; None where it depends on the data.
+
+    It depends on changes alone, and these are all zero, unless log-probs of the policy itself take part.
+    """
+    if settings.rpo_alpha or not settings.needs_reference:
+        return None
+    unchanged, lengths = torch.zeros(4, 1, dtype=torch.float64), torch.ones(2, 1)
+    return float(pair_losses(settings, PairLogProbs(*unchanged, *lengths)))
