@@ -61,9 +61,9 @@ class HeldOutEvaluation:
         stopped = {"stopped": sum(sample.stopped for sample in samples) / len(samples)} if samples else {}
         metrics = result.metrics | stopped
         self.tracker.log(step, {f"eval/{name}": value for name, value in metrics.items()})
-        self.tracker.say(f"step {step}: {result.line}")
+        self.tracker.print_line(f"step {step}: {result.line}")
         for number, text in enumerate(beside(self.samples_at_start, samples)):
-            self.tracker.text(step, f"samples/{number}", text)
+            self.tracker.log_text(step, f"samples/{number}", text)
         return result.loss
 
     def samples(self) -> list[Sample]:

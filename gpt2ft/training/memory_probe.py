@@ -1,7 +1,7 @@
-"""The largest stream once forward, backward and through the optimizer, before the first step: does it fit?
+"""Memory probe: run the largest stream forward, backward and through the optimizer before the first step.
 
-It leaves no trace: its loss is multiplied by zero and the learning rate is zero. And it has DDP settle how it groups
-gradients, which it does after its first backward pass: a run that goes on from a checkpoint then adds up in the same
+It leaves no trace, as its loss is multiplied by zero and the learning rate is zero. It also has DDP settle how it
+groups gradients, which DDP does after its first backward pass: a run that resumes then adds up gradients in the same
 order as one that was never stopped.
 """
 
@@ -31,13 +31,13 @@ class DoesNotFit(Gpt2ftError):
 
 @contextmanager
 def explain_out_of_memory(advice: str) -> Iterator[None]:
-    """Around what may need more memory than there is.
+    """Turn PyTorch's out-of-memory error within the block into one that says what to do.
 
     Args:
-        advice: what to do then.
+        advice: what to do, see `memory_advice`.
 
     Raises:
-        DoesNotFit: on the process that has run out.
+        DoesNotFit: on the process that has run out of memory.
     """
     try:
         yield
@@ -47,16 +47,16 @@ def explain_out_of_memory(advice: str) -> Iterator[None]:
 
 
 def probe_memory(strategy: Strategy, accelerator: Any, stream: TokenStream) -> int:
-    """All processes come here together, before any moments are loaded.
+    """Run a step on the largest stream and return the peak memory in bytes, the highest of all processes.
+
+    All processes call it together, before any moments are loaded. On a GPU the peak is that of this step, on a CPU that
+    of the process so far.
 
     Args:
-        stream: the largest.
-
-    Returns:
-        Peak memory in bytes, the largest of all processes: of the device while it runs; on a CPU of the process so far.
+        stream: the largest of the plan.
 
     Raises:
-        PreflightError: if the model is broken.
+        PreflightError: if the model gives values that are not finite.
     """
     watchdog.at("rehearsing the largest stream", is_long=True)
     strategy.model.train()
@@ -71,13 +71,12 @@ def probe_memory(strategy: Strategy, accelerator: Any, stream: TokenStream) -> i
     return int(accelerator.gather(peak).max())
 
 
-def memory_advice(training: TrainingSettings, longest: int, adapts: bool, shards: bool) -> str:
-    """How to need less memory, the step kept as it is if possible.
+def memory_advice(training: TrainingSettings, longest: int, uses_lora: bool, is_sharded: bool) -> str:
+    """Return how to need less memory, with the step kept as it is where possible.
 
     Args:
         longest: tokens of the longest conversation: a stream cannot be smaller.
-        adapts: whether LoRA is on.
-        shards: whether the processes share the optimizer's memory.
+        is_sharded: the processes share the optimizer's memory already.
     """
     tokens, micro_batches = training.tokens_per_micro_batch, training.micro_batches_per_step
     ways = []
@@ -88,18 +87,22 @@ def memory_advice(training: TrainingSettings, longest: int, adapts: bool, shards
         )
     if not training.activation_checkpointing:
         ways.append("--training.activation_checkpointing")
-    if not adapts:
+    if not uses_lora:
         ways.append("--lora.rank 16")
-    if not shards:
+    if not is_sharded:
         ways.append("several GPUs with accelerate_configs/fsdp2.yaml")
     return "try " + ", or ".join(ways) if ways else "take a smaller model, or a GPU with more memory"
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes on the device; of the whole process on a CPU."""
+    """Return the peak memory in bytes: of PyTorch's tensors on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    import resource
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource  # POSIX alone has it
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

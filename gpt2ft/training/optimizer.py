@@ -9,7 +9,13 @@ from gpt2ft.settings.sections import OptimizerSettings
 
 
 def adamw(model: nn.Module, settings: OptimizerSettings, fused: bool) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization"): decay on matrices alone."""
+    """Return AdamW over the trainable parameters. Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization".
+
+    Matrices and embeddings decay; biases and norms do not.
+
+    Args:
+        fused: one kernel for the whole update, on CUDA.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
@@ -25,9 +31,9 @@ def adamw(model: nn.Module, settings: OptimizerSettings, fused: bool) -> torch.o
 
 
 def learning_rate(step: int, steps: int, settings: OptimizerSettings) -> float:
-    """The learning rate of step 0, 1, ... steps - 1: a linear rise, then the schedule.
+    """Return the learning rate of step 0, 1, ... steps - 1: a linear warmup, then the schedule.
 
-    The first step already moves (a rise over w steps gives step 0 the rate peak / w); the last step has
+    The first step already moves (with w steps of warmup, step 0 has the rate peak / w); the last step has
     `final_fraction` of the peak, unless the schedule is constant.
     """
     warmup = round(steps * settings.warmup_fraction)
@@ -44,5 +50,6 @@ def learning_rate(step: int, steps: int, settings: OptimizerSettings) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Set the learning rate of every parameter group. It depends on the step alone, so no scheduler is checkpointed."""
     for group in optimizer.param_groups:
         group["lr"] = value

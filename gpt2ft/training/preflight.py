@@ -1,4 +1,4 @@
-"""Checks before step 1 that refuse to go on: each is a way in which runs have trained on the wrong thing.
+"""Checks before step 1. Each refuses one way in which runs have trained on the wrong thing.
 
 They look at finished streams and at the model itself, and use nothing of the code that built them.
 """
@@ -14,20 +14,21 @@ from gpt2ft.text.tokenizer import ChatTokenizer
 
 
 class PreflightError(Gpt2ftError):
-    """What would be trained is not what should be."""
+    """A run that would train on something else than it should."""
 
 
 def check_supervision(stream: TokenStream, tokenizer: ChatTokenizer, cut_at: int | None = None) -> int:
-    """Every supervised target is assistant or plain text, and every assistant turn teaches its `<|end|>`.
+    """Check that only assistant turns and plain text are supervised, and that every assistant turn teaches `<|end|>`.
 
     Args:
-        cut_at: the length of the context where turns may be cut by it: a turn that fills it has no `<|end|>`.
+        cut_at: the context length at which turns may be cut: a turn that reaches it has no `<|end|>`. None where turns
+            are never cut.
 
     Returns:
         The number of supervised turns.
 
     Raises:
-        PreflightError: naming the first token that breaks the rule.
+        PreflightError: naming the first token that breaks a rule.
     """
     tokens = stream.tokens[: stream.num_tokens].tolist()
     horizons = stream.horizons[: stream.num_tokens].tolist()
@@ -61,9 +62,12 @@ def check_supervision(stream: TokenStream, tokenizer: ChatTokenizer, cut_at: int
 
 @torch.no_grad()
 def check_isolation(model: TargetLogProbs, stream: TokenStream, paths: int = 4) -> float:
-    """Log-probs in the packed stream equal those of a conversation path alone, on this backend and data.
+    """Check that log-probs in a packed stream equal those of single conversation paths, on this backend and data.
 
     The model is run in float32 without dropout, before it is wrapped for training.
+
+    Args:
+        paths: number of conversation paths compared, spread over the stream.
 
     Returns:
         The largest difference found.
@@ -96,16 +100,16 @@ def check_isolation(model: TargetLogProbs, stream: TokenStream, paths: int = 4) 
 
 
 def path_alone(stream: TokenStream, index: int, size: int = 0) -> tuple[TokenStream, Tensor]:
-    """The root-to-leaf path that token `index` lies on, as a stream of its own.
+    """Return the root-to-leaf path that token `index` lies on as a stream of its own.
 
-    Found from positions alone, not from the horizons that are to be checked: in depth-first order the token one
-    position up is the nearest one before it, as whatever stands between (a sibling's subtree) lies deeper.
+    The path is found from positions alone, not from the horizons that are to be checked. In depth-first order the token
+    one position up is the nearest one before it: whatever stands between (a sibling's subtree) lies deeper.
 
     Args:
         size: least number of tokens, tail included; rounded up to a multiple of 128.
 
     Returns:
-        The stream, and the entries of [S] in the old stream that its targets correspond to.
+        The stream, and the entries of [S] in the packed stream that its targets correspond to.
     """
     tokens, positions = stream.tokens.tolist(), stream.positions.tolist()
     last = index
@@ -144,7 +148,7 @@ def path_alone(stream: TokenStream, index: int, size: int = 0) -> tuple[TokenStr
 
 
 def check_tied(model: TargetLogProbs) -> None:
-    """The head is the embedding: one parameter holds the table, and moving it moves the logits.
+    """Check that the head is the embedding: one parameter holds the table.
 
     Raises:
         PreflightError: if there is a second table.
@@ -157,7 +161,11 @@ def check_tied(model: TargetLogProbs) -> None:
 
 
 def check_same_parameters(model: TargetLogProbs, prepared: nn.Module) -> None:
-    """Wrapping for training kept every parameter, so that the optimizer, the head and the export see the same ones."""
+    """Check that wrapping for training kept every parameter: optimizer, head and export must see the same ones.
+
+    Raises:
+        PreflightError: if some were replaced.
+    """
     before = {id(parameter) for parameter in model.parameters()}
     after = {id(parameter) for parameter in prepared.parameters()}
     if before != after:
@@ -165,5 +173,5 @@ def check_same_parameters(model: TargetLogProbs, prepared: nn.Module) -> None:
 
 
 def _spread(total: int, number: int) -> list[int]:
-    """Up to `number` indices spread over `range(total)`."""
+    """Return up to `number` indices spread over `range(total)`."""
     return sorted({round(i * (total - 1) / max(1, number - 1)) for i in range(number)}) if total else []

@@ -1,9 +1,10 @@
-"""How a model and its optimizer lie on the processes: one whole copy on each (DDP), or in shards (FSDP2, ZeRO).
+"""Model and optimizer on the processes: a full copy on each (DDP), or in shards (FSDP2, ZeRO).
 
 The loop, the checkpoints, the samples and the exports see no difference: a strategy makes an update of what the
-backward passes have added up, and gives the model and Adam's moments back whole. All processes must ask together.
+backward passes have added up, and gathers the model and Adam's moments in full. All processes must ask together, as
+gathering is a collective.
 
-Weights, gradients, their sums over processes and Adam's moments are float32 on all of them. Under bf16, matrices are
+Weights, gradients, their sums over processes and Adam's moments are float32 in every strategy. Under bf16, matrices are
 multiplied in bf16 by torch.autocast: FSDP's and DeepSpeed's own mixed precision, which round the parameters of norms
 and the sums of gradients too, are off.
 """
@@ -31,36 +32,42 @@ class Strategy(Protocol):
     """A model and its optimizer, ready to train.
 
     Attributes:
-        model: TargetLogProbs, wrapped.
-        optimizer: whose learning rate is to be set before the backward pass (DeepSpeed updates within it).
+        model: TargetLogProbs, wrapped for training.
+        optimizer: its learning rate must be set before the backward pass, because DeepSpeed updates within it.
     """
 
     model: nn.Module
     optimizer: Any
 
     def update(self) -> float:
-        """Clips the gradient, steps unless it is not finite, and clears it. Returns its norm before clipping."""
+        """Clip the gradient, step unless it is not finite, and clear it. Return its norm before clipping."""
 
     def full_model(self) -> GPT2 | None:
-        """The model as it is now, on the main process; None on the others. Not to be changed, but for its device."""
+        """Return the model with its current weights on the main process, None on the others.
+
+        Callers may move it to another device and back, but not change it: it may be the model in training.
+        """
 
     def moments(self) -> Moments:
-        """Whole, on the main process; empty on the others. There must have been an update, or `load_moments`."""
+        """Return Adam's moments in full on the main process, an empty mapping on the others.
+
+        An update, or `load_moments`, must have come before.
+        """
 
     def load_moments(self, moments: Moments | None, updates: int) -> None:
-        """Has the next update be the one after `updates` others, with these moments; None for zero.
+        """Make the next update the one after `updates` others, with these moments; None stands for zeros.
 
-        There must have been an update, such as the rehearsal's.
+        An update must have come before, such as the memory probe's: optimizers allocate moments in their first.
         """
 
 
 def prepare(
     accelerator: Any, model: TargetLogProbs, optimizer: torch.optim.Optimizer, max_grad_norm: float
 ) -> Strategy:
-    """Hands a model, with the weights it is to start from, and its optimizer to what the launcher asked for.
+    """Wrap a model, with the weights it is to start from, and its optimizer for the strategy that was launched.
 
     Raises:
-        LaunchError: if that is not what they get.
+        LaunchError: if the wrapped model is not of that strategy.
         PreflightError: if the optimizer or the head would see other parameters than the model.
     """
     kinds = {"ddp": DDP, "fsdp2": FSDP2, "zero2": ZeRO2, "zero3": ZeRO3}
@@ -71,13 +78,17 @@ def prepare(
 
 
 def cast_frozen(accelerator: Any, gpt2: GPT2) -> None:
-    """Frozen matrices in bf16 where they are used in it. Not under DeepSpeed, which holds all in one type."""
+    """Cast frozen matrices to bf16 where they are multiplied in it: half the memory, the same products."""
+    # DeepSpeed holds all parameters in one type.
     if precision_of(accelerator) == "bf16" and not is_deepspeed(accelerator):
         cast_frozen_matrices(gpt2, torch.bfloat16)
 
 
 class DDP:
-    """The whole model on each process; DDP (Li et al. 2020, "PyTorch Distributed") where there are several."""
+    """The full model on each process. Li et al. 2020, "PyTorch Distributed: Experiences on Accelerating Data Parallel".
+
+    With a single process it is the model itself.
+    """
 
     def __init__(
         self, accelerator: Any, model: TargetLogProbs, optimizer: torch.optim.Optimizer, max_grad_norm: float
@@ -93,7 +104,8 @@ class DDP:
 
     def update(self) -> float:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        norm = float(_whole(norm))
+        norm = float(_full(norm))
+        # One NaN would make Adam's moments NaN for good.
         if math.isfinite(norm):
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -105,11 +117,11 @@ class DDP:
     def moments(self) -> Moments:
         state = self.optimizer.state
 
-        def get(parameter: Tensor, moment: str) -> Tensor:
-            has_it = moment in state.get(parameter, {})
-            return _whole(state[parameter][moment] if has_it else torch.zeros_like(parameter))
+        def gather(parameter: Tensor, moment: str) -> Tensor:
+            is_allocated = moment in state.get(parameter, {})  # by the first update
+            return _full(state[parameter][moment] if is_allocated else torch.zeros_like(parameter))
 
-        return _moments(self.gpt2, get, self.is_main)
+        return _moments(self.gpt2, gather, self.is_main)
 
     def load_moments(self, moments: Moments | None, updates: int) -> None:
         self.optimizer.state.clear()
@@ -117,14 +129,15 @@ class DDP:
             return
         is_fused = any(group.get("fused") for group in self.optimizer.param_groups)
         for name, parameter in trainable_parameters(self.gpt2).items():
-            step = torch.tensor(float(updates), device=parameter.device if is_fused else "cpu")  # where it is read
+            # The fused kernel reads the step on the device, the others on the CPU.
+            step = torch.tensor(float(updates), device=parameter.device if is_fused else "cpu")
             self.optimizer.state[parameter] = {"step": step} | {
-                moment: _like(moments[moment][name], parameter) for moment in MOMENTS
+                moment: _sharded_like(parameter, moments[moment][name]) for moment in MOMENTS
             }
 
 
 class FSDP2(DDP):
-    """Parameters, gradients and moments in shards, each block gathered when it runs.
+    """Parameters, gradients and moments in shards; each block is gathered when it runs.
 
     Zhao et al. 2023, "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", in its second form,
     `torch.distributed.fsdp.fully_shard`: parameters keep their names, and each is sharded along its rows.
@@ -134,17 +147,20 @@ class FSDP2(DDP):
         self, accelerator: Any, model: TargetLogProbs, optimizer: torch.optim.Optimizer, max_grad_norm: float
     ) -> None:
         self._names = [name for name, _ in model.named_parameters()]
-        self._copy = _copy_for_main(accelerator, model.gpt2)
-        model.forward = autocast(accelerator)(model.forward)  # Accelerate does so for DDP, but not here
+        self._full_copy = _full_copy_on_main(accelerator, model.gpt2)
+        model.forward = autocast(accelerator)(model.forward)  # Accelerate does so under DDP, but not under FSDP2
         super().__init__(accelerator, model, optimizer, max_grad_norm)
 
     def _check_parameters(self, model: TargetLogProbs) -> None:
-        """They are others now, and the optimizer's too; a table that is no longer one would have a second name."""
+        """Compare names: shards are new parameters, and a table untied by wrapping would have a second name."""
         if [name for name, _ in self.model.named_parameters()] != self._names:
             raise PreflightError("FSDP has changed the names of the parameters")
 
     def _to_shards(self) -> None:
-        """Everything in shards, as the optimizer has it: an evaluation leaves what belongs to no block gathered."""
+        """Free what is gathered, so that model and optimizer hold the same shards.
+
+        A forward pass without a backward pass leaves the parameters outside the blocks gathered.
+        """
         from torch.distributed.fsdp import FSDPModule
 
         for module in self.model.modules():
@@ -153,7 +169,7 @@ class FSDP2(DDP):
 
     def full_model(self) -> GPT2 | None:
         self._to_shards()
-        return _filled(self._copy, self.gpt2, lambda parameter: _whole(parameter.detach()))
+        return _fill(self._full_copy, self.gpt2, lambda parameter: _full(parameter.detach()))
 
     def moments(self) -> Moments:
         self._to_shards()
@@ -165,7 +181,7 @@ class FSDP2(DDP):
 
 
 class ZeRO2:
-    """Gradients and moments in shards, the model whole: ZeRO stage 2.
+    """Gradients and moments in shards, the model in full on each process: ZeRO stage 2.
 
     Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", by DeepSpeed, whose
     engine clips and updates inside the last backward pass of a step.
@@ -175,19 +191,20 @@ class ZeRO2:
         self, accelerator: Any, model: TargetLogProbs, optimizer: torch.optim.Optimizer, max_grad_norm: float
     ) -> None:
         self._rank = accelerator.process_index
-        self._copy = _copy_for_main(accelerator, model.gpt2)
+        self._full_copy = _full_copy_on_main(accelerator, model.gpt2)
         self.gpt2 = model.gpt2
         accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = max_grad_norm
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self._adam = self.optimizer.optimizer.optimizer  # of Accelerate's wrapper of DeepSpeed's wrapper
 
     def update(self) -> float:
+        """Return the norm of the update that the last backward pass has made already."""
         return float(self.model.get_global_grad_norm())
 
     def full_model(self) -> GPT2 | None:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return _filled(self._copy, self.gpt2, safe_get_full_fp32_param)
+        return _fill(self._full_copy, self.gpt2, safe_get_full_fp32_param)
 
     def moments(self) -> Moments:
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -195,7 +212,6 @@ class ZeRO2:
         return _moments(self.gpt2, safe_get_full_optimizer_state, self._rank == 0)
 
     def load_moments(self, moments: Moments | None, updates: int) -> None:
-        """DeepSpeed allocates moments in its first update."""
         self._link_moments()
         for name, parameter in trainable_parameters(self.gpt2).items():
             for moment in MOMENTS:
@@ -204,8 +220,10 @@ class ZeRO2:
             state["step"] = torch.full_like(torch.as_tensor(state["step"]), float(updates))
 
     def _link_moments(self) -> None:
-        """DeepSpeed notes where each parameter's moments lie once the first group of parameters is updated, when those
-        of the second are not there yet (0.19.8): here again."""
+        """Have DeepSpeed note again where each parameter's moments lie.
+
+        It does so as soon as the first group of parameters is updated, when the second has no moments yet (0.19.8).
+        """
         engine = self.optimizer.optimizer
         engine._hp_optimizer_states_linked = False
         engine._lazy_init_hp_params_optimizer_state()
@@ -213,18 +231,18 @@ class ZeRO2:
     def _set_moment(self, parameter: nn.Parameter, moment: str, value: Tensor | None) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        whole = torch.zeros_like(parameter) if value is None else value.to(parameter.device)
-        safe_set_full_optimizer_state(parameter, whole, moment)
+        full = torch.zeros_like(parameter) if value is None else value.to(parameter.device)
+        safe_set_full_optimizer_state(parameter, full, moment)
 
 
 class ZeRO3(ZeRO2):
-    """Parameters in shards too, each module's gathered when it runs: ZeRO stage 3."""
+    """Parameters in shards too; those of each module are gathered when it runs: ZeRO stage 3."""
 
     def _link_moments(self) -> None:
-        """They lie beside the shard."""
+        """Do nothing: in stage 3 moments lie beside their shard."""
 
     def _set_moment(self, parameter: nn.Parameter, moment: str, value: Tensor | None) -> None:
-        """The shards of a parameter are equal parts of its elements, the last filled up: each process sets its own."""
+        """Set this process's shard: equal parts of a parameter's elements, the last one padded."""
         from deepspeed.utils import safe_set_local_optimizer_state
 
         size = parameter.ds_tensor.numel()
@@ -235,49 +253,49 @@ class ZeRO3(ZeRO2):
         safe_set_local_optimizer_state(parameter, local, moment)
 
 
-def _copy_for_main(accelerator: Any, gpt2: GPT2) -> GPT2 | None:
-    """A model in the memory of the main process, to be filled with the whole weights where it keeps shards."""
+def _full_copy_on_main(accelerator: Any, gpt2: GPT2) -> GPT2 | None:
+    """Return a copy in the main process's CPU memory, which `_fill` gives the weights gathered from shards."""
     if not accelerator.is_main_process:
         return None
-    whole = copy.deepcopy(gpt2.cpu()).eval()  # on the device there may be no room for two
+    full = copy.deepcopy(gpt2.cpu()).eval()  # on the device there may be no room for two
     gpt2.to(accelerator.device)
-    return whole
+    return full
 
 
-def _filled(whole: GPT2 | None, shards: GPT2, get: Callable[[Tensor], Tensor]) -> GPT2 | None:
-    """A copy with the weights of now, one by one: no process holds more than one of them whole beside it."""
+def _fill(full: GPT2 | None, shards: GPT2, gather: Callable[[Tensor], Tensor]) -> GPT2 | None:
+    """Load the current weights into the full copy, gathered one by one: a device never holds a second model."""
     weights = {}
     for name, parameter in trainable_parameters(shards).items():
-        tensor = get(parameter)
-        if whole is not None:
+        tensor = gather(parameter)
+        if full is not None:
             weights[name] = tensor.cpu()
-    if whole is not None:
-        load_trainable_parameters(whole, weights)
-    return whole
+    if full is not None:
+        load_trainable_parameters(full, weights)
+    return full
 
 
-def _moments(gpt2: GPT2, get: Callable[[Tensor, str], Tensor], is_main: bool) -> Moments:
-    """One by one too; kept by the main process alone."""
+def _moments(gpt2: GPT2, gather: Callable[[Tensor, str], Tensor], is_main: bool) -> Moments:
+    """Gather Adam's moments one by one; the main process alone keeps them."""
     found: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
     for name, parameter in trainable_parameters(gpt2).items():
         for moment in MOMENTS:
-            tensor = get(parameter, moment)
+            tensor = gather(parameter, moment)
             if is_main:
                 found[moment][name] = tensor.cpu()
     return found if is_main else {}
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """All shards together, on every process."""
+def _full(tensor: Tensor) -> Tensor:
+    """Gather the shards of a tensor on every process."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _like(whole: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, which every process has, laid out and placed as a parameter is."""
+def _sharded_like(parameter: Tensor, full: Tensor) -> Tensor:
+    """Return a full tensor, which every process has, in the layout and on the device of a parameter."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if isinstance(parameter, DTensor):
         mesh, placements = parameter.device_mesh, parameter.placements
-        shard = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+        shard = distribute_tensor(full, mesh, placements, src_data_rank=None)
         return shard.to(parameter.device)  # the parameter may be offloaded
-    return whole.to(parameter.device)
+    return full.to(parameter.device)

@@ -1,4 +1,4 @@
-"""What a run says about itself: a progress bar or lines, metrics.jsonl and TensorBoard. Main process only."""
+"""Progress and metrics of a run: a progress bar or lines, metrics.jsonl and TensorBoard. Main process only."""
 
 import json
 import math
@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gpt2ft.files import write_text
+
 
 class Tracker:
-    """Writes metrics and texts under the run's folder.
+    """Writer of metrics and texts under the run's folder.
 
     Args:
         start: steps already done. Lines of later steps, left by a run that was killed, are removed.
@@ -34,12 +36,12 @@ class Tracker:
         self._steps = steps
 
     def advance(self) -> None:
-        """One step is done."""
+        """Move the progress bar by one step."""
         if self.active:
             self._bar.update()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """One object in metrics.jsonl, one scalar each in TensorBoard. What is not finite is null in the one."""
+        """Write an object to metrics.jsonl and scalars to TensorBoard. In JSON, null stands for what is not finite."""
         if not self.active:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
@@ -49,7 +51,7 @@ class Tracker:
             self._board.add_scalar(name, value, step)
 
     def show(self, step: int, metrics: dict[str, float], seconds_left: float) -> None:
-        """The newest training metrics, beside the bar in a terminal and as a line elsewhere."""
+        """Show the newest training metrics, beside the bar in a terminal and as a line elsewhere."""
         if not self.active:
             return
         loss, speed = f"{metrics['train/loss']:.4f}", f"{metrics['train/tokens_per_second']:,.0f}"
@@ -61,12 +63,13 @@ class Tracker:
                 f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {loss}  {speed} tokens/s  {left}", flush=True
             )
 
-    def text(self, step: int, name: str, text: str) -> None:
+    def log_text(self, step: int, name: str, text: str) -> None:
+        """Write a text to TensorBoard."""
         if self.active:
             self._board.add_text(name, text, step)
 
-    def say(self, line: str = "") -> None:
-        """A line for people, above the bar."""
+    def print_line(self, line: str = "") -> None:
+        """Print a line above the bar."""
         if self.active:
             self._bar.clear()
             print(line, flush=True)
@@ -80,9 +83,7 @@ class Tracker:
 
 
 def _keep_until(metrics: Path, step: int) -> None:
-    """Drops the lines of steps after `step`, and a last line cut off by a kill."""
-    from gpt2ft.files import write_text
-
+    """Drop the lines of steps after `step`, and a last line cut off by a kill."""
     if not metrics.exists():
         return
     kept = []
