@@ -65,7 +65,7 @@ class TrainState:
 
     @classmethod
     def from_json(cls, values: Any) -> "TrainState":
-        """Return the state that `asdict` gave, read from a file.
+        """Return the state whose `asdict` was written to a file.
 
         Raises:
             ValueError: if no run can stand there.

@@ -12,7 +12,7 @@ from typing import Any
 
 
 def user_path(name: str) -> Path:
-    """A path as people write it; what begins with a ~ that means nothing is taken as it stands."""
+    """Return a path with its ~ expanded; a ~ that names nobody is taken as it stands."""
     try:
         return Path(name).expanduser()
     except RuntimeError:
@@ -26,9 +26,9 @@ def cache_root(setting: str | None) -> Path:
 
 @contextmanager
 def failing_as(sentence: str) -> Iterator[None]:
-    """Has what the system refuses (a full disk, missing rights) say in `sentence` what that was for.
+    """Give an error of the system (a full disk, missing rights) a sentence that says what it was about.
 
-    The class and `errno` of the error stay.
+    Its class and `errno` stay.
     """
     try:
         yield
@@ -42,7 +42,7 @@ def failing_as(sentence: str) -> Iterator[None]:
 
 @contextmanager
 def synced(file: Path) -> Iterator[Path]:
-    """Yields a temporary file's name beside `file`; what is written there takes its name once it is on the disk."""
+    """Yield the name of a temporary file, which takes the name `file` once its content is on the disk."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     with failing_as(f"{file} could not be written"):
         try:
@@ -55,16 +55,18 @@ def synced(file: Path) -> Iterator[Path]:
 
 
 def write_text(file: Path, text: str) -> None:
+    """Write a file in UTF-8; a reader meets the old content or the new."""
     with synced(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(file: Path, value: Any) -> None:
+    """Write a value as JSON, as `write_text` does."""
     write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, Any]) -> None:
-    """Like `write_text`, for tensors of any device.
+    """Write tensors of any device, as `write_text` does.
 
     Raises:
         OSError: also where the library reports a full disk in an error of its own.
@@ -82,7 +84,7 @@ def write_safetensors(file: Path, tensors: Mapping[str, Any]) -> None:
 
 
 def _umask() -> int:
-    """What new files are denied; it can only be read by setting it."""
+    """Return the permissions that new files are denied. They can only be read by setting them."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
@@ -90,9 +92,9 @@ def _umask() -> int:
 
 @contextmanager
 def complete_folder(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder that becomes `folder` if the block ends well, and vanishes if not.
+    """Yield a temporary folder that becomes `folder` if the block ends well, and vanishes if not.
 
-    An older `folder` is replaced; a kill between the two renames leaves it under a hidden name, from which
+    An older `folder` is replaced. A kill between the two renames leaves it under a hidden name, from which
     `restore_replaced` takes it back. A reader never meets half a folder.
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -114,7 +116,7 @@ def complete_folder(folder: Path) -> Iterator[Path]:
 
 
 def _replace(folder: Path, new: Path) -> None:
-    """No system call does this for folders; where the second rename fails, the first is taken back."""
+    """Rename twice, as no system call replaces a folder; if the second fails, the first is taken back."""
     discarded = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     shutil.rmtree(discarded, ignore_errors=True)
     os.rename(folder, discarded)
@@ -127,7 +129,7 @@ def _replace(folder: Path, new: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Removes a folder; a kill in the middle leaves no part of it under its name."""
+    """Remove a folder; a kill in the middle leaves no part of it under its name."""
     discarded = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     with failing_as(f"{folder} could not be removed"):
         shutil.rmtree(discarded, ignore_errors=True)
@@ -136,7 +138,7 @@ def discard(folder: Path) -> None:
 
 
 def restore_replaced(parent: Path) -> None:
-    """Gives folders in `parent` back that a process was replacing when it was killed, with nothing in their place."""
+    """Give folders their name back that a process was replacing when it was killed, with nothing in their place."""
     for old in parent.glob(".*.old"):
         name = re.fullmatch(r"\.(.+)\.\d+\.old", old.name)
         if name and not os.path.lexists(parent / name[1]):
@@ -144,7 +146,7 @@ def restore_replaced(parent: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what processes that were killed while writing into `folder` have left behind."""
+    """Remove what processes that were killed while writing into `folder` have left behind."""
     restore_replaced(folder)
     for leftover in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
         if leftover.is_dir() and not leftover.is_symlink():
@@ -154,7 +156,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flushes the entries of a folder (names, not contents) to the disk."""
+    """Flush the entries of a folder (names, not contents) to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -163,6 +165,6 @@ def sync_folder(folder: Path) -> None:
 
 
 def file_digest(file: Path) -> str:
-    """sha256 of a file's content."""
+    """Return the sha256 of a file's content, in hexadecimal."""
     with open(file, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

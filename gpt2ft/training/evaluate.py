@@ -27,18 +27,21 @@ class LossSums:
 
     @property
     def nats_per_token(self) -> float:
+        """Mean negative log-likelihood; NaN without tokens."""
         return self.nats / self.tokens if self.tokens else math.nan
 
     @property
     def perplexity(self) -> float:
+        """exp(nats per token)."""
         return math.exp(min(self.nats_per_token, 700.0)) if self.tokens else math.nan  # exp(710) overflows
 
     @property
     def bits_per_byte(self) -> float:
-        """Loss that can be compared between tokenizers."""
+        """Loss per byte of text, which does not depend on the tokenizer; NaN without bytes."""
         return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
 
     def metrics(self) -> dict[str, float]:
+        """Return the three means as they are logged."""
         return {"loss": self.nats_per_token, "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
 
 
@@ -120,6 +123,7 @@ def _sum_over_plan(
 
 
 def sum_over_sources(losses: Sequence[LossSums]) -> LossSums:
+    """Return the loss over all sources together."""
     return LossSums(
         nats=sum(loss.nats for loss in losses),
         tokens=sum(loss.tokens for loss in losses),

@@ -1,4 +1,9 @@
-"""The training loop. It knows streams, log-probs and an objective, and nothing of what is being trained for."""
+"""The training loop. It knows streams, log-probs and an objective, but not what the objective is.
+
+for each step:     set the learning rate, add up the normalizer over all streams and processes
+  for each stream: log-probs = model(stream); backward(loss sum / normalizer)
+                   update, log, save and stop on a signal, evaluate, save
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -178,7 +183,7 @@ def stop_if_diverged(inputs: LoopInputs, state: TrainState) -> None:
 
 
 def save_every(inputs: LoopInputs) -> int:
-    """Return the number of steps from one checkpoint to the next: as often as evaluation unless it is set."""
+    """Return the number of steps from one checkpoint to the next; by default they follow each evaluation."""
     return inputs.training.save_every or inputs.training.eval_every or inputs.batches.steps_per_epoch
 
 

@@ -1,4 +1,4 @@
-"""The reference pass: compute the reference log-probs that the store lacks, and check them before training.
+"""Reference pass: compute the reference log-probs that the store lacks, and check them before training.
 
 The reference is the policy as it is at step 0. Its log-probs are computed offline, once for all runs that share them:
 no second model is in memory while training.
@@ -40,9 +40,10 @@ def attach_reference(
     accelerator: Any,
     signals: SignalHandler,
 ) -> int:
-    """Put the reference log-probs into the plans, after computing what the store lacks. All processes call it together.
+    """Put the reference log-probs into the plans, after computing what the store lacks.
 
-    Every process reads the store of its own machine, and what any of them has found is handed to all.
+    All processes call it together. Each reads the store of its own machine, and what any of them has found is handed to
+    all.
 
     Args:
         model: TargetLogProbs of the policy at step 0, not prepared.
@@ -91,6 +92,8 @@ def _known_anywhere(local: NDArray[np.float64], accelerator: Any) -> NDArray[np.
 
 @dataclass(frozen=True)
 class _StreamToRun:
+    """A micro-batch of a plan that holds missing replies."""
+
     plan: Plan
     micro_batch: list[int]
     rows: dict[int, Key]  # number of a reply in the stream -> the key under which it is to be stored
