@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt2ft.data.chunks import ConversationTrees, chunk
+from gpt2ft.data.chunks import ChunkingRule, ConversationTrees, chunk
 from gpt2ft.data.corpus import Corpus, load_corpora
-from gpt2ft.data.kinds import CONVERSATIONS, PREFERENCES
 from gpt2ft.data.pairs import PreferencePairs
 from gpt2ft.data.plan import Plan
 from gpt2ft.distributed import watchdog
@@ -42,25 +41,23 @@ def run(settings: EvaluateSettings) -> None:
     refuse_problems(stream_problems(settings.tokens_per_micro_batch, max_length, ""))
     reading = settings.model_dump(include=set(CorpusSettings.model_fields))
     data = DataSettings(train=settings.data, max_length=max_length, **reading)
-    corpus, _ = load_corpora(data, loaded.tokenizer, kind=PREFERENCES if settings.pairs else CONVERSATIONS)
+    capacity = settings.tokens_per_micro_batch
+    rule: ChunkingRule = ConversationTrees("once", max_length, capacity)
+    if settings.pairs:
+        rule = PreferencePairs(settings.pairs, "pair", max_length, capacity)
+    corpus, _ = load_corpora(data, loaded.tokenizer, kind=rule.kind)
     check_agreement(accelerator, 0, corpus.content())
     prompts = topic_prompts(loaded, corpus, settings) if settings.topic else []
-    capacity = settings.tokens_per_micro_batch
-    cutting = (
-        PreferencePairs(settings.pairs, "pair", max_length, capacity)
-        if settings.pairs
-        else ConversationTrees("once", max_length, capacity)
-    )
-    pieces = chunk(corpus.stores, corpus.rows, cutting)
-    plan = Plan(pieces, capacity, 1, seed=0, shuffle=False)
+    chunks = chunk(corpus.stores, corpus.rows, rule)
+    plan = Plan(chunks, capacity, 1, seed=0, shuffle=False)
     scored = preferences if settings.pairs else conversations
     text, figures = scored(settings, loaded, folder, corpus, plan, accelerator)
     if not accelerator.is_main_process:
         return
     adherence = Adherence(settings.topic, answer(loaded, prompts, settings.max_new_tokens)) if prompts else None
     print(text)
-    if pieces.left_out:
-        print(f"not in these figures: {listed(pieces.left_out)} of {max_length} tokens")
+    if chunks.left_out:
+        print(f"not in these figures: {listed(chunks.left_out)} of {max_length} tokens")
     if adherence:
         print(adherence)
     report = {
@@ -68,7 +65,7 @@ def run(settings: EvaluateSettings) -> None:
         "weights": loaded.digest,
         "precision": precision_of(accelerator),
         "max_length": max_length,
-        "left_out": pieces.left_out.total(),
+        "left_out": chunks.left_out.total(),
         "data": corpus.identity(),
     } | figures
     if adherence:
@@ -110,9 +107,9 @@ def preferences(
     config = PreferenceSettings(loss="simpo" if started_from is None else "sigmoid", beta=beta)
     with autocast(accelerator):
         means = evaluate_objective(_on_device(loaded, accelerator), plan, DPO(config), accelerator)
-    pieces = plan.chunks
+    chunks = plan.chunks
     lines = [
-        f"pairs     {pieces.pairs.sum():,} of {pieces.replies.sum():,} replies to {len(pieces):,} prompts",
+        f"pairs     {chunks.pairs.sum():,} of {chunks.replies.sum():,} replies to {len(chunks):,} prompts",
         f"likelier  {means['likelier']:.1%} of chosen replies have the higher log-prob per token",
     ]
     if started_from is not None:
@@ -125,7 +122,7 @@ def preferences(
     else:
         lines.append("rewards   none: they need `--reference`, the model that the loaded started from")
         means = {name: means[name] for name in ("likelier", "chosen_length", "rejected_length")}
-    return "\n".join(lines), {"preferences": means | {"pairs": int(pieces.pairs.sum())}}
+    return "\n".join(lines), {"preferences": means | {"pairs": int(chunks.pairs.sum())}}
 
 
 def _reference(
@@ -194,7 +191,7 @@ def topic_prompts(loaded: LoadedModel, corpus: Corpus, settings: EvaluateSetting
         SettingsError: if there is none.
     """
     longest = settings.max_new_tokens
-    prompts = held_out_prompts(corpus, loaded, settings.topic_prompts, longest, settings.pairs is not None)
+    prompts = held_out_prompts(corpus, loaded, settings.topic_prompts, longest)
     if not prompts:
         raise SettingsError(
             f"`topic` needs prompts that leave room for a reply of `max_new_tokens` = {longest}, but "

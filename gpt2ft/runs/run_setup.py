@@ -10,7 +10,6 @@ import torch
 from gpt2ft.data.augmentation import Augmentation
 from gpt2ft.data.chunks import ChunkingRule, chunk
 from gpt2ft.data.corpus import Corpus, load_corpora
-from gpt2ft.data.kinds import CONVERSATIONS, PREFERENCES
 from gpt2ft.data.plan import Plan
 from gpt2ft.distributed import launch_checks
 from gpt2ft.distributed.accelerator import precision_of
@@ -64,12 +63,10 @@ def set_up(settings: RunSettings, task: "Task", accelerator: Any) -> RunSetup:
     check_lengths(settings, loaded)
     if settings.lora.rank:
         loaded = adapt(loaded, settings.lora, training.seed)
-    kind = PREFERENCES if task.preferences else CONVERSATIONS
-    corpus, held_out = load_corpora(settings.data, loaded.tokenizer, training.seed, kind)
-    plan = plan_for(corpus, settings, task.chunking(for_training=True), for_training=True)
-    eval_plan = (
-        plan_for(held_out, settings, task.chunking(for_training=False), for_training=False) if held_out else None
-    )
+    rule, eval_rule = task.chunking(for_training=True), task.chunking(for_training=False)
+    corpus, held_out = load_corpora(settings.data, loaded.tokenizer, training.seed, rule.kind)
+    plan = plan_for(corpus, settings, rule, for_training=True)
+    eval_plan = plan_for(held_out, settings, eval_rule, for_training=False) if held_out else None
     steps = training.steps or training.epochs * plan.steps_per_epoch
     setup = RunSetup(settings, accelerator, loaded, corpus, held_out, plan, eval_plan, steps)
     if setup.is_main:
@@ -151,9 +148,10 @@ def check(setup: RunSetup, model: TargetLogProbs) -> None:
     """
     plan, tokenizer = setup.plan, setup.loaded.tokenizer
     turns = 0
-    cut_at = setup.settings.data.max_length if plan.pair_capacity else None
     for number, chunks in enumerate(plan.micro_batches(0)):
-        found = preflight.check_supervision(plan.training_stream(0, number), tokenizer, cut_at)
+        found = preflight.check_supervision(
+            plan.training_stream(0, number), tokenizer, plan.chunks.chunking.replies_cut_at
+        )
         expected = sum(int((plan.chunks.tree(chunk).weights > 0).sum()) for chunk in chunks)
         if found != expected or (chunks and not found):
             raise preflight.PreflightError(f"{expected} turns of a stream should be supervised, but {found} are")

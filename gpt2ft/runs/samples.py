@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from gpt2ft.conversation import ROLES
 from gpt2ft.data.corpus import Corpus
-from gpt2ft.data.token_tree import ASSISTANT, TEXT
+from gpt2ft.data.token_tree import TEXT
 from gpt2ft.inference.generate import generate, suppressed_token_mask
 from gpt2ft.runs.loaded_model import LoadedModel
 from gpt2ft.settings.sections import TrainingSettings
@@ -34,14 +34,8 @@ def beside(before: Sequence[Sample], now: Sequence[Sample]) -> list[str]:
     return [f"> {new.prompt}\nbefore: {old.said()}\nnow:    {new.said()}" for old, new in zip(before, now, strict=True)]
 
 
-def held_out_prompts(
-    corpus: Corpus, loaded: LoadedModel, number: int, longest: int, preferences: bool = False
-) -> list[Turns]:
-    """The turns before the first reply of the first conversations that leave `longest` tokens of room.
-
-    Args:
-        preferences: before the replies that are compared instead.
-    """
+def held_out_prompts(corpus: Corpus, loaded: LoadedModel, number: int, longest: int) -> list[Turns]:
+    """The turns before a reply in each of the first `number` conversations that leave `longest` tokens of room."""
     prompts = []
     room = loaded.gpt2.config.n_positions - longest - 1
     for store, row in corpus.rows.tolist():
@@ -50,7 +44,7 @@ def held_out_prompts(
         tree = corpus.stores[store].tree(row, group=store)
         if tree.roles[0] == TEXT:
             continue
-        reply = len(tree.roles) - 1 if preferences else int((tree.roles == ASSISTANT).argmax())
+        reply = corpus.kind.sampled_reply(tree.roles)
         path = tree.path_to(reply)[:-1]
         if tree.lengths[path].sum() <= room:
             contents = (tree.tokens[tree.starts[n] + 1 : tree.starts[n] + tree.lengths[n] - 1] for n in path)
@@ -59,13 +53,11 @@ def held_out_prompts(
     return prompts
 
 
-def sample_prompts(
-    held_out: Corpus | None, loaded: LoadedModel, training: TrainingSettings, preferences: bool
-) -> list[Turns]:
+def sample_prompts(held_out: Corpus | None, loaded: LoadedModel, training: TrainingSettings) -> list[Turns]:
     """Return the held-out prompts that a run answers at each evaluation."""
     if held_out is None:
         return []
-    return held_out_prompts(held_out, loaded, training.sample_prompts, training.sample_tokens, preferences)
+    return held_out_prompts(held_out, loaded, training.sample_prompts, training.sample_tokens)
 
 
 def answer(loaded: LoadedModel, prompts: Sequence[Turns], longest: int) -> list[Sample]:

@@ -24,7 +24,6 @@ class Task(Protocol):
     """The parts of a run that SFT and DPO do not share."""
 
     objective: Objective
-    preferences: bool  # the data are read as replies to compare
 
     def chunking(self, for_training: bool) -> ChunkingRule:
         """Return how trees become chunks that fit context and streams."""
@@ -62,7 +61,7 @@ def train(settings: RunSettings, task: Task) -> None:
     with signals.listening():
         reference = task.prepare_reference(setup, model, signals)
     task.check_start(setup, model, resume_point.state.step)
-    prompts = sample_prompts(setup.held_out, setup.loaded, training, task.preferences) if setup.is_main else []
+    prompts = sample_prompts(setup.held_out, setup.loaded, training) if setup.is_main else []
     samples_at_start = task.samples_at_start(setup, prompts)
     strategy = prepare_strategy(setup, model, resume_point)
     manifest = manifest_of(setup, model.backend) | reference

@@ -40,8 +40,6 @@ def run(settings: DPOSettings) -> None:
 class PreferenceTuning:
     """DPO as a task: pairs of replies, and their log-probs under the reference."""
 
-    preferences = True
-
     def __init__(self, settings: DPOSettings) -> None:
         self.settings = settings
         self.objective = DPO(settings.dpo)

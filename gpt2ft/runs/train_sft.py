@@ -29,8 +29,6 @@ def run(settings: SFTSettings) -> None:
 class FineTuning:
     """SFT as a task: it needs nothing but the conversations."""
 
-    preferences = False
-
     def __init__(self, settings: SFTSettings, objective: Objective | None = None) -> None:
         self.settings = settings
         self.objective = objective or SFT()
