@@ -87,7 +87,7 @@ def test_what_is_logged(run_folder):
 
 def test_samples_of_start_and_policy_stand_side_by_side(run_dpo, tmp_path, monkeypatch):
     texts = []
-    monkeypatch.setattr(Tracker, "text", lambda self, step, name, text: texts.append((step, name, text)))
+    monkeypatch.setattr(Tracker, "log_text", lambda self, step, name, text: texts.append((step, name, text)))
     run_dpo(tmp_path / "run", 3, learning_rate=0.03)
     samples = [(step, text) for step, name, text in texts if name == "samples/0"]
     assert [step for step, _ in samples] == [0, 3]
