@@ -8,6 +8,8 @@ them, with a limit of time; and nothing that they have started outlives them.
         started.wait_for("step 3/")
         started.send_signal(signal.SIGTERM)
         assert started.finish(code=75).errors == [...]
+
+What must come about outside of this process, and tells nobody, is looked for with `wait_until`.
 """
 
 import os
@@ -16,12 +18,12 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Condition, Thread
-from time import monotonic
+from time import monotonic, sleep
 from typing import IO, Any, Self
 
 import psutil
@@ -52,6 +54,15 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = SECONDS) -> Any:
+    """Returns what `condition()` gives once that is true of it; fails after so many seconds."""
+    ends = monotonic() + seconds
+    while not (found := condition()):
+        assert monotonic() < ends, f"not within {seconds} s"
+        sleep(0.02)
+    return found
 
 
 @dataclass(frozen=True)
@@ -190,6 +201,9 @@ class Started:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self.kill()
         for reader in self._readers:
             reader.join(10.0)

@@ -7,16 +7,14 @@ import importlib.util
 import os
 import re
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
+from processes import ROOT, run
 
 from gpt2ft.distributed.signals import Preempted
 
-ROOT = Path(__file__).parents[1]
 SBATCH = ROOT / "launch" / "cluster" / "slurm.sbatch"
 SKYPILOT = ROOT / "launch" / "cluster" / "skypilot.yaml"
 TASK = yaml.safe_load(SKYPILOT.read_text(encoding="utf-8"))
@@ -67,11 +65,8 @@ class Cluster:
             "LOG": str(self.log),
             "SAVED": str(self.saved),
         }
-        command = ["bash", str(script), *arguments]
-        done = subprocess.run(
-            command, env=known | environment, cwd=ROOT, text=True, timeout=60, stdout=-1, stderr=subprocess.STDOUT
-        )
-        return done.returncode, done.stdout
+        ended = run(["bash", script, *arguments], code=None, seconds=60, **(known | environment))
+        return ended.code, ended.printed
 
     def calls(self, name):
         lines = self.log.read_text().splitlines() if self.log.exists() else []
@@ -317,15 +312,14 @@ def scripts(tmp_path):
 
 def test_bash_can_read_them(tmp_path):
     for script in scripts(tmp_path):
-        subprocess.run(["bash", "-n", str(script)], check=True)
+        run(["bash", "-n", script])
 
 
 def test_shellcheck_finds_nothing(tmp_path):
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed: `apt-get install shellcheck`")
     for script in scripts(tmp_path):
-        checked = subprocess.run(["shellcheck", "--exclude=SC1090,SC1091", str(script)], capture_output=True, text=True)
-        assert (checked.returncode, checked.stdout) == (0, "")
+        assert run(["shellcheck", "--exclude=SC1090,SC1091", script]).stdout == ""
 
 
 @pytest.mark.parametrize("file", [SBATCH, SKYPILOT], ids=lambda file: file.name)

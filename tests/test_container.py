@@ -12,17 +12,14 @@ import shlex
 import shutil
 import signal
 import socket
-import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
-from processes import run, start
+from processes import ROOT, run, start, wait_until
 
-ROOT = Path(__file__).parents[1]
 CONTAINER = ROOT / "launch" / "container"
 DOCKERFILE = CONTAINER / "Dockerfile"
 TRAINING = {
@@ -162,8 +159,8 @@ mount -t tmpfs -o mode=1777 none {self.root}/tmp
 echo ready
 exec sleep infinity"""
         command = ["unshare", "--mount", "--propagation", "private", "bash", "-c", script]
-        self._holder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        said = self._holder.stdout.readline().strip()
+        self._holder = start(command)
+        said = self._holder.wait_for(".*\n")[0].strip()
         if said != "ready":
             self.close()
             pytest.skip(f"needs a kernel that lets root mount an overlay: {said}")
@@ -175,17 +172,15 @@ exec sleep infinity"""
         self.close()
 
     def close(self):
-        self._holder.kill()
-        self._holder.communicate()
+        self._holder.close()
 
     def command(self, *words, wrap=(), inside=True):
         """The words that run a command in here, and inside the root unless told otherwise."""
-        enter = ["nsenter", "--target", str(self._holder.pid), "--mount", *wrap]
+        enter = ["nsenter", "--target", self._holder.pid, "--mount", *wrap]
         return [*enter, *(["chroot", str(self.root)] if inside else []), *words]
 
-    def run(self, *words, inside=True, **settings):
-        settings = {"check": True, "capture_output": True, "text": True, "timeout": 600} | settings
-        return subprocess.run(self.command(*words, inside=inside), **settings)
+    def run(self, *words, inside=True, code=0):
+        return run(self.command(*words, inside=inside), code, seconds=600)
 
 
 def in_environment(environment):
@@ -235,8 +230,7 @@ class Build:
 
     def _run(self, argument):
         shell = ["sh", "-c", f"cd {self.folder} && {argument}"]
-        done = self.machine.run(*in_environment(self.environment), *shell, check=False)
-        assert done.returncode == 0, f"RUN {argument}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        self.machine.run(*in_environment(self.environment), *shell)
 
 
 def torch_index():
@@ -293,41 +287,25 @@ def test_the_image_holds_no_package_of_training(image):
 @pytest.mark.long
 def test_without_a_key_it_refuses_to_be_open(image):
     machine, environment = image
-    command = as_the_images_user(machine, environment, *entry_point())
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert "there must be a key" in done.stderr
-
-
-def served_address(server):
-    """Return the address that the server prints once it listens."""
-    line = server.stdout.readline()
-    found = re.search(r"http://\S+:\d+", line)
-    assert found, line + server.communicate(timeout=30)[0]
-    return found[0]
+    refused = run(as_the_images_user(machine, environment, *entry_point()), code=2)
+    assert "there must be a key" in refused.stderr
 
 
 @pytest.mark.long
 def test_the_entry_point_serves_and_stops_when_told(image):
     machine, environment = image
     environment = environment | {"GPT2FT_API_KEY": KEY}
-    command = as_the_images_user(machine, environment, *entry_point())
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-    def beside(*words):
-        """Runs a command in the server's container, as a health check is."""
-        enter = ["nsenter", "--target", str(server.pid), "--mount", "--net", "chroot", str(machine.root)]
-        who = ["setpriv", "--reuid", "10001", "--regid", "10001", "--clear-groups"]
-        command = [*enter, *in_environment(environment), *who, *words]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60)
-
     health = json.loads(dict(stage("runtime"))["HEALTHCHECK"].split(" CMD ")[1])
-    try:
-        assert served_address(server).endswith(":8000")
-        deadline = time.monotonic() + 60
-        while beside(*health).returncode and time.monotonic() < deadline:
-            pass
-        assert beside(*health).returncode == 0
+    with start(as_the_images_user(machine, environment, *entry_point())) as server:
+
+        def beside(*words, code=0):
+            """Runs a command in the server's container, as a health check is."""
+            enter = ["nsenter", "--target", server.pid, "--mount", "--net", "chroot", machine.root]
+            who = ["setpriv", "--reuid", "10001", "--regid", "10001", "--clear-groups"]
+            return run([*enter, *in_environment(environment), *who, *words], code, seconds=60)
+
+        assert server.wait_for(r"http://\S+:\d+")[0].endswith(":8000")
+        wait_until(lambda: beside(*health, code=None).code == 0)
         here = "http://127.0.0.1:8000"
         assert json.loads(beside("python", "-c", ASK, here, KEY).stdout)["usage"]["completion_tokens"] > 0
         assert json.loads(beside("python", "-c", ASK, here, "another key, not that").stdout) == {"status": 401}
@@ -336,9 +314,7 @@ def test_the_entry_point_serves_and_stops_when_told(image):
         assert re.search(r"^CapBnd:\t0+$", status, re.MULTILINE)
         assert re.search(r"^NoNewPrivs:\t1$", status, re.MULTILINE)
         for place in ("/opt/gpt2ft/x", "/model/x", "/x"):
-            assert "Read-only file system" in machine.run("touch", place, check=False).stderr  # not even as root
-        assert beside("touch", "/tmp/x").returncode == 0
-    finally:
-        server.terminate()
-        printed = server.communicate(timeout=60)[0]
-    assert server.returncode == 0, printed
+            assert "Read-only file system" in machine.run("touch", place, code=1).stderr  # not even as root
+        beside("touch", "/tmp/x")
+        server.send_signal(signal.SIGTERM)
+        server.finish()

@@ -5,11 +5,11 @@ import json
 import multiprocessing
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 from facts import tells
+from processes import wait_until
 
 from gpt2ft import quickstart
 from gpt2ft.data import records, tokenise
@@ -168,8 +168,7 @@ def test_a_part_in_work_is_left_to_whoever_has_it(alone, tokenizer, tmp_path, mo
     def let_the_other_work(number):
         if number == 5:
             other.start()
-            while len(list(tmp_path.glob("trees/*/*.arrow"))) < len(alone) - 2:
-                time.sleep(0.01)
+            wait_until(lambda: len(list(tmp_path.glob("trees/*/*.arrow"))) == len(alone) - 2)
 
     here = count_shards(monkeypatch, then=let_the_other_work)
     open_store("quickstart", FilterSettings(), tokenizer, tmp_path)

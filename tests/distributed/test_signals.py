@@ -2,12 +2,10 @@
 
 import os
 import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
+from processes import ROOT, run, start, wait_until
 
 from gpt2ft.distributed import signals
 from gpt2ft.distributed.signals import SIGNALS, SignalHandler
@@ -52,14 +50,14 @@ def test_a_second_signal_ends_the_process_at_once(first, second, wait, monkeypat
 
 
 CHILD = """
-import os, time
+import os
+from processes import wait_until
 from gpt2ft.distributed.signals import SignalHandler, end_with_parent
 end_with_parent()
 told = SignalHandler()
 with told.listening():
     print(os.getpid(), flush=True)
-    while not told:
-        time.sleep(0.01)
+    wait_until(lambda: told)
 with open("told", "w") as file:
     file.write(told.signal.name)
 """
@@ -68,15 +66,11 @@ PARENT = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the Linux kernel")
 def test_the_end_of_a_parent_that_passes_nothing_on_is_noted(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(Path(signals.__file__).parents[2])}
-    command = [sys.executable, "-c", PARENT, CHILD]
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as parent:
-        assert int(parent.stdout.readline())
-        parent.kill()
-    until = time.monotonic() + 30
-    while not (tmp_path / "told").exists() and time.monotonic() < until:
-        time.sleep(0.02)
-    assert (tmp_path / "told").read_text() in ("SIGTERM", "")
+    with start(["python", "-c", PARENT, CHILD], cwd=tmp_path, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}") as parent:
+        parent.wait_for(r"\d+\n")
+        parent.send_signal(signal.SIGKILL)
+        wait_until((tmp_path / "told").exists, seconds=30)
+        wait_until(lambda: (tmp_path / "told").read_text() == "SIGTERM", seconds=30)
 
 
 BUSY = """
@@ -92,8 +86,5 @@ with SignalHandler().listening():
 
 def test_a_second_ctrl_c_in_a_long_call_ends_it():
     """In one that lets other threads run, as a backward pass does."""
-    environment = os.environ | {"PYTHONPATH": str(Path(signals.__file__).parents[2])}
-    environment.pop("TORCHELASTIC_RUN_ID", None)
-    done = subprocess.run([sys.executable, "-c", BUSY], env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 128 + signal.SIGINT
-    assert "SIGINT: finishing this step" in done.stderr
+    ended = run(["python", "-c", BUSY], code=128 + signal.SIGINT)
+    assert "SIGINT: finishing this step" in ended.stderr

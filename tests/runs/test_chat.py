@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from time import monotonic
@@ -339,16 +338,11 @@ def test_a_pipe_is_one_document_that_is_continued(base_model, untrained, environ
 
 
 def test_a_reader_that_has_enough_ends_it_quietly(chat_model, environment):
-    command = [sys.executable, SCRIPT, str(chat_model), "--complete", "--max_new_tokens", str(CONTEXT)]
-    pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, env=processes.environment(**environment), cwd=ROOT, **pipe) as started:
-        started.stdin.write(b"Once upon a time")
-        started.stdin.close()
-        assert started.stdout.read(30).startswith(b"Once upon a time")
-        started.stdout.close()
-        began = monotonic()
-        assert (started.stderr.read(), started.wait(TIMEOUT)) == (b"", 0)
-    assert monotonic() - began < TIMEOUT / 2
+    piped = ["bash", "-c", 'set -o pipefail; "$@" | head -c 30', "bash"]
+    chat = ["python", SCRIPT, chat_model, "--complete", "--max_new_tokens", CONTEXT]
+    ended = run([*piped, *chat], seconds=TIMEOUT / 2, typed="Once upon a time", **environment)
+    assert ended.stdout.startswith("Once upon a time")
+    assert ended.stderr == ""
 
 
 # --- what it is put together from -----------------------------------------------------------------------------------

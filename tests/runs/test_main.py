@@ -1,10 +1,8 @@
 """Every error ends a script with its own exit code and one sentence; a mistake of ours keeps its traceback."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from processes import run
 
 from gpt2ft import errors
 from gpt2ft.checkpoint_verification import CheckpointError
@@ -82,6 +80,6 @@ def test_a_mistake_of_ours_is_not_dressed_up():
 
 def test_the_errors_of_a_library_are_looked_for_only_where_it_is_loaded():
     program = "import sys; from gpt2ft.runs import main; main.run(lambda _: print('torch' in sys.modules) or 1 // 0, 0)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert done.stdout == "False\n"
-    assert done.stderr.splitlines()[-1].startswith("ZeroDivisionError")
+    ended = run(["python", "-c", program], code=1)
+    assert ended.stdout == "False\n"
+    assert ended.stderr.splitlines()[-1].startswith("ZeroDivisionError")

@@ -3,20 +3,20 @@
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
-from threading import current_thread
+import traceback
+from threading import current_thread, main_thread
 
 import psutil
 import pytest
 import torch
+from processes import ON_CPU, start, torchrun, wait_until
 from safetensors.torch import load_file
 
 from gpt2ft import checkpoint
 from gpt2ft.data.plan import Plan
 from gpt2ft.distributed.signals import Preempted
-from gpt2ft.settings.parsing import RECIPES, to_yaml
+from gpt2ft.settings.parsing import to_yaml
 from gpt2ft.settings.scripts import SFTSettings
 from gpt2ft.training.tracking import Tracker
 
@@ -113,13 +113,19 @@ def test_during_saving(uninterrupted, run_sft, tmp_path, monkeypatch):
     same_end(uninterrupted, tmp_path / "run")
 
 
+def main_thread_waits():
+    """Tells whether the main thread stands in the result of a future."""
+    standing = traceback.extract_stack(sys._current_frames()[main_thread().ident])
+    return any("concurrent" in call.filename and call.name == "result" for call in standing)
+
+
 def test_while_it_waits_for_data(uninterrupted, run_sft, tmp_path, monkeypatch):
     """The streams of the third step are late, and the signal comes while the main thread waits for them."""
     whole, sent = Plan.training_stream, []
 
     def training_stream(self, step, number):
         if step == 2 and current_thread().name.startswith("streams") and not sent:
-            time.sleep(1)
+            wait_until(main_thread_waits)
             sent.append(number)
             send(signal.SIGTERM)
         return whole(self, step, number)
@@ -135,16 +141,13 @@ def test_while_it_waits_for_data(uninterrupted, run_sft, tmp_path, monkeypatch):
 
 # --- in processes of their own --------------------------------------------------------------------------------------
 
-LAUNCHERS = {
-    "accelerate launch": ["accelerate.commands.accelerate_cli", "launch"],
-    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-}
+LAUNCHERS = {"accelerate launch": ["accelerate", "launch"], "torchrun": torchrun(2)}
+SCRIPT = "launch/sft.py"
 
 
 def is_worker(process):
-    return str(RECIPES.parent / "sft.py") in process.cmdline() and not {"launch", "torch.distributed.run"} & set(
-        process.cmdline()
-    )
+    words = process.cmdline()
+    return SCRIPT in words and not {"launch", "--standalone"} & set(words)
 
 
 def steps_done(run):
@@ -169,29 +172,17 @@ def test_under_a_launcher(launcher, to_one_worker, tiny_model_folder, tmp_path):
         output=str(tmp_path / "run"),
     )
     (tmp_path / "endless.yaml").write_text(to_yaml(settings))
-    command = [
-        sys.executable,
-        "-m",
-        *LAUNCHERS[launcher],
-        str(RECIPES.parent / "sft.py"),
-        str(tmp_path / "endless.yaml"),
-    ]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(RECIPES.parents[1])}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
-        until = time.monotonic() + 120
-        while steps_done(tmp_path / "run") < 3 and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.05)
-        workers = [child for child in psutil.Process(process.pid).children(recursive=True) if is_worker(child)]
+    with start([*LAUNCHERS[launcher], SCRIPT, tmp_path / "endless.yaml"], **ON_CPU) as started:
+        wait_until(lambda: steps_done(tmp_path / "run") >= 3)
+        workers = [child for child in started.descendants() if is_worker(child)]
         assert len(workers) == (2 if launcher == "torchrun" else 1)
-        (workers[-1] if to_one_worker else process).send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
-    assert b"SIGTERM: finishing this step and saving" in said or to_one_worker
-    found = None
-    while found is None and time.monotonic() < until + 60:  # the launcher of one process does not wait for it
-        found = checkpoint.find_newest(tmp_path / "run" / "checkpoints", verbose=False)
-        time.sleep(0.05)
-    state, _ = checkpoint.read_state(found)
-    assert state.step >= 3
-    assert process.returncode != 0
-    psutil.wait_procs(workers, timeout=30)
-    assert not any(worker.is_running() for worker in workers)
+        (workers[-1] if to_one_worker else started).send_signal(signal.SIGTERM)
+        ended = started.finish(code=None, seconds=60)
+        assert ended.code != 0
+        assert "SIGTERM: finishing this step and saving" in ended.stderr or to_one_worker
+        # the launcher of one process does not wait for it
+        found = wait_until(lambda: checkpoint.find_newest(tmp_path / "run" / "checkpoints", verbose=False))
+        state, _ = checkpoint.read_state(found)
+        assert state.step >= 3
+        psutil.wait_procs(workers, timeout=30)
+        assert not any(worker.is_running() for worker in workers)
