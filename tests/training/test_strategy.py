@@ -11,8 +11,8 @@ import torch
 
 from gpt2ft.checkpoint import MOMENTS
 from gpt2ft.model.logprobs import TargetLogProbs
-from gpt2ft.model.lora import LoRAConfig, apply_lora
-from gpt2ft.settings.sections import OptimizerSettings
+from gpt2ft.model.lora import apply_lora
+from gpt2ft.settings.sections import LoRASettings, OptimizerSettings
 from gpt2ft.training.optimizer import adamw
 from gpt2ft.training.preflight import PreflightError
 from gpt2ft.training.strategy import DDP, cast_frozen, prepare
@@ -25,7 +25,7 @@ def make_strategy(tiny_gpt2, accelerator):
     def make(adapt=False):
         gpt2 = tiny_gpt2(64, 16)
         if adapt:
-            apply_lora(gpt2, LoRAConfig(rank=2, alpha=4.0), [60], torch.Generator().manual_seed(1))
+            apply_lora(gpt2, LoRASettings(rank=2, alpha=4.0), [60], torch.Generator().manual_seed(1))
         model = TargetLogProbs(gpt2, 64, "segments")
         return prepare(accelerator, model, adamw(gpt2, OptimizerSettings(learning_rate=0.1), False), MAX_GRAD_NORM)
 
@@ -140,7 +140,7 @@ AUTOCAST = SimpleNamespace(deepspeed_config={"torch_autocast": {"enabled": True}
 )
 def test_only_frozen_matrices_are_cast_and_not_under_deepspeed(precision, deepspeed, is_cast, tiny_gpt2):
     gpt2 = tiny_gpt2(64, 16)
-    apply_lora(gpt2, LoRAConfig(rank=2, alpha=4.0), [60], torch.Generator().manual_seed(1))
+    apply_lora(gpt2, LoRASettings(rank=2, alpha=4.0), [60], torch.Generator().manual_seed(1))
     cast_frozen(SimpleNamespace(mixed_precision=precision, state=SimpleNamespace(deepspeed_plugin=deepspeed)), gpt2)
     dtypes = {True: set(), False: set()}
     for name, parameter in gpt2.named_parameters():
