@@ -1,4 +1,4 @@
-"""Where a run stands, and Adam's moments put back. Whole runs are in tests/runs/test_resume.py."""
+"""The state of a run, and Adam's moments put back. Whole runs are in tests/runs/test_resume.py."""
 
 import math
 

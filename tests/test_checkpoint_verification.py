@@ -1,4 +1,4 @@
-"""What must hold of a checkpoint, and how it is said where it does not. The format is written by hand here."""
+"""Every way in which a checkpoint can be wrong is refused by the name of the file. The format is written by hand."""
 
 import hashlib
 import json

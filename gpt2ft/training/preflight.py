@@ -40,8 +40,8 @@ def check_supervision(stream: TokenStream, tokenizer: ChatTokenizer, cut_at: int
         elif id == tokenizer.end_of_text_id and (index == 0 or horizons[index - 1] == index):  # the end has it too
             turns.append("text")
         turn_of.append(len(turns) - 1)
-    counted = stream.weights[: stream.num_supervised] != 0
-    supervised, targets = (x[: stream.num_supervised][counted].tolist() for x in (stream.supervised, stream.targets))
+    has_weight = stream.weights[: stream.num_supervised] != 0
+    supervised, targets = (x[: stream.num_supervised][has_weight].tolist() for x in (stream.supervised, stream.targets))
     taught = set()  # (turn, whether it is its end)
     for index, target in zip(supervised, targets, strict=True):
         following = index + 1

@@ -1,4 +1,4 @@
-"""Ways to spoil a checkpoint: KINDS maps a name to a function that does it, at random where there is a choice."""
+"""Kinds of damage to a checkpoint: KINDS maps a name to a function that does it, at random where there is a choice."""
 
 import json
 import os
@@ -23,7 +23,7 @@ FILES = (*TENSORS, "state.json", "manifest.json")
 
 @dataclass
 class Case:
-    """What a kind of damage is handed.
+    """The checkpoints that a kind of damage works on.
 
     Attributes:
         newest, older: two checkpoints of one run.
@@ -64,7 +64,7 @@ def emptied(case: Case) -> None:
 
 
 def zeros_written(case: Case) -> None:
-    """As of a block that never reached the disk."""
+    """Write zeros, as where a block never reached the disk."""
     file = case.any()
     data = bytearray(file.read_bytes())
     start = case.random.randrange(len(data) - 16)

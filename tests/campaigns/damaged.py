@@ -1,4 +1,4 @@
-"""Damages the newest of two checkpoints in hundreds of ways; each must be named, and the one before it be used.
+"""Damage the newest of two checkpoints in hundreds of ways; each must be named, and the one before it be used.
 
     python tests/campaigns/damaged.py [VARIANTS] [SEED]
 
@@ -64,11 +64,11 @@ class Campaign:
         return None
 
     def judge(self, kind: str, case: Case) -> None:
-        """Notes what did not hold."""
+        """Note what did not hold."""
         before = fingerprint(self.run.parent)
         number = self.counts[kind]
         try:
-            found, said = looked_for(self.run)
+            found, said = search(self.run)
             if found != case.older:
                 self.problems.append(f"{kind} {number}: {found} was used instead of the older one")
             else:
@@ -78,7 +78,7 @@ class Campaign:
             if fingerprint(self.run.parent) != before:
                 self.problems.append(f"{kind} {number}: something was written or removed")
             shutil.rmtree(case.older)
-            found, _ = looked_for(self.run)
+            found, _ = search(self.run)
             self.problems.append(f"{kind} {number}: with nothing whole, {found} was used")
         except CheckpointError as error:
             if not str(error).startswith("none of the 1 checkpoints in") or "\n" in str(error):
@@ -87,8 +87,8 @@ class Campaign:
             self.problems.append(f"{kind} {number}: {type(error).__name__}: {error}")
 
 
-def looked_for(root: Path) -> tuple[Path | None, str]:
-    """What is found, and what is said on stderr."""
+def search(root: Path) -> tuple[Path | None, str]:
+    """Return the checkpoint that is found, and what is printed on stderr."""
     said = StringIO()
     signal.alarm(SECONDS)
     try:
@@ -117,7 +117,7 @@ def timed_out(*_: object) -> None:
 
 
 def run(variants: int, seed: int) -> list[str]:
-    """Makes and judges them, prints the figures, and returns what did not hold."""
+    """Make and judge them, print the figures, and return what did not hold."""
     began, memory = monotonic(), most_memory()
     before = signal.signal(signal.SIGALRM, timed_out)
     try:

@@ -1,4 +1,4 @@
-"""Kills a process hundreds of times while it saves checkpoints, before or after one of its file operations.
+"""Kill a process hundreds of times while it saves checkpoints, before or after one of its file operations.
 
     python tests/campaigns/killed_saves.py [KILLS] [SEED] [--every 1]
 
@@ -37,7 +37,7 @@ SAVES = 3  # that a process makes, at most: the first to replace one, and more s
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process that saved has ended.
+    """The end of a process that was saving.
 
     Attributes:
         saved: the last step whose checkpoint was complete, or 0.
@@ -55,7 +55,7 @@ class Ended:
 
 
 def saving(root: Path, tell: Callable[[str], None], operations: Operations) -> None:
-    """As a run starts and saves: first where it stands once more, as after an evaluation that was left undone."""
+    """Start and save as a run does: first the same step once more, as after an evaluation that was left undone."""
     operations.watch()
     restore_replaced(root)
     newest = checkpoint.find_newest(root, verbose=True)
@@ -69,7 +69,7 @@ def saving(root: Path, tell: Callable[[str], None], operations: Operations) -> N
 
 
 def in_a_child(root: Path, before: Callable, after: Callable) -> Ended:
-    """Runs `saving` in a process of its own, with what is to happen before and after its operations."""
+    """Run `saving` in a process of its own, with what is to happen before and after its operations."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -128,7 +128,7 @@ def refuse_at(number: int, code: int, forever: bool) -> Callable:
 
 
 def judge(root: Path, before: int, ended: Ended) -> list[str]:
-    """What does not hold in the folder.
+    """Return what does not hold in the folder.
 
     Args:
         before: the step of the newest checkpoint before the process began, or 0.
@@ -160,7 +160,7 @@ def newest_step(root: Path) -> int:
 
 
 def killed(root: Path, kills: int, seed: int, problems: list[str]) -> Counter[str]:
-    """Kills that often, going on from what each has left; now and then from nothing. Returns at which operations."""
+    """Kill that often, going on from what each has left, now and then from nothing; return at which operations."""
     draw, counts = random.Random(seed), Counter()
     longest = max(in_a_child(root / "whole", nothing, nothing).operations for _ in range(2))
     if longest < 50:
@@ -191,7 +191,7 @@ def being_replaced(root: Path) -> list[int]:
 
 
 def refused(root: Path, every: int, seed: int, problems: list[str]) -> Counter[str]:
-    """The disk refuses at each `every`-th operation in turn, once and from there on. Returns at which."""
+    """Have the disk refuse at each `every`-th operation in turn, once and from there on; return at which."""
     counts = Counter()
     number = 1 + seed % every
     while True:
@@ -216,7 +216,7 @@ def refused(root: Path, every: int, seed: int, problems: list[str]) -> Counter[s
 
 
 def run(kills: int, seed: int, every: int) -> list[str]:
-    """Kills and refuses, prints the figures, and returns what did not hold."""
+    """Kill and refuse, print the figures, and return what did not hold."""
     problems: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder) / "first", 1)  # here, so that what this imports is there in every child

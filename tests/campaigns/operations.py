@@ -1,4 +1,4 @@
-"""Counts what a process does to files below a folder, and lets something happen at one of these operations.
+"""Count what a process does to files below a folder, and have something happen at one of these operations.
 
 Operations are calls of Python's: open for writing, write, fsync, rename, replace, unlink, rmdir, mkdir, chmod; a file's
 content, also that of tensors, comes in two halves. What the process only reads does not count.
@@ -59,7 +59,7 @@ class Operations:
         return watched
 
     def _is_ours(self, path: Any, folder: int | None = None) -> bool:
-        """Whether a path, one within an open folder, or an open file lies below the root."""
+        """Return True for a path, a path within an open folder, or an open file below the root."""
         if self.is_inside:
             return False
         if isinstance(path, int):

@@ -29,13 +29,13 @@ def state_after(step: int) -> TrainState:
 
 
 def save(root: Path, step: int, width: int = 4) -> Path:
-    """Through the function that runs call."""
+    """Save through the function that runs call."""
     weights, moments = content(step, width)
     return checkpoint.save(root, weights, moments, state_after(step), IDENTITY)
 
 
 def check_content(folder: Path) -> None:
-    """Raises AssertionError unless a checkpoint loads and holds what was there after its step."""
+    """Raise AssertionError unless a checkpoint loads and holds what was there after its step."""
     state, identity = checkpoint.read_state(folder)
     assert folder == checkpoint.step_folder(folder.parent, state.step), folder
     weights, moments = content(state.step)
@@ -49,7 +49,7 @@ def check_content(folder: Path) -> None:
 
 
 def stamp(folder: Path) -> None:
-    """Makes the manifest right again, so that what is wrong must be found without it."""
+    """Make the manifest right again, so that what is wrong must be found without it."""
     files = [folder / name for name in (*checkpoint.TENSOR_FILES, "state.json")]
     contents = {file.name: file.read_bytes() for file in files}
     manifest = {

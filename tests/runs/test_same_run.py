@@ -5,6 +5,7 @@ shards); and within one process as longer streams, where dropout must be off bec
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 from processes import ON_CPU, run, torchrun
@@ -60,9 +61,9 @@ def test_longer_streams_give_the_same_losses(run_sft, tmp_path, monkeypatch):
     curves = {}
     for size in (1, 4, 8):
 
-        def regrouped(job, state, size=size):
-            job.accelerator.gradient_state.plugin_kwargs["num_steps"] = 8 // size
-            return fit(job.__class__(**(vars(job) | {"batches": Regrouped(job.batches, size)})), state)
+        def regrouped(inputs, state, size=size):
+            inputs.accelerator.gradient_state.plugin_kwargs["num_steps"] = 8 // size
+            return fit(replace(inputs, batches=Regrouped(inputs.batches, size)), state)
 
         monkeypatch.setattr(train, "fit", regrouped)
         run_sft(tmp_path / str(size), steps=STEPS, dropout=0.0, micro_batches_per_step=8)

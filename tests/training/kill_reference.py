@@ -1,9 +1,9 @@
-"""Runs launch/reference.py again and again, killing it each time at a random moment of its work.
+"""Run launch/reference.py again and again, and kill it each time at a random moment of its work.
 
     python tests/training/kill_reference.py KILLS SEED [RECIPE] [--section.key value ...]
 
 A child is killed by SIGKILL before or after one of the next calls that read a stream or write a shard: in the middle of
-a stream, of a file, between file and name. Prints at which call each ended. It may not finish meanwhile.
+a stream, of a file, between file and name. Print at which call each ended. It may not finish meanwhile.
 """
 
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def die_at(call: int) -> None:
-    """Makes this process kill itself before the `call`-th of certain calls."""
+    """Make this process kill itself before the `call`-th of certain calls."""
     import pyarrow.parquet
 
     from gpt2ft.data.plan import Plan
@@ -23,8 +23,8 @@ def die_at(call: int) -> None:
     reference_pass.SECONDS_BETWEEN_SHARDS = 0.0  # a shard for every stream
     num_calls = 0
 
-    def counted(owner, name):
-        whole = getattr(owner, name)
+    def count_calls(owner, name):
+        original = getattr(owner, name)
 
         def replacement(*arguments, **options):
             nonlocal num_calls
@@ -33,14 +33,14 @@ def die_at(call: int) -> None:
                 if num_calls == call:
                     print(f"killed at call {call}: {name}", flush=True)
                     os.kill(os.getpid(), signal.SIGKILL)
-            return whole(*arguments, **options)
+            return original(*arguments, **options)
 
         setattr(owner, name, replacement)
 
-    counted(Plan, "stream")
-    counted(pyarrow.parquet, "write_table")
-    counted(os, "replace")
-    counted(reference_store, "sync_folder")
+    count_calls(Plan, "stream")
+    count_calls(pyarrow.parquet, "write_table")
+    count_calls(os, "replace")
+    count_calls(reference_store, "sync_folder")
 
 
 def is_in_store(argument: object) -> bool:
