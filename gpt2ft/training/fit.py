@@ -1,8 +1,12 @@
-"""The training loop. It knows streams, log-probs and an objective, but not what the objective is.
+"""The training loop.
 
-for each step:     set the learning rate, add up the normalizer over all streams and processes
-  for each stream: log-probs = model(stream); backward(loss sum / normalizer)
-                   update, log, save and stop on a signal, evaluate, save
+    for each step
+        set the learning rate; add up the normalizer over all streams and processes
+        for each of this process's streams
+            log-probs = model(stream); backward of loss sum / normalizer
+        update; log; save and stop after a signal; evaluate; save
+
+It knows streams, log-probs and an objective, but neither what the objective is nor how the processes share the model.
 """
 
 import math
