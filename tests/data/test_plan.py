@@ -7,12 +7,9 @@ import pytest
 import torch
 
 from gpt2ft.data.augmentation import Augmentation
-from gpt2ft.data.chunks import Chunks, ConversationTrees, chunk
+from gpt2ft.data.chunks import Chunks, ConversationTrees
 from gpt2ft.data.plan import Plan
-from gpt2ft.data.reading import DataError
-from gpt2ft.data.store import open_store
-from gpt2ft.data.token_tree import ASSISTANT, counts, fit_context, split, weigh
-from gpt2ft.settings.sections import FilterSettings
+from gpt2ft.data.token_tree import counts, weigh
 
 CAPACITY = 256
 
@@ -43,23 +40,6 @@ def chunks(random_tree):
     chunks = chunks_of([tree for tree in trees if tree.num_supervised and len(tree.tokens) <= CAPACITY])
     assert len(chunks) > 100
     return chunks
-
-
-@pytest.fixture(scope="module")
-def store(tokenizer, cache):
-    return open_store("quickstart", FilterSettings(), tokenizer, cache)
-
-
-@pytest.fixture(scope="module")
-def texts(tokenizer, cache, write, tmp_path_factory):
-    """Ten plain texts of 1 to 400 words."""
-    rows = [{"text": " ".join(["tea"] * (1 + number * number * 5))} for number in range(10)]
-    file = write(tmp_path_factory.mktemp("texts") / "texts.jsonl", rows)
-    return open_store(str(file), FilterSettings(), tokenizer, cache)
-
-
-def rows_of(*stores):
-    return np.array([(number, row) for number, store in enumerate(stores) for row in range(len(store))])
 
 
 def epoch_of(plan, epoch=0):
@@ -161,109 +141,6 @@ def test_fill_leaves_the_last_stream_out(make_tree):
     assert plan_of([100, 90, 20]).fill == pytest.approx(190 / 200)
     assert plan_of([100, 90, 20], repeated=38).fill == pytest.approx(152 / 200)
     assert plan_of([30]).fill == pytest.approx(0.3)  # the only stream counts
-
-
-class TestCutToFit:
-    def test_what_fits_stays_in_the_store(self, store):
-        chunks = chunk([store], rows_of(store), ConversationTrees("once", max_length=512, capacity=1024))
-        assert np.array_equal(chunks.rows, rows_of(store))
-        assert not chunks.is_cut.any()
-        assert not chunks.left_out
-        assert not chunks.repeated
-        for index, (size, scored) in enumerate(zip(chunks.sizes, chunks.supervised, strict=True)):
-            tree = chunks.tree(index)
-            assert (len(tree.tokens), tree.num_supervised) == (size, scored)
-        assert chunks.sizes.sum() == store.sizes()[0].sum()
-
-    def test_a_large_tree_of_short_paths_stays_there_too(self, store):
-        trees = [store.tree(row, 0) for row in range(len(store))]
-        longest = max(int((tree.depths + tree.lengths).max()) for tree in trees)
-        assert longest < store.sizes()[0].max()
-        assert not chunk([store], rows_of(store), ConversationTrees("once", longest, 4096)).is_cut.any()
-        assert chunk([store], rows_of(store), ConversationTrees("once", longest - 1, 4096)).is_cut.any()
-
-    @pytest.mark.parametrize("weight", ["once", "leaves"])
-    @pytest.mark.parametrize(
-        ("max_length", "capacity"), [(64, 64), (64, 128), (128, 128), (48, 512), (20, 4096), (512, 512)]
-    )
-    def test_the_same_as_one_tree_after_the_other(self, store, texts, weight, max_length, capacity):
-        """Of two sources out of order, some of whose trees are taken twice."""
-        rows = rows_of(store, texts)
-        rows = np.random.default_rng(0).permutation(np.concatenate([rows, rows[::3]]))
-        chunks = chunk([store, texts], rows, ConversationTrees(weight, max_length, capacity))
-        expected, left_out, repeated = [], 0, 0
-        for number, row in rows.tolist():
-            whole = weigh([store, texts][number].tree(row, group=number), weight)
-            fitting, _ = fit_context(whole, max_length)
-            parts = [part for tree in fitting for part in split(tree, capacity)]
-            expected += [((number, row), part) for part in parts]
-            lengths = {
-                m: n for part in parts for m, n in zip(part.messages.tolist(), part.lengths.tolist(), strict=True)
-            }
-            left_out += len(whole.lengths) - len(lengths)
-            tokens = sum(len(part.tokens) for part in parts)
-            repeated += len(parts) - 1 if number else tokens - sum(lengths.values())
-        assert len(chunks) == len(expected)
-        for index, (row, part) in enumerate(expected):
-            tree = chunks.tree(index)
-            assert tuple(chunks.rows[index].tolist()) == row
-            assert (chunks.sizes[index], chunks.supervised[index]) == (len(part.tokens), part.num_supervised)
-            assert all(
-                np.array_equal(getattr(tree, name), getattr(part, name))
-                for name in ("tokens", "lengths", "parents", "roles", "weights", "groups", "messages")
-            )
-        assert (chunks.left_out.total(), chunks.repeated) == (left_out, repeated)
-        assert chunks.is_cut.any() == (max_length < 512)
-        assert bool(left_out) == (max_length < 48)
-
-    @pytest.mark.parametrize(("max_length", "capacity"), [(64, 64), (64, 128), (128, 128), (48, 512)])
-    def test_every_reply_is_supervised_once_or_counted(self, store, max_length, capacity):
-        chunks = chunk([store], rows_of(store), ConversationTrees("once", max_length, capacity))
-        assert chunks.is_cut.any()
-        assert chunks.repeated or capacity == 512
-        replies = 0
-        unique, total = set(), 0
-        for index, (size, scored) in enumerate(zip(chunks.sizes, chunks.supervised, strict=True)):
-            tree = chunks.tree(index)
-            assert len(tree.tokens) == size <= capacity
-            assert tree.num_supervised == scored > 0
-            assert ((tree.depths + tree.lengths)[tree.weights > 0] <= max_length).all()
-            replies += int((tree.weights > 0).sum())
-            unique |= {(int(chunks.rows[index, 1]), message) for message in tree.messages.tolist()}
-            total += len(tree.tokens)
-        in_store = [store.tree(row, 0) for row in range(len(store))]
-        lost = sum(len(tree.roles) for tree in in_store) - len(unique)
-        assert chunks.left_out.total() == lost
-        assert replies >= sum(int((tree.roles == ASSISTANT).sum()) for tree in in_store) - lost
-        kept = sum(int(in_store[row].lengths[message]) for row, message in unique)
-        assert total - chunks.repeated == kept
-
-    def test_a_text_longer_than_the_context_is_a_target_once_token_by_token(self, texts, tokenizer):
-        chunks = chunk([texts], rows_of(texts), ConversationTrees("once", max_length=32, capacity=64))
-        assert len(chunks) > len(texts)
-        assert (chunks.sizes <= 32).all()
-        assert chunks.supervised.sum() == (texts.sizes()[0] - 1).sum()
-        assert chunks.repeated == len(chunks) - len(texts) > 10
-        supervised = {row: [] for row in range(len(texts))}
-        for index, (_, row) in enumerate(chunks.rows.tolist()):
-            opening, *targets = chunks.tree(index).tokens.tolist()
-            assert opening == tokenizer.end_of_text_id
-            supervised[row] += targets
-        assert supervised == {row: texts.tree(row, 0).tokens[1:].tolist() for row in range(len(texts))}
-        plan = Plan(chunks, 64, micro_batches_per_step=4, seed=0)
-        streams = [plan.stream(bin) for bin in streams_of(epoch_of(plan))]
-        assert sum(stream.num_supervised for stream in streams) == chunks.supervised.sum()
-
-    def test_the_group_is_the_number_of_the_source(self, store):
-        chunks = chunk([store, store], np.array([(1, 0), (0, 0)]), ConversationTrees("once", 128, 128))
-        groups = {
-            number: set(chunks.tree(index).groups.tolist()) for index, (number, _) in enumerate(chunks.rows.tolist())
-        }
-        assert groups == {1: {1}, 0: {0}}
-
-    def test_nothing_that_fits_is_refused(self, store):
-        with pytest.raises(DataError, match=r"`data.max_length` = 3 .* [\d,]+ messages that do not fit"):
-            chunk([store], rows_of(store), ConversationTrees("once", 3, 128))
 
 
 def test_position_jitter_moves_whole_trees_within_the_context(chunks):
