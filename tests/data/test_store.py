@@ -85,7 +85,7 @@ def test_holds_what_was_read(tokenizer, store):
             assert ids == render_turn(tokenizer, wanted.role, wanted.text)
             assert ROLES[stored.roles[node]] == wanted.role
             path = stored.messages[stored.path_to(node)].tolist()
-            assert [tree.messages[i] for i in path] == tree.path_to(original)
+            assert path == tree.path_to(original)
             digest = int(digests[firsts[row] + node])
             assert digest_by_text.setdefault((wanted.role, wanted.text), digest) == digest
         ranked += any(message.rank for message in tree.messages)
