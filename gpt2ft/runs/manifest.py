@@ -8,6 +8,7 @@ from typing import Any
 from gpt2ft.command_line import full_command
 from gpt2ft.distributed import launch_checks
 from gpt2ft.distributed.accelerator import precision_of
+from gpt2ft.distributed.restarts import launch
 from gpt2ft.runs.describe import dropped, shares
 from gpt2ft.runs.resume import identity_of
 from gpt2ft.runs.run_setup import RunSetup
@@ -22,6 +23,7 @@ def manifest_of(setup: RunSetup, attention: str) -> dict[str, Any]:
     plan, held_out, eval_plan = setup.plan, setup.held_out, setup.eval_plan
     return {
         "command": full_command(),
+        "launch": launch(),
         "versions": versions(),
         "processes": setup.accelerator.num_processes,
         "strategy": launch_checks.strategy(),

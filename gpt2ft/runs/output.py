@@ -1,8 +1,10 @@
 """The folder of a run: its layout, who may train in it, and when it is finished."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+from gpt2ft.distributed.restarts import is_restart_of
 from gpt2ft.distributed.shared_folder import check_shared
 from gpt2ft.errors import SettingsError
 from gpt2ft.files import remove_leftovers, restore_replaced, write_json, write_text
@@ -26,7 +28,20 @@ class Output:
         self.best = self.folder / "best"
         self.adapter = self.folder / "adapter"
         self.start = self.folder / "start"
+        self.continues = False  # a run that lies here already
         self._lock = FolderLock()
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.model / "config.json").is_file()
+
+    def is_of_this_launch(self) -> bool:
+        """Return True if an earlier start of this very launch has begun the run that lies here."""
+        try:
+            manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return is_restart_of(manifest.get("launch", {}))
 
     def claim(self, settings: RunSettings) -> None:
         """Check that this run may train here, and keep others out; nothing is moved or removed yet. Main process only.
@@ -37,7 +52,7 @@ class Output:
         Raises:
             SettingsError: if the run in it is finished, another trains in it, or it cannot be written to.
         """
-        if settings.resume == "auto" and (self.model / "config.json").is_file():
+        if settings.resume == "auto" and self.is_finished and not self.is_of_this_launch():
             raise SettingsError(f"the run in {self.folder} is finished: pass `--resume never` to train it anew")
         if Path(settings.model.path).resolve().is_relative_to(self.folder.resolve()):
             raise SettingsError(
@@ -62,7 +77,7 @@ class Output:
         accelerator.wait_for_everyone()
 
     def _begin(self, settings: RunSettings, manifest: dict[str, Any]) -> None:
-        if settings.resume == "never":
+        if not self.continues:
             self._move_aside()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder)
@@ -88,6 +103,9 @@ class Output:
 def open_output(settings: RunSettings, accelerator: Any) -> Output:
     """The folder of this run, claimed for it and seen by all processes, unless the run only looks.
 
+    A restart of the launch that began the run there continues it, whatever `resume` says, and finds it finished where
+    an earlier start has finished it.
+
     Raises:
         SettingsError: if the run in it is finished, another trains in it, or it cannot be written to.
         LaunchError: if not all machines share it.
@@ -99,4 +117,7 @@ def open_output(settings: RunSettings, accelerator: Any) -> Output:
         output.claim(settings)
     accelerator.wait_for_everyone()
     check_shared(accelerator, output.folder)
+    output.continues = settings.resume == "auto" or output.is_of_this_launch()
+    if output.continues and output.is_finished and accelerator.is_main_process:
+        print(f"finished  {output.model}, by an earlier start of this launch")
     return output

@@ -51,7 +51,7 @@ def find_resume_point(setup: RunSetup, output: Output) -> ResumePoint:
         CheckpointError: if there are checkpoints, but all are damaged.
         LaunchError: if the processes do not find the same checkpoint or the same data.
     """
-    resume_point = _newest(setup, output) if setup.settings.resume == "auto" else ResumePoint(TrainState(), None)
+    resume_point = _newest(setup, output) if output.continues else ResumePoint(TrainState(), None)
     contents = [corpus.content() for corpus in setup.corpora()]
     check_agreement(setup.accelerator, resume_point.state.step, *contents)
     return resume_point

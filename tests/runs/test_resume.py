@@ -58,6 +58,26 @@ def test_resume_never_moves_the_earlier_run_aside(uninterrupted, run_sft, tmp_pa
     assert len(training_lines(tmp_path / "run")) == 1
 
 
+def test_a_restart_of_the_same_launch_goes_on_whatever_resume_says(
+    uninterrupted, run_sft, stopped_after, tmp_path, monkeypatch, capsys
+):
+    """Moved aside once, by the first start; continued by the second; and the third finds it finished."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    with stopped_after(4):
+        run_sft(tmp_path / "run", steps=STEPS, resume="never")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    capsys.readouterr()
+    run_sft(tmp_path / "run", steps=STEPS, resume="never")
+    assert "resuming" in capsys.readouterr().out
+    expected, found = weights(uninterrupted), weights(tmp_path / "run")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    for resume in ("never", "auto"):
+        run_sft(tmp_path / "run", steps=STEPS, resume=resume)
+        assert "finished" in capsys.readouterr().out
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["run", "run.1"]
+
+
 @pytest.fixture
 def stopped(uninterrupted, tmp_path):
     """The uninterrupted run as it was before it finished: with two checkpoints or more, without model/."""
