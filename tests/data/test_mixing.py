@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2ft.data.mixing import _numbers, first_of_each, is_held_out, sampled
+from gpt2ft.data.mixing import first_of_each, is_held_out, sampled
+from gpt2ft.random import seed_for
 
 KEYS = np.random.default_rng(0).integers(0, 2**64, 10_001, dtype=np.uint64)
 WEIGHTS = [0.001, 0.3, 0.5, 0.75, 1, 1.2, 1.5, 2, 2.5, 7]
@@ -29,7 +30,11 @@ def test_numbers_are_those_of_splitmix64():
         4593380528125082431,
         16408922859458223821,
     ]
-    assert _numbers(states, 0).tolist() == [number / 2**64 for number in published]
+    numbers = np.array(published) / 2.0**64
+    keys = states - np.uint64(seed_for(0, "held out"))
+    for number in numbers:
+        assert is_held_out(keys, number).tolist() == (numbers < number).tolist()
+        assert is_held_out(keys, np.nextafter(number, 1)).tolist() == (numbers <= number).tolist()
 
 
 few_keys = st.lists(st.integers(0, 12), max_size=20).map(lambda keys: np.array(keys, np.uint64))

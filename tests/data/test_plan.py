@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from gpt2ft.data import plan as plan_module
 from gpt2ft.data.augmentation import Augmentation
 from gpt2ft.data.chunks import Chunks, ConversationTrees
 from gpt2ft.data.plan import Plan
 from gpt2ft.data.token_tree import counts, weigh
+from gpt2ft.random import generator
 
 CAPACITY = 256
 
@@ -109,12 +111,11 @@ def test_the_short_last_step_holds_the_emptiest_streams(chunks):
 def test_a_far_step_is_a_seek(chunks, monkeypatch):
     """One epoch is put in order and nothing else is touched, wherever the step lies."""
     plan = Plan(chunks, CAPACITY, 4, seed=0)
-    ordered = []
-    order = plan._order
-    monkeypatch.setattr(plan, "_order", lambda epoch: ordered.append(epoch) or order(epoch))
+    drawn = []
+    monkeypatch.setattr(plan_module, "generator", lambda *key: drawn.append(key) or generator(*key))
     monkeypatch.setattr(Chunks, "tree", lambda *_: pytest.fail("a seek must not read trees"))
     assert len(plan.micro_batches(10**6)) == 4
-    assert ordered == [10**6 // plan.steps_per_epoch]
+    assert drawn == [(0, "order", 10**6 // plan.steps_per_epoch)]
 
 
 def test_all_streams_have_the_same_shapes_and_empty_ones_are_valid(chunks):

@@ -1,12 +1,16 @@
-"""What processes must agree on before they train together."""
+"""What a launch may ask of the accelerator, and what processes must agree on before they train together."""
 
 import hashlib
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
+from facts import tells
+from processes import OF_LAUNCHERS
 
-from gpt2ft.distributed.accelerator import LaunchError, check_agreement
+from gpt2ft.distributed.accelerator import LaunchError, check_agreement, start_accelerator
 
 
 def two_processes(step, data):
@@ -31,3 +35,69 @@ def test_the_same_step_and_data():
 def test_other_steps_and_other_data_are_refused(step, data, problem):
     with pytest.raises(LaunchError, match=problem):
         check_agreement(two_processes(step, data), 7, "train", "held out")
+
+
+# --- a launch ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """start(micro-batches a step, **environment): the accelerator that this process would train with."""
+    for name in [name for name in os.environ if name.startswith(OF_LAUNCHERS)]:
+        monkeypatch.delenv(name)
+
+    def start(micro_batches_per_step, **environment):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        threads = torch.get_num_threads()
+        try:
+            return start_accelerator("fp32", micro_batches_per_step)
+        finally:
+            torch.set_num_threads(threads)
+
+    return start
+
+
+@pytest.fixture
+def refusal(start):
+    """refusal(micro-batches a step, **environment): why such a launch is refused."""
+
+    def refusal(micro_batches_per_step, **environment):
+        with pytest.raises(LaunchError) as error:
+            start(micro_batches_per_step, **environment)
+        return str(error.value)
+
+    return refusal
+
+
+def test_accumulation_follows_from_the_micro_batches(start):
+    assert start(6).gradient_accumulation_steps == 6
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "processes", "instead"), [(6, 4, "4 or 8"), (3, 8, "8"), (1, 2, "2"), (7, 3, "6 or 9")]
+)
+def test_micro_batches_that_the_processes_cannot_share_equally(refusal, micro_batches, processes, instead):
+    said = refusal(micro_batches, WORLD_SIZE=str(processes))
+    facts = f"`training.micro_batches_per_step` ... {processes} processes ... is {micro_batches} ... {instead}"
+    assert tells(said, facts)
+
+
+def test_the_launcher_has_no_say_in_accumulation(refusal, start):
+    said = refusal(6, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")
+    assert tells(said, "gradient_accumulation_steps ... is 4 ... 6 follow")
+    assert tells(
+        refusal(6, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="1"), "gradient_accumulation_steps ... is 1 ... 6 follow"
+    )
+    assert start(4, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4").gradient_accumulation_steps == 4
+
+
+def test_a_precision_that_is_not_ours_is_refused(refusal):
+    assert "mixed_precision must be no or bf16, but is fp16" in refusal(1, ACCELERATE_MIXED_PRECISION="fp16")
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_processes_of_mpirun_or_srun_are_refused(refusal, name):
+    assert "4 processes were started by mpirun or srun, but each would train alone" in refusal(4, **{name: "4"})

@@ -1,6 +1,5 @@
 """What a launcher may ask for, what it must leave to the recipe, and what it must have understood."""
 
-import json
 import os
 from types import SimpleNamespace
 
@@ -133,14 +132,6 @@ def test_a_section_completed_as_accelerate_does(launched_with, monkeypatch):
     launch_checks.check(4, 2)
     with pytest.raises(LaunchError, match="was told to start 2 processes, but started 4"):
         launch_checks.check(4, 4)
-
-
-def test_the_config_is_read_as_accelerate_reads_it(tmp_path):
-    from gpt2ft.distributed.launcher_arguments import _read
-
-    (tmp_path / "a.json").write_text(json.dumps({"fsdp_config": {"fsdp_version": 2}}))
-    (tmp_path / "a.yaml").write_text("fsdp_config: {fsdp_version: 2}\n")
-    assert _read(str(tmp_path / "a.json")) == _read(str(tmp_path / "a.yaml")) == {"fsdp_config": {"fsdp_version": 2}}
 
 
 # --- what Accelerate has understood ---------------------------------------------------------------------------------
