@@ -24,11 +24,11 @@ from gpt2ft.data.packing import build_stream
 from gpt2ft.data.token_tree import TokenTree, weigh
 from gpt2ft.errors import SettingsError
 from gpt2ft.inference.model import InferenceModel
-from gpt2ft.inference.sampling import Sampling
 from gpt2ft.model.attention import default_backend
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.runs.inference_model import load_inference_model
 from gpt2ft.settings.scripts import ChatSettings
+from gpt2ft.settings.sections import SamplingSettings
 from gpt2ft.stream import TokenStream
 from gpt2ft.text.template import render_turn
 
@@ -51,7 +51,7 @@ def open_session(model: InferenceModel, max_new_tokens: int = 256, **sampling: A
     Args:
         sampling: temperature, top_k, top_p, min_p, repetition_penalty, seed.
     """
-    return Session(model, Sampling(**sampling), max_new_tokens)
+    return Session(model, SamplingSettings(**sampling), max_new_tokens)
 
 
 def tokenise(model: InferenceModel, messages: Messages) -> TokenStream:

@@ -4,14 +4,18 @@ import difflib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic import ValidationError
+
 from gpt2ft.chat.session import Session
 from gpt2ft.files import user_path, write_text
 from gpt2ft.inference.prompt_format import Turn
+from gpt2ft.settings.parsing import explain
+from gpt2ft.settings.sections import SamplingSettings
 
 
 class Screen(Protocol):
@@ -145,7 +149,7 @@ class Chat:
             if name == "max_new_tokens":
                 self.session.max_new_tokens = values[name]
             else:
-                self.session.sampling = replace(self.session.sampling, **values)
+                self.session.sampling = _within_ranges(self.session.sampling.model_dump() | values)
         self.screen.notice(spell(values))
 
     def help(self, _: str) -> None:
@@ -188,11 +192,19 @@ WHOLE_NUMBERS = ("top_k", "seed", "max_new_tokens")
 
 def settings_of(session: Session) -> dict[str, float | None]:
     """Return what /set can change, with the present values."""
-    return asdict(session.sampling) | {"max_new_tokens": session.max_new_tokens}
+    return session.sampling.model_dump() | {"max_new_tokens": session.max_new_tokens}
 
 
 def spell(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} {'none' if value is None else value}" for name, value in values.items())
+
+
+def _within_ranges(values: dict[str, Any]) -> SamplingSettings:
+    """Raise ValueError if a value is out of its range."""
+    try:
+        return SamplingSettings(**values)
+    except ValidationError as error:
+        raise ValueError("\n".join(explain(SamplingSettings, "/set", error))) from error
 
 
 def _number(name: str, value: str) -> float | None:

@@ -1,6 +1,6 @@
 """A conversation with a model: its turns, how they are made to fit the context, and replies that come piece by piece.
 
-    session = Session(inference_model, Sampling(), max_new_tokens=256)
+    session = Session(inference_model, SamplingSettings(), max_new_tokens=256)
     session.say("What is tea?")
     for piece in session.reply():
         print(piece, end="")
@@ -10,17 +10,17 @@ Nothing here prints.
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Literal
 
 from gpt2ft.conversation import tidy
+from gpt2ft.inference.decoder import Decoder, refuse_broken
 from gpt2ft.inference.detokenizer import IncrementalDetokenizer
-from gpt2ft.inference.generate import Decoder, refuse_broken
 from gpt2ft.inference.model import InferenceModel
 from gpt2ft.inference.prompt_format import Prompt, TooLong, Turn
-from gpt2ft.inference.sampling import Sampling
 from gpt2ft.random import seed_for
+from gpt2ft.settings.sections import SamplingSettings
 
 Pieces = Generator[str, None, None]  # pieces of text as they come; to close it is to interrupt
 Finish = Literal["stop", "length", "context", "interrupted"]
@@ -64,7 +64,7 @@ class Session:
         last: `Statistics` of the last reply or continuation, or None.
     """
 
-    def __init__(self, model: InferenceModel, sampling: Sampling, max_new_tokens: int) -> None:
+    def __init__(self, model: InferenceModel, sampling: SamplingSettings, max_new_tokens: int) -> None:
         self.model = model
         self.sampling = sampling
         self.max_new_tokens = max_new_tokens
@@ -248,12 +248,12 @@ class Session:
             finish = "interrupted" if finish in (None, "broken") else finish
             self.last = Statistics(tokens, seconds, finish, len(prompt.ids), prompt.dropped_turns)
 
-    def _next_sampling(self) -> Sampling:
+    def _next_sampling(self) -> SamplingSettings:
         """Give each reply, a repeated one too, random numbers of its own."""
         self._num_replies += 1
         if self.sampling.seed is None:
             return self.sampling
-        return replace(self.sampling, seed=seed_for(self.sampling.seed, "reply", self._num_replies))
+        return self.sampling.model_copy(update={"seed": seed_for(self.sampling.seed, "reply", self._num_replies)})
 
     def _settle(self) -> None:
         """End a reply that its reader has abandoned, so that it is among the turns before they change."""

@@ -12,7 +12,6 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from prompt_toolkit.utils import get_cwidth, is_dumb_terminal
 from gpt2ft.chat.commands import COMMANDS, Chat, settings_of, spell
 from gpt2ft.chat.session import Session
 from gpt2ft.inference.prompt_format import Turn
-from gpt2ft.inference.sampling import Sampling
+from gpt2ft.settings.sections import SamplingSettings
 from gpt2ft.text.display import escape_control_characters
 
 
@@ -222,8 +221,8 @@ class Terminal:
         if last:
             parts.append(f"{last.tokens} tokens, {last.tokens_per_second:,.0f} tokens/s")
             parts.append(f"context {last.prompt_tokens + last.tokens:,}/{session.model.n_positions:,}")
-        usual = asdict(Sampling())
-        changed = {key: value for key, value in asdict(session.sampling).items() if value != usual[key]}
+        usual = SamplingSettings().model_dump()
+        changed = {key: value for key, value in session.sampling.model_dump().items() if value != usual[key]}
         rest = "".join(f" | {part}" for part in [*parts, *([spell(changed)] if changed else [])])
         room = max(MIN_NAME_WIDTH, self.output.get_size().columns - len(rest) - 2)
         name = session.model.source

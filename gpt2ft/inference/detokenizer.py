@@ -1,4 +1,4 @@
-"""From ids, as they are said, to text that can be shown at once: whole characters, and nothing of a stop string."""
+"""From ids, as they are sampled, to text that can be shown at once: whole characters, no part of a stop string."""
 
 import codecs
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from gpt2ft.text.tokenizer import ChatTokenizer
 
 
 class Utf8Stream:
-    """Ids in, text out: what is pushed and finished together equals `tokenizer.decode` of all ids.
+    """Ids in, text out; all of it together equals `tokenizer.decode` of all ids.
 
     A character whose bytes are spread over several tokens comes with the last of them.
     """
@@ -31,13 +31,13 @@ class Utf8Stream:
 
 
 class StopStrings:
-    """Lets text pass up to the first stop string, however text and stop string are cut into pieces.
+    """Text up to the first stop string, however both are cut into pieces.
 
     The first is the one that is complete first. Text that may be the beginning of one is held back until that is
     decided.
 
     Attributes:
-        found: a stop string has come; it and all that follows is swallowed.
+        found: a stop string has come; it and all that follows is dropped.
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
@@ -60,11 +60,11 @@ class StopStrings:
         return self._release(len(self._held) - self._num_undecided())
 
     def finish(self) -> str:
-        """What was held back, if nothing has come that completes it."""
+        """The text that was held back, if nothing has come that completes it."""
         return "" if self.found else self._release(len(self._held))
 
     def _num_undecided(self) -> int:
-        """How long the longest end of the held text is that begins a stop string."""
+        """Length of the longest end of the held text that begins a stop string."""
         longest = max(map(len, self._strings), default=1) - 1
         lengths = range(min(longest, len(self._held)), 0, -1)
         ends = (length for length in lengths if any(s.startswith(self._held[-length:]) for s in self._strings))
@@ -80,31 +80,31 @@ class IncrementalDetokenizer:
 
     Args:
         stop_strings: end the reply, and are not part of it.
-        opens_with_space: white space at its beginning is not part of it either.
+        strips_leading_space: white space at its beginning is not part of it either.
     """
 
     def __init__(
-        self, tokenizer: ChatTokenizer, stop_strings: Sequence[str] = (), opens_with_space: bool = False
+        self, tokenizer: ChatTokenizer, stop_strings: Sequence[str] = (), strips_leading_space: bool = False
     ) -> None:
         self._characters = Utf8Stream(tokenizer)
         self._stop = StopStrings(stop_strings)
-        self._is_opening = opens_with_space
+        self._strips = strips_leading_space
 
     @property
     def is_stopped(self) -> bool:
-        """Whether a stop string has come."""
+        """True once a stop string has come."""
         return self._stop.found
 
     def push(self, id: int) -> str:
         """The text that is certain now."""
-        return self._opened(self._stop.push(self._characters.push(id)))
+        return self._stripped(self._stop.push(self._characters.push(id)))
 
     def finish(self) -> str:
         """The rest, where no more ids come."""
-        return self._opened(self._stop.push(self._characters.finish()) + self._stop.finish())
+        return self._stripped(self._stop.push(self._characters.finish()) + self._stop.finish())
 
-    def _opened(self, piece: str) -> str:
-        if self._is_opening:
+    def _stripped(self, piece: str) -> str:
+        if self._strips:
             piece = piece.lstrip()
-            self._is_opening = not piece
+            self._strips = not piece
         return piece

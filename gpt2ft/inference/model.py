@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gpt2ft.inference import prompt_format
+from gpt2ft.inference.decoder import PREFILL_CHUNK, Decoder, suppressed_token_mask
 from gpt2ft.inference.detokenizer import IncrementalDetokenizer
-from gpt2ft.inference.generate import PREFILL_CHUNK, Decoder, suppressed_token_mask
 from gpt2ft.inference.prompt_format import Prompt, PromptFormat, Turn, prompt_limit
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.text.tokenizer import ChatTokenizer
@@ -51,7 +51,7 @@ class InferenceModel:
     def chat_detokenizer(self, stop_strings: Sequence[str] = ()) -> IncrementalDetokenizer:
         """Return the detokenizer of a reply, which ends at the prompt format's stop strings too."""
         stops = (*self.prompt_format.stop_strings, *stop_strings)
-        return IncrementalDetokenizer(self.tokenizer, stops, self.prompt_format.opens_with_space)
+        return IncrementalDetokenizer(self.tokenizer, stops, self.prompt_format.strips_leading_space)
 
     def decoder(self, stop_ids: Sequence[int], num_sequences: int = 1, prefill_chunk: int = PREFILL_CHUNK) -> Decoder:
         """Return a decoder that samples no control token but `stop_ids`; arguments as of `Decoder`."""

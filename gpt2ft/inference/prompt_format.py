@@ -1,4 +1,4 @@
-"""How a conversation becomes a prompt: rendered as the model knows it, and made to fit its context."""
+"""From a conversation to a prompt: rendered as the model knows it, and made to fit its context."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ Turn = tuple[Role, str]
 
 
 class PromptFormat(Protocol):
-    """How turns become a prompt, and what ends a reply.
+    """A way to render turns as a prompt, and the end of a reply to it.
 
     Attributes:
-        opening: the ids after the turns, which ask for the reply.
+        generation_prompt: the ids after the turns, which ask for the reply.
         stop_ids, stop_strings: end a reply and are not part of it.
-        opens_with_space: white space at the beginning of a reply belongs to the frame.
+        strips_leading_space: white space at the beginning of a reply belongs to the format, not to the reply.
     """
 
-    opening: list[int]
+    generation_prompt: list[int]
     stop_ids: list[int]
     stop_strings: tuple[str, ...]
-    opens_with_space: bool
+    strips_leading_space: bool
 
     def render(self, turns: Sequence[Turn]) -> list[list[int]]:
         """The ids of each turn."""
@@ -34,11 +34,11 @@ class ChatPromptFormat:
     """The chat template, for models that were trained with it."""
 
     stop_strings = ()
-    opens_with_space = False
+    strips_leading_space = False
 
     def __init__(self, tokenizer: ChatTokenizer) -> None:
         self._tokenizer = tokenizer
-        self.opening = render_prompt(tokenizer, [])
+        self.generation_prompt = render_prompt(tokenizer, [])
         self.stop_ids = [tokenizer.end_id, tokenizer.end_of_text_id]
 
     def render(self, turns: Sequence[Turn]) -> list[list[int]]:
@@ -57,11 +57,11 @@ class PlainPromptFormat:
     """
 
     stop_strings = ("\nUser:",)
-    opens_with_space = True  # a word has its space before it: "Assistant: A" is "Assistant", ":", " A"
+    strips_leading_space = True  # a word has its space before it: "Assistant: A" is "Assistant", ":", " A"
 
     def __init__(self, tokenizer: ChatTokenizer) -> None:
         self._tokenizer = tokenizer
-        self.opening = tokenizer.encode("Assistant:")
+        self.generation_prompt = tokenizer.encode("Assistant:")
         self.stop_ids = [tokenizer.end_of_text_id]
 
     def render(self, turns: Sequence[Turn]) -> list[list[int]]:
@@ -77,37 +77,39 @@ def prompt_format_for(tokenizer: ChatTokenizer) -> PromptFormat:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model is given; `dropped_turns` of the oldest turns had to give way."""
+    """The ids that the model continues; `dropped_turns` of the oldest turns had to give way."""
 
     ids: list[int]
     dropped_turns: int = 0
 
 
 class TooLong(ValueError):
-    """A text that cannot be made to fit. Says what must hold and what was found, not what to do."""
+    """A text that cannot be made to fit. The message says what must hold and what was found, not what to do."""
 
 
 def prompt_limit(n_positions: int, max_new_tokens: int) -> int:
-    """Tokens that a prompt may have: the rest of the context, a quarter at most, is kept for what comes."""
+    """Tokens that a prompt may have: the reply is left `max_new_tokens`, but at most a quarter of the context."""
     return n_positions - min(max_new_tokens, n_positions // 4)
 
 
-def chat_prompt(frame: PromptFormat, turns: Sequence[Turn], limit: int) -> Prompt:
-    """Asks for a reply to `turns`, the last of which is the user's, within `limit` tokens.
+def chat_prompt(prompt_format: PromptFormat, turns: Sequence[Turn], limit: int) -> Prompt:
+    """Ask for a reply to `turns`, the last of which is the user's, within `limit` tokens.
 
     Raises:
         TooLong: if not even the last message fits, beside the system text.
     """
-    rendered = frame.render(turns)
+    rendered = prompt_format.render(turns)
     lengths = [len(ids) for ids in rendered]
-    room = limit - len(frame.opening)
+    room = limit - len(prompt_format.generation_prompt)
     kept = kept_turns([role for role, _ in turns], lengths, room)
     if kept is None:
         has_system = turns[0][0] == "system"
         beside = f" beside the system text of {lengths[0]}" if has_system else ""
         fitting = max(0, room - (lengths[0] if has_system else 0))
         raise TooLong(f"a message must have at most {fitting} tokens{beside}, but this one has {lengths[-1]}")
-    return Prompt([*(id for turn in kept for id in rendered[turn]), *frame.opening], len(turns) - len(kept))
+    return Prompt(
+        [*(id for turn in kept for id in rendered[turn]), *prompt_format.generation_prompt], len(turns) - len(kept)
+    )
 
 
 def text_prompt(tokenizer: ChatTokenizer, text: str, limit: int) -> Prompt:

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from gpt2ft.conversation import ROLES
 from gpt2ft.data.corpus import Corpus
 from gpt2ft.data.token_tree import TEXT
-from gpt2ft.inference.generate import generate, suppressed_token_mask
+from gpt2ft.inference.decoder import Decoder, suppressed_token_mask
+from gpt2ft.inference.generate import generate
 from gpt2ft.runs.loaded_model import LoadedModel
 from gpt2ft.settings.sections import TrainingSettings
 from gpt2ft.text.template import render_prompt
 
 Turns = list[tuple[str, str]]
+MAX_SEQUENCES = 16  # prompts that are answered together
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,8 @@ def answer(loaded: LoadedModel, prompts: Sequence[Turns], longest: int) -> list[
         return []
     tokenizer = loaded.tokenizer
     ids = [render_prompt(tokenizer, turns) for turns in prompts]
-    stops = [tokenizer.end_id, tokenizer.end_of_text_id]
-    replies = generate(
-        loaded.gpt2, ids, longest, stops, suppressed_token_mask(tokenizer, loaded.gpt2.wte.weight, stops)
-    )
-    said = zip(prompts, replies, strict=True)
-    return [Sample(turns[-1][1], tokenizer.decode(reply.ids), reply.stopped) for turns, reply in said]
+    stop_ids = [tokenizer.end_id, tokenizer.end_of_text_id]
+    suppressed = suppressed_token_mask(tokenizer, loaded.gpt2.wte.weight, stop_ids)
+    decoder = Decoder(loaded.gpt2, stop_ids, suppressed, min(len(prompts), MAX_SEQUENCES))
+    replies = zip(prompts, generate(decoder, ids, longest), strict=True)
+    return [Sample(turns[-1][1], tokenizer.decode(reply.ids), reply.stopped) for turns, reply in replies]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import Literal
 
-from gpt2ft.inference.generate import Decoder, Step
+from gpt2ft.inference.decoder import Decoder, StepResult
 from gpt2ft.inference.sampling import GREEDY
 from gpt2ft.server.errors import ApiError, internal, log_failure, overloaded, unavailable
 from gpt2ft.server.reply import Reply
@@ -158,7 +158,7 @@ class Engine:
         [warm_up] = [step for step in steps if step.slot == slot]
         self._decoder.leave(slot)
         broken = self._deliver(step for step in steps if step is not warm_up)
-        if warm_up.finish == "broken":
+        if warm_up.finish_reason == "broken":
             log.error(NOT_FINITE)
             self._set_state("damaged")
         else:
@@ -210,7 +210,7 @@ class Engine:
         for reply in broken:  # after the warm-up: whoever is told so may ask whether the model is still ready
             reply.fail(ApiError(500, NOT_FINITE, "model_damaged"))
 
-    def _deliver(self, steps: Iterable[Step]) -> list[Reply]:
+    def _deliver(self, steps: Iterable[StepResult]) -> list[Reply]:
         """Push ids to their replies, and free the slots of those that have ended. Returns the replies that broke."""
         broken = []
         for slot, id, finish in steps:

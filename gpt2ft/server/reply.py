@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple
 
 from gpt2ft.inference.detokenizer import IncrementalDetokenizer
 from gpt2ft.inference.prompt_format import Prompt
-from gpt2ft.inference.sampling import Sampling
 from gpt2ft.server.errors import ApiError
+from gpt2ft.settings.sections import SamplingSettings
 
 FinishReason = Literal["stop", "length"]
 
@@ -23,7 +23,7 @@ class GenerationRequest:
     """
 
     prompt: Prompt
-    sampling: Sampling
+    sampling: SamplingSettings
     max_new_tokens: int
     stop_ids: tuple[int, ...]
     detokenizer: IncrementalDetokenizer

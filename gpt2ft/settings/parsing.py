@@ -103,7 +103,7 @@ def parse_flags(
     try:
         settings = kind.model_validate(values)
     except ValidationError as error:
-        problems += _explain(kind, "command line", error)
+        problems += explain(kind, "command line", error)
     refuse_problems(problems)
     return settings
 
@@ -120,7 +120,7 @@ def read_recipe(kind: type[Settings], file: Path) -> Settings:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise SettingsError("\n".join(_explain(kind, str(file), error))) from error
+        raise SettingsError("\n".join(explain(kind, str(file), error))) from error
 
 
 def read_sections(file: Path) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def _unknown_words(kind: type[Section], words: Sequence[str]) -> Iterator[str]:
 # --- what is wrong --------------------------------------------------------------------------------------------------
 
 
-def _explain(kind: type[Section], source: str, error: ValidationError) -> Iterator[str]:
+def explain(kind: type[Section], source: str, error: ValidationError) -> Iterator[str]:
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":

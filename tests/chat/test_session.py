@@ -6,27 +6,28 @@ import pytest
 import torch
 
 from gpt2ft.chat.session import Session
-from gpt2ft.inference.generate import generate, suppressed_token_mask
+from gpt2ft.inference.generate import generate
 from gpt2ft.inference.model import InferenceModel
 from gpt2ft.inference.prompt_format import ChatPromptFormat, PlainPromptFormat, prompt_format_for
-from gpt2ft.inference.sampling import GREEDY, Sampling
+from gpt2ft.inference.sampling import GREEDY
 from gpt2ft.model.gpt2 import GPT2, GPT2Config
+from gpt2ft.settings.sections import SamplingSettings
 from gpt2ft.text.context import kept_turns
 from gpt2ft.text.template import render_prompt, render_turn
 from gpt2ft.text.tokenizer_export import save_tokenizer
 
-SEEDED = Sampling(temperature=5.0, top_p=1.0, seed=5)
+SEEDED = SamplingSettings(temperature=5.0, top_p=1.0, seed=5)
 N_POSITIONS = 96
 
 
 class Scripted(GPT2):
-    """Says `script`, id by id, behind whatever prompt: wherever `opening` stands last, the script begins."""
+    """Says `script`, id by id, behind whatever prompt: wherever `generation_prompt` stands last, the script begins."""
 
     def __init__(self, tokenizer, prompt_format, n_positions=N_POSITIONS):
         super().__init__(GPT2Config(tokenizer.padded_size, n_positions, n_embd=64, n_layer=1, n_head=1))
         signs = torch.rand(self.wte.weight.shape, generator=torch.Generator().manual_seed(0)) < 0.5
         self.wte.weight.data = signs * 2.0 - 1.0  # rows that are far from each other: each is likeliest for itself
-        self.opening = prompt_format.opening
+        self.generation_prompt = prompt_format.generation_prompt
         self.script = []
         self.known = [0] * n_positions
         self.num_read = 0
@@ -37,8 +38,8 @@ class Scripted(GPT2):
             self.known[position] = token
         q = torch.zeros(len(tokens), 1, 64)
         attend(q, q, q, 0)
-        ids, width = self.known[: positions[-1] + 1], len(self.opening)
-        begun = [end for end in range(width, len(ids) + 1) if ids[end - width : end] == self.opening]
+        ids, width = self.known[: positions[-1] + 1], len(self.generation_prompt)
+        begun = [end for end in range(width, len(ids) + 1) if ids[end - width : end] == self.generation_prompt]
         said = len(ids) - begun[-1] if begun else 0
         return self.wte.weight[self.script[said : said + 1] or [0]].expand(len(tokens), -1)
 
@@ -257,10 +258,8 @@ class TestContext:
         assert kept_whole > 5
 
     def fresh(self, model, tokenizer, turns, most):
-        forbidden = suppressed_token_mask(tokenizer, model.gpt2.wte.weight)
-        stops = [tokenizer.end_id, tokenizer.end_of_text_id]
-        reply = generate(model.gpt2, [render_prompt(tokenizer, turns)], most, stops, forbidden)[0]
-        return tokenizer.decode(reply.ids)
+        decoder = model.decoder([tokenizer.end_id, tokenizer.end_of_text_id])
+        return tokenizer.decode(generate(decoder, [render_prompt(tokenizer, turns)], most)[0].ids)
 
     def test_a_turn_is_read_once(self, scripted, tokenizer):
         session = scripted()
@@ -413,7 +412,7 @@ class TestPlainPromptFormat:
     def test_turns_are_plain_text(self, tokenizer):
         plain = PlainPromptFormat(tokenizer)
         turns = [("system", "Be {brief}."), ("user", "Tea?"), ("assistant", "Yes."), ("user", "Milk?")]
-        ids = [id for turn in plain.render(turns) for id in turn] + plain.opening
+        ids = [id for turn in plain.render(turns) for id in turn] + plain.generation_prompt
         assert tokenizer.decode(ids) == "Be {brief}.\n\nUser: Tea?\nAssistant: Yes.\nUser: Milk?\nAssistant:"
         assert not tokenizer.control_ids & set(ids)
 
@@ -459,22 +458,21 @@ class TestComplete:
         session = Session(model, GREEDY, 30)
         session.say("Hi")
         for text, prompt in (("The kettle", tokenizer.encode("The kettle")), ("", [end])):
-            forbidden = suppressed_token_mask(tokenizer, model.gpt2.wte.weight, [end])
-            reply = generate(model.gpt2, [prompt], 30, [end], forbidden)[0]
+            reply = generate(model.decoder([end]), [prompt], 30)[0]
             assert "".join(session.complete(text)) == tokenizer.decode(reply.ids) != ""
             assert session.last.tokens == len(reply.ids)
         assert session.turns == [("user", "Hi")]
 
     def test_it_ends_at_end_of_text(self, scripted, tokenizer):
         session = scripted()
-        session.model.gpt2.opening = tokenizer.encode("The")
+        session.model.gpt2.generation_prompt = tokenizer.encode("The")
         session.model.gpt2.script = [*tokenizer.encode(" kettle."), tokenizer.end_of_text_id]
         assert "".join(session.complete("The")) == " kettle."
         assert session.last.finish == "stop"
 
     def test_it_can_be_interrupted(self, scripted, tokenizer):
         session = scripted()
-        session.model.gpt2.opening = tokenizer.encode("The")
+        session.model.gpt2.generation_prompt = tokenizer.encode("The")
         session.model.gpt2.script = tokenizer.encode(" kettle is hot.")
         assert "".join(session.complete("The", should_stop=after(2))) == " kettle is"
         assert session.last.finish == "interrupted"

@@ -23,7 +23,7 @@ from gpt2ft.chat.commands import COMMANDS, Chat, settings_of
 from gpt2ft.chat.session import Statistics
 from gpt2ft.chat.terminal import Completions, Lines, talk
 from gpt2ft.conversation import ROLES
-from gpt2ft.inference.sampling import Sampling
+from gpt2ft.settings.sections import SamplingSettings
 
 
 class FakeSession:
@@ -31,7 +31,7 @@ class FakeSession:
 
     def __init__(self):
         self.turns, self.system, self.last = [], None, None
-        self.sampling, self.max_new_tokens = Sampling(), 256
+        self.sampling, self.max_new_tokens = SamplingSettings(), 256
         self.next_last = Statistics(tokens=3, seconds=1.0, finish="stop", prompt_tokens=5, dropped_turns=0)
         self.num_replies = 0
 
@@ -229,11 +229,11 @@ def test_settings_can_be_listed_and_changed(run):
     ("text", "facts"),
     [
         ("warmth 1", "warmth.*temperature"),
-        ("temperature high", "`temperature` .*'high'"),
-        ("top_k 1.5", "`top_k` .*whole.*'1.5'"),
-        ("top_p 0", "`top_p` .*0"),
-        ("temperature nan", "`temperature` .*nan"),
-        ("temperature none", "`temperature` .*none"),
+        ("temperature high", "`temperature`.*'high'"),
+        ("top_k 1.5", "`top_k`.*whole.*'1.5'"),
+        ("top_p 0", "`top_p`.*0"),
+        ("temperature nan", "`temperature`.*nan"),
+        ("temperature none", "`temperature`.*none"),
     ],
 )
 def test_a_bad_setting_is_refused_in_a_sentence(run, text, facts):

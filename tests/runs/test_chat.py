@@ -17,13 +17,12 @@ from processes import ROOT, run
 from gpt2ft.chat.session import Session
 from gpt2ft.inference.model import InferenceModel
 from gpt2ft.inference.prompt_format import ChatPromptFormat, PlainPromptFormat
-from gpt2ft.inference.sampling import Sampling
 from gpt2ft.model.pretrained import write_model
 from gpt2ft.runs import chat
 from gpt2ft.runs.export import write_folder
 from gpt2ft.runs.loaded_model import load_model
 from gpt2ft.settings.scripts import ChatSettings
-from gpt2ft.settings.sections import ModelSettings
+from gpt2ft.settings.sections import ModelSettings, SamplingSettings
 from gpt2ft.text.display import escape_control_characters
 
 SCRIPT = "launch/chat.py"
@@ -307,7 +306,7 @@ def through_pipe(arguments, text, environment):
 def in_this_process(loaded, seed, max_new_tokens):
     prompt_format = ChatPromptFormat(loaded.tokenizer)
     model = InferenceModel(loaded.gpt2.eval(), loaded.tokenizer, prompt_format, loaded.source, loaded.digest)
-    return Session(model, Sampling(seed=seed), max_new_tokens)
+    return Session(model, SamplingSettings(seed=seed), max_new_tokens)
 
 
 def test_every_line_is_an_entry_and_stdout_holds_replies_alone(chat_model, untrained, environment):
@@ -316,7 +315,7 @@ def test_every_line_is_an_entry_and_stdout_holds_replies_alone(chat_model, untra
     session, replies = in_this_process(untrained, 3, 150), []
     for text in ("What is tea?", "/slash", "And cold?"):
         if text == "And cold?":
-            session.sampling = Sampling(seed=3, top_k=9)
+            session.sampling = SamplingSettings(seed=3, top_k=9)
         session.say(text)
         replies.append(escape_control_characters("".join(session.reply())) + "\n")
     assert ended.stdout == "".join(replies)
@@ -368,7 +367,7 @@ def test_a_model_that_knows_chat_tokens_is_asked_with_them(handed_over, chat_mod
     assert isinstance(met.session.model.prompt_format, ChatPromptFormat)
     assert met.notice == ""
     assert met.session.system == "Be brief."
-    assert (met.session.sampling, met.session.max_new_tokens) == (Sampling(top_k=3), 9)
+    assert (met.session.sampling, met.session.max_new_tokens) == (SamplingSettings(top_k=3), 9)
     assert not met.session.model.gpt2.training
 
 
@@ -394,11 +393,6 @@ def test_precision_is_that_of_the_weights(handed_over, chat_model):
     for precision, dtype in (("auto", torch.float32), ("bf16", torch.bfloat16)):
         met = handed_over(model=str(chat_model), precision=precision)
         assert met.session.model.gpt2.wte.weight.dtype == dtype
-
-
-def test_the_settings_default_to_those_of_sampling():
-    settings = ChatSettings()
-    assert {name: getattr(settings, name) for name in vars(Sampling())} == vars(Sampling())
 
 
 def test_settings_that_contradict_each_other_are_refused():

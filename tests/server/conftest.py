@@ -75,15 +75,15 @@ def idle_again(request):
 @pytest.fixture(scope="session")
 def alone(inference_model):
     """alone(turns, most, **sampling): the text that `generate` gives for a conversation by itself."""
-    from gpt2ft.inference.generate import generate, suppressed_token_mask
-    from gpt2ft.inference.sampling import Sampling
+    from gpt2ft.inference.generate import generate
+    from gpt2ft.settings.sections import SamplingSettings
 
-    gpt2, tokenizer, prompt_format = inference_model.gpt2, inference_model.tokenizer, inference_model.prompt_format
+    tokenizer, prompt_format = inference_model.tokenizer, inference_model.prompt_format
 
     def text(turns, most, **sampling):
-        prompt = [id for turn in prompt_format.render(turns) for id in turn] + prompt_format.opening
-        suppressed = suppressed_token_mask(tokenizer, gpt2.wte.weight, prompt_format.stop_ids)
-        [reply] = generate(gpt2, [prompt], most, prompt_format.stop_ids, suppressed, Sampling(**sampling))
+        prompt = [id for turn in prompt_format.render(turns) for id in turn] + prompt_format.generation_prompt
+        decoder = inference_model.decoder(prompt_format.stop_ids)
+        [reply] = generate(decoder, [prompt], most, SamplingSettings(**sampling))
         return tokenizer.decode(reply.ids), len(prompt), len(reply.ids), "stop" if reply.stopped else "length"
 
     return text

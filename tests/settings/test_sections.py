@@ -1,7 +1,9 @@
-"""Contents of the sections themselves: filters apart from the rest, mixing weights, renamed settings."""
+"""Contents of the sections themselves: filters apart from the rest, ranges, mixing weights, renamed settings."""
+
+import pytest
 
 from gpt2ft.settings.scripts import EvaluateSettings, ServeSettings, SFTSettings
-from gpt2ft.settings.sections import RENAMED, DataSettings, FilterSettings, split_mixing_weight
+from gpt2ft.settings.sections import RENAMED, DataSettings, FilterSettings, SamplingSettings, split_mixing_weight
 
 
 def test_the_filters_are_taken_out_of_whatever_holds_them():
@@ -14,6 +16,36 @@ def test_the_filters_are_taken_out_of_whatever_holds_them():
 def test_a_renamed_setting_exists_by_its_new_name_alone():
     assert set(RENAMED.values()) <= set(ServeSettings.model_fields)
     assert not set(RENAMED) & set(ServeSettings.model_fields)
+
+
+# --- ranges of the sampling settings --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("temperature", [-0.1, float("inf"), float("nan"), 10**400, "hot"]),
+        ("top_k", [-1, 1.5, "many"]),
+        ("top_p", [0, 1.01]),
+        ("min_p", [-1, 1.5]),
+        ("repetition_penalty", [0, float("inf")]),
+        ("seed", [0.5, "x"]),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=rf"1 validation error for SamplingSettings\n{name}\n"):
+            SamplingSettings(**{name: value})
+
+
+def test_all_values_out_of_range_are_named_at_once():
+    with pytest.raises(ValueError, match=r"(?s)3 validation errors.*\ntemperature\n.*\ntop_k\n.*\nseed\n"):
+        SamplingSettings(temperature=-1, top_k=-1, seed="x")
+
+
+def test_the_ends_of_the_ranges_are_allowed():
+    SamplingSettings(temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1, seed=-5)
+    SamplingSettings(temperature=5, top_k=10**9, top_p=1e-9, min_p=1, repetition_penalty=1e-9, seed=2**70)
 
 
 # --- mixing weights of data sources ---------------------------------------------------------------------------------

@@ -2,17 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from gpt2ft.conversation import tidy
 from gpt2ft.inference.detokenizer import IncrementalDetokenizer
 from gpt2ft.inference.model import InferenceModel
 from gpt2ft.inference.prompt_format import TooLong, Turn
-from gpt2ft.inference.sampling import Sampling
 from gpt2ft.server.errors import invalid
 from gpt2ft.server.openai.requests import BaseRequest, ChatMessage, ChatRequest, CompletionRequest
 from gpt2ft.server.reply import GenerationRequest
 from gpt2ft.settings.scripts import ServeSettings
+from gpt2ft.settings.sections import SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class RequestConverter:
         detokenizer, stop_ids = IncrementalDetokenizer(tokenizer, request.stop), (tokenizer.end_of_text_id,)
         return GenerationRequest(prompt, self._sampling(request), max_new_tokens, stop_ids, detokenizer)
 
-    def _sampling(self, request: BaseRequest) -> Sampling:
-        names = {field.name for field in fields(Sampling)}
-        defaults = {name: getattr(self.settings, name) for name in names - {"seed"}}
-        return Sampling(**defaults | request.model_dump(include=names, exclude_none=True))
+    def _sampling(self, request: BaseRequest) -> SamplingSettings:
+        names = set(SamplingSettings.model_fields)
+        asked = request.model_dump(include=names, exclude_none=True)
+        return SamplingSettings(**self.settings.model_dump(include=names) | asked)
 
     def _max_new_tokens(self, request: BaseRequest, max_completion_tokens: int | None = None) -> int:
         """Return `max_tokens` or its newer name, within the server's limit."""

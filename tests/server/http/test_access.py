@@ -6,7 +6,7 @@ import logging
 import pytest
 from running_server import read_until
 
-from gpt2ft.inference.generate import Decoder
+from gpt2ft.inference.decoder import Decoder
 from gpt2ft.text.template import render_prompt
 
 KEY = "a key that is long enough".replace(" ", "-")

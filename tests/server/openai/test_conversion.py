@@ -2,11 +2,11 @@
 
 import pytest
 
-from gpt2ft.inference.sampling import Sampling
 from gpt2ft.server.errors import ApiError
 from gpt2ft.server.openai.conversion import RequestConverter, turns_of
 from gpt2ft.server.openai.requests import ChatMessage, ChatRequest, CompletionRequest
 from gpt2ft.settings.scripts import ServeSettings
+from gpt2ft.settings.sections import SamplingSettings
 from gpt2ft.text.template import render_prompt
 
 
@@ -110,9 +110,9 @@ class TestLength:
 
 
 def test_sampling_is_the_server_s_where_a_request_says_nothing(convert):
-    assert convert(chat(), top_k=7).sampling == Sampling(top_k=7)
+    assert convert(chat(), top_k=7).sampling == SamplingSettings(top_k=7)
     given = {"temperature": 0.0, "top_p": 0.5, "top_k": 0, "min_p": 0.2, "repetition_penalty": 1.5, "seed": -3}
-    assert convert(chat(**given), top_k=7, temperature=1.5).sampling == Sampling(**given)
+    assert convert(chat(**given), top_k=7, temperature=1.5).sampling == SamplingSettings(**given)
 
 
 def test_stop_strings_end_the_text(convert, inference_model):

@@ -3,7 +3,7 @@
 import threading
 from collections import deque
 
-from gpt2ft.inference.generate import Step
+from gpt2ft.inference.decoder import StepResult
 from gpt2ft.inference.model import InferenceModel
 from gpt2ft.inference.prompt_format import ChatPromptFormat
 from gpt2ft.server import service
@@ -68,7 +68,7 @@ class ScriptedDecoder:
         piece = script.popleft()
         if isinstance(piece, Exception):
             raise piece
-        return Step(slot, None, piece) if isinstance(piece, str) else Step(slot, piece, None)
+        return StepResult(slot, None, piece) if isinstance(piece, str) else StepResult(slot, piece, None)
 
     def leave(self, slot):
         if self.running.pop(slot):
