@@ -22,6 +22,7 @@ from gpt2ft.model.pretrained import (
     weights_digest,
     write_model,
 )
+from gpt2ft.settings.choices import PUBLISHED_MODELS
 
 SHAPE = (60, 24, 16, 2, 2)  # vocab_size, n_positions, n_embd, n_layer, n_head
 LENGTH = 24
@@ -128,7 +129,7 @@ class TestFindFolder:
         assert find_folder(str(folder.parent)) == folder.with_name("model")
 
     def test_neither_a_folder_nor_a_published_name(self):
-        names = "distilgpt2, gpt2, gpt2-medium, gpt2-large, gpt2-xl"
+        names = ", ".join(PUBLISHED_MODELS)
         with pytest.raises(ModelError, match=f"must be a folder or one of {names}, but 'gpt3' is neither"):
             find_folder("gpt3")
 
