@@ -5,7 +5,6 @@
 - `global_sum` adds numbers up over all processes.
 """
 
-import hashlib
 import os
 import warnings
 from typing import Any, Literal
@@ -156,29 +155,6 @@ def raise_together(accelerator: Any, problem: OSError | None) -> None:
         raise problem
     if failed:
         raise OSError("the first process could not save")
-
-
-def check_agreement(accelerator: Any, step: int, *data: str) -> None:
-    """Raises LaunchError unless all processes go on from the same step with the same data.
-
-    Args:
-        data: digests of all tokenised data.
-    """
-    if accelerator.num_processes == 1:
-        return
-    digest = int(hashlib.sha256("".join(data).encode()).hexdigest()[:12], 16)
-    mine = torch.tensor([step, digest], dtype=torch.float64, device=accelerator.device)
-    same_step, same_data = (accelerator.gather(mine).view(-1, 2) == mine).all(0).tolist()
-    if not same_step:
-        raise LaunchError(
-            f"the processes do not find the same checkpoints (this one would go on from step {step}): "
-            "`output` must be on a folder that all machines share"
-        )
-    if not same_data:
-        raise LaunchError(
-            "the machines do not have the same data: the files that `data.train` and `data.eval` name must be the "
-            "same on each"
-        )
 
 
 def _precision(setting: str) -> Literal["no", "bf16"]:

@@ -1,9 +1,11 @@
 """The offline pass of DPO: the log-probs of every reply of a recipe under its start, computed before any training."""
 
 from gpt2ft.distributed import watchdog
-from gpt2ft.distributed.accelerator import check_agreement, start_accelerator
+from gpt2ft.distributed.accelerator import start_accelerator
+from gpt2ft.distributed.agreement import check_agreement
 from gpt2ft.distributed.signals import SignalHandler
 from gpt2ft.errors import SettingsError
+from gpt2ft.runs.identity import facts_of
 from gpt2ft.runs.run_setup import cast_to_precision, check, set_up, target_log_probs
 from gpt2ft.runs.train_dpo import PreferenceTuning
 from gpt2ft.settings.scripts import DPOSettings
@@ -18,7 +20,7 @@ def run(settings: DPOSettings) -> None:
     setup = set_up(settings, task, accelerator)
     if settings.looks_only:
         return
-    check_agreement(accelerator, 0, *(corpus.content() for corpus in setup.corpora()))
+    check_agreement(accelerator, facts_of(setup))
     in_float32 = target_log_probs(setup)
     check(setup, in_float32)
     model = cast_to_precision(setup, in_float32)

@@ -11,7 +11,8 @@ from gpt2ft.data.corpus import Corpus, load_corpora
 from gpt2ft.data.pairs import PreferencePairs
 from gpt2ft.data.plan import Plan
 from gpt2ft.distributed import watchdog
-from gpt2ft.distributed.accelerator import autocast, check_agreement, precision_of, start_accelerator
+from gpt2ft.distributed.accelerator import autocast, precision_of, start_accelerator
+from gpt2ft.distributed.agreement import check_agreement
 from gpt2ft.distributed.signals import SignalHandler
 from gpt2ft.errors import SettingsError
 from gpt2ft.files import write_json
@@ -46,7 +47,9 @@ def run(settings: EvaluateSettings) -> None:
     if settings.pairs:
         rule = PreferencePairs(settings.pairs, "pair", max_length, capacity)
     corpus, _ = load_corpora(data, loaded.tokenizer, kind=rule.kind)
-    check_agreement(accelerator, 0, corpus.content())
+    check_agreement(
+        accelerator, {"data": corpus.content(), "weights": loaded.digest, "settings": settings.model_dump()}
+    )
     prompts = topic_prompts(loaded, corpus, settings) if settings.topic else []
     chunks = chunk(corpus.stores, corpus.rows, rule)
     plan = Plan(chunks, capacity, 1, seed=0, shuffle=False)

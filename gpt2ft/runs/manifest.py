@@ -1,7 +1,5 @@
 """The manifest of a run: everything about it that its recipe does not say."""
 
-import importlib.metadata
-import platform
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +8,7 @@ from gpt2ft.distributed import launch_checks
 from gpt2ft.distributed.accelerator import precision_of
 from gpt2ft.distributed.restarts import launch
 from gpt2ft.runs.describe import dropped, shares
-from gpt2ft.runs.resume import identity_of
+from gpt2ft.runs.identity import identity_of, versions
 from gpt2ft.runs.run_setup import RunSetup
 
 
@@ -40,10 +38,3 @@ def manifest_of(setup: RunSetup, attention: str) -> dict[str, Any]:
             "supervised": plan.supervised,
         },
     }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python, this package and what it computes with."""
-    names = ["gpt2ft", "torch", "accelerate", "tiktoken", "datasets", "safetensors"]
-    found = {name: importlib.metadata.version(name) for name in names}
-    return {"python": platform.python_version()} | found

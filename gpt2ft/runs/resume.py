@@ -3,15 +3,16 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gpt2ft import checkpoint
 from gpt2ft.checkpoint import CheckpointError, TrainState
 from gpt2ft.distributed import launch_checks
-from gpt2ft.distributed.accelerator import check_agreement, precision_of, raise_together
+from gpt2ft.distributed.accelerator import raise_together
+from gpt2ft.distributed.agreement import check_agreement
 from gpt2ft.errors import SettingsError
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.model.lora import load_trainable_parameters, trainable_parameters
+from gpt2ft.runs.identity import facts_of, identity_of
 from gpt2ft.runs.output import Output
 from gpt2ft.runs.run_setup import RunSetup
 from gpt2ft.training.memory_probe import explain_out_of_memory, memory_advice, probe_memory
@@ -27,22 +28,6 @@ class ResumePoint:
     checkpoint: Path | None
 
 
-def identity_of(setup: RunSetup) -> dict[str, Any]:
-    """Whatever a run must share with its checkpoint to continue from it."""
-    settings, held_out = setup.settings, setup.held_out
-    training = {"tokens_per_micro_batch", "micro_batches_per_step", "seed", "max_grad_norm", "deterministic"}
-    sections = settings.model_dump(mode="json", exclude={"training", "output", "resume", "dry_run", "show"})
-    del sections["data"]["cache"]
-    return sections | {
-        "training": settings.training.model_dump(mode="json", include=training),
-        "steps": setup.steps,
-        "precision": precision_of(setup.accelerator),
-        "tokenised_data": setup.corpus.identity(),
-        "held_out_data": held_out.identity() if held_out else {},
-        "initial_weights": setup.loaded.digest,
-    }
-
-
 def find_resume_point(setup: RunSetup, output: Output) -> ResumePoint:
     """The newest whole checkpoint, on which all processes agree; the start if there is none or none is wanted.
 
@@ -52,8 +37,7 @@ def find_resume_point(setup: RunSetup, output: Output) -> ResumePoint:
         LaunchError: if the processes do not find the same checkpoint or the same data.
     """
     resume_point = _newest(setup, output) if output.continues else ResumePoint(TrainState(), None)
-    contents = [corpus.content() for corpus in setup.corpora()]
-    check_agreement(setup.accelerator, resume_point.state.step, *contents)
+    check_agreement(setup.accelerator, facts_of(setup) | {"step": resume_point.state.step})
     return resume_point
 
 

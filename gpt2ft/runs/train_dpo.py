@@ -20,8 +20,8 @@ from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.objectives.dpo import DPO
 from gpt2ft.objectives.losses import start_loss
 from gpt2ft.runs.evaluation import EvalResult, Evaluator
+from gpt2ft.runs.identity import versions
 from gpt2ft.runs.loaded_model import LoadedModel
-from gpt2ft.runs.manifest import versions
 from gpt2ft.runs.run_setup import RunSetup
 from gpt2ft.runs.samples import Sample, Turns, answer
 from gpt2ft.runs.train import train
