@@ -120,7 +120,7 @@ def _nodes_of(corpus: Corpus) -> _Nodes:
 
 
 def _duplicates(nodes: _Nodes, tokenizer: ChatTokenizer) -> Iterator[str]:
-    """Conversations and replies that are word for word the same; copies that a factor makes are not counted."""
+    """Conversations and replies that are word for word the same; copies that a mixing weight makes are not counted."""
     own_place = np.arange(len(nodes.parents)) - np.repeat(nodes.firsts, nodes.counts())
     own_parent = np.where(nodes.parents < 0, -1, nodes.parents - np.repeat(nodes.firsts, nodes.counts()))
     mixed = nodes.digests * (2 * own_place + 1).astype(np.uint64) + (own_parent + 2).astype(np.uint64)

@@ -122,7 +122,7 @@ class SourceShare:
 
     source: str
     format: str
-    factor: float
+    mixing_weight: float
     conversations_read: int
     messages_read: int | None  # None where another part of the same sources tells it
     dropped: dict[str, int]  # messages by reason
@@ -132,7 +132,7 @@ class SourceShare:
     pairs: int  # of replies to compare, where that is what the data are read for
 
     def __str__(self) -> str:
-        factor = f" x {self.factor:g}" if self.factor != 1 else ""
+        weight = f" x {self.mixing_weight:g}" if self.mixing_weight != 1 else ""
         read = "" if self.messages_read is None else f"; {self.messages_read:,} messages read"
         used = (
             f"{self.pairs:,} pairs of replies to {self.conversations:,} prompts in {self.conversations_read:,}"
@@ -140,7 +140,7 @@ class SourceShare:
             else f"{self.conversations:,} of {self.conversations_read:,}"
         )
         return (
-            f"{self.source}{factor} ({self.format}): {used} "
+            f"{self.source}{weight} ({self.format}): {used} "
             f"conversations, {self.tokens:,} tokens, {self.supervised:,} supervised{read}"
         )
 
@@ -148,13 +148,13 @@ class SourceShare:
 def shares(corpus: Corpus, plan: Plan) -> list[SourceShare]:
     """The sources of a corpus, in its order."""
     found = []
-    for number, (store, factor) in enumerate(zip(corpus.stores, corpus.mixing_weights, strict=True)):
+    for number, (store, mixing_weight) in enumerate(zip(corpus.stores, corpus.mixing_weights, strict=True)):
         here = plan.chunks.rows[:, 0] == number
         rows = corpus.rows[corpus.rows[:, 0] == number]
         share = SourceShare(
             source=store.source,
             format=store.statistics.format,
-            factor=factor,
+            mixing_weight=mixing_weight,
             messages_read=store.statistics.read if corpus.is_whole else None,
             dropped=store.statistics.dropped if corpus.is_whole else {},
             conversations=len(np.unique(plan.chunks.rows[here, 1])),

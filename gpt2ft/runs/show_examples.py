@@ -59,17 +59,17 @@ class _Example:
 def _examples(plan: Plan, number: int) -> Iterator[_Example]:
     left = number
     for step in range(plan.steps_per_epoch):
-        for micro_batch, pieces in enumerate(plan.micro_batches(step)):
+        for micro_batch, chunks in enumerate(plan.micro_batches(step)):
             stream = plan.training_stream(step, micro_batch)
             weights = np.zeros(stream.num_tokens, np.float32)
             scored = slice(stream.num_supervised)
             weights[stream.supervised[scored].numpy() + 1] = stream.weights[scored].numpy()
             start = 0
-            for piece in pieces:
+            for chunk in chunks:
                 if not left:
                     return
-                tree = plan.chunks.tree(piece)
-                store, row = plan.chunks.rows[piece].tolist()
+                tree = plan.chunks.tree(chunk)
+                store, row = plan.chunks.rows[chunk].tolist()
                 source = plan.chunks.stores[store]
                 title = (
                     f"example {number - left + 1}: {source.source}, conversation {source.id(row)}, "
