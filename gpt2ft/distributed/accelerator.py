@@ -35,16 +35,16 @@ def start_accelerator(precision: str, micro_batches_per_step: int | None = None,
     # Torch's and Accelerate's of each other; a user can do nothing about them.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|accelerate)\b")
     rendezvous.use()
-    with watchdog.joining():
+    with rendezvous.joining():
         accelerator = _accelerator(launch_checks.strategy(), _precision(precision), accumulation)
-    launch_checks.check_given(accelerator, world_size)
+        launch_checks.check_given(accelerator, world_size)
+        watchdog.start(accelerator)
     if world_size == 1 and is_launched():
         end_with_parent()  # accelerate launch does not pass SIGTERM on to a single process
     torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    watchdog.start(accelerator)
     return accelerator
 
 

@@ -1,292 +1,150 @@
-"""Processes that watch each other: one that hangs or is lost is named within a minute, and all end.
+"""Name a process that hangs or is lost, and end all with exit code 69, on which torchrun starts them again.
 
-Without it they would wait for it in a collective until that times out, half an hour later. A thread of each process
-says every two seconds, in the store that the launcher has opened for them, where its main thread is, and listens to
-the others. The main thread says no more than `at("backward")`, which costs a microsecond. Who is to be named is decided
-in diagnosis.py.
-
-A process that ends so has exit code 69, on which `torchrun --max_restarts` starts all again: they go on from the newest
-checkpoint. GPT2FT_PATIENCE is the time in seconds that a process may stand still; 0 switches the watch off, for a
-debugger.
+Each process writes heartbeats into the launcher's store and reads those of the others. One without heartbeats is frozen
+or lost. If none shows a sign of life, all wait for the one that has begun the fewest collectives. Signs of life are
+Python code that moves on in any thread, collectives, bytes read or written and, on CPUs, computing: whoever downloads,
+tokenises, compiles or evaluates is left alone. GPT2FT_PATIENCE (60 seconds) scales all times; 0 means no watchdog.
 """
 
-import atexit
+import faulthandler
+import json
 import os
 import socket
 import sys
 import time
-import uuid
+from collections import namedtuple
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from pathlib import Path
-from threading import Condition, Event, Thread, Timer, main_thread
-from typing import Any, Literal, NamedTuple
+from threading import Event, Thread, get_ident
+from traceback import walk_stack
+from typing import Any
 
-import torch.distributed as dist
+import psutil
+from torch.distributed import DistError, Store, distributed_c10d
 
-from gpt2ft.distributed.diagnosis import Patience, Verdict, Vigil, Word
-from gpt2ft.distributed.launch_checks import LaunchError
+from gpt2ft.distributed.rendezvous import give_up, patience
 from gpt2ft.distributed.signals import Preempted
 
-EXIT_CODE = 69  # of processes that end because one of them is lost or stands still: EX_UNAVAILABLE
-TIMES_AS_LONG = 5  # as anything like it has taken so far is too long
-ROUNDS_AT_A_PLACE = 3  # before it is said what the main thread is in
-
-_watch: "Watch | None" = None
-
-
-@contextmanager
-def joining() -> Iterator[None]:
-    """Around what waits for all processes for the first time, before they can watch each other.
-
-    Raises:
-        LaunchError: if GPT2FT_PATIENCE is no number.
-    """
-    seconds = _patience().first if os.environ.get("WORLD_SIZE", "1") != "1" else 0.0
-
-    def give_up() -> None:
-        rank = f"rank {os.environ.get('RANK', '0')} (host {socket.gethostname()})"
-        _say(f"{rank} has waited {seconds:.0f} s for all processes to join")
-        os._exit(EXIT_CODE)
-
-    timer = Timer(seconds, give_up)
-    timer.daemon = True
-    if seconds:
-        timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+INTERVAL, SILENT = 1 / 30, 1 / 2  # between two heartbeats; without any: multiples of GPT2FT_PATIENCE, like the next two
+IN_LOOP, ELSEWHERE = 1, 30  # without a sign of life: elsewhere one call may close a large file, or compile a kernel
+# number: one more each time; limit: seconds without a sign of life; collectives: begun so far; signs: of life, counted
+Heartbeat = namedtuple("Heartbeat", "number host place limit collectives signs diagnosis")
+_watchdog: "Watchdog | None" = None
 
 
 def start(accelerator: Any) -> None:
-    """Has the processes watch each other from here on. All come here together; one alone watches nobody.
-
-    Raises:
-        LaunchError: if GPT2FT_PATIENCE is no number.
-    """
-    global _watch
-    stop()
-    patience = _patience()
-    if accelerator.num_processes == 1 or not patience.standing:
-        return
-    from accelerate.utils import broadcast_object_list
-
-    (name,) = broadcast_object_list([uuid.uuid4().hex])  # restarts may share a store, and count differently
-    watch = Watch(name, accelerator.process_index, accelerator.num_processes, patience)
-    accelerator.wait_for_everyone()  # all have said their first word
-    watch.begin()
-    _watch = watch
-    atexit.register(stop)
+    """Start the watchdogs of all processes, which call this together; a process that trains alone has none."""
+    global _watchdog
+    stop("finished")
+    if accelerator.num_processes > 1 and patience():
+        _watchdog = Watchdog(distributed_c10d._get_default_store().clone(), accelerator)
+        _watchdog.send()
+        accelerator.wait_for_everyone()
+        distributed_c10d._set_pg_timeout(timedelta(days=7))  # collectives wait for whoever is slow but alive
+        _watchdog.start()
 
 
-def at(place: str, step: int | None = None, is_long: bool = False) -> None:
-    """The main thread has got on. All processes say so at the same places of the program, and equally often.
-
-    Args:
-        place: what it begins to do.
-        step: from here on.
-        is_long: whether that may take as long as it likes, and let no other thread run meanwhile.
-    """
-    if _watch is not None:
-        _watch.at(place, step, is_long)
+def mark_progress(place: str, number: int | None = None) -> None:
+    """Note where the main thread has got to: a step of a loop if it has a number, otherwise something longer."""
+    if _watchdog is not None:
+        _watchdog.place = place if number is None else f"{place} {number}"
+        _watchdog.limit = (IN_LOOP if place in _watchdog.loops else ELSEWHERE) * patience()
+        _watchdog.loops |= set() if number is None else {place}  # from the second step on: the first compiles kernels
 
 
-def stop(why: str | None = None) -> None:
-    """This process needs to be watched no more.
-
-    Args:
-        why: what it has failed of, if it has.
-    """
-    global _watch
-    watch, _watch = _watch, None
-    if watch is not None:
-        watch.end("finished" if why is None else "failed", why or "")
+def stop(place: str) -> None:
+    """Send a last heartbeat, from the place "finished" or from the error that ends this process."""
+    global _watchdog
+    watchdog, _watchdog = _watchdog, None
+    if watchdog is not None:
+        watchdog.place = place
+        watchdog.over.set()
+        watchdog.join(timeout=3 + watchdog.interval)
 
 
 @contextmanager
-def until_the_end() -> Iterator[None]:
-    """Around all that may be watched: the others are told how it ends."""
+def announce_end() -> Iterator[None]:
+    """Tell the other processes how this block, or decorated function, ends."""
     try:
         yield
-    except Preempted:
-        stop()
-        raise
     except BaseException as error:
-        if _watch is not None and _is_cut_off(error):
-            _watch.wait_for_a_verdict()
-        lines = str(error).splitlines()
-        stop(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)
+        is_cut_off = isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+        if is_cut_off and _watchdog is not None:  # on all processes, if one is lost; the watchdog names it
+            _watchdog.over.wait(_watchdog.max_silence + 5 * _watchdog.interval)
+        stop("finished" if isinstance(error, Preempted) else repr(error))
         raise
-    stop()
+    stop("finished")
 
 
-def _is_cut_off(error: BaseException) -> bool:
-    """Whether a collective has failed, as it does on most processes when one is lost: which, it does not say."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+class Watchdog(Thread):
+    """Send the heartbeats of this process, and judge those of all."""
 
+    def __init__(self, store: Store, accelerator: Any) -> None:
+        super().__init__(name="watchdog", daemon=True)
+        self.store, self.rank, size = store, accelerator.process_index, accelerator.num_processes
+        self.host, self.on_cpu = socket.gethostname(), accelerator.device.type == "cpu"
+        self.keys = [f"heartbeat/{rank}" for rank in range(size)]
+        self.interval, self.max_silence = INTERVAL * patience(), SILENT * patience()
+        self.place, self.limit, self.loops, self.over = "getting ready", ELSEWHERE * patience(), set(), Event()
+        self.number, self.signs, self.seen, self.diagnosis = 0, 0, ([], 0, 0.0), None
+        self.beats, self.silent, self.still = [], [0.0] * size, [0.0] * size  # seconds, by rank
+        store.set_timeout(timedelta(seconds=self.max_silence))
 
-def _patience() -> Patience:
-    value = os.environ.get("GPT2FT_PATIENCE", "60")
-    try:
-        return Patience(float(value))
-    except ValueError:
-        raise LaunchError(f"GPT2FT_PATIENCE must be a number of seconds, or 0, but is {value!r}") from None
-
-
-class _Place(NamedTuple):
-    position: int
-    place: str
-    step: int | None
-    is_long: bool
-    limit: float
-
-    def __str__(self) -> str:
-        return self.place if self.step is None else f"step {self.step}, {self.place}"
-
-
-class Watch:
-    """The two threads of one process: one speaks and listens, which may block; one judges what was heard.
-
-    Args:
-        name: of this start of the group, the same on all its processes.
-    """
-
-    def __init__(self, name: str, rank: int, num_processes: int, patience: Patience) -> None:
-        self._patience = patience
-        self._vigil = Vigil(rank, patience)
-        self._keys = [f"watch/{name}/{number}" for number in range(num_processes)]
-        self._key = self._keys[rank]
-        self._host = socket.gethostname()
-        self._address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-        self._longest: dict[str, float] = {}
-        self._since = time.monotonic()
-        self._place = _Place(0, "getting ready", None, True, patience.long)
-        self._state: Literal["working", "finished", "failed"] = "working"
-        self._why = ""
-        self._number = 0
-        self._rounds_here = 0
-        self._said = -1  # the position of the last word
-        self._news = Condition()
-        self._is_due, self._is_over = Event(), Event()
-        self._heard: tuple[int, list[Word]] = (0, [])
-        self._threads = [Thread(target=work, name="watch", daemon=True) for work in (self._talk, self._judge)]
-        self._store = self._connect()
-        self._store.set(self._key, self._word().to_bytes())
-
-    def begin(self) -> None:
-        for thread in self._threads:
-            thread.start()
-
-    def at(self, place: str, step: int | None, is_long: bool) -> None:
-        now, patience, before = time.monotonic(), self._patience, self._place
-        self._longest[before.place] = max(self._longest.get(before.place, 0.0), now - self._since)
-        longest = self._longest.get(place)
-        usual = patience.first if longest is None else max(patience.standing, TIMES_AS_LONG * longest)
-        limit = max(patience.long, usual) if is_long else usual
-        self._since = now
-        self._place = _Place(before.position + 1, place, before.step if step is None else step, is_long, limit)
-        if is_long != before.is_long:
-            self._is_due.set()
-        if is_long and not before.is_long:  # the others must know before no thread of this process can speak
-            with self._news:
-                self._news.wait_for(lambda: self._said >= self._place.position, timeout=patience.interval)
-
-    def end(self, state: Literal["finished", "failed"], why: str) -> None:
-        """Says so, and ends the threads."""
-        self._state, self._why = state, why
-        self._is_over.set()
-        self._is_due.set()
-        for thread in self._threads:
-            thread.join(timeout=self._patience.interval + 3)
-
-    def wait_for_a_verdict(self) -> None:
-        """Until who is lost must have been noticed, which ends this process."""
-        self._is_over.wait(self._patience.silence + 5 * self._patience.interval)
-
-    # --- speaking and listening -------------------------------------------------------------------------------------
-
-    def _connect(self) -> dist.TCPStore:
-        timeout = timedelta(seconds=max(1.0, self._patience.silence / 4))
-        return dist.TCPStore(*self._address, is_master=False, timeout=timeout, wait_for_workers=False)
-
-    def _word(self) -> Word:
-        place = self._place
-        self._number += 1
-        self._rounds_here = self._rounds_here + 1 if place.position == self._said else 0
-        within = _frame_of_main_thread() if self._rounds_here >= ROUNDS_AT_A_PLACE else ""
-        return Word(
-            number=self._number,
-            position=place.position,
-            place=str(place),
-            limit=place.limit,
-            is_long=place.is_long,
-            host=self._host,
-            within=within,
-            state=self._state,
-            why=self._why,
-        )
-
-    def _talk(self) -> None:
-        while True:
-            is_last = self._is_over.is_set()
+    def run(self) -> None:
+        before = time.monotonic()
+        while not self.over.wait(self.interval):
             try:
-                if self._store is None:
-                    self._store = self._connect()
-                word = self._word()
-                self._store.set(self._key, word.to_bytes())
-                with self._news:
-                    self._said = word.position
-                    self._news.notify_all()
-                if is_last:
-                    return
-                words = [Word.from_bytes(data) for data in self._store.multi_get(self._keys)]
-                self._heard = (self._heard[0] + 1, words)
-            except (RuntimeError, OSError):  # whether it stays away is judged there
-                if is_last:
-                    return
-                self._store = None
-            self._is_due.wait(self._patience.interval)
-            self._is_due.clear()
+                self.send()
+                beats = [Heartbeat(*json.loads(beat)) for beat in self.store.multi_get(self.keys)]
+            except RuntimeError:  # the first process may have ended well, and this one be about to
+                if not self.over.wait(self.max_silence):
+                    self.end(f"the store on {os.environ['MASTER_ADDR']}, the first machine, does not answer", [])
+                return
+            if diagnoses := [beat.diagnosis for beat in beats if beat.diagnosis]:  # of any process, this one too
+                self.end(*diagnoses[0])
+            passed, before = min(time.monotonic() - before, 3 * self.interval), time.monotonic()  # unless frozen
+            self.diagnosis = self.diagnosis or self.hear(beats, passed)
+        with suppress(RuntimeError):
+            self.send()
 
-    # --- judging ----------------------------------------------------------------------------------------------------
+    def send(self) -> None:
+        """Write a heartbeat into the store."""
+        frames = [walk_stack(top) for ident, top in sys._current_frames().items() if ident != get_ident()]
+        stacks = [(frame.f_code, frame.f_lasti) for stack in frames for frame, _ in stack]
+        moved = psutil.Process().io_counters()[2:] if hasattr(psutil.Process, "io_counters") else ()  # not on macOS
+        before, self.seen, self.number = self.seen, (stacks, sum(moved), time.process_time()), self.number + 1
+        computes = self.on_cpu and self.seen[2] - before[2] > self.interval / 10  # who waits for a GPU is busy too
+        self.signs += computes or stacks != before[0] or self.seen[1] - before[1] > 2**20
+        collectives = sum(group._get_sequence_number_for_group() for group in list(distributed_c10d._world.pg_map))
+        beat = Heartbeat(self.number, self.host, self.place, self.limit, collectives, self.signs, self.diagnosis)
+        self.store.set(self.keys[self.rank], json.dumps(beat))
 
-    def _judge(self) -> None:
-        """Time in which this very process was frozen counts for nobody: a round is at most two intervals long."""
-        patience, before, last, deaf = self._patience, time.monotonic(), 0, 0.0
-        while not self._is_over.wait(patience.interval):
-            now = time.monotonic()
-            deaf, before = deaf + min(now - before, 2 * patience.interval), now
-            number, words = self._heard
-            if number != last:
-                verdict = self._vigil.hear(words, min(deaf, 3 * patience.interval))
-                last, deaf = number, 0.0
-            else:
-                verdict = self._deaf(deaf)
-            if verdict is not None and not self._is_over.is_set():
-                self._carry_out(verdict)
+    def hear(self, beats: list[Heartbeat], seconds: float) -> tuple[str, list[int]] | None:
+        """Return what is wrong and the ranks at fault, if anything is, after so many seconds more."""
+        for rank, (old, new) in enumerate(zip(self.beats or beats, beats, strict=True)):
+            self.silent[rank] = self.silent[rank] + seconds if new.number == old.number else 0.0
+            self.still[rank] = self.still[rank] + seconds if new[2:6] == old[2:6] else 0.0
+        self.beats = beats
+        working = [rank for rank, beat in enumerate(beats) if beat.place != "finished"]
+        fewest = min((beats[rank].collectives for rank in working), default=0)
+        awaited = [rank for rank in working if beats[rank].collectives == fewest]
+        still = min((self.still[rank] for rank in working), default=0.0)
+        suspects = [rank for rank in working if self.silent[rank] > self.max_silence and rank != self.rank]
+        if suspects:
+            problem = f"no heartbeat for {min(self.silent[rank] for rank in suspects):.0f} s of"
+        elif len(working) > 1 and still > max(beats[rank].limit for rank in awaited):
+            suspects, problem = awaited, f"no process has got on for {still:.0f} s, and all wait for"
+        names = " and ".join(f"rank {rank} (host {beats[rank].host})" for rank in suspects[:3])
+        more = f" and {len(suspects) - 3} others" if len(suspects) > 3 else ""
+        return (f"{problem} {names}{more}, last at {beats[suspects[0]].place}", suspects) if suspects else None
 
-    def _deaf(self, seconds: float) -> Verdict | None:
-        place = self._place
-        if seconds <= (self._patience.long_silence if place.is_long else self._patience.silence):
-            return None
-        host, port = self._address
-        return Verdict(f"the store at {host}:{port}, on the first machine, has not answered for {seconds:.0f} s", [])
-
-    def _carry_out(self, verdict: Verdict) -> None:
-        speaks = self._vigil.speaks(verdict)
-        if not speaks and self._is_over.wait(1 + 4 * self._patience.interval):  # torchrun ends all once one is gone
+    def end(self, problem: str, suspects: list[int]) -> None:
+        """End this process. One on each machine says why, a suspect only if there is no other."""
+        here = [rank for rank, beat in enumerate(self.beats) if beat.host == self.host]
+        speaker = min([rank for rank in here if rank not in suspects] or here, default=self.rank)
+        if self.rank != speaker and self.over.wait(1 + 4 * self.interval):  # torchrun ends all
             return
-        if speaks or not verdict.accused:  # without the store, the one that should speak may be what is lost
-            _say(verdict.sentence)
-        os._exit(EXIT_CODE)
-
-
-def _say(why: str) -> None:
-    os.write(2, f"error: {why}: ending, so that the launcher can start again\n".encode())
-
-
-def _frame_of_main_thread() -> str:
-    frame = sys._current_frames().get(main_thread().ident or 0)
-    return f"{frame.f_code.co_name}, {Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else ""
+        if self.rank in suspects:
+            faulthandler.dump_traceback(file=2)
+        give_up(problem if self.rank == speaker or not suspects else "")

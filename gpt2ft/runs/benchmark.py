@@ -39,7 +39,7 @@ ROWS = 50304
 PHASES = ("stream", "forward", "backward", "optimizer")
 
 
-@watchdog.until_the_end()
+@watchdog.announce_end()
 def run(settings: BenchmarkSettings) -> None:
     accelerator = start_accelerator(settings.precision, settings.micro_batches * _processes())
     device = accelerator.device
@@ -65,7 +65,7 @@ def run(settings: BenchmarkSettings) -> None:
             seconds, tokens = dict.fromkeys(PHASES, 0.0), 0
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-        watchdog.at("all micro-batches", step)
+        watchdog.mark_progress("step", step)
         for _ in range(settings.micro_batches):
             with accelerator.accumulate(model):
                 stream = timed(seconds, "stream", device, lambda: streams.next().to(device))

@@ -11,7 +11,7 @@ from gpt2ft.runs.train_dpo import PreferenceTuning
 from gpt2ft.settings.scripts import DPOSettings
 
 
-@watchdog.until_the_end()
+@watchdog.announce_end()
 def run(settings: DPOSettings) -> None:
     if not settings.dpo.needs_reference:
         raise SettingsError(f"`dpo.loss` = {settings.dpo.loss} needs no reference: there is nothing to compute")

@@ -31,7 +31,7 @@ from gpt2ft.training.evaluate import LossSums, evaluate_by_source, evaluate_obje
 from gpt2ft.training.reference_pass import attach_reference
 
 
-@watchdog.until_the_end()
+@watchdog.announce_end()
 def run(settings: EvaluateSettings) -> None:
     accelerator = start_accelerator(settings.precision)
     loaded, folder = find_model(settings.model, settings.random_init)

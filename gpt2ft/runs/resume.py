@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gpt2ft import checkpoint
 from gpt2ft.checkpoint import CheckpointError, TrainState
-from gpt2ft.distributed import launch_checks
+from gpt2ft.distributed import launch_checks, watchdog
 from gpt2ft.distributed.accelerator import raise_together
 from gpt2ft.distributed.agreement import check_agreement
 from gpt2ft.errors import SettingsError
@@ -91,6 +91,7 @@ def checkpoint_writer(setup: RunSetup, output: Output, strategy: Strategy) -> Ca
     identity = identity_of(setup)
 
     def save(state: TrainState) -> None:
+        watchdog.mark_progress("saving")  # one call may write a large file
         model, moments, problem = strategy.full_model(), strategy.moments(), None
         if model is not None:
             try:

@@ -32,7 +32,7 @@ from gpt2ft.training.evaluate import evaluate_objective
 from gpt2ft.training.reference_store import ReferenceStore
 
 
-@watchdog.until_the_end()
+@watchdog.announce_end()
 def run(settings: DPOSettings) -> None:
     train(settings, PreferenceTuning(settings))
 

@@ -21,7 +21,7 @@ from gpt2ft.settings.scripts import SFTSettings
 from gpt2ft.training.evaluate import evaluate_by_source, sum_over_sources
 
 
-@watchdog.until_the_end()
+@watchdog.announce_end()
 def run(settings: SFTSettings) -> None:
     train(settings, FineTuning(settings))
 

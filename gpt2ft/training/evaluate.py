@@ -110,8 +110,9 @@ def _sum_over_plan(
     model.eval()
     total = None
     with torch.no_grad():
-        for micro_batch in items_of_rank(plan.streams, accelerator.process_index, accelerator.num_processes):
-            watchdog.at("held-out stream")
+        streams = items_of_rank(plan.streams, accelerator.process_index, accelerator.num_processes)
+        for number, micro_batch in enumerate(streams):
+            watchdog.mark_progress("held-out stream", number)
             if was_signalled is not None and any(global_sum(accelerator, float(was_signalled()))):
                 model.train(was_training)
                 raise EvaluationInterrupted

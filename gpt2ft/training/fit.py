@@ -79,11 +79,11 @@ def fit(inputs: LoopInputs, state: TrainState) -> TrainState:
     sums = MetricSums(accelerator, objective.metric_names)
     state = evaluate_if_due(inputs, state, sums, is_saved=True)  # a signal may have cut it short before the resume
     for step, streams in step_streams(inputs, state.step):
+        watchdog.mark_progress("step", step)
         # Before the backward pass, because DeepSpeed updates the weights within it.
         rate = learning_rate(step, inputs.steps, inputs.optimization)
         set_learning_rate(strategy.optimizer, rate)
         # A step is sum / normalizer over all its streams on all processes, so every loss is scaled by the same number.
-        watchdog.at("counting", step)
         normalizer = sum(objective.normalizer(stream) for _, stream in streams)
         tokens = sum(stream.num_tokens for _, stream in streams)
         normalizer, tokens = global_sum(accelerator, normalizer, tokens)
@@ -94,14 +94,11 @@ def fit(inputs: LoopInputs, state: TrainState) -> TrainState:
             with accelerator.accumulate(model):  # DDP exchanges gradients at the last one alone
                 # One seed a micro-batch: dropout is the same on any number of processes, and after a resume.
                 torch.manual_seed(seed_for(inputs.training.seed, "dropout", step, number))
-                watchdog.at("forward")
                 log_probs = model(stream)
                 loss = objective.loss(log_probs, stream)
-                watchdog.at("backward")
                 accelerator.backward(loss * scale)
                 loss_sum += loss.detach()
                 metric_sums += objective.metrics(log_probs.detach(), stream)
-        watchdog.at("update")
         grad_norm = strategy.update()  # skipped unless the norm is finite, which is the same on all processes
         state = state.after_step(updated=math.isfinite(grad_norm))
         sums.add(loss_sum, metric_sums, normalizer, tokens, grad_norm)
@@ -109,7 +106,6 @@ def fit(inputs: LoopInputs, state: TrainState) -> TrainState:
         stop_if_diverged(inputs, state)
         if is_due(state.step, inputs.training.log_every, inputs.steps):
             log_metrics(inputs, state, sums, rate)
-        watchdog.at("end of the step")
         # One process may have the signal alone, but all must leave the loop at the same step.
         if any(global_sum(accelerator, float(bool(inputs.signals)))):
             save_and_stop(inputs, state)
@@ -138,7 +134,6 @@ def step_streams(inputs: LoopInputs, start: int) -> Iterator[tuple[int, list[tup
     with ThreadPoolExecutor(1, thread_name_prefix="streams") as builder:
         following = builder.submit(build, start) if start < inputs.steps else None
         for step in range(start, inputs.steps):
-            watchdog.at("waiting for data", step)
             built = following.result()
             following = builder.submit(build, step + 1) if step + 1 < inputs.steps else None
             yield step, [(number, stream.to(accelerator.device, non_blocking=True)) for number, stream in built]

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from gpt2ft.distributed import watchdog
 from gpt2ft.errors import Gpt2ftError
 from gpt2ft.settings.sections import TrainingSettings
 from gpt2ft.stream import TokenStream
@@ -58,7 +57,6 @@ def probe_memory(strategy: Strategy, accelerator: Any, stream: TokenStream) -> i
     Raises:
         PreflightError: if the model gives values that are not finite.
     """
-    watchdog.at("rehearsing the largest stream", is_long=True)
     strategy.model.train()
     set_learning_rate(strategy.optimizer, 0.0)
     if accelerator.device.type == "cuda":

@@ -139,7 +139,7 @@ class _ReferencePass:
         silent = not (accelerator.is_main_process and sys.stderr.isatty())
         bar = tqdm(rounds, desc="reference", unit="stream", disable=silent, leave=False)
         for number, stream_to_run in enumerate(bar, start=1):
-            watchdog.at("reference stream")
+            watchdog.mark_progress("reference stream", number)
             if self._is_any_signalled():
                 break
             if stream_to_run is not None:
@@ -149,7 +149,7 @@ class _ReferencePass:
                 unwritten, last_shard = [], time.monotonic()
                 if silent and accelerator.is_main_process:
                     print(f"reference {number:,}/{len(rounds):,} streams", flush=True)
-        watchdog.at("getting ready", is_long=True)
+        watchdog.mark_progress("writing the reference")
         if unwritten:
             self.store.write(unwritten)
         self.model.train(was_training)

@@ -1,15 +1,16 @@
-"""Who is started again meets those who are, whatever the dead have left."""
+"""Processes that are started again meet each other, whatever dead ones have left; who never joins is not waited for."""
 
 import json
 import threading
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
 from gpt2ft.distributed import rendezvous
-from gpt2ft.distributed.rendezvous import meet
+from gpt2ft.distributed.rendezvous import EXIT_CODE, joining, meet
 
 TIMEOUT = timedelta(seconds=20)
 
@@ -19,24 +20,39 @@ def store():
     return dist.HashStore()
 
 
-def start(store, ranks, num_processes, found, delays=()):
+@pytest.fixture
+def looks(monkeypatch):
+    """Released whenever a process has looked for the others and not found them all."""
+    looked = threading.Semaphore(0)
+
+    def sleep(seconds):
+        looked.release()
+        time.sleep(seconds / 10)
+
+    monkeypatch.setattr(rendezvous, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+    return looked
+
+
+def start(store, ranks, num_processes, found):
     """Each in a thread of its own; `found` gets (rank, name)."""
-
-    def run(rank):
-        time.sleep(dict(zip(ranks, delays, strict=False)).get(rank, 0.0))
-        found.append((rank, meet(store, rank, num_processes, TIMEOUT)))
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in ranks]
+    threads = [
+        threading.Thread(target=lambda rank=rank: found.append((rank, meet(store, rank, num_processes, TIMEOUT))))
+        for rank in ranks
+    ]
     for thread in threads:
         thread.start()
     return threads
 
 
-def test_all_are_given_one_name_and_each_start_another(store):
+def test_all_are_given_one_name_and_each_start_another(store, looks):
     names = []
-    for delays in ((0.0, 0.0, 0.0), (0.3, 0.0, 0.1), (0.0, 0.2, 0.4)):  # over what the start before has left
-        found = []
-        for thread in start(store, range(3), 3, found, delays):
+    for order in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):  # over what the start before has left
+        found, threads = [], []
+        for rank in order[:2]:
+            threads += start(store, [rank], 3, found)
+            for _ in range(3):
+                looks.acquire()
+        for thread in [*threads, *start(store, order[2:], 3, found)]:
             thread.join()
         assert sorted(rank for rank, _ in found) == [0, 1, 2]
         assert len({name for _, name in found}) == 1
@@ -44,15 +60,18 @@ def test_all_are_given_one_name_and_each_start_another(store):
     assert len(set(names)) == 3
 
 
-def test_nobody_takes_the_dead_for_the_living(store):
+def test_nobody_takes_the_dead_for_the_living(store, looks):
     """Two of three are started again: they wait until the third is too."""
     found = []
     for thread in start(store, range(3), 3, found):
         thread.join()
     before = {name for _, name in found}
     found = []
+    while looks.acquire(blocking=False):
+        pass
     threads = start(store, [0, 1], 3, found)
-    time.sleep(0.5)
+    for _ in range(20):
+        looks.acquire()
     assert found == []
     for thread in [*threads, *start(store, [2], 3, found)]:
         thread.join()
@@ -66,7 +85,7 @@ def test_one_alone_meets_itself(store):
 
 def test_who_does_not_come_is_not_waited_for(store):
     store.set("meeting/1", json.dumps(["dead", ["dead", "dead"]]))
-    with pytest.raises(TimeoutError, match="not all of 2 processes have come together"):
+    with pytest.raises(TimeoutError, match="not all of 2 processes"):
         meet(store, 0, 2, timedelta(seconds=0.2))
 
 
@@ -82,3 +101,31 @@ def test_process_groups_begin_with_it(monkeypatch, store):
     given.set("key", "value")
     assert not store.check(["key"])
     assert store.num_keys() == 2
+
+
+@pytest.fixture
+def codes(monkeypatch):
+    """The exit codes of this process, which go on instead; set is released with each."""
+    codes, ended = [], threading.Event()
+    monkeypatch.setattr(rendezvous.os, "_exit", lambda code: (codes.append(code), ended.set()))
+    monkeypatch.setenv("RANK", "3")
+    return SimpleNamespace(found=codes, ended=ended)
+
+
+def test_processes_that_never_join_are_not_waited_for(codes, monkeypatch, capfd):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("GPT2FT_PATIENCE", "0.01")
+    with joining():
+        assert codes.ended.wait(20)
+    assert codes.found == [EXIT_CODE]
+    assert "error: rank 3 (host" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("world_size", "patience"), [("1", "0.001"), ("4", "0"), ("4", "60")])
+def test_joining_may_take_its_time(world_size, patience, codes, monkeypatch):
+    """Ten times the patience, and as long as it likes for one process alone or without any patience."""
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    monkeypatch.setenv("GPT2FT_PATIENCE", patience)
+    with joining():
+        assert not codes.ended.wait(0.1)
+    assert codes.found == []

@@ -1,308 +1,471 @@
-"""Who is named, when, and who is not."""
+"""The process at fault is named, nobody else is, and whoever is slow but alive is left alone."""
 
-import os
+import re
+import signal
 import socket
-import threading
-import time
-from contextlib import nullcontext
-from dataclasses import replace
-from datetime import timedelta
+from contextlib import ExitStack, nullcontext
+from threading import Event, Thread
+from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
+from processes import ON_CPU, free_port, start
 
-from gpt2ft.distributed import watchdog as watch
-from gpt2ft.distributed.diagnosis import Patience, Verdict, Vigil, Word
+from gpt2ft.distributed import watchdog
 from gpt2ft.distributed.launch_checks import LaunchError
 from gpt2ft.distributed.signals import Preempted
-from gpt2ft.distributed.watchdog import Watch
+from gpt2ft.distributed.watchdog import Heartbeat, Watchdog
 
 ROUND = 2.0  # seconds
+LIMIT, LONG_LIMIT = 60.0, 1800.0
+
+
+class Store:
+    """Holds what is written, in this process."""
+
+    def __init__(self):
+        self.values = {}
+
+    def set_timeout(self, timeout):
+        self.timeout = timeout
+
+    def set(self, key, value):
+        self.values[key] = value
+
+
+def of_rank(rank, num_processes, store=None, device="cpu"):
+    accelerator = SimpleNamespace(
+        process_index=rank, num_processes=num_processes, device=torch.device(device), wait_for_everyone=lambda: None
+    )
+    return Watchdog(store or Store(), accelerator)
 
 
 class Group:
-    """What rank 0 hears of some processes, round by round."""
+    """Some processes, as rank 0 hears of them round by round."""
 
     def __init__(self, num_processes):
-        self.vigil = Vigil(0, Patience())
-        self.words = [Word(0, 0, "forward", 60.0, False, f"host{rank // 2}") for rank in range(num_processes)]
+        self.watchdog = of_rank(0, num_processes)
+        self.beats = [Heartbeat(0, f"host{rank // 2}", "step 41", LIMIT, 7, 0, None) for rank in range(num_processes)]
 
     def change(self, rank, **changes):
-        self.words[rank] = replace(self.words[rank], **changes)
+        self.beats[rank] = self.beats[rank]._replace(**changes)
 
-    def rounds(self, seconds, silent=(), advancing=()):
-        """The verdict, and after how many seconds; None if there was none."""
+    def rounds(self, seconds, silent=(), living=()):
+        """The sentence, the ranks at fault, and after how many seconds; None if nothing was found."""
         for number in range(round(seconds / ROUND)):
-            for rank, word in enumerate(self.words):
-                is_heard = rank not in silent and word.state == "working"
-                step = int(rank in advancing)
-                self.words[rank] = replace(word, number=word.number + is_heard, position=word.position + step)
-            verdict = self.vigil.hear(self.words, ROUND)
-            if verdict is not None:
-                return verdict, number * ROUND
+            for rank, beat in enumerate(self.beats):
+                is_heard = rank not in silent and beat.place != "finished"
+                self.beats[rank] = beat._replace(number=beat.number + is_heard, signs=beat.signs + (rank in living))
+            found = self.watchdog.hear(list(self.beats), ROUND)
+            if found is not None:
+                return *found, number * ROUND
         return None
 
 
 def test_processes_that_get_on_are_left_alone():
-    assert Group(3).rounds(1000, advancing=(0, 1, 2)) is None
+    assert Group(3).rounds(1000, living=(0, 1, 2)) is None
 
 
-def test_one_that_is_silent_is_named_within_half_a_minute():
+def test_one_without_heartbeats_is_named_within_half_a_minute():
     group = Group(4)
-    group.change(3, place="step 41, backward")
-    verdict, seconds = group.rounds(100, silent=[3], advancing=[0, 1, 2])
-    assert verdict.sentence == ("rank 3 (host host1) has not been heard of for 22 s; it was last at step 41, backward")
-    assert verdict.accused == [3]
-    assert seconds < 30
+    group.change(3, place="step 42")
+    sentence, suspects, seconds = group.rounds(100, silent=[3], living=[0, 1, 2])
+    assert "rank 3 (host host1)" in sentence
+    assert "no heartbeat for" in sentence
+    assert "step 42" in sentence
+    assert suspects == [3]
+    assert 20 < seconds <= 32
 
 
-def test_one_that_cannot_speak_while_it_saves_is_given_time():
-    group = Group(2)
-    group.change(1, is_long=True, limit=1800.0)
-    assert group.rounds(290, silent=[1]) is None
-    assert group.rounds(20, silent=[1])
-
-
-def test_many_that_are_silent_are_counted():
-    verdict, _ = Group(8).rounds(100, silent=range(2, 8))
-    assert verdict.sentence.startswith(
-        "rank 2 (host host1) and rank 3 (host host1) and rank 4 (host host2) and 3 others have not been heard of"
-    )
-    assert verdict.accused == [2, 3, 4, 5, 6, 7]
+def test_many_without_heartbeats_are_counted():
+    sentence, suspects, _ = Group(8).rounds(100, silent=range(2, 8))
+    for named in ("rank 2 (host host1)", "rank 3 (host host1)", "rank 4 (host host2)", "3 others"):
+        assert named in sentence
+    assert "rank 5" not in sentence
+    assert suspects == [2, 3, 4, 5, 6, 7]
 
 
 def test_the_one_that_all_wait_for_is_named():
-    """It is behind, and none gets on; the others have got to a collective."""
+    """It has begun fewer collectives than the others, and none shows a sign of life."""
     group = Group(3)
     for rank in (0, 2):
-        group.change(rank, position=1, place="step 41, backward")
-    group.change(1, place="step 41, forward", within="sleep, tests.py:1")
-    verdict, seconds = group.rounds(200)
-    assert verdict.sentence == (
-        "rank 1 (host host0) stands at step 41, forward (in sleep, tests.py:1); no process has got on for 62 s"
-    )
-    assert verdict.accused == [1]
-    assert seconds <= 62
+        group.change(rank, collectives=8)
+    sentence, suspects, seconds = group.rounds(200)
+    assert "no process has got on for" in sentence
+    assert "rank 1 (host host0), last at step 41" in sentence
+    assert suspects == [1]
+    assert LIMIT <= seconds <= LIMIT + 2 * ROUND
 
 
-def test_nobody_is_named_while_one_gets_on():
+@pytest.mark.parametrize("living", [0, 1])
+def test_nobody_is_named_while_one_gets_on(living):
     group = Group(2)
-    group.change(1, position=1000)
-    assert group.rounds(600, advancing=[0]) is None
+    group.change(1, collectives=1000)
+    assert group.rounds(10_000, living=[living]) is None
 
 
 def test_where_all_stand_no_one_is_singled_out():
-    verdict, _ = Group(2).rounds(200)
-    assert verdict.sentence == "no process has got on for 62 s; all stand at forward"
+    sentence, suspects, _ = Group(2).rounds(200)
+    assert "no process has got on for" in sentence
+    assert suspects == [0, 1]
 
 
-def test_the_slowest_process_says_how_long_it_may_take():
+def test_the_awaited_process_says_how_long_it_may_take():
+    """Rank 1 saves; the others have begun a step that is long over."""
     group = Group(2)
-    group.change(0, position=5)
-    group.change(1, limit=600.0, place="sample replies")
-    assert group.rounds(600) is None
-    assert group.rounds(10)[0].accused == [1]
+    group.change(0, collectives=8)
+    group.change(1, limit=LONG_LIMIT, place="saving")
+    assert group.rounds(LONG_LIMIT) is None
+    assert group.rounds(10)[1] == [1]
 
 
 def test_one_that_has_finished_is_waited_for_by_nobody():
     group = Group(2)
-    group.change(1, state="finished")
-    assert group.rounds(1000, advancing=[0]) is None
+    group.change(1, place="finished")
+    assert group.rounds(1000, living=[0]) is None
     assert group.rounds(1000) is None  # nor is the last one
 
 
 def test_one_that_has_failed_is_named_if_its_launcher_does_not_end_the_others():
     group = Group(2)
-    group.change(1, state="failed", why="OSError: no space left", place="step 3, saving")
-    assert group.rounds(10) is None
-    assert group.rounds(10)[0].sentence == "rank 1 (host host0) has ended at step 3, saving (OSError: no space left)"
+    group.change(1, place=repr(OSError("no space left")))
+    sentence, suspects, _ = group.rounds(100, silent=[1], living=[0])
+    assert "rank 1 (host host0)" in sentence
+    assert "OSError('no space left')" in sentence
+    assert suspects == [1]
 
 
-def test_one_process_on_each_machine_speaks():
-    group = Group(4)
-    group.rounds(ROUND)
-    speakers = {}
-    for accused in ([1], [0], [0, 1], [0, 1, 2, 3], []):
+@pytest.mark.parametrize(
+    ("suspects", "speakers"), [([1], [0, 2]), ([0], [1, 2]), ([0, 1], [0, 2]), ([0, 1, 2, 3], [0, 2]), ([], [0, 2])]
+)
+def test_one_process_on_each_machine_speaks(suspects, speakers, monkeypatch):
+    said, dumped = [], []
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback", lambda file: dumped.append(file))
+    for rank in range(4):
+        monkeypatch.setattr(watchdog, "give_up", lambda problem, rank=rank: problem and said.append(rank))
+        monkeypatch.setattr(watchdog.socket, "gethostname", lambda rank=rank: f"host{rank // 2}")
+        each = of_rank(rank, 4)
+        each.interval = -0.25  # so that the others wait for torchrun no longer than is left of a second
+        each.beats = Group(4).beats
+        each.end("something is wrong", suspects)
+    assert sorted(said) == (
+        speakers if suspects else [0, 1, 2, 3]
+    )  # without the store, the speaker may be lost with it
+    assert len(dumped) == len(suspects)
+
+
+def test_one_that_torchrun_ends_says_nothing(monkeypatch):
+    monkeypatch.setattr(watchdog, "give_up", lambda problem: pytest.fail(problem))
+    each = of_rank(1, 4)
+    each.beats = [beat._replace(host=socket.gethostname()) for beat in Group(4).beats]
+    each.over.set()
+    each.end("something is wrong", [3])
+
+
+# --- signs of life --------------------------------------------------------------------------------------------------
+
+
+class Observed:
+    """A watchdog that sends from a thread of its own, with this thread waiting at one place."""
+
+    def __init__(self, device="cpu"):
+        self.store = Store()
+        self.watchdog = of_rank(0, 1, self.store, device)
+        self.watchdog.interval = 0.5
+
+    def shows_life(self, act):
+        """What the last heartbeat says, after `act` in that thread."""
         found = []
-        for rank in range(4):
-            vigil = Vigil(rank, Patience())
-            vigil.hear(group.words, ROUND)
-            found += [rank] if vigil.speaks(Verdict("", accused)) else []
-        speakers[tuple(accused)] = found
-    assert speakers == {(1,): [0, 2], (0,): [1, 2], (0, 1): [0, 2], (0, 1, 2, 3): [0, 2], (): [0, 2]}
+
+        def work():
+            for between in (lambda: None, lambda: None, act):
+                between()
+                self.watchdog.send()
+                found.append(self.watchdog.signs)
+
+        thread = Thread(target=work)
+        thread.start()
+        thread.join()
+        return found[2] > found[1]
 
 
-def test_a_word_survives_the_store():
-    word = Word(3, 9, "step 1, saving", 60.0, True, "host", "write, files.py:3", "failed", "OSError: Ünknown")
-    assert Word.from_bytes(word.to_bytes()) == word
+def test_a_process_that_stands_still_shows_none():
+    assert not Observed().shows_life(lambda: None)
 
 
-# --- the threads ----------------------------------------------------------------------------------------------------
+def test_python_code_that_moves_on_is_a_sign_of_life():
+    """In any thread."""
+    first, at_second, end = Event(), Event(), Event()
+
+    def work():
+        first.wait()
+        at_second.set()
+        end.wait()
+
+    thread = Thread(target=work)
+    thread.start()
+
+    def move_on():
+        first.set()
+        at_second.wait()
+
+    assert Observed().shows_life(move_on)
+    end.set()
+    thread.join()
+
+
+def test_bytes_are_a_sign_of_life(tmp_path):
+    """As in a download by one call of a library."""
+    assert Observed().shows_life(lambda: (tmp_path / "download").write_bytes(bytes(2**22)))
+
+
+def compute():
+    began = watchdog.time.process_time()
+    while watchdog.time.process_time() - began < 0.2:
+        pass
+
+
+def test_computing_is_a_sign_of_life_on_a_cpu():
+    """A process that waits for its GPU seems to compute."""
+    assert Observed().shows_life(compute)
+    assert not Observed("cuda").shows_life(compute)
+
+
+def test_collectives_are_counted_in_all_groups():
+    """By PyTorch's own numbers, through names that it does not promise to keep."""
+    store = Store()
+    each = of_rank(0, 1, store)
+
+    def counted():
+        each.send()
+        return Heartbeat(*watchdog.json.loads(store.values["heartbeat/0"])).collectives
+
+    assert counted() == 0
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        dist.all_reduce(torch.ones(1))
+        dist.barrier()
+        assert counted() == 2
+        dist.all_reduce(torch.ones(1), group=dist.new_group([0]))
+        assert counted() == 3
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("marks", "place", "limit"),
+    [
+        ([], "getting ready", LONG_LIMIT),
+        ([("step", 300)], "step 300", LONG_LIMIT),  # compiles
+        ([("step", 300), ("step", 301)], "step 301", LIMIT),
+        ([("step", 300), ("saving", None)], "saving", LONG_LIMIT),
+        ([("step", 300), ("saving", None), ("step", 301)], "step 301", LIMIT),
+        ([("step", 300), ("step", 301), ("held-out stream", 0)], "held-out stream 0", LONG_LIMIT),
+    ],
+)
+def test_a_step_that_is_not_the_first_has_the_shorter_limit(marks, place, limit, monkeypatch):
+    each = of_rank(0, 2)
+    monkeypatch.setattr(watchdog, "_watchdog", each)
+    for mark in marks:
+        watchdog.mark_progress(*mark)
+    assert (each.place, each.limit) == (place, limit)
+
+
+# --- the thread -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def store(monkeypatch):
-    """A store as the launcher opens it, for several watches in this process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
+def pair(monkeypatch):
+    """Two watchdogs of one process, and a queue of what they would end with."""
+    monkeypatch.setenv("GPT2FT_PATIENCE", "4")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(port))
-    return store
+    ends = []
+    found = Event()
+
+    def end(each, problem, suspects):
+        ends.append((problem, suspects))
+        each.over.set()
+        found.set()
+
+    monkeypatch.setattr(Watchdog, "end", end)
+    server = dist.TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)
+    both = [of_rank(rank, 2, server.clone()) for rank in range(2)]
+    for each in both:
+        each.send()
+    for each in both:
+        each.start()
+    yield SimpleNamespace(one=both[0], other=both[1], ends=ends, found=found)
+    for each in both:
+        each.over.set()
+        each.join()
 
 
-@pytest.fixture
-def pair(store, monkeypatch):
-    """Two watches of one process, and the verdicts they have come to."""
-    verdicts = []
-
-    def carry_out(watch, verdict):
-        verdicts.append(verdict)
-        watch._is_over.set()
-
-    monkeypatch.setattr(Watch, "_carry_out", carry_out)
-    watches = [Watch("test", rank, 2, Patience(6.0)) for rank in range(2)]
-    for each in watches:
-        each.begin()
-    yield *watches, verdicts
-    for each in watches:
-        each.end("finished", "")
-    assert not [thread for thread in threading.enumerate() if thread.name == "watch"]
+def finish(each):
+    each.place = "finished"
+    each.over.set()
+    each.join()
 
 
-def wait_for(condition, seconds=20):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.02)
+def test_one_that_finishes_is_not_missed(pair):
+    finish(pair.other)
+    assert not pair.found.wait(4)  # twice as long as one may be silent
+    assert pair.ends == []
 
 
-def test_two_that_get_on_and_finish_name_nobody(pair):
-    one, other, verdicts = pair
-    until = time.monotonic() + 3.0
-    while time.monotonic() < until:
-        for each in (one, other):
-            each.at("forward", 1, False)
-        time.sleep(0.1)
-    one.end("finished", "")
-    time.sleep(2.5)  # longer than a silence
-    assert verdicts == []
+def test_one_that_falls_silent_is_named_by_the_other(pair, monkeypatch):
+    pair.other.place = "step 3"
+    send = Watchdog.send
+    monkeypatch.setattr(Watchdog, "send", lambda each: each is pair.one and send(each))
+    assert pair.found.wait(60)
+    problem, suspects = pair.ends[0]
+    assert f"rank 1 (host {socket.gethostname()})" in problem
+    assert suspects == [1]
 
 
-def test_a_long_place_is_known_before_it_begins(pair):
-    one, other, _ = pair
-    one.at("forward", 1, False)
-    wait_for(lambda: other._heard[1] and not other._heard[1][0].is_long)
-    one.at("saving", None, True)
-    said = Word.from_bytes(other._store.get(one._key))
-    assert (said.place, said.is_long, said.limit) == ("step 1, saving", True, 180.0)
+def test_one_that_another_process_has_named_is_named_at_once(pair):
+    """So that processes whose clocks differ end for the same reason."""
+    pair.one.diagnosis = ("it hangs", [1])
+    assert pair.found.wait(60)
+    pair.found.clear()
+    assert len(pair.ends) == 2 or pair.found.wait(60)
+    assert pair.ends == [("it hangs", [1])] * 2
 
 
-def test_a_silent_one_is_named_by_the_other(pair):
-    one, other, verdicts = pair
-    for each in (one, other):
-        each.at("forward", 1, False)
-    wait_for(lambda: one._heard[1] and not one._heard[1][1].is_long)
-    other._is_over.set()  # its threads end without a word: as good as frozen
-    other._state = "working"
-    wait_for(lambda: verdicts)
-    assert verdicts[0].sentence.startswith(f"rank 1 (host {socket.gethostname()}) has not been heard of for ")
+def test_a_store_that_is_gone_is_named(pair):
+    def gone(_):
+        raise dist.DistNetworkError("connection reset")
 
-
-def test_limits_follow_what_was_usual(pair):
-    one, _, _ = pair
-    patience = one._patience
-    one.at("forward", 0, False)
-    assert one._place.limit == patience.first
-    one._since -= 7.0  # it has taken that long
-    one.at("backward", None, False)
-    one.at("forward", 1, False)
-    assert one._place.limit == pytest.approx(35.0, abs=1.0)
-    one.at("backward", None, False)
-    one.at("backward", None, False)
-    assert one._place.limit == patience.standing
-    assert str(one._place) == "step 1, backward"
-
-
-def test_a_store_that_is_gone_is_named(pair, monkeypatch):
-    one, _, verdicts = pair
-    one.at("forward", 1, False)
-
-    class Gone:
-        def set(self, *_):
-            raise RuntimeError("connection reset")
-
-    monkeypatch.setattr(Watch, "_connect", lambda watch: Gone())
-    one._store = Gone()
-    wait_for(lambda: verdicts)
-    store = f"127.0.0.1:{os.environ['MASTER_PORT']}"
-    assert verdicts[0].sentence.startswith(f"the store at {store}, on the first machine, has not answered for ")
+    for each in (pair.one, pair.other):
+        each.store = SimpleNamespace(set=lambda *_: None, multi_get=gone)
+    assert pair.found.wait(60)
+    assert "the store on 127.0.0.1" in pair.ends[0][0]
+    assert pair.ends[0][1] == []
 
 
 # --- what the rest of the program sees ------------------------------------------------------------------------------
 
 
-def test_one_process_watches_nobody(monkeypatch):
-    from types import SimpleNamespace
-
-    watch.start(SimpleNamespace(num_processes=1))
-    watch.at("forward", 1)
-    assert watch._watch is None
+def test_one_process_has_no_watchdog(monkeypatch):
+    watchdog.start(SimpleNamespace(num_processes=1))
+    watchdog.mark_progress("step", 1)
+    assert watchdog._watchdog is None
     monkeypatch.setenv("GPT2FT_PATIENCE", "0")
-    watch.start(SimpleNamespace(num_processes=2))
-    assert watch._watch is None
-    monkeypatch.setenv("GPT2FT_PATIENCE", "a minute")
-    with pytest.raises(LaunchError, match="GPT2FT_PATIENCE must be a number of seconds, or 0, but is 'a minute'"):
-        watch.start(SimpleNamespace(num_processes=2))
+    watchdog.start(SimpleNamespace(num_processes=2))
+    assert watchdog._watchdog is None
 
 
-def test_processes_that_never_join_are_not_waited_for(monkeypatch, capfd):
-    codes = []
-    monkeypatch.setattr(watch.os, "_exit", codes.append)
-    monkeypatch.setenv("GPT2FT_PATIENCE", "0.01")
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    with watch.joining():
-        time.sleep(0.2)
-    assert codes == []
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with watch.joining():
-        wait_for(lambda: codes)
-    assert codes == [watch.EXIT_CODE]
-    assert "rank 3 (host" in capfd.readouterr().err
-
-
-class Recorded:
-    def __init__(self):
-        self.said, self.waited = [], False
-
-    def end(self, state, why):
-        self.said.append((state, why))
-
-    def wait_for_a_verdict(self):
-        self.waited = True
+@pytest.mark.parametrize("value", ["a minute", "-1", "nan", "inf"])
+def test_a_patience_that_is_no_number_of_seconds_is_refused(value, monkeypatch):
+    monkeypatch.setenv("GPT2FT_PATIENCE", value)
+    with pytest.raises(LaunchError, match=rf"GPT2FT_PATIENCE .*'{value}'"):
+        watchdog.start(SimpleNamespace(num_processes=2))
 
 
 @pytest.mark.parametrize(
     ("error", "said", "waits"),
     [
-        (None, ("finished", ""), False),
-        (Preempted("saved"), ("finished", ""), False),
-        (OSError("disk full\nreally"), ("failed", "OSError: disk full"), False),
-        (KeyboardInterrupt(), ("failed", "KeyboardInterrupt"), False),
-        (RuntimeError("[gloo/pair.cc] Connection closed by peer"), ("failed", "RuntimeError: [gloo/pair.cc] C"), True),
-        (dist.DistBackendError("NCCL error"), ("failed", "DistBackendError: NCCL error"), True),
+        (None, "finished", False),
+        (Preempted("saved"), "finished", False),
+        (OSError("disk full\nreally"), "OSError('disk full", False),
+        (KeyboardInterrupt(), "KeyboardInterrupt", False),
+        (RuntimeError("[gloo/pair.cc] Connection closed by peer"), "RuntimeError('[gloo/pair.cc] C", True),
+        (dist.DistBackendError("NCCL error"), "DistBackendError('NCCL error", True),
     ],
 )
 def test_the_others_are_told_how_it_ends(error, said, waits, monkeypatch):
-    recorded = Recorded()
-    monkeypatch.setattr(watch, "_watch", recorded)
-    with nullcontext() if error is None else pytest.raises(type(error)), watch.until_the_end():
+    waited = []
+    over = SimpleNamespace(set=lambda: None, wait=waited.append)
+    each = SimpleNamespace(over=over, interval=2.0, max_silence=30.0, join=lambda timeout: None)
+    monkeypatch.setattr(watchdog, "_watchdog", each)
+    with nullcontext() if error is None else pytest.raises(type(error)), watchdog.announce_end():
         if error is not None:
             raise error
-    (found,) = recorded.said
-    assert found[0] == said[0]
-    assert found[1].startswith(said[1])
-    assert recorded.waited is waits
-    assert watch._watch is None
+    assert each.place.startswith(said)
+    assert bool(waited) is waits
+    assert watchdog._watchdog is None
+
+
+# --- two processes --------------------------------------------------------------------------------------------------
+
+TWO_PROCESSES = """
+import sys, time
+from pathlib import Path
+from threading import Event
+
+from torch.distributed import distributed_c10d
+
+from gpt2ft import quickstart
+from gpt2ft.data.store import open_store
+from gpt2ft.distributed import watchdog
+from gpt2ft.distributed.accelerator import start_accelerator
+from gpt2ft.settings.sections import FilterSettings
+from gpt2ft.text.tokenizer import ChatTokenizer
+
+watchdog.SILENT, watchdog.ELSEWHERE = 3, 1  # times the patience
+
+def tokenises(folder):
+    tokenizer = ChatTokenizer.from_folder(quickstart.MODEL)
+    until, number = time.monotonic() + 4 * watchdog.patience(), 0
+    while time.monotonic() < until:
+        number += 1
+        open_store("quickstart", FilterSettings(), tokenizer, folder / str(number))
+
+def hangs(folder):
+    Event().wait()
+
+@watchdog.announce_end()
+def run(work, folder):
+    accelerator = start_accelerator("fp32")
+    print("waits at most", distributed_c10d._get_default_group()._get_backend(accelerator.device).options._timeout)
+    if accelerator.is_main_process:
+        work(folder)
+    accelerator.wait_for_everyone()
+    print("all have met", flush=True)
+
+run({"tokenises": tokenises, "hangs": hangs}[sys.argv[1]], Path(sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def two(tmp_path):
+    """two("tokenises"): both processes, in each of which nothing but signs of life is waited for longer than 2 s."""
+    with ExitStack() as stack:
+
+        def begin(work):
+            ranks = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+            command = ["python", "-c", TWO_PROCESSES, work, tmp_path]
+            return [
+                stack.enter_context(
+                    start(command, **ON_CPU, **ranks, RANK=rank, LOCAL_RANK=rank, GPT2FT_PATIENCE=2, HF_HOME=tmp_path)
+                )
+                for rank in range(2)
+            ]
+
+        yield begin
+
+
+def test_a_phase_of_any_length_is_waited_for(two):
+    """Tokenising four times as long as all may stand still, while the other process waits in a collective."""
+    for process in two("tokenises"):
+        ended = process.finish()
+        assert "all have met" in ended.stdout
+        assert re.search(r"waits at most 7 days", ended.stdout)
+
+
+def test_in_the_same_phase_one_that_hangs_is_named_with_its_stack(two):
+    first, second = two("hangs")
+    waiting, hanging = second.finish(code=69), first.finish(code=69)
+    assert [len(ended.errors) for ended in (waiting, hanging)] == [1, 0]
+    assert "rank 0 (host" in waiting.errors[0]
+    assert "last at getting ready" in waiting.errors[0]
+    assert re.search(r'File "<string>", line \d+ in hangs', hanging.stderr)
+
+
+def test_one_that_is_killed_is_named_by_one_that_its_launcher_does_not_end(two):
+    first, second = two("hangs")
+    second.wait_for("waits at most")
+    first.send_signal(signal.SIGKILL)
+    ended = second.finish(code=69)
+    assert len(ended.errors) == 1
+    assert "store on 127.0.0.1" in ended.errors[0]  # which the first process has kept

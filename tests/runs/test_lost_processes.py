@@ -4,27 +4,24 @@ And several machines, each a launcher with an address of its own on this one.
 """
 
 import json
-import os
 import re
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
+from contextlib import ExitStack
 
-import psutil
+import processes
 import pytest
+from processes import ON_CPU, free_port, torchrun
 from safetensors.torch import load_file
 
-from gpt2ft.settings.parsing import RECIPES, to_yaml
+from gpt2ft.settings.parsing import to_yaml
 from gpt2ft.settings.scripts import SFTSettings
 
 STEPS = 7  # evaluation after 3, 6 and 7, saving after every second
-PATIENCE = 15  # a silence of 5 seconds is too long, and 15 at one place
-TORCHRUN = ["torch.distributed.run"]
-ACCELERATE = ["accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_machines", "1"]
+PATIENCE = 15  # a silence of 7.5 seconds is too long, and 15 in a step without a sign of life
+ACCELERATE = ["accelerate", "launch", "--multi_gpu", "--num_machines", "1"]
 ON_ONE_MACHINE = {
-    "torchrun": [*TORCHRUN, "--standalone", "--nproc_per_node", "2"],
+    "torchrun": torchrun(2),
     "accelerate launch": [*ACCELERATE, "--num_processes", "2", "--main_process_port", "0"],
 }
 
@@ -58,40 +55,15 @@ def recipe(tiny_model_folder, tmp_path):
 
 @pytest.fixture
 def start(recipe, tmp_path):
-    """start(words of the launcher, trouble="dies:1:4", output=...): a process; what it says is in the file .said."""
-    started = []
-    environment = os.environ | {
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(RECIPES.parents[1]),
-        "GPT2FT_PATIENCE": str(PATIENCE),
-        "TROUBLE_FOLDER": str(tmp_path),
-    }
+    """start(words of the launcher, trouble="dies:1:4", output=...): a training run under way."""
+    environment = ON_CPU | {"GPT2FT_PATIENCE": PATIENCE, "TROUBLE_FOLDER": tmp_path}
+    with ExitStack() as stack:
 
-    def start(launcher, trouble="none:0:0", output="run", **more):
-        script = str(Path(__file__).parent / "troubled.py")
-        module = ["-m", *launcher] if launcher else []
-        command = [sys.executable, *module, script, trouble, str(recipe), "--output", str(tmp_path / output)]
-        said = tmp_path / f"said{len(started)}"
-        with open(said, "w") as file:
-            process = subprocess.Popen(
-                command, env=environment | more, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        process.said = said
-        started.append(process)
-        return process
+        def start(launcher, trouble="none:0:0", output="run", **more):
+            command = [*launcher, "tests/runs/troubled.py", trouble, recipe, "--output", tmp_path / output]
+            return stack.enter_context(processes.start(command, **environment, **more))
 
-    yield start
-    for process in started:
-        if process.poll() is None:
-            left = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-            for each in left:
-                each.kill()
-            psutil.wait_procs(left)
-
-
-def errors(process):
-    return [line for line in process.said.read_text().splitlines() if line.startswith("error")]
+        yield start
 
 
 def same_bits(one, other):
@@ -109,8 +81,8 @@ def losses(folder):
 # --- hanging --------------------------------------------------------------------------------------------------------
 
 NAMED = {
-    "freezes": r"error: rank 1 \(host .*\) has not been heard of for \d+ s; it was last at step [12], .*: ending",
-    "sleeps": r"error: rank 1 \(host .*\) stands at step 2, counting \(in sleeps, troubled.py:\d+\); no process",
+    "freezes": r"error: no heartbeat for \d+ s of rank 1 \(host .*\), last at step 2",
+    "sleeps": r"error: no process has got on for \d+ s, .* rank 1 \(host .*\), last at step 2",
 }
 
 
@@ -124,38 +96,24 @@ NAMED = {
     ],
 )
 def test_one_that_hangs_is_named_and_all_end(trouble, launcher, start, tmp_path):
-    """Long before any collective gives up. Torchrun gives one that is frozen half a minute to end by itself."""
-    process = start(ON_ONE_MACHINE[launcher], f"{trouble}:1:2")
-    assert process.wait(timeout=200) != 0
+    """Torchrun gives one that is frozen half a minute to end by itself."""
+    ended = start(ON_ONE_MACHINE[launcher], f"{trouble}:1:2").finish(code=None, seconds=200)
     seconds = time.time() - float((tmp_path / trouble).read_text())
-    said = process.said.read_text()
-    assert len(errors(process)) == 1, said
-    assert re.match(NAMED[trouble], errors(process)[0])
-    assert re.search(r"exitcode\s*: 69", said)
+    assert ended.code != 0
+    assert len(ended.errors) == 1, ended.printed
+    assert re.match(NAMED[trouble], ended.errors[0])
+    assert ("in sleeps" in ended.stderr) is (trouble == "sleeps")  # its own stack
+    assert re.search(r"exitcode\s*: 69", ended.printed)
     assert seconds < 100
 
 
 @pytest.mark.campaign
 def test_the_loss_of_the_first_process_and_of_its_store_is_named(start, tmp_path):
     """Started by hand, the first process keeps the store."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ranks = [
-        start(
-            [],
-            "freezes:0:2",
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE="2",
-            LOCAL_WORLD_SIZE="2",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
-        )
-        for rank in range(2)
-    ]
-    assert ranks[1].wait(timeout=200) == 69
-    assert re.match(r"error: the store at 127.0.0.1:\d+, on the first machine, has not answered", errors(ranks[1])[0])
+    group = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = [start(["python"], "freezes:0:2", RANK=rank, LOCAL_RANK=rank, **group) for rank in range(2)]
+    ended = ranks[1].finish(code=69, seconds=200)
+    assert re.match(r"error: the store on 127.0.0.1, .* does not answer", ended.errors[0])
 
 
 # --- starting again -------------------------------------------------------------------------------------------------
@@ -165,12 +123,10 @@ def test_the_loss_of_the_first_process_and_of_its_store_is_named(start, tmp_path
     "trouble", [pytest.param("dies", marks=pytest.mark.long), pytest.param("sleeps", marks=pytest.mark.campaign)]
 )
 def test_the_launcher_starts_all_again_and_they_end_in_the_same_bits(trouble, start, tmp_path):
-    undisturbed = start(ON_ONE_MACHINE["torchrun"], output="undisturbed")
-    assert undisturbed.wait(timeout=200) == 0
-    process = start([*ON_ONE_MACHINE["torchrun"], "--max_restarts", "1"], f"{trouble}:1:4")
-    assert process.wait(timeout=200) == 0, process.said.read_text()
+    start(torchrun(2), output="undisturbed").finish(seconds=200)
+    ended = start(torchrun(2, "--max_restarts", "1"), f"{trouble}:1:4").finish(seconds=200)
     assert (tmp_path / trouble).exists()
-    assert re.search(r"resuming .*step-0000000[34]", process.said.read_text())
+    assert re.search(r"resuming .*step-0000000[34]", ended.stdout)
     assert losses(tmp_path / "run") == losses(tmp_path / "undisturbed")
     assert len(losses(tmp_path / "run")) == STEPS
     assert same_bits(tmp_path / "undisturbed", tmp_path / "run")
@@ -181,19 +137,16 @@ def test_the_launcher_starts_all_again_and_they_end_in_the_same_bits(trouble, st
 
 def machines(start, each=1, trouble="none:0:0", restarts=1, **more):
     """Two launchers that meet at a port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [*TORCHRUN, "--nnodes", "2", "--nproc_per_node", str(each), "--max_restarts", str(restarts)]
-    words += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "test"]
+    words = ["torchrun", "--nnodes", "2", "--nproc_per_node", each, "--max_restarts", restarts]
+    words += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--rdzv_id", "test"]
     return [start([*words, "--local_addr", f"127.0.0.{number}"], trouble, **more) for number in (1, 2)]
 
 
 @pytest.mark.long
 def test_two_machines_train_as_one_process_does(start, run_sft, tmp_path):
     run_sft(tmp_path / "alone", steps=STEPS, micro_batches_per_step=4)
-    both = machines(start)
-    assert [process.wait(timeout=200) for process in both] == [0, 0], both[0].said.read_text()
+    for machine in machines(start):
+        machine.finish(seconds=200)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
     assert len(losses(tmp_path / "run")) == STEPS
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["processes"] == 2
@@ -201,12 +154,11 @@ def test_two_machines_train_as_one_process_does(start, run_sft, tmp_path):
 
 @pytest.mark.long
 def test_a_process_lost_on_another_machine_is_replaced(start, tmp_path):
-    undisturbed = machines(start, each=2, output="undisturbed")
-    assert [process.wait(timeout=300) for process in undisturbed] == [0, 0]
-    both = machines(start, each=2, trouble="dies:3:4")
-    assert [process.wait(timeout=300) for process in both] == [0, 0], both[0].said.read_text()
+    for machine in machines(start, each=2, output="undisturbed"):
+        machine.finish(seconds=300)
+    ended = [machine.finish(seconds=300) for machine in machines(start, each=2, trouble="dies:3:4")]
     assert (tmp_path / "dies").exists()
-    said = "".join(process.said.read_text() for process in both)
+    said = "".join(each.stdout for each in ended)
     assert re.search(r"resuming .*step-0000000[34]", said)
     assert losses(tmp_path / "run") == losses(tmp_path / "undisturbed")
     assert same_bits(tmp_path / "undisturbed", tmp_path / "run")
@@ -216,15 +168,16 @@ def test_a_process_lost_on_another_machine_is_replaced(start, tmp_path):
 def test_a_process_that_fails_on_another_machine_ends_all(start):
     """Whose launcher starts nothing again."""
     both = machines(start, trouble="fails:1:2", restarts=0)
-    assert 0 not in [process.wait(timeout=300) for process in both]
-    assert "error on rank 1: no space left on any device" in both[1].said.read_text() + both[0].said.read_text()
+    ended = [machine.finish(code=None, seconds=300) for machine in both]
+    assert 0 not in [each.code for each in ended]
+    assert "error on rank 1: no space left on any device" in "".join(each.stderr for each in ended)
 
 
 @pytest.mark.campaign
 def test_machines_that_do_not_share_the_output_folder_are_refused(start, tmp_path):
-    process = start(ON_ONE_MACHINE["torchrun"], "elsewhere:1:0")
-    assert process.wait(timeout=200) != 0
+    ended = start(torchrun(2), "elsewhere:1:0").finish(code=None, seconds=200)
+    assert ended.code != 0
     said = f"rank 1 (host {socket.gethostname()}) does not find in {tmp_path / 'run of another'} what the first process"
-    assert len(errors(process)) == 1
-    assert said in errors(process)[0]
+    assert len(ended.errors) == 1
+    assert said in ended.errors[0]
     assert not (tmp_path / "run" / "manifest.json").exists()
