@@ -59,11 +59,11 @@ def _accelerator(strategy: StrategyName, precision: Literal["no", "bf16"], accum
     plugins = {}
     if strategy == "fsdp2":
         if on_cpu:
-            cpu.ready_for_fsdp()
+            cpu.prepare_for_fsdp()
         plugins["fsdp_plugin"] = _fsdp_plugin()
     elif strategy in ("zero2", "zero3"):
         if on_cpu:
-            handlers.append(cpu.ready_for_deepspeed())
+            handlers.append(cpu.prepare_for_deepspeed())
         plugins["deepspeed_plugin"] = _deepspeed_plugin(accumulation)
     accelerator = Accelerator(
         mixed_precision=precision,

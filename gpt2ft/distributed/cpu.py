@@ -1,8 +1,8 @@
-"""FSDP2 and DeepSpeed on the CPUs of one machine: to test here what several GPUs will do.
+"""FSDP2 and DeepSpeed on the CPUs of one machine, to test what several GPUs will do.
 
 Accelerate knows both on GPUs only. Asked for FSDP on CPUs it trains by DDP without a word; DeepSpeed gets a process
 group of which Accelerate sees one process, and compiles an operator that nothing here needs. Each is set right below,
-before the Accelerator is made, and nowhere else. On a machine with GPUs that are used, nothing here runs.
+before the Accelerator is made, and nowhere else. On a machine whose GPUs are used nothing here runs.
 """
 
 import os
@@ -10,19 +10,19 @@ import sys
 from typing import Any
 
 
-def ready_for_fsdp() -> None:
-    """Has Accelerate take FSDP's path, which it opens to several GPUs alone."""
+def prepare_for_fsdp() -> None:
+    """Have Accelerate take FSDP's path, which it opens to several GPUs alone."""
     from accelerate.state import DistributedType, PartialState
 
-    _say_nothing_of_the_cpu()
+    _name_cpu_as_accelerator()
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    os.environ.pop("ACCELERATE_USE_CPU", None)  # it would be asked again
+    os.environ.pop("ACCELERATE_USE_CPU", None)  # Accelerate would read it again
 
 
-def ready_for_deepspeed() -> Any:
-    """Leaves out the compiled operator (of faster sums within one machine); the process group to be asked for."""
-    _say_nothing_of_the_cpu()
+def prepare_for_deepspeed() -> Any:
+    """Return the process group to ask for; leave out the operator that is compiled for sums within one machine."""
+    _name_cpu_as_accelerator()
     import deepspeed.comm  # noqa: F401
     from accelerate.utils import InitProcessGroupKwargs
 
@@ -31,6 +31,6 @@ def ready_for_deepspeed() -> Any:
     return InitProcessGroupKwargs(backend="gloo")
 
 
-def _say_nothing_of_the_cpu() -> None:
-    """DeepSpeed, which Accelerate imports for FSDP too, warns that it has found no GPU unless it is told so."""
+def _name_cpu_as_accelerator() -> None:
+    """Keep DeepSpeed, which Accelerate imports for FSDP too, from warning that it has found no GPU."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -1,4 +1,4 @@
-"""Whether all machines see the same folder."""
+"""Check that all machines see the same output folder."""
 
 import os
 import socket
@@ -10,10 +10,11 @@ from typing import Any
 from gpt2ft.distributed.launch_checks import LaunchError
 
 SECONDS_TO_APPEAR = 10.0  # file systems over a network show new files late
+SECONDS_BETWEEN_LOOKS = 0.2
 
 
 def check_shared(accelerator: Any, folder: Path) -> None:
-    """The main process puts a file with a random name there, and all others look for it. All come here together.
+    """Put a file with a random name there, and have all other processes look for it. All call this together.
 
     Raises:
         LaunchError: on all of them, if one does not find it.
@@ -28,12 +29,12 @@ def check_shared(accelerator: Any, folder: Path) -> None:
         file.touch()
     accelerator.wait_for_everyone()
     try:
-        lacks = None if _appears(file) else (accelerator.process_index, socket.gethostname(), str(folder.absolute()))
-        found = gather_object([lacks])
+        missing = None if _appears(file) else (accelerator.process_index, socket.gethostname(), str(folder.absolute()))
+        all_missing = gather_object([missing])
     finally:
         if accelerator.is_main_process:
             file.unlink(missing_ok=True)
-    for rank, host, seen in filter(None, found):
+    for rank, host, seen in filter(None, all_missing):
         raise LaunchError(
             f"`output` must be a folder that all machines share, but rank {rank} (host {host}) does not find in {seen} "
             "what the first process has written there"
@@ -41,10 +42,10 @@ def check_shared(accelerator: Any, folder: Path) -> None:
 
 
 def _appears(file: Path) -> bool:
-    until = time.monotonic() + SECONDS_TO_APPEAR
+    deadline = time.monotonic() + SECONDS_TO_APPEAR
     while True:
-        if file.parent.is_dir() and file.name in os.listdir(file.parent):  # asks the server, as a look for one does not
+        if file.parent.is_dir() and file.name in os.listdir(file.parent):  # a listing asks the server, `exists` may not
             return True
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             return False
-        time.sleep(0.2)
+        time.sleep(SECONDS_BETWEEN_LOOKS)

@@ -56,7 +56,7 @@ class HeldOutEvaluation:
         held_out, plan = self.setup.held_out, self.setup.eval_plan
         if held_out is None or plan is None:
             return None
-        result = self.evaluator(self.strategy.model, held_out, plan, self.signals.__bool__)
+        result = self.evaluator(self.strategy.model, held_out, plan, self.signals.was_signalled)
         samples = self.samples()
         stopped = {"stopped": sum(sample.stopped for sample in samples) / len(samples)} if samples else {}
         metrics = result.metrics | stopped

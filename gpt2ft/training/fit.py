@@ -107,7 +107,7 @@ def fit(inputs: LoopInputs, state: TrainState) -> TrainState:
         if is_due(state.step, inputs.training.log_every, inputs.steps):
             log_metrics(inputs, state, sums, rate)
         # One process may have the signal alone, but all must leave the loop at the same step.
-        if any(global_sum(accelerator, float(bool(inputs.signals)))):
+        if any(global_sum(accelerator, float(inputs.signals.was_signalled()))):
             save_and_stop(inputs, state)
         # Evaluated first, so that the checkpoint knows the result and whether it is the best.
         state = evaluate_if_due(inputs, state, sums)

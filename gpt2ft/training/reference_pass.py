@@ -158,7 +158,7 @@ class _ReferencePass:
 
     def _is_any_signalled(self) -> bool:
         """Ask all processes, so that they stop at the same stream."""
-        return any(global_sum(self.accelerator, float(bool(self.signals))))
+        return any(global_sum(self.accelerator, float(self.signals.was_signalled())))
 
     def _rows(self, to_run: _StreamToRun) -> list[Row]:
         stream = to_run.plan.stream(to_run.micro_batch).to(self.accelerator.device)

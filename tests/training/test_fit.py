@@ -69,7 +69,7 @@ class Diary:
     def advance(self):
         self.advanced += 1
         if self.advanced == self.signal_after:
-            self.signals.signal = 15
+            self.signals.received = 15
 
     def log(self, step, metrics):
         self.events.append(f"log {step}")

@@ -134,7 +134,7 @@ def test_told_to_stop_it_keeps_what_it_has(make_plan, make_store, model, acceler
     def stream(self, micro_batch):
         done.append(None)
         if len(done) == 5:
-            signals.signal = signal.SIGTERM
+            signals.received = signal.SIGTERM
         return whole(self, micro_batch)
 
     with monkeypatch.context() as patch:
