@@ -259,7 +259,8 @@ async def send_all(port: int, number: int, seed: int, together: int = 16) -> tup
     return counts, problems
 
 
-def report_malformed(server: Server, number: int, seed: int) -> list[str]:
+def report_malformed(server: Server, number: int, seed: int) -> tuple[Counter, list[str]]:
+    """Sends them, then a valid one. Prints the figures, and returns them as `send_all` does."""
     before, began = server.memory, monotonic()
     counts, problems = asyncio.run(send_all(server.port, number, seed))
     shown = ", ".join(f"{status}: {count}" for status, count in sorted(counts.items(), key=lambda pair: str(pair[0])))
@@ -272,7 +273,7 @@ def report_malformed(server: Server, number: int, seed: int) -> list[str]:
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
     )
     status, _ = asyncio.run(exchange(server.port, head.encode() + b"Content-Type: application/json\r\n\r\n" + body))
-    return problems + ([] if status == 200 else [f"a valid request was then answered with {status}"])
+    return counts, problems + ([] if status == 200 else [f"a valid request was then answered with {status}"])
 
 
 def main() -> None:
@@ -292,7 +293,7 @@ def main() -> None:
             clients = asyncio.run(stream_all(server.port, given.seconds, given.clients, samples, server))
             problems += report_streams(clients, samples, given.seconds)
         if given.malformed:
-            problems += report_malformed(server, given.malformed, given.seed)
+            problems += report_malformed(server, given.malformed, given.seed)[1]
     finally:
         code = server.stop(given.log)
     problems += [] if code == 0 else [f"the server ended with {code}"]

@@ -88,6 +88,7 @@ def test_a_checkpoint_that_was_being_replaced_at_a_kill_is_there_at_the_next_sta
     assert [path.name for path in output.checkpoints.iterdir()] == [folder.name]
 
 
+@pytest.mark.long
 def test_runs_that_are_killed():
     said = campaign("killed_runs", 2, 1, "--steps", 4, "--only", "LoRA")
     assert "2 kills" in said

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("uvicorn", reason="needs the extra [serve]")
 
 from malformed import KINDS
-from serving_load import judge, report_malformed, report_streams, send_all, start, stream_all
+from serving_load import judge, report_malformed, report_streams, start, stream_all
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +33,13 @@ def stream(server, seconds, clients, rounds=1):
 
 
 def test_many_clients_stream_at_once(server):
-    samples = stream(server, 5, 24, rounds=10)
+    samples = stream(server, 2, 12, rounds=20)
     assert samples[-1][2] < samples[0][2] + 40  # open files
 
 
 def test_malformed_requests_are_refused_in_good_order(server):
-    assert report_malformed(server, 10 * len(KINDS), seed=1) == []
-    counts, _ = asyncio.run(send_all(server.port, 5 * len(KINDS), seed=2))
+    counts, problems = report_malformed(server, 5 * len(KINDS), seed=2)
+    assert problems == []
     assert {400, 403, 404, 413, 415} <= counts.keys()
     assert counts[400] > counts[200]
 
@@ -65,4 +65,4 @@ def test_clients_stream_for_a_minute_and_nothing_leaks(server):
 
 @pytest.mark.campaign
 def test_thousands_of_malformed_requests(server):
-    assert report_malformed(server, 4000, seed=3) == []
+    assert report_malformed(server, 4000, seed=3)[1] == []

@@ -32,8 +32,8 @@ ENVIRONMENTS |= {
     "zero3-offload": ENVIRONMENTS["zero3"] | WEIGHTS_TOO,
 }
 ALONE = "ddp 1"
-SAMPLE = ["fsdp2 2", "zero3 2"]
-LONG = ["ddp 3", "zero2 3"]
+SAMPLE = ["fsdp2 2"]
+LONG = ["zero3 2", "ddp 3", "zero2 3"]
 CAMPAIGN = [
     "ddp 2",
     "zero2 2",
@@ -48,11 +48,23 @@ CAMPAIGN = [
 ]
 
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": ["q", "v", "o", "fc"]}
-in_campaigns = [pytest.param(name, marks=pytest.mark.campaign) for name in CAMPAIGN]
-topologies = pytest.mark.parametrize(
-    "topology", [*SAMPLE, *(pytest.param(name, marks=pytest.mark.long) for name in LONG), *in_campaigns]
-)
 KINDS = ["sft", "sft lora", "dpo", "dpo lora", "sometimes nan"]
+FEW = ["sft", "sft stopped", "sft continued", "dpo lora", "sometimes nan"]  # with these the plain tests make do
+REST = ["sft lora", "sft lora stopped", "sft lora continued", "dpo"]
+BF16 = [f"{run}{how}" for run in ("bf16", "bf16 lora") for how in ("", " stopped", " continued")]
+
+
+def cases(runs, topologies=(*SAMPLE, *LONG, *CAMPAIGN)):
+    """Each run on each topology, in its tier."""
+    for topology in topologies:
+        for name in runs:
+            is_plain = topology in SAMPLE and name in FEW
+            tier = pytest.mark.campaign if topology in CAMPAIGN else () if is_plain else pytest.mark.long
+            yield pytest.param(name, topology, marks=tier, id=f"{name}-{topology}")
+
+
+def everywhere(runs, topologies=(*SAMPLE, *LONG, *CAMPAIGN)):
+    return pytest.mark.parametrize(("run", "topology"), list(cases(runs, topologies)))
 
 
 def sources(topology):
@@ -74,15 +86,18 @@ class Runs:
     def get(self, topology, run):
         if (topology, run) not in self.launched:
             goes_on = topology == ALONE and run.startswith("from ")
-            usual = self.usual(topology)
-            self.launch(topology, self.left_by_others() if goes_on else usual if run in usual else [run])
+            self.launch(topology, self.left_by_others() if goes_on else self.launched_with(topology, run))
         return self.root / topology / run
 
-    def usual(self, topology):
-        runs = [*KINDS, "sft stopped", "sft lora stopped", "sft continued", "sft lora continued"]
+    def launched_with(self, topology, run):
+        """The runs that share the launch of this one."""
+        few, rest = list(FEW), list(REST)
+        if topology != ALONE:
+            few += [f"from {source}" for source in sources(topology)]
+        launches = [few, rest] if topology in (ALONE, *SAMPLE) else [few + rest]
         if topology in CAMPAIGN:
-            runs += ["bf16", "bf16 stopped", "bf16 continued", "bf16 lora", "bf16 lora stopped", "bf16 lora continued"]
-        return runs if topology == ALONE else [*runs, *(f"from {source}" for source in sources(topology))]
+            launches = [few + rest + BF16]
+        return next((runs for runs in launches if run in runs), [run])
 
     def left_by_others(self):
         """What one process can go on from by now."""
@@ -188,29 +203,26 @@ def assert_equal_in_every_bit(found, expected):
         assert logged(found, key) == logged(expected, key)
 
 
-@topologies
-@pytest.mark.parametrize("kind", KINDS)
-def test_it_is_the_run_of_one_process(kind, topology, runs):
-    assert_the_same_run(runs.get(topology, kind), runs.get(ALONE, kind))
-    manifest = json.loads((runs.get(topology, kind) / "manifest.json").read_text())
+@everywhere(KINDS)
+def test_it_is_the_run_of_one_process(run, topology, runs):
+    assert_the_same_run(runs.get(topology, run), runs.get(ALONE, run))
+    manifest = json.loads((runs.get(topology, run) / "manifest.json").read_text())
     assert f"{manifest['strategy']} {manifest['processes']}" == topology.replace("-offload", "")
 
 
-@topologies
-def test_steps_without_a_finite_gradient_are_left_out_alike(topology, runs):
-    skipped = logged(runs.get(topology, "sometimes nan"), "train/skipped_steps")
+@everywhere(["sometimes nan"])
+def test_steps_without_a_finite_gradient_are_left_out_alike(run, topology, runs):
+    skipped = logged(runs.get(topology, run), "train/skipped_steps")
     assert 0 < skipped[STEPS] < STEPS
-    assert skipped == logged(runs.get(ALONE, "sometimes nan"), "train/skipped_steps")
+    assert skipped == logged(runs.get(ALONE, run), "train/skipped_steps")
 
 
-@topologies
-@pytest.mark.parametrize("run", ["sft", "sft lora"])
+@everywhere(["sft", "sft lora"])
 def test_going_on_gives_the_same_bits(run, topology, runs):
     assert_equal_in_every_bit(runs.get(topology, f"{run} continued"), runs.get(topology, run))
 
 
-@pytest.mark.parametrize("topology", in_campaigns)
-@pytest.mark.parametrize("run", ["bf16", "bf16 lora"])
+@everywhere(["bf16", "bf16 lora"], CAMPAIGN)
 def test_bf16_is_that_of_one_process(run, topology, runs):
     """As near as bf16 is to itself, whose rounding is not float32's."""
     found, expected = (logged(runs.get(name, run), "train/loss") for name in (topology, ALONE))
@@ -218,20 +230,18 @@ def test_bf16_is_that_of_one_process(run, topology, runs):
     assert found != pytest.approx(logged(runs.get(ALONE, run.replace("bf16", "sft")), "train/loss"), rel=1e-6)
 
 
-@pytest.mark.parametrize("topology", in_campaigns)
-@pytest.mark.parametrize("run", ["bf16", "bf16 lora"])
+@everywhere(["bf16", "bf16 lora"], CAMPAIGN)
 def test_going_on_in_bf16_gives_the_same_bits(run, topology, runs):
     assert_equal_in_every_bit(runs.get(topology, f"{run} continued"), runs.get(topology, run))
 
 
-@topologies
-def test_it_goes_on_from_what_others_have_left(topology, runs):
+@everywhere(["sft"])
+def test_it_goes_on_from_what_others_have_left(run, topology, runs):
     for source in sources(topology):
-        assert_the_same_run(runs.get(topology, f"from {source}"), runs.get(ALONE, "sft"))
+        assert_the_same_run(runs.get(topology, f"from {source}"), runs.get(ALONE, run))
 
 
-@topologies
-@pytest.mark.parametrize("run", ["sft", "sft lora", "dpo"])
+@everywhere(["sft", "sft lora", "dpo"])
 def test_transformers_loads_the_model_with_its_table_tied(run, topology, runs):
     from transformers import GPT2LMHeadModel
 
@@ -239,7 +249,7 @@ def test_transformers_loads_the_model_with_its_table_tied(run, topology, runs):
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
-@topologies
-def test_one_process_goes_on_from_what_many_have_left(topology, runs):
+@everywhere(["sft"])
+def test_one_process_goes_on_from_what_many_have_left(run, topology, runs):
     runs.get(topology, "sft stopped")
-    assert_the_same_run(runs.get(ALONE, f"from {topology}"), runs.get(ALONE, "sft"))
+    assert_the_same_run(runs.get(ALONE, f"from {topology}"), runs.get(ALONE, run))

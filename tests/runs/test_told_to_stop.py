@@ -49,7 +49,8 @@ def send(number):
 @pytest.mark.parametrize(
     ("number", "step"),
     [
-        *((signal.SIGTERM, step) for step in range(1, STEPS + 1)),
+        *((signal.SIGTERM, step) for step in (3, STEPS)),
+        *(pytest.param(signal.SIGTERM, step, marks=pytest.mark.long) for step in (1, 2, 4, 5, 6)),
         (signal.SIGUSR1, 2),
     ],
 )
@@ -73,7 +74,9 @@ def test_during_a_step(step, number, uninterrupted, run_sft, tmp_path, monkeypat
     same_end(uninterrupted, tmp_path / "run")
 
 
-@pytest.mark.parametrize("evaluation", [1, 2, 3])
+@pytest.mark.parametrize(
+    "evaluation", [2, pytest.param(1, marks=pytest.mark.long), pytest.param(3, marks=pytest.mark.long)]
+)
 def test_during_evaluation(evaluation, uninterrupted, run_sft, tmp_path, monkeypatch):
     """Of step 0, 3, 6: it is cut short, and made up for."""
     asked, whole = [], Plan.stream
@@ -158,8 +161,8 @@ def steps_done(run):
 @pytest.mark.parametrize(
     ("launcher", "to_one_worker"),
     [
-        ("accelerate launch", False),
         ("torchrun", False),
+        pytest.param("accelerate launch", False, marks=pytest.mark.long),
         pytest.param("torchrun", True, marks=pytest.mark.long),
     ],
 )

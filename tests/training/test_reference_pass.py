@@ -148,7 +148,9 @@ def test_told_to_stop_it_keeps_what_it_has(make_plan, make_store, model, acceler
     assert kept.items() <= contents(store.folder).items()
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.campaign)])
+@pytest.mark.parametrize(
+    "kills", [pytest.param(2, marks=pytest.mark.long), pytest.param(20, marks=pytest.mark.campaign)]
+)
 def test_killed_again_and_again_and_finished_by_two_processes(kills, tokenizer, gpt2, tmp_path):
     """The rows are those of a pass in one go."""
     from gpt2ft.runs.export import write_folder

@@ -29,12 +29,13 @@ async def answer(scope, receive, send):
 class Port:
     """A port on which the application answers."""
 
-    def __init__(self, **settings):
+    def __init__(self, keep_alive=5, **settings):
         self.state = ServerState()
+        self._keep_alive = keep_alive  # seconds
         self._settings = ServeSettings(**settings)
 
     async def __aenter__(self):
-        config = uvicorn.Config(answer, lifespan="off", log_config=None, ws="none")
+        config = uvicorn.Config(answer, lifespan="off", log_config=None, ws="none", timeout_keep_alive=self._keep_alive)
         config.load()
         make = connection_class(self._settings, render_error)
         loop = asyncio.get_running_loop()
@@ -89,7 +90,7 @@ def test_a_head_that_is_too_slow_is_refused_and_silence_is_hung_up_on():
 
 
 def test_a_second_head_that_is_too_slow_is_hung_up_on():
-    received = on_port(lambda port: port.exchange(GET + GET[:20]), body_seconds=0.1)
+    received = on_port(lambda port: port.exchange(GET + GET[:20]), body_seconds=0.1, keep_alive=1)
     assert received.count(b"HTTP/1.1 200") == 1
 
 
