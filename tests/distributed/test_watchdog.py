@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from processes import ON_CPU, free_port, start
+from processes import ON_CPU, free_port, start, wait_until
 
 from gpt2ft.distributed import watchdog
 from gpt2ft.distributed.launch_checks import LaunchError
@@ -175,19 +175,22 @@ class Observed:
         self.watchdog.interval = 0.5
 
     def shows_life(self, act):
-        """What the last heartbeat says, after `act` in that thread."""
-        found = []
+        """What the heartbeat after `act` says; before that all threads have come to rest."""
+        signs = []
+
+        def send():
+            self.watchdog.send()
+            signs.append(self.watchdog.signs)
 
         def work():
-            for between in (lambda: None, lambda: None, act):
-                between()
-                self.watchdog.send()
-                found.append(self.watchdog.signs)
+            wait_until(lambda: send() or signs[-3:].count(signs[-1]) == 3)
+            act()
+            send()
 
         thread = Thread(target=work)
         thread.start()
         thread.join()
-        return found[2] > found[1]
+        return signs[-1] > signs[-2]
 
 
 def test_a_process_that_stands_still_shows_none():
