@@ -1,7 +1,7 @@
-"""Everything that depends on how many processes there are.
+"""Start the Accelerator, and add up over processes.
 
-- `start_accelerator` makes the Accelerator of a launch that is what it looks like;
-- `loss_scale` is the one place that knows what is multiplied and divided behind `backward`;
+- `start_accelerator` makes the Accelerator of a launch that trains what it looks like;
+- `loss_scale` is the one place that knows of what is multiplied and divided behind `backward`;
 - `global_sum` adds numbers up over all processes.
 """
 
@@ -9,6 +9,7 @@ import os
 import warnings
 from typing import Any, Literal
 
+import psutil
 import torch
 
 from gpt2ft.distributed import cpu, launch_checks, rendezvous, watchdog
@@ -18,7 +19,7 @@ from gpt2ft.distributed.signals import end_with_parent
 
 
 def start_accelerator(precision: str, micro_batches_per_step: int | None = None, deterministic: bool = False) -> Any:
-    """The Accelerator of this run.
+    """Make the Accelerator of this run, with the watchdog of each process.
 
     Args:
         precision: as in the settings.
@@ -32,7 +33,7 @@ def start_accelerator(precision: str, micro_batches_per_step: int | None = None,
     launch_checks.check(micro_batches_per_step, world_size)  # before Accelerate and DeepSpeed are loaded
     accumulation = micro_batches_per_step // world_size
 
-    # Torch's and Accelerate's of each other; a user can do nothing about them.
+    # Torch and Accelerate warn of each other, and a user can do nothing about that.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|accelerate)\b")
     rendezvous.use()
     with rendezvous.joining():
@@ -84,7 +85,7 @@ def _accelerator(strategy: StrategyName, precision: Literal["no", "bf16"], accum
 
 
 def _fsdp_plugin() -> Any:
-    """Whether to reshard after the forward pass and to keep shards on the CPU is the launcher's choice."""
+    """Return what is not the launcher's to choose; resharding after the forward pass and offloading are."""
     from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -98,7 +99,7 @@ def _fsdp_plugin() -> Any:
 
 
 def _deepspeed_plugin(accumulation: int) -> Any:
-    """RunSetup and offloading are the launcher's choice."""
+    """Return what is not the launcher's to choose; the stage of ZeRO and offloading are."""
     from accelerate.utils import DeepSpeedPlugin
 
     plugin = DeepSpeedPlugin(gradient_accumulation_steps=accumulation)
@@ -115,7 +116,7 @@ def is_deepspeed(accelerator: Any) -> bool:
 
 
 def precision_of(accelerator: Any) -> Literal["no", "bf16"]:
-    """What matrices are multiplied in; "no" is float32, as Accelerate has it, which does not see DeepSpeed's."""
+    """Return the precision of matrix products; "no" is float32, in Accelerate's words, which misses DeepSpeed's."""
     if is_deepspeed(accelerator):
         casts = accelerator.state.deepspeed_plugin.deepspeed_config.get("torch_autocast", {}).get("enabled", False)
         return "bf16" if casts else "no"
@@ -123,21 +124,21 @@ def precision_of(accelerator: Any) -> Literal["no", "bf16"]:
 
 
 def autocast(accelerator: Any) -> torch.autocast:
-    """Mixed precision as in training, for a model that is not wrapped; a context, or a decorator."""
+    """Return mixed precision as in training, for a model that is not wrapped: a context, or a decorator."""
     return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision_of(accelerator) == "bf16")
 
 
-def loss_scale(accelerator: Any, count: float) -> float:
-    """What to multiply a micro-batch's sum of losses by, so that the step's gradient is that of sum / count.
+def loss_scale(accelerator: Any, normalizer: float) -> float:
+    """Return the factor of a micro-batch's sum of losses that makes the step's gradient that of sum / normalizer.
 
     `Accelerator.backward` divides by the accumulation steps and the gradient all-reduce by the number of
     processes. Both are multiplied back here, and nowhere else.
     """
-    return accelerator.gradient_accumulation_steps * accelerator.num_processes / count if count else 0.0
+    return accelerator.gradient_accumulation_steps * accelerator.num_processes / normalizer if normalizer else 0.0
 
 
 def global_sum(accelerator: Any, *numbers: float) -> list[float]:
-    """Each number added up over all processes, in float64."""
+    """Add each number up over all processes, in float64."""
     if accelerator.num_processes == 1:
         return list(numbers)
     local = torch.tensor(numbers, dtype=torch.float64, device=accelerator.device)
@@ -145,7 +146,7 @@ def global_sum(accelerator: Any, *numbers: float) -> list[float]:
 
 
 def raise_together(accelerator: Any, problem: OSError | None) -> None:
-    """Where the main process could not write, all end; the others say why too.
+    """Have all processes end where one could not write.
 
     Raises:
         OSError: on all processes, if `problem` is one on any.
@@ -158,7 +159,7 @@ def raise_together(accelerator: Any, problem: OSError | None) -> None:
 
 
 def _precision(setting: str) -> Literal["no", "bf16"]:
-    """What to tell Accelerate."""
+    """Return the precision in the words of Accelerate."""
     if setting != "auto":
         return {"fp32": "no", "bf16": "bf16"}[setting]
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -166,4 +167,6 @@ def _precision(setting: str) -> Literal["no", "bf16"]:
 
 
 def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of cores that this process may use; of all, where the system binds no process to some."""
+    process = psutil.Process()
+    return len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else os.cpu_count() or 1
