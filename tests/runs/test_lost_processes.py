@@ -55,12 +55,13 @@ def recipe(tiny_model_folder, tmp_path):
 
 @pytest.fixture
 def start(recipe, tmp_path):
-    """start(words of the launcher, trouble="dies:1:4", output=...): a training run under way."""
+    """start(words of the launcher, trouble="dies:1:4", output=..., resume=...): a training run under way."""
     environment = ON_CPU | {"GPT2FT_PATIENCE": PATIENCE, "TROUBLE_FOLDER": tmp_path}
     with ExitStack() as stack:
 
-        def start(launcher, trouble="none:0:0", output="run", **more):
+        def start(launcher, trouble="none:0:0", output="run", resume="auto", **more):
             command = [*launcher, "tests/runs/troubled.py", trouble, recipe, "--output", tmp_path / output]
+            command += ["--resume", resume]
             return stack.enter_context(processes.start(command, **environment, **more))
 
         yield start
@@ -123,8 +124,9 @@ def test_the_loss_of_the_first_process_and_of_its_store_is_named(start, tmp_path
     "trouble", [pytest.param("dies", marks=pytest.mark.long), pytest.param("sleeps", marks=pytest.mark.campaign)]
 )
 def test_the_launcher_starts_all_again_and_they_end_in_the_same_bits(trouble, start, tmp_path):
+    """Told to begin anew, they do so once: a restart goes on."""
     start(torchrun(2), output="undisturbed").finish(seconds=200)
-    ended = start(torchrun(2, "--max_restarts", "1"), f"{trouble}:1:4").finish(seconds=200)
+    ended = start(torchrun(2, "--max_restarts", "1"), f"{trouble}:1:4", resume="never").finish(seconds=200)
     assert (tmp_path / trouble).exists()
     assert re.search(r"resuming .*step-0000000[34]", ended.stdout)
     assert losses(tmp_path / "run") == losses(tmp_path / "undisturbed")
@@ -171,6 +173,17 @@ def test_a_process_that_fails_on_another_machine_ends_all(start):
     ended = [machine.finish(code=None, seconds=300) for machine in both]
     assert 0 not in [each.code for each in ended]
     assert "error on rank 1: no space left on any device" in "".join(each.stderr for each in ended)
+
+
+@pytest.mark.long
+def test_a_process_with_another_learning_rate_is_named_before_the_first_step(start, tmp_path):
+    ended = start(torchrun(2), "differs:1:0").finish(code=None, seconds=200)
+    assert ended.code != 0
+    assert ended.errors
+    assert all(error.startswith("error: all processes must train the same run, ") for error in ended.errors)
+    assert "`optimizer.learning_rate`" in ended.errors[0]
+    assert f"rank 1 (host {socket.gethostname()})" in ended.errors[0]
+    assert not (tmp_path / "run" / "manifest.json").exists()
 
 
 @pytest.mark.campaign

@@ -3,7 +3,8 @@
     torchrun --nproc_per_node 2 tests/runs/troubled.py TROUBLE:RANK:STEP [RECIPE] [--section.key value ...]
 
 In step STEP, the first being 0, unless the launcher has started it again; it leaves the time in the file
-$TROUBLE_FOLDER/TROUBLE. "elsewhere" has a process write to another output folder than the others.
+$TROUBLE_FOLDER/TROUBLE. "elsewhere" has a process write to another output folder than the others,
+"differs" has it train with another learning rate.
 """
 
 import os
@@ -55,6 +56,8 @@ if __name__ == "__main__":
     if os.environ["RANK"] == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         if name == "elsewhere":
             sys.argv[sys.argv.index("--output") + 1] += " of another"
+        elif name == "differs":
+            sys.argv += ["--optimizer.learning_rate", "0.5"]
         elif name in TROUBLES:
             in_step(int(step), TROUBLES[name])
     sys.argv[0] = str(RECIPES.parent / "sft.py")
