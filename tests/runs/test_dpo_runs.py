@@ -113,7 +113,7 @@ def test_the_output_is_a_run_like_any(run_folder):
 @pytest.mark.parametrize(
     ("lora", "stop_after"),
     [
-        pytest.param({}, 3, id="full, 3"),
+        pytest.param({}, 3, id="full, 3", marks=pytest.mark.long),
         pytest.param(LORA, 1, id="lora, 1"),
         pytest.param({}, 1, id="full, 1", marks=pytest.mark.long),
         pytest.param(LORA, 3, id="lora, 3", marks=pytest.mark.long),
