@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from gpt2ft.errors import SettingsError
 from gpt2ft.files import write_safetensors
-from gpt2ft.model import gguf as gguf_module
 from gpt2ft.model import pretrained
 from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.gguf import write_gguf
@@ -301,8 +300,8 @@ def spoil_tensors(patch):
 
 
 def spoil_metadata(patch):
-    real = gguf_module._add
-    patch.setattr(gguf_module, "_add", lambda writer, key, value: real(writer, key, True if value is False else value))
+    real = gguf.GGUFWriter.add_bool
+    patch.setattr(gguf.GGUFWriter, "add_bool", lambda writer, key, value: real(writer, key, True))
     return "tokenizer.ggml.add_bos_token"
 
 
