@@ -9,7 +9,7 @@ import sys
 import time
 from typing import ClassVar, NoReturn
 
-SECONDS_TO_SPEAK = 5.0  # left to the process that reports errors to come upon the same one
+SECONDS_TO_REPORT = 5.0  # until the process that reports errors has met the same one
 
 
 class Gpt2ftError(Exception):
@@ -31,11 +31,11 @@ class SettingsError(Gpt2ftError):
 
 
 class NetworkError(Gpt2ftError):
-    """A file that is neither in a cache nor to be had from the network."""
+    """A file that is in no cache and could not be downloaded."""
 
 
-def speaks_for_its_machine() -> bool:
-    """Return True in the process that reports errors: the first on each machine, as the launcher numbers them."""
+def is_first_on_machine() -> bool:
+    """Return True in the first process on each machine, which alone reports what all have met."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
@@ -47,8 +47,8 @@ def fail(message: str, code: int = 2, everywhere: bool = False) -> NoReturn:
     """
     rank = os.environ.get("RANK", "0")
     label = f"error on rank {rank}" if everywhere and rank != "0" else "error"
-    if everywhere or speaks_for_its_machine():
+    if everywhere or is_first_on_machine():
         print("\n".join(f"{label}: {line}" for line in message.splitlines()), file=sys.stderr)
     elif "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun ends all processes as soon as one is gone
-        time.sleep(SECONDS_TO_SPEAK)
+        time.sleep(SECONDS_TO_REPORT)
     sys.exit(code)

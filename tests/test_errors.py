@@ -14,7 +14,7 @@ def test_a_process_that_does_not_speak_leaves_time_to_the_one_that_does(monkeypa
         with pytest.raises(SystemExit):
             errors.fail("it is so")
     assert capsys.readouterr().err == "error: it is so\n"
-    assert slept == [errors.SECONDS_TO_SPEAK]
+    assert slept == [errors.SECONDS_TO_REPORT]
 
 
 def test_each_line_is_an_error_and_other_ranks_are_named(monkeypatch, capsys):

@@ -21,7 +21,7 @@ from gpt2ft.conversation import ROLES, MessageTree
 from gpt2ft.data.reading import DataError, ReadContext, show
 from gpt2ft.data.sources import Shard, Source
 from gpt2ft.data.topic import Topic
-from gpt2ft.errors import speaks_for_its_machine
+from gpt2ft.errors import is_first_on_machine
 from gpt2ft.files import sync_folder, synced, write_json
 from gpt2ft.settings.sections import FilterSettings
 from gpt2ft.text.template import render_turn
@@ -109,7 +109,7 @@ def _tokenise(work: Tokenisation, folder: Path, timeout: float = 0.0) -> list[Pa
 def _with_progress(work: Tokenisation) -> Iterator[Shard]:
     from tqdm import tqdm
 
-    silent = not (sys.stderr.isatty() and speaks_for_its_machine())
+    silent = not (sys.stderr.isatty() and is_first_on_machine())
     bar = tqdm(
         total=work.source.origin.size,
         desc=f"tokenising {work.source.name}",

@@ -1,7 +1,7 @@
 """Start the Accelerator, and add up over processes.
 
-- `start_accelerator` makes the Accelerator of a launch that trains what it looks like;
-- `loss_scale` is the one place that knows of what is multiplied and divided behind `backward`;
+- `start_accelerator` checks the launch and makes its Accelerator;
+- `loss_scale` is the one place that knows by what Accelerate and DDP divide a gradient;
 - `global_sum` adds numbers up over all processes.
 """
 
@@ -35,7 +35,7 @@ def start_accelerator(precision: str, micro_batches_per_step: int | None = None,
 
     # Torch and Accelerate warn of each other, and a user can do nothing about that.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|accelerate)\b")
-    rendezvous.use()
+    rendezvous.install()
     with rendezvous.joining():
         accelerator = _accelerator(launch_checks.strategy(), _precision(precision), accumulation)
         launch_checks.check_given(accelerator, world_size)
@@ -85,7 +85,7 @@ def _accelerator(strategy: StrategyName, precision: Literal["no", "bf16"], accum
 
 
 def _fsdp_plugin() -> Any:
-    """Return what is not the launcher's to choose; resharding after the forward pass and offloading are."""
+    """Return the settings of FSDP that every run has; the launcher chooses resharding and offloading."""
     from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -99,7 +99,7 @@ def _fsdp_plugin() -> Any:
 
 
 def _deepspeed_plugin(accumulation: int) -> Any:
-    """Return what is not the launcher's to choose; the stage of ZeRO and offloading are."""
+    """Return the settings of DeepSpeed that every run has; the launcher chooses the stage and offloading."""
     from accelerate.utils import DeepSpeedPlugin
 
     plugin = DeepSpeedPlugin(gradient_accumulation_steps=accumulation)

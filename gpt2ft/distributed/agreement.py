@@ -1,4 +1,4 @@
-"""One training run on all processes: settings, data, weights and versions are compared before the first step.
+"""Check that all processes train the same run: compare settings, data, weights and versions before the first step.
 
 Each process reads its own command line, files and packages. Where they differ, gradients of different runs would be
 averaged, and nothing would say so.
@@ -20,7 +20,7 @@ REMEDY = "start all processes with the same settings"
 
 
 def check_agreement(accelerator: Any, facts: Mapping[str, Any]) -> None:
-    """Compare what decides a run between all processes, which call this together.
+    """Compare the facts that decide a run over all processes, which call this together.
 
     Args:
         facts: numbers, strings, and lists and mappings of them.
@@ -46,7 +46,7 @@ def check_agreement(accelerator: Any, facts: Mapping[str, Any]) -> None:
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Every fact under its dotted name, so that one that differs can be named."""
+    """Return every fact under its dotted name, so that one that differs can be named."""
     found = []
     for key, value in facts.items():
         name = f"{prefix}{key}"

@@ -1,4 +1,4 @@
-"""What was launched is what trains: a launch that would do less, or something else, is refused.
+"""Refuse a launch that would train less than it was told to, or something else.
 
 Launchers start fewer processes than asked, or processes that do not know of each other, without a word; Accelerate
 trains by DDP where it was asked for FSDP; and what it does not know in a section of its config it ignores. `check`
@@ -31,7 +31,7 @@ class LaunchError(Gpt2ftError):
 
 
 def strategy() -> StrategyName:
-    """What the launcher asked for.
+    """Return the strategy that the launcher asked for.
 
     Raises:
         LaunchError: if that is FSDP in another version than 2, or ZeRO in another stage than 2 or 3.
@@ -58,7 +58,7 @@ def strategy() -> StrategyName:
 
 
 def check(micro_batches_per_step: int, world_size: int) -> None:
-    """Looks at what the launcher has set and was told. Makes and loads nothing.
+    """Check what the launcher has set and was told, without making or loading anything.
 
     Args:
         micro_batches_per_step: over all processes.
@@ -84,7 +84,7 @@ def check(micro_batches_per_step: int, world_size: int) -> None:
 
 
 def check_given(accelerator: Any, world_size: int) -> None:
-    """Whether Accelerate has understood what the launcher asked for.
+    """Check that Accelerate has understood what the launcher asked for.
 
     Raises:
         LaunchError: if the processes do not know of each other, or would train by something else.
@@ -113,7 +113,7 @@ def check_given(accelerator: Any, world_size: int) -> None:
 
 
 def check_wrapped(strategy: StrategyName, model: nn.Module, processes: int) -> None:
-    """Whether a prepared model is kept equal, or in shards, as the launcher asked.
+    """Check that a prepared model is kept equal, or in shards, as the launcher asked.
 
     Args:
         model: what the Accelerator has made of the model; compiled or not.
@@ -164,7 +164,7 @@ def _is_set(name: str) -> bool:
 
 
 def _check_started(world_size: int) -> None:
-    """Processes, or launchers, that were started side by side must know of each other."""
+    """Raise LaunchError if processes, or launchers, were started side by side and do not know of each other."""
     started = max(int(os.environ.get(name, "1")) for name in STARTED_WITHOUT_TORCHRUN)
     if started > 1 and "WORLD_SIZE" not in os.environ:
         raise LaunchError(
@@ -181,7 +181,7 @@ def _check_started(world_size: int) -> None:
 
 
 def _check_settings(chosen: StrategyName) -> None:
-    """What trains on other terms than the recipe says is left to the recipe, or not supported."""
+    """Raise LaunchError if the launcher sets what the recipe decides, or asks for what is not supported."""
     value = os.environ.get
     if _is_set("ACCELERATE_USE_MEGATRON_LM"):
         raise LaunchError("the launcher must not ask for MEGATRON_LM, which is not supported: use MULTI_GPU or FSDP")
@@ -234,7 +234,7 @@ def _check_accumulation_of_launcher(accumulation: int) -> None:
 
 
 def _check_config(launch: Launch) -> None:
-    """Accelerate refuses keys that it does not know at the top of its config only."""
+    """Raise LaunchError for keys that Accelerate ignores: it refuses unknown ones at the top of its config only."""
     known = known_keys()
     for section, needed in SECTIONS.items():
         keys = launch.config.get(section) or {}
@@ -255,6 +255,6 @@ def _check_config(launch: Launch) -> None:
 
 
 def _command(processes: int) -> str:
-    """What starts that many processes of this script on one machine of this kind."""
+    """Return the command that starts so many processes of this script on one machine of this kind."""
     cpu = "" if on_cuda() else "ACCELERATE_USE_CPU=true "
     return f"`{cpu}torchrun --standalone --nproc_per_node {processes} {running_script()}`"

@@ -1,7 +1,7 @@
-"""What `accelerate launch` was told, if it is this process's parent: only its command line and config file know.
+"""Read the command line and the config file of the `accelerate launch` that is this process's parent.
 
-With --cpu it starts one process, whatever --num_processes says, and of a key that it does not know in a section of
-its config it tells nobody.
+Only they say what was asked for. With --cpu it starts one process, whatever --num_processes says, and it ignores
+unknown keys in the sections of its config without a word.
 """
 
 import json
@@ -14,12 +14,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Launch:
-    """What it was told.
+    """The arguments of an `accelerate launch` as far as they are checked.
 
     Attributes:
-        processes: how many to start, over all machines; None if it was not told.
-        file: its config, if it read one.
-        config: what is in that.
+        processes: how many to start, over all machines; None if none of them says.
+        file: the config file, if one was read.
+        config: its content.
     """
 
     processes: int | None
@@ -28,7 +28,7 @@ class Launch:
 
 
 def find_launch() -> Launch | None:
-    """The `accelerate launch` that started this process; None if something else did."""
+    """Return the `accelerate launch` that started this process; None if something else did."""
     arguments = _arguments_of_parent()
     if arguments is None:
         return None
@@ -45,19 +45,19 @@ def find_launch() -> Launch | None:
 
 
 def known_keys() -> list[str]:
-    """What can be said in its config, beside the keys at the top."""
+    """Return the keys that Accelerate knows in the sections of its config."""
     from accelerate.commands.launch import launch_command_parser
 
     return sorted(action.dest for action in launch_command_parser()._actions)
 
 
 def is_launched() -> bool:
-    """Whether this process's parent is `accelerate launch`."""
+    """Return True if this process's parent is `accelerate launch`."""
     return _arguments_of_parent() is not None
 
 
 def _arguments_of_parent() -> Sequence[str] | None:
-    """What `accelerate launch` was started with, if it is this process's parent."""
+    """Return the arguments of `accelerate launch`, if it is this process's parent."""
     import psutil
 
     try:
@@ -68,7 +68,7 @@ def _arguments_of_parent() -> Sequence[str] | None:
 
 
 def _launch_arguments(words: Sequence[str]) -> Sequence[str] | None:
-    """What follows `accelerate launch` in a command line, however it is spelled; None if it is another command."""
+    """Return what follows `accelerate launch` in a command line, in any spelling; None if it is another command."""
     names = [os.path.basename(word) for word in words]
     for number, name in enumerate(names):
         if name in ("accelerate-launch", "accelerate.commands.launch"):
@@ -80,7 +80,7 @@ def _launch_arguments(words: Sequence[str]) -> Sequence[str] | None:
 
 
 def _read(file: str) -> dict[str, Any]:
-    """The launcher has read it before, so it is well formed."""
+    """Return the content of a config, well formed because the launcher has read it before."""
     import yaml
 
     text = Path(file).read_text(encoding="utf-8")

@@ -65,7 +65,7 @@ def joining() -> Iterator[None]:
         timer.cancel()
 
 
-def use() -> None:
+def install() -> None:
     """Have every process group that is made from here on, by whatever library, begin with `meet`."""
     handlers = _handlers()
     plain = handlers["env"]

@@ -1,7 +1,7 @@
-"""The launch that a process belongs to, over all the times that its launcher starts it again.
+"""Tell a restart by torchrun, Slurm or a supervisor from a launch that a person has typed.
 
-A run that is told to begin anew must not do so each time that torchrun or Slurm restarts it. So a run notes its launch
-in its manifest, and a restart of that same launch goes on.
+A run with `--resume never` must not begin anew each time that it is restarted. So it notes its launch in its manifest,
+and a restart of that same launch continues.
 """
 
 import os

@@ -14,7 +14,7 @@ SECONDS_BETWEEN_LOOKS = 0.2
 
 
 def check_shared(accelerator: Any, folder: Path) -> None:
-    """Put a file with a random name there, and have all other processes look for it. All call this together.
+    """Put a file with a random name into the folder, and have all processes look for it; they call this together.
 
     Raises:
         LaunchError: on all of them, if one does not find it.

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import RLock, Thread
 
-from gpt2ft.errors import Gpt2ftError, speaks_for_its_machine
+from gpt2ft.errors import Gpt2ftError, is_first_on_machine
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
 SECONDS_UNTIL_MEANT = 5.0  # from the first signal until another SIGTERM is not the launcher's repetition
@@ -84,7 +84,7 @@ class SignalHandler:
                 return
             self._since = time.monotonic()
             self.received = signal.Signals(number)
-        if speaks_for_its_machine():
+        if is_first_on_machine():
             os.write(2, f"\n{self.received.name}: finishing this step and saving; Ctrl-C to end at once\n".encode())
 
     def _end_if_meant(self, number: int) -> None:

@@ -104,7 +104,7 @@ class Watchdog(Thread):
             if diagnoses := [beat.diagnosis for beat in beats if beat.diagnosis]:  # of any process, this one too
                 self.end(*diagnoses[0])
             passed, before = min(time.monotonic() - before, 3 * self.interval), time.monotonic()  # unless frozen
-            self.diagnosis = self.diagnosis or self.hear(beats, passed)
+            self.diagnosis = self.diagnosis or self.diagnose(beats, passed)
         with suppress(RuntimeError):
             self.send()
 
@@ -120,8 +120,8 @@ class Watchdog(Thread):
         beat = Heartbeat(self.number, self.host, self.place, self.limit, collectives, self.signs, self.diagnosis)
         self.store.set(self.keys[self.rank], json.dumps(beat))
 
-    def hear(self, beats: list[Heartbeat], seconds: float) -> tuple[str, list[int]] | None:
-        """Return what is wrong and the ranks at fault, if anything is, after so many seconds more."""
+    def diagnose(self, beats: list[Heartbeat], seconds: float) -> tuple[str, list[int]] | None:
+        """Return the problem and the suspects, if there are any, from heartbeats `seconds` after the last ones."""
         for rank, (old, new) in enumerate(zip(self.beats or beats, beats, strict=True)):
             self.silent[rank] = self.silent[rank] + seconds if new.number == old.number else 0.0
             self.still[rank] = self.still[rank] + seconds if new[2:6] == old[2:6] else 0.0

@@ -1,4 +1,4 @@
-"""What can be chosen by name, each list in one place: preference losses, LoRA targets, published models.
+"""Choices by name, each list in one place: preference losses, LoRA targets, published models.
 
 Settings offer the names, and whatever carries a choice out looks it up here. Data alone: nothing of torch.
 """

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from tyro import constructors
 
 from gpt2ft.command_line import program_name
-from gpt2ft.errors import SettingsError, fail, speaks_for_its_machine
+from gpt2ft.errors import SettingsError, fail, is_first_on_machine
 from gpt2ft.settings.sections import RENAMED, Section
 
 _CLONE = Path(__file__).resolve().parents[2] / "launch" / "recipes"
@@ -97,7 +97,7 @@ def parse_flags(
         return_unknown_args=True,
         registry=registry,
         use_underscores=True,
-        console_outputs=speaks_for_its_machine(),
+        console_outputs=is_first_on_machine(),
     )
     problems = list(_unknown_words(kind, unknown))
     try:

@@ -20,7 +20,7 @@ from gpt2ft.data.plan import Plan
 from gpt2ft.distributed import watchdog
 from gpt2ft.distributed.accelerator import autocast, global_sum, precision_of
 from gpt2ft.distributed.signals import Preempted, SignalHandler
-from gpt2ft.errors import speaks_for_its_machine
+from gpt2ft.errors import is_first_on_machine
 from gpt2ft.objectives.dpo import reply_log_probs
 from gpt2ft.objectives.objective import Objective
 from gpt2ft.training.evaluate import items_of_rank
@@ -59,7 +59,7 @@ def attach_reference(
     known = [_known_anywhere(store.read(asked.keys, asked.tokens), accelerator) for asked in replies]
     missing = {key for asked, found in zip(replies, known, strict=True) for key in _missing(asked, found)}
     if missing:
-        if speaks_for_its_machine():
+        if is_first_on_machine():
             store.create()
         accelerator.wait_for_everyone()
         _ReferencePass(store, model, accelerator, signals).run(_streams_to_run(plans, replies, missing))
@@ -70,7 +70,7 @@ def attach_reference(
             raise ReferenceLogProbError(
                 f"{still_missing} reference log-probs are missing from {store.folder} after the pass"
             )
-        if speaks_for_its_machine():
+        if is_first_on_machine():
             store.write_manifest()
     for plan, found in zip(plans, known, strict=True):
         plan.reference = found

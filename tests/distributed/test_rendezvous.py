@@ -94,8 +94,8 @@ def test_process_groups_begin_with_it(monkeypatch, store):
         yield store, 0, 1
 
     monkeypatch.setitem(rendezvous._handlers(), "env", plain)
-    rendezvous.use()
-    rendezvous.use()
+    rendezvous.install()
+    rendezvous.install()
     given, rank, num_processes = next(rendezvous._handlers()["env"]("env://", timeout=TIMEOUT))
     assert (rank, num_processes) == (0, 1)
     given.set("key", "value")

@@ -57,7 +57,7 @@ class Group:
             for rank, beat in enumerate(self.beats):
                 is_heard = rank not in silent and beat.place != "finished"
                 self.beats[rank] = beat._replace(number=beat.number + is_heard, signs=beat.signs + (rank in living))
-            found = self.watchdog.hear(list(self.beats), ROUND)
+            found = self.watchdog.diagnose(list(self.beats), ROUND)
             if found is not None:
                 return *found, number * ROUND
         return None
