@@ -135,6 +135,18 @@ def test_a_stopped_run_ends_in_the_same_bits(lora, stop_after, run_dpo, stopped_
     assert len(stored(tmp_path / "one")) > 100
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_adapters_in_bf16_start_from_their_reference(seed, run_dpo, tmp_path, capsys):
+    """Frozen matrices are rounded before the reference is computed, and what they are held in names its folder."""
+    run_dpo(tmp_path / "run", 1, seed=seed, lora=LORA, precision="bf16", sample_prompts=0)
+    assert "the start is the reference within 0 nats/token, loss 0.6931" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["reference"]["computed_by"]["dtypes"] == ["torch.bfloat16", "torch.float32"]
+    start = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert start["eval/margin"] == 0
+    assert start["eval/accuracy"] == 0.5
+
+
 def test_lora_tunes_an_adapter_merged_first(run_sft, run_dpo, tiny_weights_folder, tmp_path):
     """The reference is what the first adapter has made of its base, rows of the chat tokens included."""
     run_sft(tmp_path / "sft", 4, path=tiny_weights_folder, lora=LORA, dropout=0.0)
