@@ -23,7 +23,7 @@ SUPERVISED_ROLES: tuple[Role, ...] = ROLES[2:]  # what training supervises
 
 
 def tidy(text: str) -> str:
-    """Return the text of a message as data and chats hold it: plain line ends, no space around it."""
+    """Return a text as messages hold it: plain line ends, no space around it."""
     return text.replace("\r\n", "\n").strip()
 
 
@@ -69,7 +69,7 @@ class MessageTree:
         return cls(id, source, messages)
 
     def leading_to_reply(self) -> list[int]:
-        """Return the messages that training can use: the supervised ones, and all that stands above one."""
+        """Return the messages that training can use: the supervised ones and their ancestors."""
         useful = [message.role in SUPERVISED_ROLES for message in self.messages]
         for index in range(len(useful) - 1, 0, -1):
             if useful[index]:

@@ -47,7 +47,7 @@ class TokenStream:
     tokens: Tensor  # [N] input ids
     positions: Tensor  # [N] depth of the token on its own root-to-leaf path: what wpe sees
     horizons: Tensor  # [N] exclusive end of the subtree under the token's node
-    supervised: Tensor  # [S] where the model is scored: indices into the stream
+    supervised: Tensor  # [S] tokens whose next token is a target: indices into the stream
     targets: Tensor  # [S] the next token of the same node
     weights: Tensor  # [S] float32, how much each target counts
     groups: Tensor  # [S] number of the source, conversation or reply that a target counts for

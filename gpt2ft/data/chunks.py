@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2ft.data.kinds import CONVERSATIONS, DataKind
-from gpt2ft.data.reading import DataError
+from gpt2ft.data.reading import DataError, listed
 from gpt2ft.data.store import TokenStore
 from gpt2ft.data.token_tree import TEXT, TokenTree, counts, fit_context, split, weigh
 from gpt2ft.settings.sections import MessageWeight
@@ -23,7 +23,7 @@ Rows = NDArray[np.int64]  # [n, 2]: number of the store, row in it
 
 
 class ChunkingRule(Protocol):
-    """A way to make chunks of the trees of a store."""
+    """A way to make chunks of the trees of a store: `count` all at once, then `cut` those that do not fit."""
 
     kind: ClassVar[DataKind]
     max_length: int  # tokens of context
@@ -34,7 +34,7 @@ class ChunkingRule(Protocol):
         """Length of a path at which a supervised turn may be cut, without its end; None if none ever is."""
 
     def count(self, store: TokenStore) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Return [rows, 5] counts of each whole tree, and [rows] true where they hold: the tree fits as it is."""
+        """Return [rows, 5] `counts` of each whole tree, and [rows] true where the tree fits as it is."""
 
     def whole(self, store: TokenStore, row: int, group: int) -> TokenTree:
         """Return the tree of a row, supervised and uncut."""
@@ -126,11 +126,14 @@ class Chunks:
         store, row = self.rows[number].tolist()
         tree = self.chunking.whole(self.stores[store], row, group=store)
         part = int(self.parts[number])
+        # The same cut as in `chunk`, which has counted what it leaves out.
         return tree if part < 0 else self.chunking.cut(tree, Counter())[part]
 
 
 def chunk(stores: Sequence[TokenStore], rows: Rows, chunking: ChunkingRule) -> Chunks:
     """Cut every tree in `rows` into chunks.
+
+    Most trees fit, and are counted from the columns of their store; only the others are built and cut here.
 
     Raises:
         DataError: if a tree cannot be cut to fit, or nothing fits.
@@ -139,7 +142,7 @@ def chunk(stores: Sequence[TokenStore], rows: Rows, chunking: ChunkingRule) -> C
     for number, store in enumerate(stores):
         here = rows[:, 0] == number
         counted[here], is_whole[here] = (values[rows[here, 1]] for values in chunking.count(store))
-    cuts: dict[int, list[tuple[int, ...]]] = {}  # the counts of the parts of a tree
+    cuts: dict[int, list[tuple[int, ...]]] = {}  # index in `rows` -> the counts of each part of that tree
     left_out: Counter[str] = Counter()
     repeated = 0
     for index in np.flatnonzero(~is_whole).tolist():
@@ -164,13 +167,13 @@ def chunk(stores: Sequence[TokenStore], rows: Rows, chunking: ChunkingRule) -> C
         part_numbers[here] = np.arange(len(parts))
         counted[here] = np.array(parts, np.int64).reshape(-1, 5)
     if not len(rows):
-        reasons = ", ".join(f"{number:,} {reason}" for reason, number in left_out.items())
-        raise DataError(f"nothing fits `data.max_length` = {chunking.max_length} tokens: left out are {reasons}")
+        found = f"left out are {listed(left_out)}"
+        raise DataError(f"nothing fits `data.max_length` = {chunking.max_length} tokens: {found}")
     return Chunks(stores, chunking, rows, counted, part_numbers, +left_out, repeated)
 
 
 def _repeated(parts: Sequence[TokenTree]) -> int:
-    """Count the tokens of the parts of one tree that repeat a message; of a text, the openings of later parts."""
+    """Count the tokens that the parts of one tree repeat: messages in more than one part; openings of a cut text."""
     if parts and parts[0].roles[0] == TEXT:
         return len(parts) - 1
     lengths: dict[int, int] = {}

@@ -30,7 +30,7 @@ class Corpus:
     mixing_weights: list[float]
     rows: Rows
     dropped: Counter[str]  # rows left out here, by reason
-    is_whole: bool = True  # not held out of the sources of another corpus, which tells what they dropped
+    has_own_sources: bool = True  # False for what `eval_fraction` holds out: its sources are the training data's
 
     def identity(self) -> dict[str, str | int]:
         """Digests of the stores by name, and the number of rows: equal where corpora are."""
@@ -72,7 +72,7 @@ def load_corpora(
     corpus = _unique(kind, _open_stores(settings.train, settings, tokenizer, kind), kept_back, reason)
     if settings.eval_fraction:
         chosen = is_held_out(corpus.conversations(), settings.eval_fraction)
-        held_out = replace(corpus, rows=corpus.rows[chosen], dropped=Counter(), is_whole=False)
+        held_out = replace(corpus, rows=corpus.rows[chosen], dropped=Counter(), has_own_sources=False)
         corpus = replace(corpus, rows=corpus.rows[~chosen])
         if not len(held_out.rows):
             raise SettingsError(f"`data.eval_fraction` = {settings.eval_fraction} holds no conversation out: raise it")

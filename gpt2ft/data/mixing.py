@@ -38,6 +38,6 @@ def sampled(keys: Keys, weight: float, seed: int) -> NDArray[np.int64]:
 def _numbers(keys: Keys, seed: int) -> NDArray[np.float64]:
     """Return a number from 0 to 1 for each key (the mixing function of SplitMix64, Steele et al. 2014)."""
     mixed = keys + np.uint64(seed)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    for shift, multiplier in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(multiplier)
     return (mixed ^ (mixed >> np.uint64(31))) / 2.0**64

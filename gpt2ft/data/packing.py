@@ -51,9 +51,9 @@ def build_stream(
     """Lay trees out one after the other.
 
     Args:
-        first_positions: the position of each tree's first token; 0 unless given.
         capacity: N. The tail is filled with tokens that see only themselves.
         target_capacity: S, at least 1. The tail is filled with targets of weight 0.
+        first_positions: the position of each tree's first token; 0 unless given.
 
     Raises:
         ValueError: if the trees do not fit.
@@ -69,23 +69,23 @@ def build_stream(
     targets = np.zeros(target_capacity, np.int64)
     weights = np.zeros(target_capacity, np.float32)
     groups = np.zeros(target_capacity, np.int64)
-    at, scored = 0, 0
+    at, num_targets = 0, 0  # tokens and targets laid out so far
     for tree, first_position in zip(trees, first_positions or [0] * len(trees), strict=True):
         end = at + len(tree.tokens)
         within = np.arange(len(tree.tokens)) - np.repeat(tree.starts, tree.lengths)
         tokens[at:end] = tree.tokens
         positions[at:end] = first_position + within + np.repeat(tree.depths, tree.lengths)
         horizons[at:end] = at + np.repeat(tree.ends, tree.lengths)
-        # A token is scored if the next one belongs to the same, supervised node.
+        # A token has a target if the next one belongs to the same, supervised node: none crosses a branch.
         last = within == np.repeat(tree.lengths, tree.lengths) - 1
         token_weights = np.repeat(tree.weights, tree.lengths)
         index = np.flatnonzero((token_weights > 0) & ~last)
-        chosen = slice(scored, scored + len(index))
+        chosen = slice(num_targets, num_targets + len(index))
         supervised[chosen] = at + index
         targets[chosen] = tree.tokens[index + 1]
         weights[chosen] = token_weights[index]
         groups[chosen] = np.repeat(tree.groups, tree.lengths)[index]
-        at, scored = end, scored + len(index)
+        at, num_targets = end, chosen.stop
     arrays = (tokens, positions, horizons, supervised, targets, weights, groups)
     return TokenStream(*map(torch.from_numpy, arrays), num_tokens=num_tokens, num_supervised=num_supervised)
 

@@ -32,8 +32,8 @@ LEAST_REPLY = 16  # tokens that a prompt must leave to a reply that is cut
 class PreferencePairs:
     """Stored groups as chunks: replies compared by `rule`, cut to the context, split by pairs.
 
-    With the `weight` "pair" every pair counts 1. With "prompt" every prompt does, and its pairs share it: those that
-    are left to it, should some be alike once cut, in however many streams they are.
+    With the `weight` "pair" every pair counts 1. With "prompt" every prompt counts 1, shared equally by its pairs,
+    whatever streams they are in. Pairs whose replies are alike once cut are gone before that.
     """
 
     rule: PairRule
@@ -140,7 +140,7 @@ def times_compared(groups: NDArray[np.integer], ranks: NDArray[np.integer], rule
 
 
 def fit_replies(tree: TokenTree, limit: int, left_out: Counter[str]) -> TokenTree | None:
-    """The group with prompt and longest reply within `limit` tokens; None if that leaves nothing to compare.
+    """Return the group with prompt and longest reply within `limit` tokens; None if that leaves nothing to compare.
 
     The oldest whole turns of the prompt give way, as everywhere. Where the last turn alone leaves too little room,
     replies are cut at its end: a cut reply has no `<|end|>`.

@@ -8,7 +8,7 @@ Trees are packed into streams once per run; each epoch visits the streams in an 
 emptiest streams make up the last, short step of every epoch. Micro-batches missing there are empty
 streams, never repeated data.
 
-The loop asks three members of it: `micro_batches_per_step`, `steps_per_epoch` and `training_stream`.
+The loop uses three members of it: `micro_batches_per_step`, `steps_per_epoch` and `training_stream`.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ class Plan:
         Args:
             capacity: tokens in a stream (N).
             shuffle: give each epoch an order of its own (evaluation does not care).
-            augmentation: what training does to the trees; nothing unless given.
+            augmentation: of the trees in training; none unless given.
         """
         self.chunks = chunks
         self.capacity = capacity

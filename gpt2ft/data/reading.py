@@ -6,7 +6,7 @@ Every message left out is counted under one reason, the first of `REASONS` that 
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,6 +119,11 @@ def objects(record: Record, key: str) -> Iterator[Record]:
 def of(record: Record) -> str:
     """Name the message that is meant, where it has an id."""
     return f" (message {show(record['message_id'])})" if "message_id" in record else ""
+
+
+def listed(reasons: Mapping[str, int]) -> str:
+    """Write counts by reason in one line."""
+    return ", ".join(f"{number:,} {reason}" for reason, number in reasons.items())
 
 
 def show(value: Any) -> str:

@@ -78,11 +78,11 @@ class TokenStore:
         return self._batches[number].column("id")[row_in_batch].as_py()
 
     def keys(self) -> Digests:
-        """[rows] equal where rows are the same: of a conversation, a digest of its id and first message."""
+        """[rows] digest of what makes each row itself: of a conversation, its id and first message."""
         return self._column("key")
 
     def conversations(self) -> Digests:
-        """[rows] the same of the whole conversation of each row: several preference groups may share one."""
+        """[rows] key of the conversation that each row is of: several preference groups may share one."""
         return self._column("conversation")
 
     def ranks(self, row: int) -> NDArray[np.int16]:
@@ -93,8 +93,8 @@ class TokenStore:
 
     def sizes(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return [rows] tokens and [rows] supervised targets."""
-        tokens, scored = zip(*map(_sizes, self._batches), strict=True)
-        return np.concatenate(tokens), np.concatenate(scored)
+        tokens, supervised = zip(*map(_sizes, self._batches), strict=True)
+        return np.concatenate(tokens), np.concatenate(supervised)
 
     def nodes(self, column: str) -> tuple[NDArray, NDArray[np.int64]]:
         """Return all values of a column that has one for each node, and [rows + 1] where those of each row begin."""
@@ -123,8 +123,8 @@ def _sizes(batch: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     offsets = batch.column("lengths").offsets.to_numpy()
     lengths, roles = (batch.column(name).values.to_numpy() for name in ("lengths", "roles"))
     sums = [np.cumsum(values, dtype=np.int64) for values in (lengths, (lengths - 1) * is_supervised(roles))]
-    tokens, scored = (np.diff(np.concatenate([[0], sum])[offsets]) for sum in sums)
-    return tokens, scored
+    tokens, supervised = (np.diff(np.concatenate([[0], sum])[offsets]) for sum in sums)
+    return tokens, supervised
 
 
 def open_store(

@@ -27,8 +27,8 @@ Counts = tuple[int, int, int, int, int]  # see `counts`
 class TokenTree:
     """A tree in tokens: nodes in depth-first order, each of which opens with its own role token.
 
-    A supervised node scores all its tokens but the first: the role token is what the prompt of a
-    generation ends with.
+    All tokens of a supervised node are targets but the first: its role token is the end of the prompt when a model
+    generates.
     """
 
     tokens: NDArray[np.integer]  # [n]

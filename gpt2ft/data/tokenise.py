@@ -18,7 +18,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from gpt2ft.conversation import ROLES, MessageTree
-from gpt2ft.data.reading import DataError, ReadContext, show
+from gpt2ft.data.reading import DataError, ReadContext, listed, show
 from gpt2ft.data.sources import Shard, Source
 from gpt2ft.data.topic import Topic
 from gpt2ft.errors import is_first_on_machine
@@ -32,11 +32,11 @@ STATISTICS = "statistics.json"
 
 @dataclass(frozen=True)
 class SourceStatistics:
-    """Contents of a source and what became of them, in messages."""
+    """Counts of a source: what was read, kept and dropped, in messages."""
 
     format: str  # what the source was taken for
     conversations: int  # read
-    read: int  # with the replies that a topic sets against the source's own
+    read: int  # a topic's replies included, where they stand beside the source's own
     kept: int  # in at least one row
     dropped: dict[str, int]  # by reason, largest first
     content: str  # digest of all tokens, to compare machines
@@ -163,8 +163,8 @@ def _statistics(source: Source, files: Sequence[Path]) -> SourceStatistics:
     trees, read, kept = (sum(count[name] for count in counts) for name in ("trees", "read", "kept"))
     reasons = {reason: number for reason, number in dropped.most_common() if number}
     if not kept:
-        told = ", ".join(f"{number:,} {reason}" for reason, number in reasons.items())
-        raise DataError(f"{source.origin.place} holds {source.kind.nothing}" + (f"; dropped: {told}" if told else ""))
+        found = f"; dropped: {listed(reasons)}" if reasons else ""
+        raise DataError(f"{source.origin.place} holds {source.kind.nothing}{found}")
     content = hashlib.sha256("".join(count["content"] for count in counts).encode()).hexdigest()
     return SourceStatistics(source.description, trees, read, kept, reasons, content)
 

@@ -24,8 +24,8 @@ class Topic:
     def applied_to(self, tree: MessageTree, dropped: Counter[str], against_own: bool = False) -> MessageTree:
         """Return the best-ranked path of a conversation with its prompts as they are and other replies.
 
-        Which reply stands where depends on the conversation's id alone; within one conversation they differ, as long
-        as there are enough. What stands beside the path is counted.
+        The choice of replies depends on the conversation's id alone; within one conversation they differ, as long as
+        there are enough. Messages beside the path are counted as dropped.
 
         Args:
             against_own: keep the conversation's own reply beside each, as the worse one; it goes on below the better.

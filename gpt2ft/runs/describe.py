@@ -1,7 +1,7 @@
 """The plan of a run in a few lines for people."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from gpt2ft.data.corpus import Corpus
 from gpt2ft.data.plan import Plan
+from gpt2ft.data.reading import listed
 from gpt2ft.distributed.launch_checks import NAMES, StrategyName
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.logprobs import CHUNK
@@ -111,7 +112,7 @@ def memory_estimate(gpt2: GPT2, capacity: int, hardware: Hardware) -> float:
 def dropped(corpus: Corpus, plan: Plan) -> Counter[str]:
     """Everything left out by reason: messages by the sources, conversations by the corpus, and by the context."""
     reasons: Counter[str] = Counter()
-    for store in corpus.stores if corpus.is_whole else ():
+    for store in corpus.stores if corpus.has_own_sources else ():
         reasons.update(store.statistics.dropped)
     return +(reasons + plan.chunks.left_out + corpus.dropped)
 
@@ -155,20 +156,16 @@ def shares(corpus: Corpus, plan: Plan) -> list[SourceShare]:
             source=store.source,
             format=store.statistics.format,
             mixing_weight=mixing_weight,
-            messages_read=store.statistics.read if corpus.is_whole else None,
-            dropped=store.statistics.dropped if corpus.is_whole else {},
+            messages_read=store.statistics.read if corpus.has_own_sources else None,
+            dropped=store.statistics.dropped if corpus.has_own_sources else {},
             conversations=len(np.unique(plan.chunks.rows[here, 1])),
-            conversations_read=store.statistics.conversations if corpus.is_whole else len(rows),
+            conversations_read=store.statistics.conversations if corpus.has_own_sources else len(rows),
             tokens=int(plan.chunks.sizes[here].sum()),
             supervised=int(plan.chunks.supervised[here].sum()),
             pairs=int(plan.chunks.pairs[here].sum()),
         )
         found.append(share)
     return found
-
-
-def listed(reasons: Mapping[str, int]) -> str:
-    return ", ".join(f"{number:,} {reason}" for reason, number in reasons.items())
 
 
 def _data_lines(label: str, corpus: Corpus, plan: Plan) -> Iterator[str]:

@@ -10,6 +10,7 @@ from gpt2ft.data.chunks import ChunkingRule, ConversationTrees, chunk
 from gpt2ft.data.corpus import Corpus, load_corpora
 from gpt2ft.data.pairs import PreferencePairs
 from gpt2ft.data.plan import Plan
+from gpt2ft.data.reading import listed
 from gpt2ft.distributed import watchdog
 from gpt2ft.distributed.accelerator import autocast, precision_of, start_accelerator
 from gpt2ft.distributed.agreement import check_agreement
@@ -20,7 +21,6 @@ from gpt2ft.model.attention import default_backend
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.model.pretrained import ModelError
 from gpt2ft.objectives.dpo import DPO
-from gpt2ft.runs.describe import listed
 from gpt2ft.runs.loaded_model import RECIPE, LoadedModel, find_model, load_model, read_run_settings
 from gpt2ft.runs.samples import Sample, Turns, answer, held_out_prompts
 from gpt2ft.runs.train_dpo import store_for
@@ -123,7 +123,7 @@ def preferences(
         ]
         means |= {"reference": started_from.source, "reference_weights": started_from.digest, "beta": beta}
     else:
-        lines.append("rewards   none: they need `--reference`, the model that the loaded started from")
+        lines.append("rewards   none: they need `--reference`, the model that this one was trained from")
         means = {name: means[name] for name in ("likelier", "chosen_length", "rejected_length")}
     return "\n".join(lines), {"preferences": means | {"pairs": int(chunks.pairs.sum())}}
 

@@ -315,7 +315,7 @@ def test_a_source_that_is_not_there_is_refused(load):
 
 def test_what_a_source_dropped_is_told_once(load):
     corpus, held_out = load(train=("quickstart",), eval_fraction=0.2)
-    assert (corpus.is_whole, held_out.is_whole) == (True, False)
+    assert (corpus.has_own_sources, held_out.has_own_sources) == (True, False)
     plans = [
         Plan(chunk(part.stores, part.rows, ConversationTrees("once", 256, 512)), 512, 1, seed=0)
         for part in (corpus, held_out)
