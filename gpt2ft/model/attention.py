@@ -34,7 +34,7 @@ def default_backend(device: torch.device, attention_dropout: float) -> Backend:
 
 
 def attention_for(horizons: Tensor, num_tokens: int, backend: Backend, dropout: float = 0.0) -> Attention:
-    """An attention over one stream.
+    """Return the attention of one stream.
 
     Args:
         horizons: [N], on the device of the model.
@@ -64,8 +64,8 @@ def dense_attention(horizons: Tensor, dropout: float = 0.0) -> Attention:
 
 def segment_attention(horizons: Tensor, num_tokens: int, dropout: float = 0.0) -> Attention:
     """Each segment attends to its ancestors and, causally, to itself. Nothing masked out is computed."""
-    plan = segments(horizons.tolist(), num_tokens)
-    lengths = [segment.length for segment in plan]
+    in_order = segments(horizons.tolist(), num_tokens)
+    lengths = [segment.length for segment in in_order]
     tail = len(horizons) - num_tokens
 
     def mask_for(segment: Segment) -> Tensor | None:
@@ -74,12 +74,12 @@ def segment_attention(horizons: Tensor, num_tokens: int, dropout: float = 0.0) -
         above = sum(lengths[number] for number in segment.ancestors)
         return horizons.new_ones(segment.length, above + segment.length, dtype=torch.bool).tril(above)
 
-    masks = [mask_for(segment) for segment in plan]
+    masks = [mask_for(segment) for segment in in_order]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         queries, keys, values = (x.transpose(0, 1).split([*lengths, tail], dim=1) for x in (q, k, v))  # [H, n, D] each
         outputs = []
-        for number, (segment, mask) in enumerate(zip(plan, masks, strict=True)):
+        for number, (segment, mask) in enumerate(zip(in_order, masks, strict=True)):
             path = [*segment.ancestors, number]
             path_keys, path_values = (torch.cat([x[i] for i in path], dim=1) for x in (keys, values))
             outputs.append(
@@ -105,8 +105,8 @@ def flex_attention(horizons: Tensor) -> Attention:
         return (key <= query) & (query < horizons[key])
 
     some, full = block_kinds(horizons, FLEX_BLOCK)
-    partial_counts, partial_blocks = _listed(some & ~full)
-    full_counts, full_blocks = _listed(full)
+    partial_counts, partial_blocks = _counts_and_columns(some & ~full)
+    full_counts, full_blocks = _counts_and_columns(full)
     block_mask = BlockMask.from_kv_blocks(
         partial_counts, partial_blocks, full_counts, full_blocks, BLOCK_SIZE=FLEX_BLOCK, mask_mod=rule
     )
@@ -119,8 +119,8 @@ def flex_attention(horizons: Tensor) -> Attention:
     return attend
 
 
-def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """A bool matrix as FlexAttention wants it: how many per row, and the columns with the chosen ones first."""
+def _counts_and_columns(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a bool matrix as FlexAttention takes it: the number of true ones per row, and the columns, these first."""
     counts = blocks.sum(-1, dtype=torch.int32)
     columns = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
     return counts[None, None].contiguous(), columns[None, None].contiguous()

@@ -18,7 +18,7 @@ from gpt2ft.model.attention import Attention
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """The shape. `vocab_size` counts rows of the table, padding included.
+    """Shape of a GPT-2. `vocab_size` counts rows of the table, padding included.
 
     Dropout stands where GPT-2 has it: `dropout` after the embeddings and on both residual branches,
     `attention_dropout` on the attention weights.
@@ -39,7 +39,7 @@ class GPT2Config:
 
 
 def parameter_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter by name, without building the model."""
+    """Return the shape of every parameter by name, without building the model."""
     E = config.n_embd
     matrices = {"attn.c_attn": (E, 3 * E), "attn.c_proj": (E, E), "mlp.c_fc": (E, 4 * E), "mlp.c_proj": (4 * E, E)}
     shapes: dict[str, tuple[int, ...]] = {"wte.weight": (config.vocab_size, E), "wpe.weight": (config.n_positions, E)}
@@ -122,7 +122,7 @@ class GPT2(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attention) -> Tensor:
-        """tokens, positions [N] -> hidden states [N, E]; `attend` says who sees whom."""
+        """Return hidden states [N, E] of tokens and positions [N]; `attend` is the attention of their stream."""
         x = self.drop(self.wte(tokens) + self.wpe(positions))
         activation_checkpointing = self.activation_checkpointing and torch.is_grad_enabled()
         for block in self.h:
@@ -130,12 +130,12 @@ class GPT2(nn.Module):
         return self.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [N, E] -> [N, V]. For sampling and tests; training never builds this."""
+        """Return logits [N, V] of hidden states [N, E]. For sampling and tests; training never builds them."""
         return hidden @ self.wte.weight.t()
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> "GPT2":
-        """GPT-2's initialisation: N(0, 0.02), positions N(0, 0.01), biases 0; residual projections scaled by
+        """Draw weights as GPT-2 does: N(0, 0.02), positions N(0, 0.01), biases 0; residual projections scaled by
         1 / sqrt(2 layers)."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):

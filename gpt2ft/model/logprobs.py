@@ -1,4 +1,4 @@
-"""The only thing training ever asks of the model: the log-probability of each supervised target.
+"""Log-probability of each supervised target: the only thing that training asks of the model.
 
 The vocabulary head runs on supervised positions alone, in chunks, and its logits live only as long as one
 chunk: [N, V] is never built. The backward pass computes a chunk's logits again.
@@ -37,17 +37,17 @@ class TargetLogProbs(nn.Module):
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         table = self.gpt2.wte
-        weight = table.weight  # of every process, whether it scores anything or not: shards are gathered for it
+        weight = table.weight  # read on every process, even without targets: shards are gathered for it together
         rows = (getattr(table, "rows", None), getattr(table, "row_ids", None))  # trained alone, see lora.py
-        parts = []
+        log_probs = []
         for start in range(0, stream.num_supervised, CHUNK):
             chunk = slice(start, start + CHUNK)
-            parts.append(_LogProbs.apply(hidden[chunk], weight, *rows, stream.targets[chunk], self.vocabulary))
-        scored = sum(len(part) for part in parts)
+            log_probs.append(_LogProbs.apply(hidden[chunk], weight, *rows, stream.targets[chunk], self.vocabulary))
+        computed = sum(map(len, log_probs))
         # The rest are entries of weight 0. They stay connected, so that a stream without supervision takes part
         # in the gradient all-reduce like any other.
-        parts.append(hidden[scored:].float().sum(-1) * 0.0)
-        return torch.cat(parts)
+        log_probs.append(hidden[computed:].float().sum(-1) * 0.0)
+        return torch.cat(log_probs)
 
 
 class _LogProbs(torch.autograd.Function):
@@ -55,7 +55,7 @@ class _LogProbs(torch.autograd.Function):
 
     d log p(t) / d logits = onehot(t) - softmax(logits)
 
-    Of a frozen table, the rows `row_ids` may be trained alone: `rows` are what stands there, and take the gradient.
+    Of a frozen table, the rows `row_ids` may be trained alone (lora.py): `rows` holds them and takes the gradient.
     """
 
     @staticmethod
@@ -89,10 +89,10 @@ class _LogProbs(torch.autograd.Function):
 
 
 def with_rows(weight: Tensor, rows: Tensor | None, row_ids: Tensor | None) -> Tensor:
-    """The table with the rows that are trained alone written into it, if there are any.
+    """Return the table, after writing the rows that are trained alone into it, if there are any.
 
-    Before each use: where the table lies in shards, it was gathered for this use alone and lacks them. What is written
-    is what an earlier use has written, so autograd, which keeps the table for the backward pass, need not know.
+    Callers do so before each use: a table in shards was gathered for this use alone and lacks these rows. Within a step
+    the same values are written each time, so the table that autograd keeps for the backward pass stays valid.
     """
     if rows is not None:
         weight.data[row_ids] = rows.data.to(weight.dtype)
@@ -100,7 +100,7 @@ def with_rows(weight: Tensor, rows: Tensor | None, row_ids: Tensor | None) -> Te
 
 
 def head_logits(hidden: Tensor, weight: Tensor, vocabulary: int) -> Tensor:
-    """[C, V] in float32, minus infinity in the padding columns.
+    """Return logits [C, V] in float32, minus infinity in the padding columns.
 
     GPT-2's logits lie around -100, where bfloat16 resolves steps of 0.5: their sum must not be rounded to it.
     """

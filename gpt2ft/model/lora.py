@@ -24,18 +24,19 @@ from gpt2ft.settings.sections import LoRASettings
 
 
 def columns_of(target: str, width: int) -> slice:
-    """The columns of a target in its matrix of `width` columns."""
+    """Return the columns of a target in its matrix of `width` columns."""
     _, part, num_parts = LORA_TARGETS[target]
     return slice(part * width // num_parts, (part + 1) * width // num_parts)
 
 
 def scaling_of(settings: LoRASettings) -> float:
-    """alpha / rank, or alpha / sqrt(rank) with `rslora` (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor")."""
+    """Return alpha / rank; with `rslora` alpha / sqrt(rank) (Kalajdzievski 2023, "A Rank Stabilization Scaling
+    Factor")."""
     return settings.alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
 
 
 class Adapter(nn.Module):
-    """A and B of one target."""
+    """Low-rank matrices A and B of one target."""
 
     def __init__(self, size_in: int, size_out: int, rank: int) -> None:
         super().__init__()
@@ -44,7 +45,7 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
-        """A as in a linear layer, U(-1/sqrt(in), 1/sqrt(in)); B zero, so that nothing changes at first."""
+        """Draw A as in a linear layer, U(-1/sqrt(in), 1/sqrt(in)), and set B to zero, so that nothing changes yet."""
         bound = 1 / math.sqrt(self.A.shape[1])
         self.A.uniform_(-bound, bound, generator=generator)
         self.B.zero_()
@@ -71,7 +72,7 @@ class AdaptedProjection(Projection):
 
     @torch.no_grad()
     def merged(self) -> Tensor:
-        """W with the adapters added, [in, out] in float32."""
+        """Return W with the adapters added, [in, out] in float32."""
         weight = self.weight.float().clone()
         for target, adapter in self.adapters.items():
             columns = columns_of(target, weight.shape[1])
@@ -89,7 +90,7 @@ class AdaptedEmbedding(nn.Module):
         self.rows = nn.Parameter(base.weight.detach()[self.row_ids].float())  # [n, E]
 
     def refresh(self) -> Tensor:
-        """The table [V, E] with the rows as they are now."""
+        """Return the table [V, E] with the rows as they are now."""
         return with_rows(self.weight, self.rows, self.row_ids)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -112,13 +113,13 @@ class _Embedded(torch.autograd.Function):
 
 
 def apply_lora(gpt2: GPT2, settings: LoRASettings, row_ids: Sequence[int], generator: torch.Generator) -> None:
-    """Freezes a model and puts adapters on it; they and the rows `row_ids` of the table are what is trained.
+    """Freeze a model and put adapters on it, in place; they and the rows `row_ids` of the table are trained.
 
     Its outputs are the same as before.
     """
     gpt2.requires_grad_(False)
     targets = [target for target in LORA_TARGETS if target in settings.targets]  # in one order, however they are given
-    assert targets, "`lora.targets` must name what is adapted"
+    assert targets, "`lora.targets` must name a target"
     for block in gpt2.h:
         for module in dict.fromkeys(LORA_TARGETS[target].module for target in targets):
             owner, name = block.get_submodule(module.rpartition(".")[0]), module.rpartition(".")[2]
@@ -132,7 +133,7 @@ def apply_lora(gpt2: GPT2, settings: LoRASettings, row_ids: Sequence[int], gener
 
 @torch.no_grad()
 def cast_frozen_matrices(gpt2: GPT2, dtype: torch.dtype) -> None:
-    """Frozen matrices need no more precision than they are used in. Norms, biases and positions stay in float32."""
+    """Cast frozen matrices to the type they are multiplied in. Norms, biases and positions stay in float32."""
     for name, parameter in gpt2.named_parameters():
         if not parameter.requires_grad and parameter.ndim == 2 and name != "wpe.weight":
             parameter.data = parameter.data.to(dtype)
@@ -140,7 +141,7 @@ def cast_frozen_matrices(gpt2: GPT2, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def load_trainable_parameters(gpt2: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Puts back what `trainable_parameters` gave.
+    """Load values that `trainable_parameters` returned.
 
     Raises:
         ValueError: if these are not the weights that are trained here.
@@ -158,13 +159,13 @@ def load_trainable_parameters(gpt2: nn.Module, weights: Mapping[str, Tensor]) ->
 
 
 def trainable_parameters(gpt2: nn.Module) -> dict[str, Tensor]:
-    """What training changes, by name: all of a plain model, adapters and rows of an adapted one."""
+    """Return the parameters that training changes, by name: all of a plain model, adapters and rows of an adapted one."""
     return {name: parameter for name, parameter in gpt2.named_parameters() if parameter.requires_grad}
 
 
 @torch.no_grad()
 def merged_weights(gpt2: GPT2) -> dict[str, Tensor]:
-    """The weights of the plain GPT-2 that computes what an adapted one does, in float32 and by its names."""
+    """Return the weights, in float32 and by name, of the plain GPT-2 that computes the same as an adapted one."""
     merged = {f"{name}.weight": module.merged() for name, module in adapted_projections(gpt2)}
     merged["wte.weight"] = gpt2.wte.refresh().float()
     own = (".adapters.", "wte.rows")

@@ -12,7 +12,7 @@ from gpt2ft.stream import TokenStream
 
 
 def pair_metrics(settings: PreferenceSettings, pairs: PairLogProbs) -> dict[str, Tensor]:
-    """Figures of each pair, [P] each.
+    """Return metrics by name, [P] each: one value for each pair.
 
     A reward is beta times the change from the reference; without a reference, beta times the log-prob per token.
     `accuracy` counts a tie as one half, so it starts there. `both_fall` is likelihood displacement: chosen and rejected
@@ -37,7 +37,7 @@ def pair_metrics(settings: PreferenceSettings, pairs: PairLogProbs) -> dict[str,
 
 
 def _is_above(a: Tensor, b: Tensor) -> Tensor:
-    """1 where a > b, 1/2 where they are equal, else 0."""
+    """Return 1 where a > b, 1/2 where they are equal, else 0."""
     return (torch.sign(a - b) + 1) / 2
 
 
@@ -46,8 +46,8 @@ class DPO:
 
     def __init__(self, settings: PreferenceSettings) -> None:
         self.settings = settings
-        ones = PairLogProbs(*torch.ones(6, 1))
-        self.metric_names = tuple(pair_metrics(settings, ones))
+        any_pairs = PairLogProbs(*torch.ones(6, 1))  # the names do not depend on them
+        self.metric_names = tuple(pair_metrics(settings, any_pairs))
 
     def normalizer(self, stream: TokenStream) -> float:
         return float(stream.pairs.weights.double().sum())
@@ -63,9 +63,9 @@ class DPO:
 
 
 def pair_log_probs(log_probs: Tensor, stream: TokenStream) -> PairLogProbs:
-    """log_probs [S] of a stream -> those of its pairs, the tail left out.
+    """Return the log-probs of a stream's pairs from those of its targets [S], the tail left out.
 
-    In float64, as what is subtracted is large and what is left is small.
+    In float64: log-probs of whole replies are large, and their differences small.
     """
     replies = reply_log_probs(log_probs, stream)
     chosen, rejected = stream.pairs.index[stream.pairs.weights > 0].unbind(1)
@@ -81,7 +81,7 @@ def pair_log_probs(log_probs: Tensor, stream: TokenStream) -> PairLogProbs:
 
 
 def reply_log_probs(log_probs: Tensor, stream: TokenStream) -> Tensor:
-    """log_probs [S] -> [R] float64, of whole replies."""
+    """Return the log-prob of each whole reply, [R] float64, from those of the targets [S]."""
     counted = (stream.weights * log_probs).double()
     return torch.zeros_like(stream.pairs.reference).index_add(0, stream.groups, counted)
 

@@ -1,11 +1,11 @@
 """Preference losses: one for every pair of a chosen and a rejected reply to the same prompt.
 
-Compared are log-probs of whole replies, c and r, and how far they have moved from the reference:
+They compare log-probs of whole replies, c and r, and how far these have moved from the reference:
 
     change(y) = log policy(y) - log reference(y)         h = change(chosen) - change(rejected)
 
-Each loss is a pure function of the settings and `PairLogProbs`, [P] -> [P]. Their traits stand in
-`PREFERENCE_LOSSES` (settings/choices.py). Shape letter: P pairs.
+Each loss is a pure function of the settings and `PairLogProbs`, [P] -> [P]. `PREFERENCE_LOSSES` (settings/choices.py)
+lists which of them need a reference, and their parameters. Shape letter: P pairs.
 """
 
 from collections.abc import Callable
@@ -38,6 +38,16 @@ class PairLogProbs:
         return self.rejected - self.reference_rejected
 
     @property
+    def change_margin(self) -> Tensor:
+        """h of the losses."""
+        return self.chosen_change - self.rejected_change
+
+    @property
+    def change_margin_per_token(self) -> Tensor:
+        """h with each change divided by the length of its reply."""
+        return self.chosen_change / self.chosen_lengths - self.rejected_change / self.rejected_lengths
+
+    @property
     def chosen_mean(self) -> Tensor:
         """Log-prob per token under the policy."""
         return self.chosen / self.chosen_lengths
@@ -49,40 +59,36 @@ class PairLogProbs:
 
 def sigmoid(settings: PreferenceSettings, pairs: PairLogProbs) -> Tensor:
     """-log sigmoid(beta h). Rafailov et al. 2023, "Direct Preference Optimization", eq. 7."""
-    return -logsigmoid(settings.beta * (pairs.chosen_change - pairs.rejected_change))
+    return -logsigmoid(settings.beta * pairs.change_margin)
 
 
 def cdpo(settings: PreferenceSettings, pairs: PairLogProbs) -> Tensor:
     """Conservative DPO: the label is right with probability 1 - eps. Mitchell 2023, "A note on DPO with noisy
     preferences", eq. 3."""
-    reward = settings.beta * (pairs.chosen_change - pairs.rejected_change)
-    eps = settings.label_smoothing
-    return -(1 - eps) * logsigmoid(reward) - eps * logsigmoid(-reward)
+    margin, eps = settings.beta * pairs.change_margin, settings.label_smoothing
+    return -(1 - eps) * logsigmoid(margin) - eps * logsigmoid(-margin)
 
 
 def robust(settings: PreferenceSettings, pairs: PairLogProbs) -> Tensor:
     """Unbiased where labels are flipped with probability eps. Chowdhury et al. 2024, "Provably robust DPO", eq. 12."""
-    reward = settings.beta * (pairs.chosen_change - pairs.rejected_change)
-    eps = settings.label_smoothing
-    return (-(1 - eps) * logsigmoid(reward) + eps * logsigmoid(-reward)) / (1 - 2 * eps)
+    margin, eps = settings.beta * pairs.change_margin, settings.label_smoothing
+    return (-(1 - eps) * logsigmoid(margin) + eps * logsigmoid(-margin)) / (1 - 2 * eps)
 
 
 def ipo(settings: PreferenceSettings, pairs: PairLogProbs) -> Tensor:
     """(h - 1 / (2 beta))^2 with changes per token, as TRL has it. Azar et al. 2023, "A general theoretical paradigm",
     eq. 17."""
-    per_token = pairs.chosen_change / pairs.chosen_lengths - pairs.rejected_change / pairs.rejected_lengths
-    return (per_token - 1 / (2 * settings.beta)).square()
+    return (pairs.change_margin_per_token - 1 / (2 * settings.beta)).square()
 
 
 def hinge(settings: PreferenceSettings, pairs: PairLogProbs) -> Tensor:
     """max(0, 1 - beta h). Liu et al. 2023, "Statistical rejection sampling improves preference optimization", eq. 9."""
-    return torch.relu(1 - settings.beta * (pairs.chosen_change - pairs.rejected_change))
+    return torch.relu(1 - settings.beta * pairs.change_margin)
 
 
 def sigmoid_norm(settings: PreferenceSettings, pairs: PairLogProbs) -> Tensor:
     """DPO with changes per token. Lambert et al. 2024, "Tulu 3", eq. 6."""
-    per_token = pairs.chosen_change / pairs.chosen_lengths - pairs.rejected_change / pairs.rejected_lengths
-    return -logsigmoid(settings.beta * per_token)
+    return -logsigmoid(settings.beta * pairs.change_margin_per_token)
 
 
 def simpo(settings: PreferenceSettings, pairs: PairLogProbs) -> Tensor:
@@ -107,7 +113,7 @@ LOSSES: dict[str, Callable[[PreferenceSettings, PairLogProbs], Tensor]] = {
 
 
 def pair_losses(settings: PreferenceSettings, pairs: PairLogProbs) -> Tensor:
-    """[P] the loss of each pair, with `rpo_alpha` times the NLL per token of the chosen reply.
+    """Return [P] the loss of each pair, with `rpo_alpha` times the NLL per token of the chosen reply.
 
     The added term is that of Pang et al. 2024, "Iterative reasoning preference optimization", eq. 1.
     """
@@ -116,9 +122,9 @@ def pair_losses(settings: PreferenceSettings, pairs: PairLogProbs) -> Tensor:
 
 
 def start_loss(settings: PreferenceSettings) -> float | None:
-    """The loss where policy and reference are equal; None where it depends on the data.
+    """Return the loss where policy and reference are equal; None where it depends on the data.
 
-    It depends on changes alone, and these are all zero, unless log-probs of the policy itself take part.
+    All changes are zero there, and most losses depend on changes alone.
     """
     if settings.rpo_alpha or not settings.needs_reference:
         return None
