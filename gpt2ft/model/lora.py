@@ -159,7 +159,7 @@ def load_trainable_parameters(gpt2: nn.Module, weights: Mapping[str, Tensor]) ->
 
 
 def trainable_parameters(gpt2: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters that training changes, by name: all of a plain model, adapters and rows of an adapted one."""
+    """Return the parameters that are trained, by name: all of a plain model, adapters and rows of an adapted one."""
     return {name: parameter for name, parameter in gpt2.named_parameters() if parameter.requires_grad}
 
 
