@@ -1,7 +1,7 @@
 """Refuse a launch that would train less than it was told to, or something else.
 
 Launchers start fewer processes than asked, or processes that do not know of each other, without a word; Accelerate
-trains by DDP where it was asked for FSDP; and what it does not know in a section of its config it ignores. `check`
+trains by DDP where it was asked for FSDP, and ignores keys that it does not know in a section of its config. `check`
 reads what the launcher has set and was told, before anything is loaded; `check_given` looks at the Accelerator, and
 `check_wrapped` at the model that it has prepared.
 """
@@ -9,6 +9,7 @@ reads what the launcher has set and was told, before anything is loaded; `check_
 import difflib
 import importlib.util
 import os
+import re
 from typing import Any, Literal
 
 import torch
@@ -20,40 +21,46 @@ from gpt2ft.errors import Gpt2ftError
 
 STARTED_WITHOUT_TORCHRUN = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 NAMES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "DeepSpeed ZeRO-2", "zero3": "DeepSpeed ZeRO-3"}
-SECTIONS = {"fsdp_config": "FSDP", "deepspeed_config": "DEEPSPEED", "dynamo_config": None}  # distributed_type needed
-_PREFIXES = {"fsdp_config": "fsdp_", "deepspeed_config": "", "dynamo_config": "dynamo_"}  # which Accelerate completes
+SECTIONS = {"fsdp_config": "fsdp_", "deepspeed_config": "", "dynamo_config": "dynamo_"}  # prefixes that may be left out
+OFF = "(?!true|1|yes).*"
+# Of a launcher's settings: the variable, a pattern of what it may be, what must hold, and what to do if it does not.
+ALWAYS = (
+    ("ACCELERATE_USE_MEGATRON_LM", OFF, "MEGATRON_LM must be left out", "use MULTI_GPU or FSDP"),
+    ("ACCELERATE_USE_PARALLELISM_CONFIG", OFF, "`parallelism_config` must be left out", "it is not supported"),
+    ("PJRT_DEVICE", "(?!tpu).*", "PJRT_DEVICE must be no TPU", "use GPUs, or PJRT_DEVICE=CPU"),
+    ("ACCELERATE_MIXED_PRECISION", "no|bf16", "mixed_precision must be no or bf16", "use `--training.precision`"),
+)
+FSDP = (
+    ("FSDP_VERSION", "2", "fsdp_version must be 2", "set it in `fsdp_config`, by `--fsdp_version 2` or FSDP_VERSION=2"),
+    ("FSDP_AUTO_WRAP_POLICY", "transformer_based_wrap", "fsdp_auto_wrap_policy must be left out", "Blocks are wrapped"),
+    ("FSDP_TRANSFORMER_CLS_TO_WRAP", "(?-i:Block)", "fsdp_transformer_layer_cls_to_wrap must be Block", "leave it out"),
+    ("FSDP_IGNORED_MODULES", "", "fsdp_ignored_modules must be left out", "their gradients would not be added up"),
+    *(
+        (name, OFF, f"{name.lower()} must be false", "use `--training.activation_checkpointing`")
+        for name in ("FSDP_ACTIVATION_CHECKPOINTING", "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD")
+    ),
+)
+DEEPSPEED = (
+    ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2|3", "zero_stage must be 2 or 3", "pass `--zero_stage 2`"),
+    ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none", "deepspeed_config_file must be left out", "use `deepspeed_config`"),
+    ("ACCELERATE_GRADIENT_CLIPPING", "none|auto", "gradient_clipping must be none", "use `--training.max_grad_norm`"),
+)
+OF_STRATEGIES = {"ddp": ALWAYS, "fsdp2": ALWAYS + FSDP, "zero2": ALWAYS + DEEPSPEED, "zero3": ALWAYS + DEEPSPEED}
+DEFAULTS = {"FSDP_VERSION": "1"}  # of the launcher, where they are refused
 
 StrategyName = Literal["ddp", "fsdp2", "zero2", "zero3"]
 
 
 class LaunchError(Gpt2ftError):
-    """The processes that were started are not the processes that train together."""
+    """Processes were started that would not train together, or not as they were told."""
 
 
 def strategy() -> StrategyName:
-    """Return the strategy that the launcher asked for.
-
-    Raises:
-        LaunchError: if that is FSDP in another version than 2, or ZeRO in another stage than 2 or 3.
-    """
-    fsdp, deepspeed = _is_set("ACCELERATE_USE_FSDP"), _is_set("ACCELERATE_USE_DEEPSPEED")
-    if fsdp and deepspeed:
-        raise LaunchError("the launcher must ask for FSDP or for DeepSpeed, but asks for both: leave one out")
-    if fsdp:
-        version = os.environ.get("FSDP_VERSION", "1")
-        if version != "2":
-            raise LaunchError(
-                f"fsdp_version must be 2, but is {version}, the launcher's default being 1: set `fsdp_version: 2` in "
-                "`fsdp_config`, or pass `--fsdp_version 2`, or FSDP_VERSION=2 to torchrun"
-            )
+    """Return the strategy that the launcher asks for; `check` refuses what is none of these."""
+    if _is_set("ACCELERATE_USE_FSDP"):
         return "fsdp2"
-    if deepspeed:
-        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-        if stage not in ("2", "3"):
-            raise LaunchError(
-                f"zero_stage must be 2 or 3, but is {stage}: set it in `deepspeed_config`, or pass `--zero_stage 2`"
-            )
-        return "zero2" if stage == "2" else "zero3"
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+        return "zero3" if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" else "zero2"
     return "ddp"
 
 
@@ -65,21 +72,19 @@ def check(micro_batches_per_step: int, world_size: int) -> None:
         world_size: processes that know of each other, as the launcher says.
 
     Raises:
-        LaunchError: if it would start fewer processes than it was told to, or processes that do not know of each
-            other; if it asks for what is not supported, or sets what is not its to set; if it ignores a part of its
-            own config; or if a step's micro-batches cannot be shared equally.
+        LaunchError: if fewer processes would train together, if a setting would be ignored or must not be set, or if
+            the processes cannot share a step's micro-batches equally.
     """
     _check_started(world_size)
     launch = find_launch()
     if launch is not None:
         _check_config(launch)
-    _check_settings(strategy())
-    check_accumulation(micro_batches_per_step, world_size)
-    _check_accumulation_of_launcher(micro_batches_per_step // world_size)
-    asked = launch.processes if launch is not None else None
-    if asked is not None and asked != world_size:
+    _check_settings()
+    _check_accumulation(micro_batches_per_step, world_size)
+    if launch is not None and launch.processes not in (None, world_size):
         raise LaunchError(
-            f"accelerate launch was told to start {asked} processes, but started {world_size}: use {_command(asked)}"
+            f"accelerate launch was told to start {launch.processes} processes, but started {world_size}: "
+            f"use {_command(launch.processes)}"
         )
 
 
@@ -89,34 +94,23 @@ def check_given(accelerator: Any, world_size: int) -> None:
     Raises:
         LaunchError: if the processes do not know of each other, or would train by something else.
     """
-    if accelerator.num_processes != world_size:
-        raise LaunchError(
-            f"{world_size} processes were started, but each would train alone as 1 of "
-            f"{accelerator.num_processes}: use {_command(world_size)}"
-        )
-    kind, chosen = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type)), strategy()
+    use, known = f"use {_command(world_size)}", accelerator.num_processes
+    if known != world_size:
+        raise LaunchError(f"{world_size} processes were started, but each would train alone as 1 of {known}: {use}")
+    kind, asked = str(accelerator.distributed_type.value), strategy()
     if world_size > 1 and kind == "NO":
-        raise LaunchError(
-            f"{world_size} processes were started, but their models would not be kept equal: use {_command(world_size)}"
-        )
-    expected = {"fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}.get(chosen)
-    if expected is not None and kind != expected:
-        raise LaunchError(
-            f"the launcher asked for {NAMES[chosen]}, but Accelerate would train by {kind}: leave that out and use "
-            f"{_command(world_size)}"
-        )
-    if expected is None and kind in ("FSDP", "DEEPSPEED", "XLA", "MEGATRON_LM"):
-        raise LaunchError(
-            f"distributed_type must be NO, MULTI_GPU, FSDP or DEEPSPEED, but Accelerate would train by {kind}: use "
-            f"{_command(world_size)}"
-        )
+        raise LaunchError(f"{world_size} processes were started, but their models would not be kept equal: {use}")
+    expected = {"fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}.get(asked)
+    is_other = kind in ("FSDP", "DEEPSPEED", "XLA", "MEGATRON_LM") if expected is None else kind != expected
+    if is_other:
+        raise LaunchError(f"the launcher asks for {NAMES[asked]}, but Accelerate would train by {kind}: {use}")
 
 
 def check_wrapped(strategy: StrategyName, model: nn.Module, processes: int) -> None:
-    """Check that a prepared model is kept equal, or in shards, as the launcher asked.
+    """Check that a prepared model is kept equal, or in shards, as the launcher asks.
 
     Args:
-        model: what the Accelerator has made of the model; compiled or not.
+        model: as the Accelerator has prepared it; compiled or not.
 
     Raises:
         LaunchError: if it is wrapped in something else, or in nothing.
@@ -132,23 +126,11 @@ def check_wrapped(strategy: StrategyName, model: nn.Module, processes: int) -> N
         given = "fsdp2"
     elif any(kind.__name__ == "DeepSpeedEngine" for kind in type(inner).__mro__):
         given = f"zero{inner.zero_optimization_stage()}"
-    alone = strategy == "ddp" and processes == 1  # torchrun has DDP wrap one process too
-    expected = "nothing" if alone else strategy
-    if given != expected and not (alone and given == "ddp"):
-        count = f"{processes} process{'es' if processes > 1 else ''}"
+    is_alone = strategy == "ddp" and processes == 1  # torchrun has DDP wrap one process too
+    if given != strategy and not (is_alone and given == "nothing"):
         raise LaunchError(
-            f"the model must be wrapped in {NAMES.get(expected, expected)} on {count}, but is in "
+            f"on {processes} processes the model must be wrapped in {NAMES[strategy]}, but is in "
             f"{NAMES.get(given, given)}: use {_command(processes)}"
-        )
-
-
-def check_accumulation(micro_batches_per_step: int, world_size: int) -> None:
-    if micro_batches_per_step % world_size:
-        below = micro_batches_per_step // world_size * world_size
-        nearest = [str(value) for value in (below, below + world_size) if value]
-        raise LaunchError(
-            f"`training.micro_batches_per_step` must be a multiple of the {world_size} processes, "
-            f"but is {micro_batches_per_step}: use {' or '.join(nearest)}"
         )
 
 
@@ -160,7 +142,7 @@ def on_cuda() -> bool:
 
 
 def _is_set(name: str) -> bool:
-    return os.environ.get(name, "false").lower() in ("true", "1", "yes")
+    return re.fullmatch(OFF, os.environ.get(name, ""), re.IGNORECASE) is None
 
 
 def _check_started(world_size: int) -> None:
@@ -180,51 +162,28 @@ def _check_started(world_size: int) -> None:
         )
 
 
-def _check_settings(chosen: StrategyName) -> None:
+def _check_settings() -> None:
     """Raise LaunchError if the launcher sets what the recipe decides, or asks for what is not supported."""
-    value = os.environ.get
-    if _is_set("ACCELERATE_USE_MEGATRON_LM"):
-        raise LaunchError("the launcher must not ask for MEGATRON_LM, which is not supported: use MULTI_GPU or FSDP")
-    if _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
-        raise LaunchError("the launcher's `parallelism_config` is not supported: leave it out")
-    if value("PJRT_DEVICE", "").upper() == "TPU":
-        raise LaunchError("TPUs are not supported: use GPUs, or PJRT_DEVICE=CPU")
-    precision = value("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in ("no", "bf16"):
-        raise LaunchError(f"the launcher's mixed_precision must be no or bf16, but is {precision}")
-    if chosen == "fsdp2":
-        policy = value("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP").upper()
-        wrapped = value("FSDP_TRANSFORMER_CLS_TO_WRAP", "Block")
-        if policy != "TRANSFORMER_BASED_WRAP" or wrapped != "Block":
-            raise LaunchError(
-                f"fsdp_auto_wrap_policy must be TRANSFORMER_BASED_WRAP of Block, but is {policy} of {wrapped}: leave "
-                "`fsdp_auto_wrap_policy` and `fsdp_transformer_layer_cls_to_wrap` out"
-            )
-        if _is_set("FSDP_ACTIVATION_CHECKPOINTING") or _is_set("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD"):
-            raise LaunchError(
-                "fsdp_activation_checkpointing must be false, but is true: use `--training.activation_checkpointing`"
-            )
-        if value("FSDP_IGNORED_MODULES"):
-            raise LaunchError("`fsdp_ignored_modules` must be left out: their gradients would not be added up")
-    if chosen in ("zero2", "zero3"):
-        if importlib.util.find_spec("deepspeed") is None:
-            raise LaunchError(
-                "the launcher asks for DeepSpeed, which is not installed: `pip install deepspeed`, or use FSDP"
-            )
-        file = value("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-        if file != "none":
-            raise LaunchError(
-                f"deepspeed_config_file must be left out, but is {file}: the recipe decides what is in it, "
-                "`deepspeed_config` its stage and offloading"
-            )
-        if value("ACCELERATE_GRADIENT_CLIPPING", "none") not in ("none", "auto"):
-            raise LaunchError(
-                f"the launcher's gradient_clipping must be left out, but is {value('ACCELERATE_GRADIENT_CLIPPING')}: "
-                "use `--training.max_grad_norm`"
-            )
+    asked = strategy()
+    if asked == "fsdp2" and _is_set("ACCELERATE_USE_DEEPSPEED"):
+        raise LaunchError("the launcher must ask for FSDP or for DeepSpeed, but asks for both: leave one out")
+    if asked in ("zero2", "zero3") and importlib.util.find_spec("deepspeed") is None:
+        raise LaunchError("DeepSpeed, for which the launcher asks, is not installed: `pip install deepspeed`")
+    for name, pattern, what_must_hold, remedy in OF_STRATEGIES[asked]:
+        value = os.environ.get(name, DEFAULTS.get(name))
+        if value is not None and not re.fullmatch(pattern, value, re.IGNORECASE):
+            raise LaunchError(f"the launcher's {what_must_hold}, but is {value}: {remedy}")
 
 
-def _check_accumulation_of_launcher(accumulation: int) -> None:
+def _check_accumulation(micro_batches_per_step: int, world_size: int) -> None:
+    if micro_batches_per_step % world_size:
+        below = micro_batches_per_step // world_size * world_size
+        nearest = " or ".join(str(value) for value in (below, below + world_size) if value)
+        raise LaunchError(
+            f"`training.micro_batches_per_step` must be a multiple of the {world_size} processes, "
+            f"but is {micro_batches_per_step}: use {nearest}"
+        )
+    accumulation = micro_batches_per_step // world_size
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")
     if steps not in ("auto", str(accumulation)):
         raise LaunchError(
@@ -236,21 +195,19 @@ def _check_accumulation_of_launcher(accumulation: int) -> None:
 def _check_config(launch: Launch) -> None:
     """Raise LaunchError for keys that Accelerate ignores: it refuses unknown ones at the top of its config only."""
     known = known_keys()
-    for section, needed in SECTIONS.items():
+    for section, prefix in SECTIONS.items():
         keys = launch.config.get(section) or {}
         for key in keys:
-            prefix = _PREFIXES[section]
             full = key if key.startswith(prefix.rstrip("_")) else prefix + key
             if full not in known:
                 nearest = difflib.get_close_matches(full, known, n=1)
-                instead = f"did you mean {nearest[0]}?" if nearest else "leave it out"
-                raise LaunchError(
-                    f"{launch.file}: accelerate ignores `{section}.{key}`, which it does not know: {instead}"
-                )
-        if keys and needed is not None and not _is_set(f"ACCELERATE_USE_{needed}"):
+                remedy = f"did you mean {nearest[0]}?" if nearest else "leave it out"
+                raise LaunchError(f"{launch.file}: accelerate ignores `{section}.{key}`, which is unknown: {remedy}")
+        kind = section.removesuffix("_config").upper()  # dynamo works with any
+        if keys and kind != "DYNAMO" and not _is_set(f"ACCELERATE_USE_{kind}"):
             raise LaunchError(
                 f"{launch.file}: accelerate ignores `{section}`, as `distributed_type` is "
-                f"{launch.config.get('distributed_type')}: set that to {needed}, or leave the section out"
+                f"{launch.config['distributed_type'].value}: set that to {kind}, or leave the section out"
             )
 
 

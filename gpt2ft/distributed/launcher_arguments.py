@@ -4,26 +4,20 @@ Only they say what was asked for. With --cpu it starts one process, whatever --n
 unknown keys in the sections of its config without a word.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+import psutil
 
 
 @dataclass(frozen=True)
 class Launch:
-    """The arguments of an `accelerate launch` as far as they are checked.
+    """The arguments of an `accelerate launch` as far as they are checked."""
 
-    Attributes:
-        processes: how many to start, over all machines; None if none of them says.
-        file: the config file, if one was read.
-        config: its content.
-    """
-
-    processes: int | None
-    file: str | None
+    processes: int | None  # to start, over all machines; None if it was not told
+    file: str | None  # its config, if it read one
     config: dict[str, Any]
 
 
@@ -39,7 +33,7 @@ def find_launch() -> Launch | None:
     file = told.config_file
     if file is None and os.path.isfile(config_args.default_config_file) and not told.cpu:
         file = config_args.default_config_file
-    config = _read(file) if file is not None else {}
+    config = vars(config_args.load_config_from_file(file)) if file is not None else {}
     processes = config.get("num_processes", -1) if told.num_processes is None else told.num_processes
     return Launch(processes if processes > 0 else None, file, config)
 
@@ -52,36 +46,22 @@ def known_keys() -> list[str]:
 
 
 def is_launched() -> bool:
-    """Return True if this process's parent is `accelerate launch`."""
     return _arguments_of_parent() is not None
 
 
 def _arguments_of_parent() -> Sequence[str] | None:
-    """Return the arguments of `accelerate launch`, if it is this process's parent."""
-    import psutil
-
+    """Return what follows `accelerate launch`, however it is spelled, in the command line of this process's parent."""
     try:
         parent = psutil.Process().parent()
-        return _launch_arguments(parent.cmdline() if parent else [])
+        words = parent.cmdline() if parent else []
     except psutil.Error:
         return None
-
-
-def _launch_arguments(words: Sequence[str]) -> Sequence[str] | None:
-    """Return what follows `accelerate launch` in a command line, in any spelling; None if it is another command."""
     names = [os.path.basename(word) for word in words]
     for number, name in enumerate(names):
         if name in ("accelerate-launch", "accelerate.commands.launch"):
             return words[number + 1 :]
-        command = names[number + 1 : number + 2]
-        if name in ("accelerate", "accelerate.commands.accelerate_cli") and command == ["launch"]:
+        if name in ("accelerate", "accelerate.commands.accelerate_cli") and names[number + 1 : number + 2] == [
+            "launch"
+        ]:
             return words[number + 2 :]
     return None
-
-
-def _read(file: str) -> dict[str, Any]:
-    """Return the content of a config, well formed because the launcher has read it before."""
-    import yaml
-
-    text = Path(file).read_text(encoding="utf-8")
-    return json.loads(text) if file.endswith(".json") else yaml.safe_load(text)

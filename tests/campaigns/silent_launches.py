@@ -58,12 +58,12 @@ SILENT = {
     ),
     "FSDP without a version": Silent(
         [*LAUNCH, "--use_fsdp", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"],
-        "fsdp_version must be 2, but is 1, the launcher's default being 1: set `fsdp_version: 2` in `fsdp_config`",
+        "fsdp_version must be 2, but is 1: set it in `fsdp_config`",
         environment=ON_CPU,
     ),
     "a key of FSDP misspelt": Silent(
         LAUNCH,
-        "accelerate ignores `fsdp_config.fsdp_verion`, which it does not know: did you mean fsdp_version?",
+        "accelerate ignores `fsdp_config.fsdp_verion`, which is unknown: did you mean fsdp_version?",
         config=f"distributed_type: FSDP\nfsdp_config: {{fsdp_verion: 2}}\n{TWO}",
         environment=ON_CPU,
     ),
@@ -81,7 +81,7 @@ SILENT = {
     ),
     "clipping by DeepSpeed": Silent(
         LAUNCH,
-        "the launcher's gradient_clipping must be left out, but is 0.3: use `--training.max_grad_norm`",
+        "the launcher's gradient_clipping must be none, but is 0.3: use `--training.max_grad_norm`",
         config=f"distributed_type: DEEPSPEED\ndeepspeed_config: {{zero_stage: 2, gradient_clipping: 0.3}}\n{TWO}",
         environment=ON_CPU,
     ),

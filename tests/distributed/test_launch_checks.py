@@ -4,6 +4,7 @@ import os
 from types import SimpleNamespace
 
 import pytest
+from accelerate.utils import DistributedType
 from torch import nn
 
 from gpt2ft.distributed import launch_checks
@@ -49,39 +50,50 @@ def test_what_a_launcher_may_ask_for(environment, strategy, launched_with):
 
 
 @pytest.mark.parametrize(
-    ("environment", "said"),
+    ("environment", "facts"),
     [
-        ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version must be 2, but is 1, .* pass `--fsdp_version 2`"),
-        (FSDP2 | {"FSDP_VERSION": "1"}, "fsdp_version must be 2, but is 1"),
-        (FSDP2 | ZERO2, "FSDP or for DeepSpeed, but asks for both"),
-        (ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "zero_stage must be 2 or 3, but is 1: .*`--zero_stage 2`"),
-        (ZERO2 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, "deepspeed_config_file must be left out, but is ds"),
-        (ZERO2 | {"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, r"left out, but is 1.0: use `--training.max_grad_norm`"),
-        (ZERO2 | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "4: 2 follow from `training.micro_batches_per_step`"),
-        (FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "use `--training.activation_checkpointing`"),
+        ({"ACCELERATE_USE_FSDP": "true"}, ["fsdp_version", "but is 1", "`fsdp_config`", "--fsdp_version 2"]),
+        (FSDP2 | {"FSDP_VERSION": "1"}, ["fsdp_version", "but is 1"]),
+        (FSDP2 | ZERO2, ["FSDP", "DeepSpeed", "both"]),
+        (ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, ["zero_stage", "but is 1", "--zero_stage 2"]),
+        (ZERO2 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, ["deepspeed_config_file", "but is ds.json"]),
         (
-            FSDP2 | {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"},
-            "WRAP of Block, but is SIZE_BASED_WRAP",
+            ZERO2 | {"ACCELERATE_GRADIENT_CLIPPING": "1.0"},
+            ["gradient_clipping", "but is 1.0", "--training.max_grad_norm"],
         ),
-        (FSDP2 | {"FSDP_TRANSFORMER_CLS_TO_WRAP": "MLP"}, "of Block, but is TRANSFORMER_BASED_WRAP of MLP"),
-        (FSDP2 | {"FSDP_IGNORED_MODULES": "wte"}, "`fsdp_ignored_modules` must be left out"),
-        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "must not ask for MEGATRON_LM, .*: use MULTI_GPU or FSDP"),
-        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "`parallelism_config` is not supported"),
-        ({"PJRT_DEVICE": "TPU"}, "TPUs are not supported"),
-        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "mixed_precision must be no or bf16, but is fp8"),
+        (
+            ZERO2 | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+            ["gradient_accumulation_steps", "but is 4", "2 follow", "`training.micro_batches_per_step`"],
+        ),
+        *(
+            (FSDP2 | {name: "true"}, [name.lower(), "but is true", "--training.activation_checkpointing"])
+            for name in ("FSDP_ACTIVATION_CHECKPOINTING", "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD")
+        ),
+        (FSDP2 | {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, ["fsdp_auto_wrap_policy", "but is SIZE_BASED_WRAP"]),
+        (
+            FSDP2 | {"FSDP_TRANSFORMER_CLS_TO_WRAP": "MLP"},
+            ["fsdp_transformer_layer_cls_to_wrap", "must be Block", "but is MLP"],
+        ),
+        (FSDP2 | {"FSDP_TRANSFORMER_CLS_TO_WRAP": "block"}, ["must be Block", "but is block"]),
+        (FSDP2 | {"FSDP_IGNORED_MODULES": "wte"}, ["fsdp_ignored_modules", "but is wte"]),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, ["MEGATRON_LM", "use MULTI_GPU or FSDP"]),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, ["`parallelism_config`", "not supported"]),
+        ({"PJRT_DEVICE": "TPU"}, ["PJRT_DEVICE", "TPU"]),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, ["mixed_precision", "no or bf16", "but is fp8"]),
     ],
 )
-def test_what_it_may_not(environment, said, launched_with):
+def test_what_it_may_not(environment, facts, launched_with):
     launched_with(**environment)
-    with pytest.raises(LaunchError, match=said) as refusal:
+    with pytest.raises(LaunchError) as refusal:
         launch_checks.check(4, 2)
+    assert all(fact in str(refusal.value) for fact in facts), refusal.value
     assert "\n" not in str(refusal.value)
 
 
 def test_deepspeed_that_is_not_installed(launched_with, monkeypatch):
     launched_with(**ZERO2)
     monkeypatch.setattr(launch_checks.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(LaunchError, match="DeepSpeed, which is not installed: `pip install deepspeed`, or use FSDP"):
+    with pytest.raises(LaunchError, match="DeepSpeed.* not installed: `pip install deepspeed`"):
         launch_checks.check(4, 2)
 
 
@@ -110,7 +122,7 @@ def test_launchers_side_by_side(name, launched_with):
         ),
         ({"deepspeed_config": {"zero_stag": 3}}, r"`deepspeed_config.zero_stag`, .*: did you mean zero_stage\?"),
         ({"dynamo_config": {"dynamo_backed": "no"}}, r"`dynamo_config.dynamo_backed`, .*did you mean dynamo_backend\?"),
-        ({"fsdp_config": {"xyzzy": 1}}, r"`fsdp_config.xyzzy`, which it does not know: leave it out"),
+        ({"fsdp_config": {"xyzzy": 1}}, r"`fsdp_config.xyzzy`, .*: leave it out"),
         (
             {"deepspeed_config": {"zero_stage": 3}},
             "`deepspeed_config`, as `distributed_type` is FSDP: set that to D",
@@ -119,7 +131,7 @@ def test_launchers_side_by_side(name, launched_with):
 )
 def test_what_accelerate_would_ignore(config, said, launched_with, monkeypatch):
     launched_with(**FSDP2)
-    launch = Launch(2, "conf.yaml", {"distributed_type": "FSDP"} | config)
+    launch = Launch(2, "conf.yaml", {"distributed_type": DistributedType.FSDP} | config)
     monkeypatch.setattr(launch_checks, "find_launch", lambda: launch)
     with pytest.raises(LaunchError, match=f"^conf.yaml: accelerate ignores {said}"):
         launch_checks.check(4, 2)
@@ -138,7 +150,7 @@ def test_a_section_completed_as_accelerate_does(launched_with, monkeypatch):
 
 
 def given(kind, processes):
-    return SimpleNamespace(num_processes=processes, distributed_type=kind)
+    return SimpleNamespace(num_processes=processes, distributed_type=DistributedType(kind))
 
 
 @pytest.mark.parametrize(
@@ -156,9 +168,9 @@ def test_what_was_asked_for_is_given(environment, kind, launched_with):
         ({}, "NO", 1, "2 processes were started, but each would train alone as 1 of 1: use `"),
         (ZERO2, "DEEPSPEED", 1, "2 processes were started, but each would train alone as 1 of 1: use `"),
         ({}, "NO", 2, "their models would not be kept equal: use `"),
-        (FSDP2, "MULTI_CPU", 2, "asked for FSDP2, but Accelerate would train by MULTI_CPU: leave that out and use `"),
-        (ZERO2, "MULTI_CPU", 2, "asked for DeepSpeed ZeRO-2, but Accelerate would train by MULTI_CPU"),
-        ({}, "FSDP", 2, "distributed_type must be NO, MULTI_GPU, FSDP or DEEPSPEED, but .* by FSDP"),
+        (FSDP2, "MULTI_CPU", 2, "FSDP2, but Accelerate would train by MULTI_CPU: use `"),
+        (ZERO2, "MULTI_CPU", 2, "DeepSpeed ZeRO-2, but Accelerate would train by MULTI_CPU"),
+        ({}, "FSDP", 2, "DDP, but Accelerate would train by FSDP"),
         ({}, "XLA", 2, "but Accelerate would train by XLA"),
     ],
 )
@@ -204,17 +216,17 @@ def test_a_model_is_wrapped_in_what_was_asked_for(strategy, wrapped):
     others = [model for name, model in wrapped.items() if name != strategy]
     assert len(others) == 3
     for other in others:
-        with pytest.raises(LaunchError, match=r"must be wrapped in .* on 2 processes, but is in .*: use `"):
+        with pytest.raises(LaunchError, match=r"on 2 processes .* must be wrapped in .*, but is in .*: use `"):
             launch_checks.check_wrapped(strategy, other, processes=2)
 
 
 def test_one_process_needs_no_wrapping_for_ddp(wrapped):
     launch_checks.check_wrapped("ddp", wrapped["nothing"], processes=1)
     launch_checks.check_wrapped("ddp", wrapped["ddp"], processes=1)  # as torchrun has it
-    with pytest.raises(LaunchError, match="must be wrapped in nothing on 1 process, but is in FSDP2"):
+    with pytest.raises(LaunchError, match="must be wrapped in DDP, but is in FSDP2"):
         launch_checks.check_wrapped("ddp", wrapped["fsdp2"], processes=1)
     launch_checks.check_wrapped("fsdp2", wrapped["fsdp2"], processes=1)
-    with pytest.raises(LaunchError, match="in DeepSpeed ZeRO-2 on 2 processes, but is in DeepSpeed ZeRO-3"):
+    with pytest.raises(LaunchError, match="must be wrapped in DeepSpeed ZeRO-2, but is in DeepSpeed ZeRO-3"):
         launch_checks.check_wrapped("zero2", wrapped["zero3"], processes=2)
 
 

@@ -85,8 +85,14 @@ def test_any_other_parent_was_told_nothing(parent, asked_for):
 
 
 def test_a_config_is_read_as_accelerate_reads_it(launched_by, config):
-    written = {"a.json": '{"fsdp_config": {"fsdp_version": 2}}', "a.yaml": "fsdp_config: {fsdp_version: 2}"}
+    written = {
+        "a.json": '{"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}}',
+        "a.yaml": "distributed_type: FSDP\nfsdp_config: {fsdp_version: 2}",
+    }
     for name, text in written.items():
         file = config(text, name)
         launch = launched_by(f"python /usr/bin/accelerate launch --config_file {file} {SCRIPT}")
-        assert (launch.file, launch.config) == (file, {"fsdp_config": {"fsdp_version": 2}})
+        assert launch.file == file
+        assert launch.config["fsdp_config"] == {"fsdp_version": 2}
+        assert launch.config["distributed_type"] == "FSDP"
+        assert launch.processes is None
