@@ -24,7 +24,7 @@ from gpt2ft.data.packing import build_stream
 from gpt2ft.data.token_tree import TokenTree, weigh
 from gpt2ft.errors import SettingsError
 from gpt2ft.inference.model import InferenceModel
-from gpt2ft.model.attention import default_backend
+from gpt2ft.model.attention import FLEX_BLOCK, default_backend
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.runs.inference_model import load_inference_model
 from gpt2ft.settings.scripts import ChatSettings
@@ -33,7 +33,6 @@ from gpt2ft.stream import TokenStream
 from gpt2ft.text.template import render_turn
 
 Messages = Sequence[Mapping[str, str]]  # {"role": "user", "content": "What is tea?"}
-_BLOCK = 128  # a stream's length is a multiple of it, the block of the attention mask
 
 
 def load(model: str | None = None, precision: str = "auto") -> InferenceModel:
@@ -55,10 +54,10 @@ def open_session(model: InferenceModel, max_new_tokens: int = 256, **sampling: A
 
 
 def tokenise(model: InferenceModel, messages: Messages) -> TokenStream:
-    """The conversation as training sees it: ids, positions, horizons, and a target for each token of the assistant.
+    """Return a conversation as training sees it: ids, positions, horizons, targets of the assistant's tokens.
 
     Returns:
-        One stream, its length N rounded up to a multiple of 128.
+        One stream, its length N rounded up to a multiple of 128, the block of the attention mask.
 
     Raises:
         SettingsError: if a role is none of system, user and assistant.
@@ -68,7 +67,7 @@ def tokenise(model: InferenceModel, messages: Messages) -> TokenStream:
 
 
 def reply_log_probs(model: InferenceModel, messages: Messages, replies: Sequence[str]) -> list[float]:
-    """The log-probability, in nats, of each of several replies to one conversation, its `<|end|>` included.
+    """Return the log-probability, in nats, of each of several replies to one conversation, its `<|end|>` included.
 
     The conversation is computed once, however many replies there are.
 
@@ -76,8 +75,8 @@ def reply_log_probs(model: InferenceModel, messages: Messages, replies: Sequence
         SettingsError: if conversation and reply are longer than the context, or a role is unknown.
     """
     conversation = MessageTree.from_turns("", "", _turns(messages)).messages
-    asked = len(conversation) - 1
-    branches = [Message("assistant", reply, parent=asked) for reply in replies]
+    last = len(conversation) - 1
+    branches = [Message("assistant", reply, parent=last) for reply in replies]
     tree = _token_tree(model, MessageTree("", "", (*conversation, *branches)))
     longest, context = int((tree.depths + tree.lengths).max()), model.gpt2.config.n_positions
     if longest > context:
@@ -89,7 +88,7 @@ def reply_log_probs(model: InferenceModel, messages: Messages, replies: Sequence
         log_probs = target_log_probs(stream.to(device))[: stream.num_supervised].double().cpu()
     node_of = np.repeat(np.arange(len(tree.lengths)), tree.lengths)[stream.supervised[: stream.num_supervised].numpy()]
     sums = np.bincount(node_of, log_probs.numpy(), minlength=len(tree.lengths))
-    return sums[asked + 1 :].tolist()
+    return sums[last + 1 :].tolist()
 
 
 def _turns(messages: Messages) -> list[tuple[Role, str]]:
@@ -115,4 +114,4 @@ def _token_tree(model: InferenceModel, tree: MessageTree) -> TokenTree:
 
 
 def _stream(tree: TokenTree) -> TokenStream:
-    return build_stream([tree], -(-len(tree.tokens) // _BLOCK) * _BLOCK, max(1, tree.num_supervised))
+    return build_stream([tree], -(-len(tree.tokens) // FLEX_BLOCK) * FLEX_BLOCK, max(1, tree.num_supervised))

@@ -156,7 +156,7 @@ class Terminal:
             multiline=True,
             prompt_continuation=" " * (len(prompt) + 2),
             history=history,
-            completer=Completions(session),
+            completer=EntryCompleter(session),
             bottom_toolbar=self.status,
             key_bindings=_keys(),
             style=STYLE,
@@ -230,8 +230,8 @@ class Terminal:
         return escape_control_characters(f" {name}{rest}")
 
 
-class Completions(Completer):
-    """Completions of the commands and what follows them; never of messages."""
+class EntryCompleter(Completer):
+    """Complete commands and what follows them; never messages."""
 
     def __init__(self, session: Session) -> None:
         self.session = session

@@ -1,10 +1,11 @@
 """Training speed of a shape on this machine: tokens/s, peak memory, and where the time goes.
 
 Conversations are made up (random tokens, trees in the proportions of OASST), so nothing is downloaded, and
-neither `datasets` nor a tokenizer is needed. Of DPO it is a step that is measured, not the pass before it: the
-reference is made up too.
+neither `datasets` nor a tokenizer is needed. Of DPO a step is measured, not the reference pass: the reference is made
+up too.
 """
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -41,7 +42,8 @@ PHASES = ("stream", "forward", "backward", "optimizer")
 
 @watchdog.announce_end()
 def run(settings: BenchmarkSettings) -> None:
-    accelerator = start_accelerator(settings.precision, settings.micro_batches * _processes())
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    accelerator = start_accelerator(settings.precision, settings.micro_batches * num_processes)
     device = accelerator.device
     random = torch.Generator().manual_seed(seed_for(settings.seed, "weights"))
     gpt2 = GPT2(replace(published_config(settings.model), vocab_size=ROWS)).initialize(random)
@@ -77,7 +79,8 @@ def run(settings: BenchmarkSettings) -> None:
         timed(seconds, "optimizer", device, strategy.update)
     (tokens,) = global_sum(accelerator, tokens)
     if accelerator.is_main_process:
-        report(settings, accelerator, sizes, backend, tokens, seconds)
+        print(headline(settings, accelerator, sizes, backend))
+        print(figures(settings, accelerator.device, sizes[1], tokens, seconds))
 
 
 def timed(seconds: dict[str, float], phase: str, device: torch.device, work: Callable[[], Any]) -> Any:
@@ -89,28 +92,35 @@ def timed(seconds: dict[str, float], phase: str, device: torch.device, work: Cal
     return result
 
 
-def report(
-    settings: BenchmarkSettings,
-    accelerator: Any,
-    sizes: tuple[int, int],
-    backend: str,
-    tokens: float,
-    seconds: dict[str, float],
-) -> None:
-    total = sum(seconds.values())
+def headline(settings: BenchmarkSettings, accelerator: Any, sizes: tuple[int, int], backend: str) -> str:
+    """Return what is measured, in a line.
+
+    Args:
+        sizes: trained and all parameters.
+    """
     precision = {"no": "fp32"}.get(precision_of(accelerator), precision_of(accelerator))
     trained, parameters = sizes
     lora = f", {trained:,} of them trained (LoRA, rank {settings.lora.rank})" if settings.lora.rank else ""
-    print(
+    return (
         f"{settings.what}, {settings.model}, {parameters / 1e6:.0f}M parameters{lora}, "
         f"{accelerator.num_processes} x {accelerator.device.type}, {precision}, {backend} attention, "
         f"{settings.micro_batches} x {settings.tokens_per_micro_batch:,} tokens a step"
     )
+
+
+def figures(
+    settings: BenchmarkSettings, device: torch.device, parameters: int, tokens: float, seconds: dict[str, float]
+) -> str:
+    """Return speed, memory and the time of each phase, a line each."""
+    total = sum(seconds.values())
     flops = 6 * parameters * tokens / total
-    print(f"tokens/s       {tokens / total:,.0f}  ({flops / 1e12:.2f} TFLOP/s at 6 x parameters)")
-    print(f"peak memory    {peak_memory(accelerator.device) / 2**30:.2f} GiB")
+    lines = [
+        f"tokens/s       {tokens / total:,.0f}  ({flops / 1e12:.2f} TFLOP/s at 6 x parameters)",
+        f"peak memory    {peak_memory(device) / 2**30:.2f} GiB",
+    ]
     for phase, spent in seconds.items():
-        print(f"{phase:<14} {1000 * spent / settings.steps:,.0f} ms a step, {spent / total:.0%}")
+        lines.append(f"{phase:<14} {1000 * spent / settings.steps:,.0f} ms a step, {spent / total:.0%}")
+    return "\n".join(lines)
 
 
 class Streams:
@@ -179,9 +189,3 @@ def _of_random_tokens(
         groups=np.zeros(size, np.int32),
         messages=np.arange(size, dtype=np.int32),
     )
-
-
-def _processes() -> int:
-    import os
-
-    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -53,8 +53,10 @@ def run(settings: EvaluateSettings) -> None:
     prompts = topic_prompts(loaded, corpus, settings) if settings.topic else []
     chunks = chunk(corpus.stores, corpus.rows, rule)
     plan = Plan(chunks, capacity, 1, seed=0, shuffle=False)
-    scored = preferences if settings.pairs else conversations
-    text, figures = scored(settings, loaded, folder, corpus, plan, accelerator)
+    if settings.pairs:
+        text, figures = preferences(settings, loaded, folder, plan, accelerator)
+    else:
+        text, figures = conversations(loaded, corpus, plan, accelerator)
     if not accelerator.is_main_process:
         return
     adherence = Adherence(settings.topic, answer(loaded, prompts, settings.max_new_tokens)) if prompts else None
@@ -81,10 +83,8 @@ def run(settings: EvaluateSettings) -> None:
 Scored = tuple[str, dict[str, Any]]  # for people, for the report
 
 
-def conversations(
-    settings: EvaluateSettings, loaded: LoadedModel, folder: Path | None, corpus: Corpus, plan: Plan, accelerator: Any
-) -> Scored:
-    """The score of every source and of all together."""
+def conversations(loaded: LoadedModel, corpus: Corpus, plan: Plan, accelerator: Any) -> Scored:
+    """Return the score of every source and of all together."""
     model = _on_device(loaded, accelerator)
     with autocast(accelerator):
         scores = evaluate_by_source(model, plan, loaded.tokenizer.byte_lengths(), accelerator)
@@ -95,9 +95,9 @@ def conversations(
 
 
 def preferences(
-    settings: EvaluateSettings, loaded: LoadedModel, folder: Path | None, corpus: Corpus, plan: Plan, accelerator: Any
+    settings: EvaluateSettings, loaded: LoadedModel, folder: Path | None, plan: Plan, accelerator: Any
 ) -> Scored:
-    """Share of pairs whose better reply is rewarded more; without a reference, of those where it is likelier."""
+    """Return the share of pairs whose better reply is rewarded more; without a reference, of those with it likelier."""
     started_from, trained_beta = _reference(settings, loaded, folder)
     beta = settings.beta or trained_beta
     if started_from is not None:
@@ -131,7 +131,7 @@ def preferences(
 def _reference(
     settings: EvaluateSettings, loaded: LoadedModel, folder: Path | None
 ) -> tuple[LoadedModel | None, float]:
-    """The model that rewards are measured against, if there is one, and the beta of the run.
+    """Return the model that rewards are measured against, if there is one, and the beta of the run.
 
     Raises:
         ModelError: if it is not what the run started from, or knows other ids.
@@ -188,7 +188,7 @@ class Adherence:
 
 
 def topic_prompts(loaded: LoadedModel, corpus: Corpus, settings: EvaluateSettings) -> list[Turns]:
-    """Held-out prompts that leave room for a reply.
+    """Return held-out prompts that leave room for a reply.
 
     Raises:
         SettingsError: if there is none.

@@ -1,4 +1,4 @@
-"""Loads the model that a chat or a server talks with, onto its device and in its precision."""
+"""Load the model that a chat or a server uses, onto its device and in its precision."""
 
 import torch
 

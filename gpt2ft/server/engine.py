@@ -173,7 +173,7 @@ class Engine:
             self._fail_all(ApiError(500, NOT_FINITE, "model_damaged"))
 
     def _free_slots(self) -> None:
-        """Take out replies whose readers are gone, and those that have taken too long."""
+        """End replies whose readers are gone, and those that have taken too long."""
         now = monotonic()
         for slot, reply in list(self._running.items()):
             if reply.is_abandoned:
@@ -197,7 +197,7 @@ class Engine:
                 reply = self._waiting[0]
             request = reply.request
             slot = self._decoder.join(request.prompt.ids, request.sampling, request.max_new_tokens, request.stop_ids)
-            with self._changed:  # others, who count, find it in one of the two at any time
+            with self._changed:  # other threads, which count replies, always find it in one of the two
                 if reply.is_abandoned:
                     self._decoder.leave(slot)
                 else:
@@ -213,13 +213,13 @@ class Engine:
     def _deliver(self, steps: Iterable[StepResult]) -> list[Reply]:
         """Push ids to their replies, and free the slots of those that have ended. Returns the replies that broke."""
         broken = []
-        for slot, id, finish in steps:
+        for slot, id, finish_reason in steps:
             reply = self._running[slot]
-            if finish == "broken":
+            if finish_reason == "broken":
                 broken.append(reply)
             else:
-                reply.push(id, finish)
-            if finish == "broken" or reply.has_ended:
+                reply.push(id, finish_reason)
+            if finish_reason == "broken" or reply.has_ended:
                 self._leave(slot)
         return broken
 

@@ -33,12 +33,12 @@ class Delta(NamedTuple):
     """The text since the last delta and, in the last one, how the reply ended."""
 
     text: str
-    finish: FinishReason | None = None
+    finish_reason: FinishReason | None = None
     failure: ApiError | None = None
 
     @property
     def is_last(self) -> bool:
-        return self.finish is not None or self.failure is not None
+        return self.finish_reason is not None or self.failure is not None
 
 
 @dataclass(eq=False)
@@ -53,7 +53,7 @@ class Reply:
     request: GenerationRequest
     wake: Callable[[], None]
     num_tokens: int = 0
-    finish: FinishReason | None = None
+    finish_reason: FinishReason | None = None
     failure: ApiError | None = None
     deadline: float = 0.0
     is_abandoned: bool = False
@@ -61,30 +61,31 @@ class Reply:
 
     @property
     def has_ended(self) -> bool:
-        return self.finish is not None or self.failure is not None
+        return self.finish_reason is not None or self.failure is not None
 
     def take(self) -> Delta:
         """Return what has come since the last call."""
-        finish, failure = self.finish, self.failure  # before the text, which is complete once one of them is set
+        # The end is read before the text, which is complete once there is an end.
+        finish_reason, failure = self.finish_reason, self.failure
         texts = [self._texts.popleft() for _ in range(len(self._texts))]
-        return Delta("".join(texts), finish, failure)
+        return Delta("".join(texts), finish_reason, failure)
 
-    def push(self, id: int | None, finish: FinishReason | None) -> None:
+    def push(self, id: int | None, finish_reason: FinishReason | None) -> None:
         """Add what one step of the decoder brought."""
         detokenizer = self.request.detokenizer
         if id is not None:
             self.num_tokens += 1
             self._add(detokenizer.push(id))
-            finish = "stop" if detokenizer.is_stopped else finish
-        if finish is not None:
-            self.end(finish)
+            finish_reason = "stop" if detokenizer.is_stopped else finish_reason
+        if finish_reason is not None:
+            self.end(finish_reason)
         elif self._texts:
             self.wake()
 
-    def end(self, finish: FinishReason) -> None:
+    def end(self, finish_reason: FinishReason) -> None:
         """Complete the reply: no more ids come."""
         self._add(self.request.detokenizer.finish())
-        self.finish = finish
+        self.finish_reason = finish_reason
         self.wake()
 
     def fail(self, error: ApiError) -> None:

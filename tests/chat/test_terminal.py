@@ -21,7 +21,7 @@ from wcwidth import wcswidth
 from gpt2ft.chat import terminal
 from gpt2ft.chat.commands import COMMANDS, Chat, settings_of
 from gpt2ft.chat.session import Statistics
-from gpt2ft.chat.terminal import Completions, Lines, talk
+from gpt2ft.chat.terminal import EntryCompleter, Lines, talk
 from gpt2ft.conversation import ROLES
 from gpt2ft.settings.sections import SamplingSettings
 
@@ -422,7 +422,7 @@ def test_a_pipe_on_either_side_makes_it_plain(monkeypatch, stdin, stdout, term, 
 
 
 def completions(text):
-    found = Completions(FakeSession()).get_completions(Document(text), CompleteEvent())
+    found = EntryCompleter(FakeSession()).get_completions(Document(text), CompleteEvent())
     return [completion.text for completion in found]
 
 

@@ -1,7 +1,7 @@
-"""The middleware that every request passes before the API: may it come in, and may its body.
+"""The access middleware, which every request passes before the API: host, origin, key and body are checked.
 
-It must name a host that is ours (a page elsewhere that has its own name point at this machine names another), come
-from no other site, carry the key if there is one, and bring a body of a bounded size in a bounded time.
+The Host header must name this server (a page elsewhere that points its own name at this machine, DNS rebinding, names
+another), the Origin header no other site. The key must be right if there is one, and the body bounded in size and time.
 """
 
 import asyncio
@@ -104,8 +104,8 @@ class AccessMiddleware:
             self._check_key(scope, self._policy.key)
 
     def _check_host(self, scope: Scope) -> None:
-        """Refuse other names of this machine, against DNS rebinding."""
-        hosts = header(scope, b"host")
+        """Refuse requests that call this machine by another name."""
+        hosts = header_values(scope, b"host")
         if len(hosts) != 1 or not self._is_ours(host_of(hosts[0]), scope):
             raise ApiError(
                 403,
@@ -116,7 +116,7 @@ class AccessMiddleware:
 
     def _check_origin(self, scope: Scope) -> None:
         """Refuse pages of other sites: browsers name the site whose page sends a request."""
-        for origin in header(scope, b"origin"):
+        for origin in header_values(scope, b"origin"):
             if not self._is_ours(host_of(_netloc(origin)), scope):
                 raise ApiError(403, "requests from pages of other sites are not served", "origin_not_allowed")
 
@@ -126,13 +126,14 @@ class AccessMiddleware:
         return host is not None and host in {*LOCAL, *self._policy.hosts, own_address}
 
     def _check_key(self, scope: Scope, expected: str) -> None:
-        given = header(scope, b"authorization")
+        given = header_values(scope, b"authorization")
         scheme, _, key = given[0].partition(" ") if len(given) == 1 else ("", "", "")
         if not hmac.compare_digest(key.strip().encode(), expected.encode()) or scheme.lower() != "bearer":
             raise ApiError(401, "the key must be given as `Authorization: Bearer KEY`, and be right", "invalid_api_key")
 
 
-def header(scope: Scope, name: bytes) -> list[str]:
+def header_values(scope: Scope, name: bytes) -> list[str]:
+    """Return the values of a header, one for each time that it is given."""
     return [value.decode("latin-1") for key, value in scope["headers"] if key == name]
 
 
@@ -168,10 +169,10 @@ async def read_body(scope: Scope, receive: Receive, policy: AccessPolicy) -> byt
         ApiError: if it is too large or too slow.
         ClientLeft: if it never comes.
     """
-    if header(scope, b"content-encoding") not in ([], ["identity"]):
+    if header_values(scope, b"content-encoding") not in ([], ["identity"]):
         raise ApiError(415, "the body must not be compressed", "unsupported_media_type")
     too_large = ApiError(413, f"the body must have at most {policy.body_bytes:,} bytes", "request_too_large")
-    announced = header(scope, b"content-length")
+    announced = header_values(scope, b"content-length")
     if announced and int(announced[0]) > policy.body_bytes:
         raise too_large
     body = bytearray()

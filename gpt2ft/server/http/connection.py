@@ -19,7 +19,11 @@ WRITE_BUFFER = 16 * 1024  # bytes that may wait for a client before it counts as
 
 
 class Connection(H11Protocol):
-    """Args: settings: `body_seconds` for a head to arrive, `write_timeout`, `connections`."""
+    """One connection.
+
+    Args:
+        settings: `body_seconds` for a head to arrive, `write_timeout`, `connections`.
+    """
 
     def __init__(self, *arguments: Any, settings: ServeSettings, render_error: RenderError, **named: Any) -> None:
         super().__init__(*arguments, **named)

@@ -11,6 +11,7 @@ RenderError = Callable[[ApiError], bytes]  # the JSON that clients of the API kn
 
 
 def refusal(error: ApiError, render: RenderError, ends_connection: bool = False) -> Response:
+    """Return the response that tells a client of an error."""
     headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)

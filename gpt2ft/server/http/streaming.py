@@ -27,7 +27,7 @@ class ResponseBuilder(Protocol):
 
     @property
     def id(self) -> str:
-        """Tells this response from all others."""
+        """The name of this response, which no other has."""
 
     def headers(self, reply: Reply) -> Mapping[str, str]: ...
 
@@ -90,7 +90,7 @@ class StreamBridge:
         reply = self.reply
         if not reply.has_ended:
             self._engine.abandon(reply)
-        outcome = reply.finish or (reply.failure.code if reply.failure else "abandoned")
+        outcome = reply.finish_reason or (reply.failure.code if reply.failure else "abandoned")
         tokens = f"{len(reply.request.prompt.ids)} + {reply.num_tokens} tokens"
         log.info("%s: %s, %s, %.1f s", id, tokens, outcome, monotonic() - self._began)
 

@@ -67,7 +67,7 @@ class OpenAIResponseBuilder:
         return dumped(
             self._object(is_chunk=False)
             | {
-                "choices": [_choice(content, reply.finish)],
+                "choices": [_choice(content, reply.finish_reason)],
                 "usage": _usage(reply),
                 "dropped_turns": reply.request.prompt.dropped_turns,
             }
@@ -86,15 +86,15 @@ class OpenAIResponseBuilder:
         chunks = [self._chunk({"content": delta.text}, None)] if delta.text else []
         if delta.failure:
             chunks.append(error_object(delta.failure))
-        if delta.finish:
-            chunks.append(self._chunk({}, delta.finish))
+        if delta.finish_reason:
+            chunks.append(self._chunk({}, delta.finish_reason))
             if self.includes_usage:
                 chunks.append(self._object(is_chunk=True) | {"choices": [], "usage": _usage(reply)})
-        return [*map(dumped, chunks), *([b"[DONE]"] if delta.finish else [])]
+        return [*map(dumped, chunks), *([b"[DONE]"] if delta.finish_reason else [])]
 
-    def _chunk(self, delta: Json, finish: FinishReason | None) -> Json:
+    def _chunk(self, delta: Json, finish_reason: FinishReason | None) -> Json:
         content = {"text": delta.get("content", "")} if self.kind == "text" else {"delta": delta}
-        chunk = self._object(is_chunk=True) | {"choices": [_choice(content, finish)]}
+        chunk = self._object(is_chunk=True) | {"choices": [_choice(content, finish_reason)]}
         return chunk | {"usage": None} if self.includes_usage else chunk
 
     def _object(self, is_chunk: bool) -> Json:
@@ -108,8 +108,8 @@ class OpenAIResponseBuilder:
         }
 
 
-def _choice(content: Json, finish: FinishReason | None) -> Json:
-    return {"index": 0, **content, "logprobs": None, "finish_reason": finish}
+def _choice(content: Json, finish_reason: FinishReason | None) -> Json:
+    return {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
 
 
 def _usage(reply: Reply) -> Json:

@@ -12,7 +12,7 @@ def read_object(body: bytes) -> dict[str, Any]:
     """Return the object that a body holds.
 
     Raises:
-        ApiError: if it does not.
+        ApiError: if it holds none.
     """
     try:
         found = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique)

@@ -56,7 +56,7 @@ class Builder:
         return [b"<"]
 
     def chunks(self, reply, delta):
-        return [part.encode() for part in (delta.text, delta.finish and ">", delta.failure and "!") if part]
+        return [part.encode() for part in (delta.text, delta.finish_reason and ">", delta.failure and "!") if part]
 
 
 def say(text, finish="stop"):

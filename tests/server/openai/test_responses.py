@@ -17,7 +17,7 @@ USAGE = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
 def reply():
     """Four tokens behind a prompt of three, from which two turns were dropped."""
     request = GenerationRequest(Prompt([1, 2, 3], dropped_turns=2), None, 9, (), None)
-    return Reply(request, wake=lambda: None, num_tokens=4, finish="stop")
+    return Reply(request, wake=lambda: None, num_tokens=4, finish_reason="stop")
 
 
 def builder(kind="chat", **more):
