@@ -97,7 +97,7 @@ def conversations(loaded: LoadedModel, corpus: Corpus, plan: Plan, accelerator: 
 def preferences(
     settings: EvaluateSettings, loaded: LoadedModel, folder: Path | None, plan: Plan, accelerator: Any
 ) -> Scored:
-    """Return the share of pairs whose better reply is rewarded more; without a reference, of those with it likelier."""
+    """Return the share of pairs whose better reply is rewarded more, or is likelier where there is no reference."""
     started_from, trained_beta = _reference(settings, loaded, folder)
     beta = settings.beta or trained_beta
     if started_from is not None:
