@@ -28,14 +28,14 @@ class Script(NamedTuple):
 
     Attributes:
         module: in gpt2ft.runs; it is imported once the settings are known to be sound.
-        recipe: the one that is meant where none is named; None for scripts without recipes.
-        first: the setting that a first bare word stands for, in scripts without recipes.
+        recipe: the default; None for scripts without recipes.
+        positional: the setting that the first argument gives without its name, in scripts without recipes.
     """
 
     settings: type[Section]
     module: str
     recipe: str | None = None
-    first: str = "model"
+    positional: str = "model"
 
 
 SCRIPTS = {
@@ -46,7 +46,7 @@ SCRIPTS = {
     "chat": Script(ChatSettings, "chat"),
     "serve": Script(ServeSettings, "serve"),
     "export": Script(ExportSettings, "export"),
-    "benchmark": Script(BenchmarkSettings, "benchmark", first="what"),
+    "benchmark": Script(BenchmarkSettings, "benchmark", positional="what"),
 }
 
 
@@ -56,7 +56,7 @@ def run_script(name: str, arguments: Sequence[str]) -> None:
     if script.recipe is not None:
         settings = parse_recipe(script.settings, script.recipe, arguments)
     else:
-        settings = parse_script(script.settings, script.first, arguments)
+        settings = parse_script(script.settings, script.positional, arguments)
     from gpt2ft.runs import main
 
     main.run(importlib.import_module(f"gpt2ft.runs.{script.module}").run, settings)

@@ -125,7 +125,7 @@ def test_scripts_exist_and_their_flags_parse(command, monkeypatch, capsys):
         if script.recipe is not None:
             parse_recipe(script.settings, script.recipe, arguments)
         else:
-            parse_script(script.settings, script.first, arguments)
+            parse_script(script.settings, script.positional, arguments)
     except SystemExit:
         pytest.fail(f"{command}: {' '.join(command.words)}\n{capsys.readouterr().err}")
 

@@ -52,7 +52,7 @@ def talk(session: Session, history: Path, completes: bool, notice: str = "") -> 
 # --- through a pipe -------------------------------------------------------------------------------------------------
 
 
-class Plain:
+class PipeScreen:
     """Turns on stdout and nothing else; notices and errors on stderr."""
 
     def interrupted(self) -> bool:
@@ -74,7 +74,7 @@ class Plain:
 
 
 def _talk_through_pipe(session: Session, completes: bool, notice: str) -> bool:
-    chat = Chat(session, Plain(), completes)
+    chat = Chat(session, PipeScreen(), completes)
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")
     if notice:
@@ -99,8 +99,8 @@ STYLE = Style.from_dict({"user": "bold", "assistant": "bold ansimagenta", "syste
 MIN_NAME_WIDTH = 8  # of a model on the status line, whose other parts have the first claim on the width
 
 
-class Lines:
-    """Text that streams onto a screen, broken between words; column is where the cursor stands."""
+class WordWrapper:
+    """Write text onto a screen as it streams, wrapped between words; `column` is where the cursor stands."""
 
     def __init__(self, output: Output, column: int) -> None:
         self.output = output
@@ -144,7 +144,7 @@ class Lines:
             self._put(character, get_cwidth(character))
 
 
-class Terminal:
+class TerminalScreen:
     """A person's terminal: prompt with history and completion, labelled turns, a status line."""
 
     def __init__(self, prompt: str, history: History, session: Session) -> None:
@@ -207,7 +207,7 @@ class Terminal:
     def _print(self, label: str, style: str, pieces: Iterable[str]) -> None:
         """Print a label in its colour, then text as it comes."""
         print_formatted_text(FormattedText([(f"class:{style}", label)]), style=STYLE, output=self.output, end="")
-        lines = Lines(self.output, column=len(label))
+        lines = WordWrapper(self.output, column=len(label))
         try:
             for piece in pieces:
                 lines.write(escape_control_characters(piece))
@@ -299,7 +299,7 @@ def _open_history(file: Path) -> tuple[History, str]:
 
 def _talk_at_terminal(session: Session, history: Path, completes: bool, notice: str) -> None:
     kept, trouble = _open_history(history)
-    screen = Terminal("text" if completes else "user", kept, session)
+    screen = TerminalScreen("text" if completes else "user", kept, session)
     chat = Chat(session, screen, completes)
     for line in (f"{session.model.source}: /help lists what you can do, Ctrl-D leaves", notice, trouble):
         if line:

@@ -21,7 +21,7 @@ from threading import RLock, Thread
 from gpt2ft.errors import Gpt2ftError, is_first_on_machine
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
-SECONDS_UNTIL_MEANT = 5.0  # from the first signal until another SIGTERM is not the launcher's repetition
+SECONDS_OF_REPETITION = 5.0  # after the first signal, in which another SIGTERM may be the launcher's repetition
 _PR_SET_PDEATHSIG = 1
 _END = 0  # no signal has this number
 
@@ -76,7 +76,7 @@ class SignalHandler:
                 self._note(number)
                 is_first = False
             elif number in SIGNALS:
-                self._end_if_meant(number)
+                self._end_unless_repeated(number)
 
     def _note(self, number: int) -> None:
         with self._lock:
@@ -87,8 +87,9 @@ class SignalHandler:
         if is_first_on_machine():
             os.write(2, f"\n{self.received.name}: finishing this step and saving; Ctrl-C to end at once\n".encode())
 
-    def _end_if_meant(self, number: int) -> None:
-        is_late = time.monotonic() - self._since > SECONDS_UNTIL_MEANT
+    def _end_unless_repeated(self, number: int) -> None:
+        """End the process at a second Ctrl-C, or at a signal that no launcher has merely sent again."""
+        is_late = time.monotonic() - self._since > SECONDS_OF_REPETITION
         by_hand = number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ  # torchrun sends it once more
         if by_hand or (is_late and number in (signal.SIGINT, signal.SIGTERM)):
             os._exit(128 + number)

@@ -106,7 +106,7 @@ def _read_tokenizer(folder: Path) -> ChatTokenizer:
 
 
 def _shape_and_tokenizer(settings: ModelSettings) -> tuple[GPT2Config, ChatTokenizer, Path | None]:
-    """The folder is None where the weights are to be random."""
+    """Return the model's shape, its tokenizer and the folder of its weights, None where these are random."""
     published = PUBLISHED_MODELS.get(settings.path)
     if published and not Path(settings.path).is_dir():
         if settings.random_init:

@@ -1,4 +1,4 @@
-"""End every script either with what it did, or with one clear sentence and an exit code that is not 0."""
+"""End every script well, or with one clear sentence and an exit code that is not 0."""
 
 import sys
 from collections.abc import Callable

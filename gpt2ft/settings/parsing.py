@@ -58,16 +58,16 @@ def parse_recipe(kind: type[Settings], default_recipe: str, arguments: Sequence[
         fail(str(error))
 
 
-def parse_script(kind: type[Settings], first: str, arguments: Sequence[str]) -> Settings:
+def parse_script(kind: type[Settings], positional: str, arguments: Sequence[str]) -> Settings:
     """Return the settings of a script without recipes; exits with 2 and all problems if there are any.
 
     Args:
-        first: the setting that the first argument stands for, if that has no name.
+        positional: the setting that the first argument gives, if it stands without a name.
     """
     try:
         arguments = list(arguments)
         if arguments and not arguments[0].startswith("-"):
-            arguments.insert(0, f"--{first}")
+            arguments.insert(0, f"--{positional}")
         settings = parse_flags(kind, arguments)
         refuse_problems(settings.problems())
         return settings

@@ -44,7 +44,7 @@ class RunSettings(Section):
 
     @property
     def looks_only(self) -> bool:
-        """Nothing is trained."""
+        """True if the run only prints its plan or examples."""
         return self.dry_run or self.show > 0
 
     def problems(self) -> Iterator[str]:

@@ -24,7 +24,7 @@ PreferenceLoss = Literal[*PREFERENCE_LOSSES]
 PairRule = Literal["all", "best_worst", "adjacent"]
 PairWeight = Literal["pair", "prompt"]
 
-RENAMED = {  # old name -> new name, with their sections: who gives the old one is told the new one
+RENAMED = {  # old name -> new name, with their sections: the old one is refused with the new one named
     "read_per_step": "prefill_chunk",
     "reader_seconds": "write_timeout",
     "reply_seconds": "request_timeout",

@@ -21,7 +21,7 @@ from wcwidth import wcswidth
 from gpt2ft.chat import terminal
 from gpt2ft.chat.commands import COMMANDS, Chat, settings_of
 from gpt2ft.chat.session import Statistics
-from gpt2ft.chat.terminal import EntryCompleter, Lines, talk
+from gpt2ft.chat.terminal import EntryCompleter, WordWrapper, talk
 from gpt2ft.conversation import ROLES
 from gpt2ft.settings.sections import SamplingSettings
 
@@ -367,7 +367,7 @@ def test_streamed_text_breaks_between_words_however_it_is_cut():
         columns = random.randint(20, 60)
         words = ["".join(random.choices("abcdefg漢é", k=random.randint(1, 25))) for _ in range(random.randint(1, 40))]
         text, paper = " ".join(words), Paper(columns)
-        lines = Lines(paper.output, 0)
+        lines = WordWrapper(paper.output, 0)
         pieces = cut(text, random)
         for piece in pieces:
             row = paper.screen.cursor.y
@@ -391,7 +391,7 @@ def cut(text, random):
 
 def test_line_breaks_and_tabs_of_a_text_are_kept():
     paper = Paper(30)
-    lines = Lines(paper.output, 0)
+    lines = WordWrapper(paper.output, 0)
     lines.write("one\n\n\ttwo   three\nfour")
     assert paper.lines() == ["one", "", "    two   three", "four"]
     assert lines.column == 4

@@ -78,7 +78,7 @@ class StreamBridge:
             is_over = delta.is_last
             yield delta
 
-    async def watch(self, receive: Receive) -> None:
+    async def wait_for_disconnect(self, receive: Receive) -> None:
         """Wait until the client hangs up."""
         while (await receive())["type"] != "http.disconnect":
             pass
@@ -113,7 +113,7 @@ class ReplyResponse(Response):
         self._builder = builder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        watch = asyncio.create_task(self._bridge.watch(receive))
+        watch = asyncio.create_task(self._bridge.wait_for_disconnect(receive))
         try:
             await self._send_reply(scope, receive, send)
         except ClientLeft:
