@@ -67,7 +67,7 @@ def wait_until(condition: Callable[[], Any], seconds: float = SECONDS) -> Any:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process has ended, and what it has printed."""
+    """The end of a process: its exit code, and all that it has printed."""
 
     code: int
     stdout: str
@@ -144,7 +144,7 @@ class Started:
         return self._printed[1].decode(errors="replace")
 
     def wait_for(self, pattern: str, seconds: float = SECONDS) -> re.Match[str]:
-        """What it has printed, on either stream, once that holds the pattern."""
+        """Return the match of a pattern once what the process has printed, on either stream, holds one."""
         found = None
 
         def is_there() -> bool:
