@@ -68,17 +68,17 @@ def joining() -> Iterator[None]:
 def install() -> None:
     """Have every process group that is made from here on, by whatever library, begin with `meet`."""
     handlers = _handlers()
-    plain = handlers["env"]
-    if getattr(plain, "meets", False):
+    original = handlers["env"]
+    if getattr(original, "meets", False):
         return
 
-    def meeting(url: str, **settings: Any) -> Iterator[tuple[Store, int, int]]:
-        for store, rank, num_processes in plain(url, **settings):
+    def handler(url: str, **settings: Any) -> Iterator[tuple[Store, int, int]]:
+        for store, rank, num_processes in original(url, **settings):
             name = meet(store, rank, num_processes, settings.get("timeout", timedelta(minutes=30)))
             yield PrefixStore(name, store), rank, num_processes
 
-    meeting.meets = True
-    handlers["env"] = meeting
+    handler.meets = True
+    handlers["env"] = handler
 
 
 def _handlers() -> dict[str, Any]:

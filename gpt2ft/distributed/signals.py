@@ -43,7 +43,7 @@ class SignalHandler:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._since = 0.0
-        self._lock = RLock()
+        self._lock = RLock()  # another signal may interrupt a handler that holds it
 
     def was_signalled(self) -> bool:
         return self.received is not None

@@ -124,7 +124,7 @@ class Watchdog(Thread):
         """Return the problem and the suspects, if there are any, from heartbeats `seconds` after the last ones."""
         for rank, (old, new) in enumerate(zip(self.beats or beats, beats, strict=True)):
             self.silent[rank] = self.silent[rank] + seconds if new.number == old.number else 0.0
-            self.still[rank] = self.still[rank] + seconds if new[2:6] == old[2:6] else 0.0
+            self.still[rank] = self.still[rank] + seconds if new[2:6] == old[2:6] else 0.0  # place to signs
         self.beats = beats
         working = [rank for rank, beat in enumerate(beats) if beat.place != "finished"]
         fewest = min((beats[rank].collectives for rank in working), default=0)

@@ -93,7 +93,7 @@ def timed(seconds: dict[str, float], phase: str, device: torch.device, work: Cal
 
 
 def headline(settings: BenchmarkSettings, accelerator: Any, sizes: tuple[int, int], backend: str) -> str:
-    """Return what is measured, in a line.
+    """Return what is measured: model, processes, precision, attention, size of a step.
 
     Args:
         sizes: trained and all parameters.
