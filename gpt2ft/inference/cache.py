@@ -1,4 +1,4 @@
-"""Keys and values of what sequences have read, and the attention over them.
+"""Keys and values of the tokens that sequences hold, and the attention over them.
 
 Shape letters: B sequences, N new tokens, T cached tokens, H heads, D head width.
 """
@@ -27,6 +27,7 @@ class KeyValueCache:
         self.keys, self.values = [empty] * config.n_layer, [empty] * config.n_layer  # [slots, H, T, D] for each layer
 
     def make_room(self, num_tokens: int) -> None:
+        """Grow, if needed, so that every slot can hold `num_tokens`."""
         capacity = self.keys[0].shape[2]
         if num_tokens > capacity:
             more = min(-(-num_tokens // GROWTH) * GROWTH, self.n_positions) - capacity
@@ -35,7 +36,7 @@ class KeyValueCache:
                     tensors[layer] = pad(tensor, (0, 0, 0, more))
 
     def prefill(self, slot: int, start: int) -> Attention:
-        """The tokens of one sequence from `start` on: they see what is cached before it and, causally, each other."""
+        """Attention of one sequence's tokens from `start` on to the cached ones before and, causally, each other."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
             end = start + len(k)
@@ -51,7 +52,7 @@ class KeyValueCache:
         return attend
 
     def step(self, slots: Sequence[int], lengths: Sequence[int]) -> Attention:
-        """One new token in each of `slots` (ascending), behind the `lengths` tokens that are cached: N is B."""
+        """Attention of one new token in each of `slots` (ascending) to itself and `lengths` cached ones; N is B."""
         device, most = self.keys[0].device, max(lengths) + 1
         index, ends = torch.tensor([slots, lengths], device=device)
         seen = torch.arange(most, device=device) <= ends[:, None]  # [B, T]
@@ -67,13 +68,13 @@ class KeyValueCache:
         return attend
 
     def forget(self, slot: int) -> None:
-        """Zeros in place of what a slot holds: what is masked must be finite all the same, as 0 times NaN is NaN."""
+        """Fill a slot with zeros: values that are masked must be finite all the same, as 0 times NaN is NaN."""
         for tensor in (*self.keys, *self.values):
             tensor[slot] = 0
 
 
 def side_by_side(attentions: Sequence[Attention], sizes: Sequence[int]) -> Attention:
-    """Each attention on its own run of the stream."""
+    """Apply each attention to its own run of the stream, of `sizes` tokens."""
     if len(attentions) == 1:
         return attentions[0]
 

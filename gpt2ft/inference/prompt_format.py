@@ -46,7 +46,7 @@ class ChatPromptFormat:
 
 
 class PlainPromptFormat:
-    """Turns as plain text, for base models, whose chat tokens mean nothing yet. Unlike the template it can be forged.
+    """Turns as plain text, for base models, whose chat tokens mean nothing yet. Unlike the template, text can forge it.
 
     Answer in rhyme.
 

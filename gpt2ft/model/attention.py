@@ -30,6 +30,7 @@ FLEX_BLOCK = 128
 
 
 def default_backend(device: torch.device, attention_dropout: float) -> Backend:
+    """The fastest backend: FlexAttention on CUDA, which has no dropout, else segments."""
     return "flex" if device.type == "cuda" and not attention_dropout else "segments"
 
 
@@ -38,7 +39,7 @@ def attention_for(horizons: Tensor, num_tokens: int, backend: Backend, dropout: 
 
     Args:
         horizons: [N], on the device of the model.
-        num_tokens: how many of N are real; the tail sees only itself.
+        num_tokens: real tokens among N; each token of the tail sees only itself.
         dropout: on the attention weights; FlexAttention has none.
     """
     if backend == "flex":
@@ -53,6 +54,7 @@ def attention_for(horizons: Tensor, num_tokens: int, backend: Backend, dropout: 
 
 
 def dense_attention(horizons: Tensor, dropout: float = 0.0) -> Attention:
+    """Attention with the N x N mask."""
     mask = visible(horizons)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
@@ -99,6 +101,7 @@ def segment_attention(horizons: Tensor, num_tokens: int, dropout: float = 0.0) -
 
 
 def flex_attention(horizons: Tensor) -> Attention:
+    """FlexAttention with a block mask: unseen blocks are skipped, wholly seen ones need no mask."""
     from torch.nn.attention.flex_attention import BlockMask
 
     def rule(batch, head, query, key):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gpt2ft.files import synced
 from gpt2ft.model.gpt2 import GPT2Config
-from gpt2ft.model.pretrained import PREFIX, ModelError, in_precision
+from gpt2ft.model.pretrained import HF_PREFIX, ModelError, cast_checked
 
 SHORT_NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
@@ -53,7 +53,7 @@ class GGUFTokenizer:
 def write_gguf(
     file: Path, weights: Mapping[str, Tensor], config: GPT2Config, tokenizer: GGUFTokenizer, dtype: torch.dtype
 ) -> None:
-    """Writes a complete file, or none, and reads it back.
+    """Write a complete file, or none, and read it back.
 
     Args:
         dtype: of the matrices: float32, float16 or bfloat16.
@@ -82,7 +82,7 @@ def write_gguf(
 
 
 def _check_names(tokenizer: GGUFTokenizer) -> None:
-    """Raises ModelError unless llama.cpp reads the names as they are meant."""
+    """Raise ModelError unless llama.cpp reads the names as they are meant."""
     for id, name in enumerate(tokenizer.names):
         if name in (OF_OTHER_MODELS if id in tokenizer.control_ids else ENDINGS | OF_OTHER_MODELS):
             raise ModelError(
@@ -94,7 +94,7 @@ def _check_names(tokenizer: GGUFTokenizer) -> None:
 
 
 def _metadata(config: GPT2Config, tokenizer: GGUFTokenizer, dtype: torch.dtype, name: str) -> dict[str, Any]:
-    """What stands in the file beside the tensors, by llama.cpp's keys."""
+    """The contents of the file beside the tensors, by llama.cpp's keys."""
     from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, Keys, LlamaFileType, TokenType
 
     architecture = MODEL_ARCH_NAMES[MODEL_ARCH.GPT2]
@@ -137,17 +137,17 @@ def _tensors(
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
     for ours, weight in weights.items():
-        name = names.get_name(PREFIX + ours, try_suffixes=(".weight", ".bias"))
+        name = names.get_name(HF_PREFIX + ours, try_suffixes=(".weight", ".bias"))
         tensor = weight.detach().float().cpu()
         if ours == "wte.weight":
             tensor = tensor[:num_ids]
         if tensor.ndim == 2 and ours != "wpe.weight":
-            tensor = in_precision(ours, tensor, dtype)
+            tensor = cast_checked(ours, tensor, dtype)
         yield name, (tensor if ours in ("wte.weight", "wpe.weight") else tensor.t()).contiguous()
 
 
 def _add(writer: Any, key: str, value: Any) -> None:
-    """Adds a value under the type that llama.cpp reads it as."""
+    """Add a value with the type that llama.cpp reads."""
     if isinstance(value, list):
         writer.add_array(key, value)
     elif isinstance(value, bool):
@@ -161,7 +161,7 @@ def _add(writer: Any, key: str, value: Any) -> None:
 
 
 def _check(file: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Raises OSError unless a file holds exactly this."""
+    """Raise OSError unless a file holds exactly this."""
     import gguf
 
     reader = gguf.GGUFReader(file)

@@ -20,8 +20,7 @@ from gpt2ft.model.attention import Attention
 class GPT2Config:
     """Shape of a GPT-2. `vocab_size` counts rows of the table, padding included.
 
-    Dropout stands where GPT-2 has it: `dropout` after the embeddings and on both residual branches,
-    `attention_dropout` on the attention weights.
+    `dropout` stands after the embeddings and on both residual branches, `attention_dropout` on the attention weights.
     """
 
     vocab_size: int
@@ -63,6 +62,8 @@ class Projection(nn.Module):
 
 
 class SelfAttention(nn.Module):
+    """Multi-head attention over the tokens that `attend` lets each token see, x [N, E] -> [N, E]."""
+
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
         self.layer = layer
@@ -79,6 +80,8 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two projections with GELU between them, x [N, E] -> [N, E]."""
+
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.c_fc = Projection(config.n_embd, 4 * config.n_embd)
@@ -90,6 +93,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """A transformer block: attention, then the MLP, each added to the residual stream, x [N, E] -> [N, E]."""
+
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
@@ -106,8 +111,8 @@ class GPT2(nn.Module):
     """Tokens in, final hidden states out. The head is `wte` itself: see `logits` and model/logprobs.py.
 
     Attributes:
-        activation_checkpointing: keep of each block its input alone and compute it again in the backward pass (Chen et
-            al. 2016, "Training Deep Nets with Sublinear Memory Cost"). The results are the same, dropout included.
+        activation_checkpointing: keep only the input of each block, and run the block again in the backward pass (Chen
+            et al. 2016, "Training Deep Nets with Sublinear Memory Cost"). Results are the same, dropout included.
     """
 
     activation_checkpointing = False

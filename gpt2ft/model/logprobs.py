@@ -20,14 +20,14 @@ class TargetLogProbs(nn.Module):
     """TokenStream -> log p(target | everything the target's token sees), float32 [S].
 
     Args:
-        vocabulary: ids in use. Rows of the table beyond it are padding; their log-probability is minus
-            infinity (they are left out of the normalisation, and no target may name them).
+        num_ids: ids in use. The rows of the table beyond them are padding, whose log-probability is minus infinity:
+            they are left out of the normalisation, and no target may name them.
     """
 
-    def __init__(self, gpt2: GPT2, vocabulary: int, backend: Backend) -> None:
+    def __init__(self, gpt2: GPT2, num_ids: int, backend: Backend) -> None:
         super().__init__()
         self.gpt2 = gpt2
-        self.vocabulary = vocabulary
+        self.num_ids = num_ids
         self.backend = backend
 
     def forward(self, stream: TokenStream) -> Tensor:
@@ -42,7 +42,7 @@ class TargetLogProbs(nn.Module):
         log_probs = []
         for start in range(0, stream.num_supervised, CHUNK):
             chunk = slice(start, start + CHUNK)
-            log_probs.append(_LogProbs.apply(hidden[chunk], weight, *rows, stream.targets[chunk], self.vocabulary))
+            log_probs.append(_LogProbs.apply(hidden[chunk], weight, *rows, stream.targets[chunk], self.num_ids))
         computed = sum(map(len, log_probs))
         # The rest are entries of weight 0. They stay connected, so that a stream without supervision takes part
         # in the gradient all-reduce like any other.
@@ -66,19 +66,19 @@ class _LogProbs(torch.autograd.Function):
         rows: Tensor | None,
         row_ids: Tensor | None,
         targets: Tensor,
-        vocabulary: int,
+        num_ids: int,
     ) -> Tensor:
-        logits = head_logits(hidden, with_rows(weight, rows, row_ids), vocabulary)
+        logits = head_logits(hidden, write_trained_rows(weight, rows, row_ids), num_ids)
         normalizer = logits.logsumexp(-1)  # [C]
         ctx.save_for_backward(hidden, weight, rows, row_ids, targets, normalizer)
-        ctx.vocabulary = vocabulary
+        ctx.num_ids = num_ids
         return logits.gather(-1, targets[:, None])[:, 0] - normalizer
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         hidden, weight, rows, row_ids, targets, normalizer = ctx.saved_tensors
-        weight = with_rows(weight, rows, row_ids)
-        d_logits = head_logits(hidden, weight, ctx.vocabulary).sub_(normalizer[:, None]).exp_()  # softmax [C, V]
+        weight = write_trained_rows(weight, rows, row_ids)
+        d_logits = head_logits(hidden, weight, ctx.num_ids).sub_(normalizer[:, None]).exp_()  # softmax [C, V]
         d_logits.mul_(-gradient[:, None])
         d_logits.scatter_add_(-1, targets[:, None], gradient[:, None])
         d_logits = d_logits.to(hidden.dtype)
@@ -88,7 +88,7 @@ class _LogProbs(torch.autograd.Function):
         return d_hidden, d_weight, d_rows, None, None, None
 
 
-def with_rows(weight: Tensor, rows: Tensor | None, row_ids: Tensor | None) -> Tensor:
+def write_trained_rows(weight: Tensor, rows: Tensor | None, row_ids: Tensor | None) -> Tensor:
     """Return the table, after writing the rows that are trained alone into it, if there are any.
 
     Callers do so before each use: a table in shards was gathered for this use alone and lacks these rows. Within a step
@@ -99,7 +99,7 @@ def with_rows(weight: Tensor, rows: Tensor | None, row_ids: Tensor | None) -> Te
     return weight
 
 
-def head_logits(hidden: Tensor, weight: Tensor, vocabulary: int) -> Tensor:
+def head_logits(hidden: Tensor, weight: Tensor, num_ids: int) -> Tensor:
     """Return logits [C, V] in float32, minus infinity in the padding columns.
 
     GPT-2's logits lie around -100, where bfloat16 resolves steps of 0.5: their sum must not be rounded to it.
@@ -112,5 +112,5 @@ def head_logits(hidden: Tensor, weight: Tensor, vocabulary: int) -> Tensor:
             logits = torch.mm(hidden, rows, out_dtype=torch.float32)
         else:
             logits = hidden.float() @ rows.float()
-    logits[:, vocabulary:] = -torch.inf
+    logits[:, num_ids:] = -torch.inf
     return logits

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, embedding, linear
 
 from gpt2ft.model.gpt2 import GPT2, Projection
-from gpt2ft.model.logprobs import with_rows
+from gpt2ft.model.logprobs import write_trained_rows
 from gpt2ft.settings.choices import LORA_TARGETS
 from gpt2ft.settings.sections import LoRASettings
 
@@ -91,7 +91,7 @@ class AdaptedEmbedding(nn.Module):
 
     def refresh(self) -> Tensor:
         """Return the table [V, E] with the rows as they are now."""
-        return with_rows(self.weight, self.rows, self.row_ids)
+        return write_trained_rows(self.weight, self.rows, self.row_ids)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return _Embedded.apply(self.rows, self.refresh(), self.row_ids, tokens)
@@ -115,7 +115,7 @@ class _Embedded(torch.autograd.Function):
 def apply_lora(gpt2: GPT2, settings: LoRASettings, row_ids: Sequence[int], generator: torch.Generator) -> None:
     """Freeze a model and put adapters on it, in place; they and the rows `row_ids` of the table are trained.
 
-    Its outputs are the same as before.
+    Outputs are the same as before.
     """
     gpt2.requires_grad_(False)
     targets = [target for target in LORA_TARGETS if target in settings.targets]  # in one order, however they are given
@@ -144,7 +144,7 @@ def load_trainable_parameters(gpt2: nn.Module, weights: Mapping[str, Tensor]) ->
     """Load values that `trainable_parameters` returned.
 
     Raises:
-        ValueError: if these are not the weights that are trained here.
+        ValueError: if other parameters are trained here, or of other shapes.
     """
     trained = trainable_parameters(gpt2)
     if trained.keys() != weights.keys():

@@ -37,17 +37,17 @@ _LORA = re.compile(re.escape(PREFIX) + rf"(h\.\d+\.(?:{_MODULES}))\.lora_(A|B)\.
 
 
 def write_adapter(folder: Path, gpt2: GPT2, settings: LoRASettings, base: str) -> None:
-    """Writes the adapters and rows of an adapted model, and reads them back.
+    """Write the adapters and rows of an adapted model, and read them back.
 
     Args:
-        base: the model they stand on, as PEFT is to find it.
+        base: where PEFT finds the model that they stand on.
 
     Raises:
-        OSError: if what is read back is not what was written.
+        OSError: if names or shapes are not the same when read back.
     """
     tensors, ranks = {ROWS: gpt2.wte.rows.detach()}, {}
     for name, module in adapted_projections(gpt2):
-        A, B = _as_one(module)
+        A, B = _stacked(module)
         tensors |= {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
         ranks[".".join(name.split(".")[2:])] = len(A)
     write_safetensors(folder / WEIGHTS, tensors)
@@ -57,8 +57,8 @@ def write_adapter(folder: Path, gpt2: GPT2, settings: LoRASettings, base: str) -
         raise OSError(f"{folder / WEIGHTS} does not hold what was written to it")
 
 
-def _as_one(module: AdaptedProjection) -> tuple[Tensor, Tensor]:
-    """A [R, in] and B [out, R] of one adapter that does what all of a matrix do."""
+def _stacked(module: AdaptedProjection) -> tuple[Tensor, Tensor]:
+    """A [R, in] and B [out, R] of one adapter that computes the same as all adapters of a matrix."""
     A = torch.cat([adapter.A.detach() for adapter in module.adapters.values()])
     B = A.new_zeros(module.weight.shape[1], len(A))
     at = 0
@@ -91,11 +91,11 @@ def _peft_config(settings: LoRASettings, ranks: Mapping[str, int], row_ids: list
     }
 
 
-# --- back in --------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------------------------
 
 
 def read_base(folder: Path) -> str:
-    """What an adapter stands on, as its config says.
+    """The model that an adapter stands on, by its config.
 
     Raises:
         ModelError: if it is no LoRA adapter for a GPT-2 that can be read here.
@@ -111,7 +111,7 @@ def merge_adapter(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Tens
     """The weights of the base, by this package's names, with an adapter of ours or of PEFT's added, in float32.
 
     Raises:
-        ModelError: if it does not fit the base, or holds anything that would be left out.
+        ModelError: if it does not fit the base, or holds a tensor that has no place in it.
     """
     config = _read_config(folder)
     try:
@@ -119,12 +119,12 @@ def merge_adapter(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Tens
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{folder / WEIGHTS} is not a readable safetensors file ({error})") from error
     merged = dict(weights)
-    merged["wte.weight"] = _table(folder, merged["wte.weight"], tensors, config.get("trainable_token_indices"))
+    merged["wte.weight"] = _merged_table(folder, merged["wte.weight"], tensors, config.get("trainable_token_indices"))
     tensors = {name: tensor for name, tensor in tensors.items() if name not in (ROWS, *TABLES, *HEADS)}
     unknown = [name for name in tensors if not _LORA.fullmatch(name)]
     if unknown:
         raise ModelError(f"{folder / WEIGHTS}: `{unknown[0]}` is nothing that an adapter of GPT-2 can have here")
-    for module, A, B in _pairs(folder, tensors):
+    for module, A, B in _adapters(folder, tensors):
         if f"{module}.weight" not in merged:
             raise ModelError(f"{folder / WEIGHTS}: the base has no {module}: the adapter is for another model")
         weight = merged[f"{module}.weight"].float()
@@ -168,7 +168,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _pairs(folder: Path, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _adapters(folder: Path, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(module, A, B) for each adapted matrix."""
     modules = sorted({_LORA.fullmatch(name)[1] for name in tensors})  # type: ignore[index]
     for module in modules:
@@ -180,7 +180,7 @@ def _pairs(folder: Path, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, T
 
 
 def _rank_and_scaling(config: Mapping[str, Any], module: str) -> tuple[int, float]:
-    """As PEFT has it: patterns are for the end of a module's name."""
+    """Look up rank and scaling as PEFT does: patterns match the end of a module's name."""
 
     def of(pattern_key: str, default: float) -> float:
         for pattern, value in (config.get(pattern_key) or {}).items():
@@ -192,8 +192,8 @@ def _rank_and_scaling(config: Mapping[str, Any], module: str) -> tuple[int, floa
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _table(folder: Path, table: Tensor, tensors: Mapping[str, Tensor], row_ids: Any) -> Tensor:
-    """The table of the base with what the adapter has of it: all rows, some rows, or none."""
+def _merged_table(folder: Path, table: Tensor, tensors: Mapping[str, Tensor], row_ids: Any) -> Tensor:
+    """The table of the base with the rows that the adapter holds: all, some, or none."""
     for head, name in HEADS.items():
         if head in tensors and not (name in tensors and torch.equal(tensors[head], tensors[name])):
             raise ModelError(f"{folder / WEIGHTS}: `{head}` must equal `{name}` (GPT-2's head is tied), but differs")

@@ -1,7 +1,7 @@
 """GPT-2's weights in and out: hub names and Hugging Face folders, safetensors only.
 
 Nothing here executes anything it reads: safetensors and JSON, checked against the configuration before
-they are used. Shape letters: V rows of the vocabulary table, E embedding width.
+they are used. Shape letters: V rows of the embedding table, E embedding width.
 """
 
 import hashlib
@@ -18,7 +18,8 @@ from gpt2ft.files import write_json, write_safetensors
 from gpt2ft.model.gpt2 import GPT2Config, parameter_shapes
 from gpt2ft.settings.choices import PUBLISHED_MODELS
 
-PREFIX = "transformer."
+HF_PREFIX = "transformer."  # of every parameter but the head, in files of transformers
+HEAD = "lm_head.weight"
 
 
 class ModelError(Gpt2ftError):
@@ -126,34 +127,38 @@ def read_weights(folder: Path, config: GPT2Config) -> dict[str, Tensor]:
     """
     shapes = parameter_shapes(config)
     weights: dict[str, Tensor] = {}
-    head = None
     for file in _weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
-                    short = name.removeprefix(PREFIX)
-                    if short.endswith((".attn.bias", ".attn.masked_bias")):
-                        continue
-                    if short == "lm_head.weight":
-                        head = tensors.get_tensor(name)
-                        continue
-                    if short not in shapes:
-                        raise ModelError(f"{file}: `{name}` is not a parameter of this GPT-2")
-                    shape = tuple(tensors.get_slice(name).get_shape())
-                    if shape != shapes[short]:
-                        raise ModelError(f"{file}: `{name}` must have shape {shapes[short]}, but has {shape}")
-                    weights[short] = tensors.get_tensor(name).float()
-        except SafetensorError as error:
-            raise ModelError(f"{file} is not a readable safetensors file ({error})") from error
+        weights |= _read_tensors(file, shapes)
+    head = weights.pop(HEAD, None)
     missing = sorted(shapes.keys() - weights.keys())
     if missing:
         raise ModelError(f"{folder} lacks {len(missing)} parameters, the first is `{missing[0]}`")
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise ModelError(f"{folder}: `{name}` holds values that are not finite")
-    if head is not None and not torch.equal(head.float(), weights["wte.weight"]):
-        raise ModelError(f"{folder}: `lm_head.weight` must equal `wte.weight` (GPT-2's head is tied), but differs")
+    if head is not None and not torch.equal(head, weights["wte.weight"]):
+        raise ModelError(f"{folder}: `{HEAD}` must equal `wte.weight` (GPT-2's head is tied), but differs")
     return weights
+
+
+def _read_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The parameters in one file, and the head if it is there, in float32."""
+    found = {}
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
+                short = name.removeprefix(HF_PREFIX)
+                if short.endswith((".attn.bias", ".attn.masked_bias")):
+                    continue
+                if short not in shapes and short != HEAD:
+                    raise ModelError(f"{file}: `{name}` is not a parameter of this GPT-2")
+                shape = tuple(tensors.get_slice(name).get_shape())
+                if short != HEAD and shape != shapes[short]:
+                    raise ModelError(f"{file}: `{name}` must have shape {shapes[short]}, but has {shape}")
+                found[short] = tensors.get_tensor(name).float()
+    except SafetensorError as error:
+        raise ModelError(f"{file} is not a readable safetensors file ({error})") from error
+    return found
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -176,22 +181,22 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def extend_vocabulary(
-    table: Tensor, vocabulary: int, rows: int, copies: Mapping[int, int], generator: torch.Generator
+    table: Tensor, num_ids: int, num_rows: int, copies: Mapping[int, int], generator: torch.Generator
 ) -> Tensor:
-    """The embedding table [V, E] -> [rows, E]: new ids up to `vocabulary`, then padding rows of zero.
+    """The embedding table [V, E] -> [num_rows, E]: new ids up to `num_ids`, then padding rows of zero.
 
     A new row starts at the mean of the old ones: its logit is then about the average logit, so that the
     distribution over the old tokens hardly moves (Hewitt 2021, "Initializing New Word Embeddings for
     Pretrained Language Models"). A little noise, a tenth of the old rows' spread, tells the new rows apart.
     `copies` maps a new id to an old one whose row it starts from instead.
     """
-    old = min(len(table), vocabulary)
-    extended = torch.zeros(rows, table.shape[1])
+    old = min(len(table), num_ids)
+    extended = torch.zeros(num_rows, table.shape[1])
     extended[:old] = table[:old]
-    if vocabulary > old:
+    if num_ids > old:
         known = table[:old]
-        noise = torch.randn(vocabulary - old, table.shape[1], generator=generator)
-        extended[old:vocabulary] = known.mean(0) + 0.1 * known.std(0) * noise
+        noise = torch.randn(num_ids - old, table.shape[1], generator=generator)
+        extended[old:num_ids] = known.mean(0) + 0.1 * known.std(0) * noise
         for new, source in copies.items():
             if new >= old:
                 extended[new] = table[source]
@@ -202,31 +207,30 @@ def write_model(
     folder: Path,
     weights: Mapping[str, Tensor],
     config: GPT2Config,
-    vocabulary: int,
     token_ids: Mapping[str, int],
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes `model.safetensors` and `config.json` as transformers, vLLM and llama.cpp read them, and reads them back.
+    """Write `model.safetensors` and `config.json` as transformers, vLLM and llama.cpp read them, and read them back.
 
     The tied head is not written again.
 
     Args:
-        vocabulary: how many ids are in use; the table is cropped to them.
+        config: its `vocab_size` counts the ids in use, without padding; the table is cropped to them.
         token_ids: holds `bos_token_id`, `eos_token_id` and `pad_token_id`.
 
     Raises:
         ModelError: if a weight is too large for `dtype`.
         OSError: if what is read back is not what was written.
     """
-    cropped = dict(weights) | {"wte.weight": weights["wte.weight"][:vocabulary]}
-    tensors = {name: in_precision(name, tensor.detach().cpu(), dtype) for name, tensor in cropped.items()}
-    write_safetensors(folder / "model.safetensors", {PREFIX + name: tensor for name, tensor in tensors.items()})
+    cropped = dict(weights) | {"wte.weight": weights["wte.weight"][: config.vocab_size]}
+    tensors = {name: cast_checked(name, tensor.detach().cpu(), dtype) for name, tensor in cropped.items()}
+    write_safetensors(folder / "model.safetensors", {HF_PREFIX + name: tensor for name, tensor in tensors.items()})
     hugging_face = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "activation_function": "gelu_new",
         "attn_pdrop": config.attention_dropout,
-        "dtype": name_of(dtype),
+        "dtype": dtype_name(dtype),
         "embd_pdrop": config.dropout,
         "layer_norm_epsilon": config.layer_norm_epsilon,
         "n_ctx": config.n_positions,  # llama.cpp reads this one
@@ -238,7 +242,7 @@ def write_model(
         "resid_pdrop": config.dropout,
         "tie_word_embeddings": True,
         "use_cache": True,
-        "vocab_size": vocabulary,
+        "vocab_size": config.vocab_size,
     }
     write_json(folder / "config.json", hugging_face | dict(token_ids))
     found = read_weights(folder, read_config(folder))
@@ -247,7 +251,7 @@ def write_model(
         raise OSError(f"the model folder is not kept: `{wrong[0]}` is not what was written when read back")
 
 
-def in_precision(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def cast_checked(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in float32 or in half precision.
 
     Raises:
@@ -256,13 +260,13 @@ def in_precision(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     converted = tensor.to(dtype)
     if dtype != torch.float32 and not converted.isfinite().all():
         raise ModelError(
-            f"`{name}` must fit into {name_of(dtype)}, but holds {float(tensor.abs().max()):g}: "
+            f"`{name}` must fit into {dtype_name(dtype)}, but holds {float(tensor.abs().max()):g}: "
             "export with --dtype float32 or bfloat16"
         )
     return converted
 
 
-def name_of(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     """`float16` for torch.float16."""
     return str(dtype).removeprefix("torch.")
 

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -176,6 +177,6 @@ def write_folder(
         save_tokenizer(tokenizer, temporary, config.n_positions)
         generation = token_ids | {"eos_token_id": [eos, pad], "do_sample": False}
         write_json(temporary / "generation_config.json", generation)
-        write_model(temporary, weights, config, len(tokenizer), token_ids, dtype)
+        write_model(temporary, weights, replace(config, vocab_size=len(tokenizer)), token_ids, dtype)
         if ChatTokenizer.from_folder(temporary).digest != tokenizer.digest:
             raise OSError(f"{folder} is not kept: its tokenizer is another when read back")

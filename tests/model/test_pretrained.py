@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -343,7 +344,7 @@ class TestWriteModel:
 
     @pytest.fixture
     def written(self, ours, tmp_path):
-        write_model(tmp_path, dict(ours.named_parameters()), ours.config, vocabulary=60, token_ids=TOKEN_IDS)
+        write_model(tmp_path, dict(ours.named_parameters()), replace(ours.config, vocab_size=60), TOKEN_IDS)
         return tmp_path
 
     def test_is_read_by_transformers(self, ours, written):

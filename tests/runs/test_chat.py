@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from types import SimpleNamespace
@@ -61,7 +62,7 @@ def base_model(untrained, tiny_model_folder, tmp_path_factory):
     for name in ("vocab.json", "merges.txt"):
         (folder / name).write_bytes((tiny_model_folder / name).read_bytes())
     num_known = json.loads((tiny_model_folder / "config.json").read_text())["vocab_size"]
-    write_model(folder, untrained.weights(), untrained.gpt2.config, num_known, {})
+    write_model(folder, untrained.weights(), replace(untrained.gpt2.config, vocab_size=num_known), {})
     return folder
 
 

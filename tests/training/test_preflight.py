@@ -232,7 +232,7 @@ class TestIsolation:
         """Every token is out of sight after so many."""
         near = torch.arange(len(stream.horizons)) + sight
         broken = replace(stream, horizons=stream.horizons.minimum(near))
-        dense = TargetLogProbs(model.gpt2, model.vocabulary, "dense")
+        dense = TargetLogProbs(model.gpt2, model.num_ids, "dense")
         with pytest.raises(PreflightError, match="does not isolate"):
             check_isolation(dense, broken)
 

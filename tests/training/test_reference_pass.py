@@ -44,7 +44,7 @@ def test_a_row_is_the_reply_alone(make_plan, make_store, gpt2, model, accelerato
             turns = [tree.tokens[tree.starts[i] : tree.starts[i] + tree.lengths[i]] for i in tree.path_to(node)]
             ids = torch.from_numpy(np.concatenate(turns)).long()
             hidden = gpt2(ids, torch.arange(len(ids)), dense_attention(torch.full_like(ids, len(ids))))
-            logits = gpt2.logits(hidden)[:, : model.vocabulary]
+            logits = gpt2.logits(hidden)[:, : model.num_ids]
             length = int(tree.lengths[node]) - 1
             expected = logits.log_softmax(-1)[:-1].gather(1, ids[1:, None])[-length:, 0].double()
             log_prob, log_probs = rows[reply_key(tree, node)]
