@@ -31,6 +31,7 @@ class PairLogProbs:
 
     @property
     def chosen_change(self) -> Tensor:
+        """Log-prob under the policy minus that under the reference."""
         return self.chosen - self.reference_chosen
 
     @property

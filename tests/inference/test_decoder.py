@@ -28,11 +28,11 @@ class TestSchedule:
         sequences += [([*prompt[:-1], 1, 2], *others) for prompt, *others in draw.sample(sequences, 20)]
         draw.shuffle(sequences)
         decoder = Decoder(model, [STOP], suppressing(), 5, prefill_chunk=7)
-        present, said = {}, [[] for _ in sequences]  # slot -> number
+        present, sampled = {}, [[] for _ in sequences]  # slot -> number
         joined = left_early = joined_midway = gaps = waited = 0
         while joined < len(sequences) or present:
             while joined < len(sequences) and decoder.num_free and draw.random() < 0.6:
-                joined_midway += any(said[number] for number in present.values())
+                joined_midway += any(sampled[number] for number in present.values())
                 slot = decoder.join(*sequences[joined])
                 assert slot not in present
                 present[slot] = joined
@@ -42,11 +42,11 @@ class TestSchedule:
             waited += len(present) > len(steps) > 0
             for slot, id, finish in steps:
                 number = present[slot]
-                said[number] += [] if id is None else [id]
+                sampled[number] += [] if id is None else [id]
                 gives_up = draw.random() < 0.05
                 if finish or gives_up:
                     expected, ended = self.alone(model, *sequences[number])
-                    assert (said[number], finish) in [(expected, ended), (expected[: len(said[number])], None)]
+                    assert (sampled[number], finish) in [(expected, ended), (expected[: len(sampled[number])], None)]
                     left_early += not finish
                     decoder.leave(slot)
                     del present[slot]
@@ -139,13 +139,13 @@ class TestReading:
         for prefill_chunk in range(1, 25):
             decoder = Decoder(model, [STOP], suppressing(), 3, prefill_chunk)
             slots = [decoder.join(prompt, GREEDY, 9) for prompt in prompts]
-            said = {slot: [] for slot in slots}
+            sampled = {slot: [] for slot in slots}
             finishes = {}
             while len(finishes) < 3:
                 for slot, id, finish in decoder.step():
-                    said[slot] += [] if id is None else [id]
+                    sampled[slot] += [] if id is None else [id]
                     finishes |= {slot: finish} if finish else {}
-            assert [said[slot] for slot in slots] == expected
+            assert [sampled[slot] for slot in slots] == expected
 
     def test_nothing_read_per_step_is_refused(self, model):
         with pytest.raises(ValueError, match="`prefill_chunk` must be at least 1, but is 0"):
@@ -153,7 +153,7 @@ class TestReading:
 
 
 class TestStops:
-    def test_each_sequence_has_stops_of_its_own_and_never_says_those_of_others(self, model):
+    def test_each_sequence_has_stops_of_its_own_and_never_samples_those_of_others(self, model):
         """The ids that end one kind of sequence are padding to another."""
         likely = continued(model, PROMPTS, 12, [STOP], suppressing(STOP))
         other = likely[0].ids[2]
@@ -185,13 +185,13 @@ class TestBroken:
         expected = uncached(fragile, [1, 2, 3], 10, mask)
         decoder = Decoder(fragile, [STOP], mask, 3)
         good = decoder.join([1, 2, 3], GREEDY, 10)
-        said = [step.id for step in decoder.step()]
+        sampled = [step.id for step in decoder.step()]
         bad = decoder.join([4, 7, 5], GREEDY, 10)
         steps = decoder.step()
         assert (bad, None, "broken") in steps
         assert decoder.step() != []
-        said += [step.id for step in steps if step.slot == good]
-        assert said == expected.ids[:2]
+        sampled += [step.id for step in steps if step.slot == good]
+        assert sampled == expected.ids[:2]
 
     def test_whoever_comes_next_into_its_slot_is_as_if_alone(self, fragile):
         """What is masked is multiplied by zero, which does not make zero of everything."""

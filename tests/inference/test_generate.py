@@ -51,8 +51,8 @@ class TestOneByOne:
         prompts = [[draw.randrange(STOP) for _ in range(draw.randrange(1, 15))] for _ in range(10)]
         replies = continued(model, prompts, 12, [STOP], mask, sampling)
         for prompt, reply in zip(prompts, replies, strict=True):
-            said = theirs.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
-            assert reply.ids + [STOP] * reply.stopped == said
+            sampled = theirs.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+            assert reply.ids + [STOP] * reply.stopped == sampled
         assert {reply.stopped for reply in replies} == {True, False}
 
     def test_no_prompts(self, model):
@@ -106,10 +106,12 @@ class TestSuppressed:
     def test_suppressed_ids_are_never_sampled(self, model):
         free = {id for reply in continued(model, PROMPTS, 20, [STOP], suppressing(STOP)) for id in reply.ids}
         banned = sorted(free)[:3]
-        said = {id for reply in continued(model, PROMPTS, 20, [STOP], suppressing(STOP, *banned)) for id in reply.ids}
+        sampled = {
+            id for reply in continued(model, PROMPTS, 20, [STOP], suppressing(STOP, *banned)) for id in reply.ids
+        }
         assert len(banned) == 3
-        assert not said & set(banned)
-        assert max(said | free) < VOCABULARY
+        assert not sampled & set(banned)
+        assert max(sampled | free) < VOCABULARY
 
     @pytest.mark.parametrize(
         "sampling", [GREEDY, SamplingSettings(temperature=5.0, top_p=1.0, seed=0)], ids=["greedy", "hot"]
@@ -124,10 +126,10 @@ class TestSuppressed:
         prompts = [render_prompt(tokenizer, [("user", text)]) for text in ("What is tea?", "Why?")]
         free = continued(model, prompts, 20, stops, torch.zeros_like(mask), sampling)
         assert all(mask[reply.ids].all() for reply in free)
-        said = [id for reply in continued(model, prompts, 20, stops, mask, sampling) for id in reply.ids]
-        assert len(said) > 10
-        assert not tokenizer.control_ids & set(said)
-        assert max(said) < len(tokenizer)
+        sampled = [id for reply in continued(model, prompts, 20, stops, mask, sampling) for id in reply.ids]
+        assert len(sampled) > 10
+        assert not tokenizer.control_ids & set(sampled)
+        assert max(sampled) < len(tokenizer)
 
     def test_suppressed_is_padding_and_every_control_token_but_the_stops(self, tokenizer):
         table = torch.zeros(tokenizer.padded_size, 1)
@@ -171,8 +173,8 @@ class TestModel:
         decoder = Decoder(model, [], suppressing(), 2)
         for prompt in PROMPTS[:2]:
             decoder.join(prompt, SAMPLED, 20)
-        said = [id for _ in range(20) for _, id, _ in decoder.step()]
-        assert len(said) == 40
+        sampled = [id for _ in range(20) for _, id, _ in decoder.step()]
+        assert len(sampled) == 40
         assert decoder._cache.keys[0].dtype == dtype
 
     def test_no_gradients_are_kept(self, model):
