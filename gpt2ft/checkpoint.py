@@ -125,8 +125,8 @@ def save(
 def prune(root: Path, keep: int, best_step: int | None) -> None:
     """Remove all checkpoints but the newest `keep` and the best.
 
-    Newest by step, and also by when they were written: where a damaged one was passed over, what is written after it
-    has an earlier step and must not give way to it.
+    The newest by step are kept, and the newest by time of writing: after a run has resumed from before a damaged
+    checkpoint, new ones have an earlier step than that one, and must not be removed in its favour.
     """
     if keep < 1:
         raise ValueError(f"`keep` must be at least 1, but is {keep}")
@@ -238,7 +238,7 @@ def _name(step: int | None) -> str | None:
 
 
 def _entries(root: Path) -> list[Path]:
-    """Return all that may be meant as checkpoints, latest step first: also files, links and renamed folders."""
+    """Return all entries named like a checkpoint, latest step first: also files, links and renamed folders."""
     try:
         found = [path for path in root.iterdir() if path.name.startswith("step-")]
     except FileNotFoundError as error:
@@ -256,7 +256,7 @@ def _step_in(path: Path) -> int:
 
 
 def _is_named(path: Path) -> bool:
-    """Return True for the name that a checkpoint gets, False for one such as step-1 or step-00000001.bak."""
+    """Return True if the name is one that `save` gives, False for one such as step-1 or step-00000001.bak."""
     return path.name == _name(_step_in(path))
 
 

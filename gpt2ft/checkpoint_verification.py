@@ -1,8 +1,8 @@
-"""Checks of a checkpoint before anything in it is used: nothing that it says is believed unchecked.
+"""Checks of a checkpoint before anything in it is used.
 
-Digests find what a disk, a copy or a kill has done to a file. The rest finds what was whole but wrong when it was
-written: links, JSON that is too large or too deep, tensors that do not match, values that are not finite. Whatever does
-not hold is a CheckpointError that names the file.
+Digests find files that a disk, a copy or a kill has damaged. The other checks find files that were wrong when they were
+written: links, JSON that is too large or too deep, tensors that do not match, values that are not finite. A check that
+fails raises a CheckpointError that names the file.
 """
 
 import json
@@ -27,7 +27,7 @@ class CheckpointError(Gpt2ftError):
 
 
 def check_kind(path: Path, kind: str) -> int:
-    """Return the size of a file or folder, which must have this name itself: a link may lead anywhere, a pipe blocks.
+    """Check that a path is a file or a folder itself, and return its size: a link may lead anywhere, a pipe blocks.
 
     Args:
         kind: "a file" or "a folder".
@@ -67,7 +67,7 @@ def shown(value: Any) -> str:
 
 
 def manifest_entry(file: Path) -> dict[str, Any]:
-    """Return what a manifest states of a file."""
+    """Return size and digest of a file, as a manifest states them."""
     return {"bytes": file.stat().st_size, "sha256": file_digest(file)}
 
 
@@ -124,7 +124,7 @@ def _shapes(file: Path, lowest: float = -torch.finfo(torch.float32).max) -> dict
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Have an error of the system become a sentence that names what was being read."""
+    """Turn an OSError within the block into a CheckpointError that names the path."""
     try:
         yield
     except FileNotFoundError as error:

@@ -58,7 +58,7 @@ def write_adapter(folder: Path, gpt2: GPT2, settings: LoRASettings, base: str) -
 
 
 def _stacked(module: AdaptedProjection) -> tuple[Tensor, Tensor]:
-    """A [R, in] and B [out, R] of one adapter that computes the same as all adapters of a matrix."""
+    """Return A [R, in] and B [out, R] of one adapter that computes the same as all adapters of a matrix."""
     A = torch.cat([adapter.A.detach() for adapter in module.adapters.values()])
     B = A.new_zeros(module.weight.shape[1], len(A))
     at = 0
@@ -95,7 +95,7 @@ def _peft_config(settings: LoRASettings, ranks: Mapping[str, int], row_ids: list
 
 
 def read_base(folder: Path) -> str:
-    """The model that an adapter stands on, by its config.
+    """Return the name or path of the model that an adapter belongs to, from its config.
 
     Raises:
         ModelError: if it is no LoRA adapter for a GPT-2 that can be read here.
@@ -108,7 +108,7 @@ def read_base(folder: Path) -> str:
 
 
 def merge_adapter(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the base, by this package's names, with an adapter of ours or of PEFT's added, in float32.
+    """Return the base's weights, by this package's names, with an adapter of ours or of PEFT's added, in float32.
 
     Raises:
         ModelError: if it does not fit the base, or holds a tensor that has no place in it.
@@ -169,7 +169,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _adapters(folder: Path, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(module, A, B) for each adapted matrix."""
+    """Yield (module, A, B) for each adapted matrix."""
     modules = sorted({_LORA.fullmatch(name)[1] for name in tensors})  # type: ignore[index]
     for module in modules:
         names = [f"{PREFIX}{module}.lora_{letter}.weight" for letter in "AB"]
@@ -193,7 +193,7 @@ def _rank_and_scaling(config: Mapping[str, Any], module: str) -> tuple[int, floa
 
 
 def _merged_table(folder: Path, table: Tensor, tensors: Mapping[str, Tensor], row_ids: Any) -> Tensor:
-    """The table of the base with the rows that the adapter holds: all, some, or none."""
+    """Return the table of the base with the rows that the adapter holds: all, some, or none."""
     for head, name in HEADS.items():
         if head in tensors and not (name in tensors and torch.equal(tensors[head], tensors[name])):
             raise ModelError(f"{folder / WEIGHTS}: `{head}` must equal `{name}` (GPT-2's head is tied), but differs")

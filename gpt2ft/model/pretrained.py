@@ -27,13 +27,13 @@ class ModelError(Gpt2ftError):
 
 
 def published_config(name: str) -> GPT2Config:
-    """The shape of a published model, without downloading anything."""
+    """Return the shape of a published model, without downloading anything."""
     model = PUBLISHED_MODELS[name]
     return GPT2Config(vocab_size=50257, n_layer=model.n_layer, n_head=model.n_head, n_embd=model.n_embd)
 
 
 def find_folder(path: str) -> Path:
-    """The folder with `config.json` that `path` names: itself, or the `model/` of a run."""
+    """Return the folder with `config.json` that `path` names: itself, or the `model/` of a run."""
     folder = Path(path)
     for candidate in (folder, folder / "model"):
         if (candidate / "config.json").is_file():
@@ -49,7 +49,7 @@ def find_folder(path: str) -> Path:
 
 
 def download(name: str) -> Path:
-    """The local snapshot of a published model, downloaded at its pinned revision unless it is cached.
+    """Return the local snapshot of a published model, downloaded at its pinned revision unless it is cached.
 
     Raises:
         ModelError: without a network and a cached copy.
@@ -77,7 +77,7 @@ def download(name: str) -> Path:
 
 
 def read_config(folder: Path) -> GPT2Config:
-    """The shape in a Hugging Face `config.json`.
+    """Return the shape in a Hugging Face `config.json`.
 
     Raises:
         ModelError: if it is not a GPT-2 as this package computes it.
@@ -117,7 +117,7 @@ def read_config(folder: Path) -> GPT2Config:
 
 
 def read_weights(folder: Path, config: GPT2Config) -> dict[str, Tensor]:
-    """The parameters of a Hugging Face folder in float32, by this package's names.
+    """Return the parameters of a Hugging Face folder in float32, by this package's names.
 
     Accepts one file or shards, names with or without the `transformer.` prefix, and the constant
     attention buffers of old checkpoints.
@@ -183,7 +183,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def extend_vocabulary(
     table: Tensor, num_ids: int, num_rows: int, copies: Mapping[int, int], generator: torch.Generator
 ) -> Tensor:
-    """The embedding table [V, E] -> [num_rows, E]: new ids up to `num_ids`, then padding rows of zero.
+    """Extend the embedding table [V, E] to [num_rows, E]: new ids up to `num_ids`, then padding rows of zero.
 
     A new row starts at the mean of the old ones: its logit is then about the average logit, so that the
     distribution over the old tokens hardly moves (Hewitt 2021, "Initializing New Word Embeddings for
@@ -252,7 +252,7 @@ def write_model(
 
 
 def cast_checked(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in float32 or in half precision.
+    """Return the tensor in float32 or in half precision.
 
     Raises:
         ModelError: if it holds values that are too large for it.
@@ -272,7 +272,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
-    """sha256 over names, shapes and float32 values, in the order of the names."""
+    """Return the sha256 over names, shapes and float32 values, in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         tensor = weights[name].detach().float().cpu().contiguous()

@@ -1,4 +1,4 @@
-"""The offline pass of DPO: the log-probs of every reply of a recipe under its start, computed before any training."""
+"""Reference pass of DPO on its own: log-probs of every reply of a recipe under its model at step 0, before training."""
 
 from gpt2ft.distributed import watchdog
 from gpt2ft.distributed.accelerator import start_accelerator
@@ -6,7 +6,7 @@ from gpt2ft.distributed.agreement import check_agreement
 from gpt2ft.distributed.signals import SignalHandler
 from gpt2ft.errors import SettingsError
 from gpt2ft.runs.identity import facts_of
-from gpt2ft.runs.run_setup import cast_to_precision, check, set_up, target_log_probs
+from gpt2ft.runs.run_setup import cast_to_precision, run_preflight_checks, set_up, target_log_probs
 from gpt2ft.runs.train_dpo import PreferenceTuning
 from gpt2ft.settings.scripts import DPOSettings
 
@@ -22,7 +22,7 @@ def run(settings: DPOSettings) -> None:
         return
     check_agreement(accelerator, facts_of(setup))
     in_float32 = target_log_probs(setup)
-    check(setup, in_float32)
+    run_preflight_checks(setup, in_float32)
     model = cast_to_precision(setup, in_float32)
     signals = SignalHandler()
     with signals.listening():

@@ -1,4 +1,4 @@
-"""The plan of a run in a few lines for people."""
+"""Plan of a run in a few lines for people."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -22,12 +22,12 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Hardware:
-    """The devices that a run trains on, and how it uses them.
+    """Devices that a run trains on, and how it uses them.
 
     Attributes:
         device: such as cuda.
         strategy: how model and optimizer lie on the processes, see training/strategy.py.
-        activation_checkpointing: whether activations are computed again in the backward pass.
+        activation_checkpointing: True if activations are computed again in the backward pass.
     """
 
     processes: int
@@ -76,13 +76,13 @@ def describe(setup: "RunSetup", hardware: Hardware) -> str:
 
 
 def parameter_counts(gpt2: GPT2) -> tuple[int, int]:
-    """(trained, all)"""
+    """Return the numbers of trained parameters and of all."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in gpt2.parameters()]
     return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
 
 
 def memory_estimate(gpt2: GPT2, capacity: int, hardware: Hardware) -> float:
-    """Bytes for training on one device: a guide, the real peak is for the device to say.
+    """Return the bytes for training on one device: an estimate; the memory probe measures the real peak.
 
     Weights, gradients and two Adam moments in float32 of what is trained, the weights alone of what is frozen; per
     layer about 18 activations as wide as the embedding, 13 where its matrices are frozen (of one layer, and one of each
@@ -110,7 +110,7 @@ def memory_estimate(gpt2: GPT2, capacity: int, hardware: Hardware) -> float:
 
 
 def dropped(corpus: Corpus, plan: Plan) -> Counter[str]:
-    """Everything left out by reason: messages by the sources, conversations by the corpus, and by the context."""
+    """Return counts of what is left out, by reason: by the sources, the corpus and the context."""
     reasons: Counter[str] = Counter()
     for store in corpus.stores if corpus.has_own_sources else ():
         reasons.update(store.statistics.dropped)
@@ -119,18 +119,18 @@ def dropped(corpus: Corpus, plan: Plan) -> Counter[str]:
 
 @dataclass(frozen=True)
 class SourceShare:
-    """The part of one source in a plan."""
+    """Share of one source in a plan."""
 
     source: str
     format: str
     mixing_weight: float
     conversations_read: int
-    messages_read: int | None  # None where another part of the same sources tells it
+    messages_read: int | None  # None for a corpus without sources of its own
     dropped: dict[str, int]  # messages by reason
     conversations: int
     tokens: int  # in an epoch
     supervised: int
-    pairs: int  # of replies to compare, where that is what the data are read for
+    pairs: int  # of replies, in preference data
 
     def __str__(self) -> str:
         weight = f" x {self.mixing_weight:g}" if self.mixing_weight != 1 else ""
@@ -147,7 +147,7 @@ class SourceShare:
 
 
 def shares(corpus: Corpus, plan: Plan) -> list[SourceShare]:
-    """The sources of a corpus, in its order."""
+    """Return the shares of a corpus's sources, in its order."""
     found = []
     for number, (store, mixing_weight) in enumerate(zip(corpus.stores, corpus.mixing_weights, strict=True)):
         here = plan.chunks.rows[:, 0] == number
@@ -169,7 +169,7 @@ def shares(corpus: Corpus, plan: Plan) -> list[SourceShare]:
 
 
 def _data_lines(label: str, corpus: Corpus, plan: Plan) -> Iterator[str]:
-    """A line for each source and one for what it dropped; then what was left out for the whole's sake."""
+    """Yield a line for each source and one for what it dropped, then one for what corpus and context left out."""
     for share in shares(corpus, plan):
         yield f"{label:<9} {share}"
         label = ""

@@ -1,4 +1,4 @@
-"""The score of a finished model on held-out conversations, as text and as report.json."""
+"""Evaluation of a finished model on held-out data, as text and as report.json."""
 
 import json
 import re
@@ -54,9 +54,9 @@ def run(settings: EvaluateSettings) -> None:
     chunks = chunk(corpus.stores, corpus.rows, rule)
     plan = Plan(chunks, capacity, 1, seed=0, shuffle=False)
     if settings.pairs:
-        text, figures = preferences(settings, loaded, folder, plan, accelerator)
+        text, figures = evaluate_preferences(settings, loaded, folder, plan, accelerator)
     else:
-        text, figures = conversations(loaded, corpus, plan, accelerator)
+        text, figures = evaluate_conversations(loaded, corpus, plan, accelerator)
     if not accelerator.is_main_process:
         return
     adherence = Adherence(settings.topic, answer(loaded, prompts, settings.max_new_tokens)) if prompts else None
@@ -80,23 +80,23 @@ def run(settings: EvaluateSettings) -> None:
     print(f"written to {file}")
 
 
-Scored = tuple[str, dict[str, Any]]  # for people, for the report
+TextAndFigures = tuple[str, dict[str, Any]]  # for people, for the report
 
 
-def conversations(loaded: LoadedModel, corpus: Corpus, plan: Plan, accelerator: Any) -> Scored:
-    """Return the score of every source and of all together."""
+def evaluate_conversations(loaded: LoadedModel, corpus: Corpus, plan: Plan, accelerator: Any) -> TextAndFigures:
+    """Return the loss on every source and on all together."""
     model = _on_device(loaded, accelerator)
     with autocast(accelerator):
-        scores = evaluate_by_source(model, plan, loaded.tokenizer.byte_lengths(), accelerator)
-    by_source = {s.source: score for s, score in zip(corpus.stores, scores, strict=True) if score.tokens}
-    text = table(by_source | ({"total": sum_over_sources(scores)} if len(by_source) > 1 else {}))
-    figures = {name: _figures(score) for name, score in by_source.items()}
-    return text, {"total": _figures(sum_over_sources(scores)), "by_source": figures}
+        losses = evaluate_by_source(model, plan, loaded.tokenizer.byte_lengths(), accelerator)
+    by_source = {store.source: loss for store, loss in zip(corpus.stores, losses, strict=True) if loss.tokens}
+    text = table(by_source | ({"total": sum_over_sources(losses)} if len(by_source) > 1 else {}))
+    figures = {name: _figures(loss) for name, loss in by_source.items()}
+    return text, {"total": _figures(sum_over_sources(losses)), "by_source": figures}
 
 
-def preferences(
+def evaluate_preferences(
     settings: EvaluateSettings, loaded: LoadedModel, folder: Path | None, plan: Plan, accelerator: Any
-) -> Scored:
+) -> TextAndFigures:
     """Return the share of pairs whose better reply is rewarded more, or is likelier where there is no reference."""
     started_from, trained_beta = _reference(settings, loaded, folder)
     beta = settings.beta or trained_beta
@@ -203,21 +203,21 @@ def topic_prompts(loaded: LoadedModel, corpus: Corpus, settings: EvaluateSetting
     return prompts
 
 
-def table(scores: dict[str, LossSums]) -> str:
-    width = max(len("source"), *map(len, scores))
+def table(losses: dict[str, LossSums]) -> str:
+    width = max(len("source"), *map(len, losses))
     lines = [f"{'source':<{width}}  {'tokens':>10}  {'nats/token':>10}  {'perplexity':>10}  {'bits/byte':>9}"]
-    for name, score in scores.items():
+    for name, loss in losses.items():
         lines.append(
-            f"{name:<{width}}  {score.tokens:>10,}  {score.nats_per_token:>10.4f}  "
-            f"{score.perplexity:>10.2f}  {score.bits_per_byte:>9.4f}"
+            f"{name:<{width}}  {loss.tokens:>10,}  {loss.nats_per_token:>10.4f}  "
+            f"{loss.perplexity:>10.2f}  {loss.bits_per_byte:>9.4f}"
         )
     return "\n".join(lines)
 
 
-def _figures(score: LossSums) -> dict[str, float]:
+def _figures(loss: LossSums) -> dict[str, float]:
     return {
-        "tokens": score.tokens,
-        "nats_per_token": score.nats_per_token,
-        "perplexity": score.perplexity,
-        "bits_per_byte": score.bits_per_byte,
+        "tokens": loss.tokens,
+        "nats_per_token": loss.nats_per_token,
+        "perplexity": loss.perplexity,
+        "bits_per_byte": loss.bits_per_byte,
     }

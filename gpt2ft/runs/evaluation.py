@@ -11,7 +11,7 @@ from gpt2ft.data.plan import Plan
 from gpt2ft.distributed.accelerator import autocast
 from gpt2ft.distributed.signals import SignalHandler
 from gpt2ft.runs.run_setup import RunSetup
-from gpt2ft.runs.samples import Sample, Turns, answer, beside
+from gpt2ft.runs.samples import Sample, Turns, answer, sample_texts
 from gpt2ft.training.evaluate import EvaluationInterrupted
 from gpt2ft.training.strategy import Strategy
 from gpt2ft.training.tracking import Tracker
@@ -19,7 +19,7 @@ from gpt2ft.training.tracking import Tracker
 
 @dataclass(frozen=True)
 class EvalResult:
-    """The held-out loss, everything that is logged with it, and one line for people."""
+    """Held-out loss, the metrics logged with it, and one line for people."""
 
     loss: float
     metrics: dict[str, float]
@@ -34,8 +34,8 @@ class HeldOutEvaluation:
     """Held-out loss and sample replies at a step; all processes call it together.
 
     Attributes:
-        prompts: to be answered; none on other processes than the main one.
-        samples_at_start: what the model at step 0 answered, where that is of interest.
+        prompts: to be answered; on the main process alone.
+        samples_at_start: replies of the model at step 0 to the same prompts; none for SFT.
     """
 
     setup: RunSetup
@@ -46,7 +46,7 @@ class HeldOutEvaluation:
     prompts: list[Turns]
     samples_at_start: list[Sample]
 
-    def of_the_start(self) -> None:
+    def at_start(self) -> None:
         """Evaluate step 0. If that is cut short, the first step still follows and is saved."""
         with suppress(EvaluationInterrupted):
             self(0)
@@ -57,32 +57,32 @@ class HeldOutEvaluation:
         if held_out is None or plan is None:
             return None
         result = self.evaluator(self.strategy.model, held_out, plan, self.signals.was_signalled)
-        samples = self.samples()
+        samples = self.generate_samples()
         stopped = {"stopped": sum(sample.stopped for sample in samples) / len(samples)} if samples else {}
         metrics = result.metrics | stopped
         self.tracker.log(step, {f"eval/{name}": value for name, value in metrics.items()})
         self.tracker.print_line(f"step {step}: {result.line}")
-        for number, text in enumerate(beside(self.samples_at_start, samples)):
+        for number, text in enumerate(sample_texts(samples, self.samples_at_start)):
             self.tracker.log_text(step, f"samples/{number}", text)
         return result.loss
 
-    def samples(self) -> list[Sample]:
-        """Have the main process answer, with the whole model; the others have no prompts."""
+    def generate_samples(self) -> list[Sample]:
+        """Have the main process answer the prompts with the full model; the others, which call too, return none."""
         training, accelerator = self.setup.settings.training, self.setup.accelerator
         if not training.sample_prompts:
             return []
         gpt2 = self.strategy.full_model()
         if gpt2 is None:
             return []
-        at_home = next(gpt2.parameters()).device
+        kept_on = next(gpt2.parameters()).device  # the CPU, where the model is in shards
         with autocast(accelerator):
             loaded = replace(self.setup.loaded, gpt2=gpt2.to(accelerator.device))
             samples = answer(loaded, self.prompts, training.sample_tokens)
-        gpt2.to(at_home)
+        gpt2.to(kept_on)
         return samples
 
     def transcript(self) -> str:
-        """The sample replies of the end, as printed; all processes call it together."""
-        samples = self.samples()
+        """Return new sample replies as text, for the end of the run; all processes call it together."""
+        samples = self.generate_samples()
         title = ["\nReplies to prompts it has never seen:"] if samples else []
-        return "\n\n".join([*title, *beside(self.samples_at_start, samples), ""])
+        return "\n\n".join([*title, *sample_texts(samples, self.samples_at_start), ""])

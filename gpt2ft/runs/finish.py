@@ -1,4 +1,4 @@
-"""The end of a run: what it leaves for others, and the commands to go on with."""
+"""End of a run: exported models, sample replies, and the commands to go on with."""
 
 import shlex
 import sys
@@ -38,7 +38,7 @@ def finish(
 def export(output: Output, settings: RunSettings, loaded: LoadedModel, state: TrainState) -> None:
     """Write `best/` where evaluation ran, `adapter/` for LoRA, and `model/` last: it makes the run finished.
 
-    An adapter needs a whole model to stand on: where the run started from another adapter, that is `start/`.
+    An adapter is loaded onto a plain model: where the run started from another adapter, that is `start/`.
     """
     config, tokenizer = loaded.gpt2.config, loaded.tokenizer
 
@@ -64,7 +64,7 @@ def export(output: Output, settings: RunSettings, loaded: LoadedModel, state: Tr
 
 
 def next_commands(settings: RunSettings, loaded: LoadedModel, output: Output) -> Iterator[str]:
-    """A talk with the model, and the same evaluation as during training where there was one."""
+    """Yield the command that chats with the model, and the one that repeats the evaluation where there was one."""
     yield shlex.join([*words_to_start("chat"), str(output.folder)])
     data = settings.data
     if not data.eval:

@@ -1,4 +1,4 @@
-"""Whatever makes a run this run and no other: compared on resuming, and between all processes before the first step."""
+"""Identity of a run: compared on resuming, and between all processes before the first step."""
 
 import importlib.metadata
 import platform
@@ -9,7 +9,7 @@ from gpt2ft.runs.run_setup import RunSetup
 
 
 def identity_of(setup: RunSetup) -> dict[str, Any]:
-    """Whatever a run must share with its checkpoint to continue from it."""
+    """Return what a run must share with its checkpoint to continue from it: settings, data, initial weights."""
     settings, held_out = setup.settings, setup.held_out
     training = {"tokens_per_micro_batch", "micro_batches_per_step", "seed", "max_grad_norm", "deterministic"}
     sections = settings.model_dump(mode="json", exclude={"training", "output", "resume", "dry_run", "show"})
@@ -25,7 +25,7 @@ def identity_of(setup: RunSetup) -> dict[str, Any]:
 
 
 def facts_of(setup: RunSetup) -> dict[str, Any]:
-    """Whatever all processes must share to train one run: the identity, all of `training`, the data, versions."""
+    """Return what all processes must share to train one run: the identity, all of `training`, the data, versions."""
     return identity_of(setup) | {
         "training": setup.settings.training.model_dump(mode="json"),
         "data_content": [corpus.content() for corpus in setup.corpora()],

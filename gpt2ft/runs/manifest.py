@@ -1,4 +1,4 @@
-"""The manifest of a run: everything about it that its recipe does not say."""
+"""Manifest of a run: everything about it that its recipe does not say."""
 
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +13,7 @@ from gpt2ft.runs.run_setup import RunSetup
 
 
 def manifest_of(setup: RunSetup, attention: str) -> dict[str, Any]:
-    """Everything about a run that its recipe does not say: command, versions, data, plan.
+    """Return everything about a run that its recipe does not say: command, versions, data, plan.
 
     Args:
         attention: the backend in use.

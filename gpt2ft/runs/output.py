@@ -1,4 +1,4 @@
-"""The folder of a run: its layout, who may train in it, and when it is finished."""
+"""Folder of a run: its layout, the lock that keeps other runs out, and when it is finished."""
 
 import json
 from pathlib import Path
@@ -68,7 +68,8 @@ class Output:
             raise SettingsError(f"`output` = {self.folder} cannot be written to: {error}") from error
 
     def begin(self, settings: RunSettings, manifest: dict[str, Any], accelerator: Any) -> None:
-        """Make the folder this run's, once it is sure that it will train. All processes come here together.
+        """Write recipe and manifest, once the run is sure to train; an earlier run that it does not continue is moved
+        aside. All processes call it together.
 
         The recipe is written with `resume: auto`: running it again continues.
         """
@@ -101,10 +102,10 @@ class Output:
 
 
 def open_output(settings: RunSettings, accelerator: Any) -> Output:
-    """The folder of this run, claimed for it and seen by all processes, unless the run only looks.
+    """Return the folder of this run, claimed for it and seen by all processes; with `--dry_run` or `--show` unclaimed.
 
-    A restart of the launch that began the run there continues it, whatever `resume` says, and finds it finished where
-    an earlier start has finished it.
+    Where a launcher starts a process again, its run continues whatever `resume` says, and ends at once if an earlier
+    start has finished it.
 
     Raises:
         SettingsError: if the run in it is finished, another trains in it, or it cannot be written to.

@@ -1,4 +1,4 @@
-"""The point that a run goes on from: the newest checkpoint of the same run, or the start."""
+"""Resume point of a run: the newest checkpoint of the same run, or the start."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,14 +22,14 @@ from gpt2ft.training.strategy import Strategy, prepare
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """The state to go on from, and the checkpoint that holds its weights: None at the start."""
+    """State to continue from, and the checkpoint with its weights: None at the start."""
 
     state: TrainState
     checkpoint: Path | None
 
 
 def find_resume_point(setup: RunSetup, output: Output) -> ResumePoint:
-    """The newest whole checkpoint, on which all processes agree; the start if there is none or none is wanted.
+    """Return the newest whole checkpoint, on which all processes agree; the start if there is none or none is wanted.
 
     Raises:
         SettingsError: if the checkpoint belongs to a run that trains on other things or in another way.
@@ -58,7 +58,10 @@ def _newest(setup: RunSetup, output: Output) -> ResumePoint:
 
 
 def prepare_strategy(setup: RunSetup, model: TargetLogProbs, resume_point: ResumePoint) -> Strategy:
-    """Put the checkpoint's weights in, wrap model and optimizer, probe the memory, put the moments in.
+    """Load the checkpoint's weights, wrap model and optimizer, probe the memory, load the moments.
+
+    In this order: wrapping may shard the weights, and an optimizer has no moments before its first update, which is the
+    probe's.
 
     Raises:
         CheckpointError: if the checkpoint holds the weights of another run.
@@ -87,7 +90,7 @@ def prepare_strategy(setup: RunSetup, model: TargetLogProbs, resume_point: Resum
 
 
 def checkpoint_writer(setup: RunSetup, output: Output, strategy: Strategy) -> Callable[[TrainState], None]:
-    """Return what saves a state with the weights and moments of that moment; all processes call it together."""
+    """Return a function that saves a state with the current weights and moments; all processes call it together."""
     identity = identity_of(setup)
 
     def save(state: TrainState) -> None:

@@ -1,4 +1,4 @@
-"""The set-up of a run: model and data loaded, laid out in a plan, and checked before anything is trained."""
+"""Set-up of a run: model and data loaded, laid out in a plan, and checked before anything is trained."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunSetup:
-    """All that is known before the first forward pass."""
+    """Everything that a run loads and plans before its first forward pass."""
 
     settings: RunSettings
     accelerator: Any
@@ -114,7 +114,7 @@ def plan_for(corpus: Corpus, settings: RunSettings, rule: ChunkingRule, for_trai
 
 
 def target_log_probs(setup: RunSetup) -> TargetLogProbs:
-    """The model as training asks it, in float32 and on the device."""
+    """Return the model as training calls it, in float32 and on the device."""
     loaded, settings = setup.loaded, setup.settings
     loaded.gpt2.activation_checkpointing = settings.training.activation_checkpointing
     model = TargetLogProbs(loaded.gpt2, len(loaded.tokenizer), backend_for(settings, setup.accelerator.device))
@@ -122,7 +122,7 @@ def target_log_probs(setup: RunSetup) -> TargetLogProbs:
 
 
 def backend_for(settings: RunSettings, device: torch.device) -> Backend:
-    """The attention backend that the settings ask for, or the default of the device.
+    """Return the attention backend that the settings ask for, or the default of the device.
 
     Raises:
         SettingsError: if it cannot be compiled here.
@@ -137,11 +137,11 @@ def backend_for(settings: RunSettings, device: torch.device) -> Backend:
     return backend
 
 
-def check(setup: RunSetup, model: TargetLogProbs) -> None:
-    """Check everything that can be known to be wrong before step 1, on the run's own first step.
+def run_preflight_checks(setup: RunSetup, model: TargetLogProbs) -> None:
+    """Check supervision, the tied head and the isolation of packed conversations, on the run's own first step.
 
     Args:
-        model: in float32, in which packed conversations and single ones can be compared closely.
+        model: in float32, where packed conversations and single ones differ by rounding alone.
 
     Raises:
         PreflightError: and nothing is trained.
@@ -164,9 +164,10 @@ def check(setup: RunSetup, model: TargetLogProbs) -> None:
 
 
 def cast_to_precision(setup: RunSetup, in_float32: TargetLogProbs) -> TargetLogProbs:
-    """Finish the model: frozen matrices in the precision they are multiplied in.
+    """Return the finished model: frozen matrices are cast, in place, to the precision they are multiplied in.
 
-    Nothing changes it in place from here on, so what is measured by it is what training starts from.
+    Nothing changes the model from here on before it is wrapped, so the reference and the checks measure what training
+    starts from.
     """
     if setup.settings.lora.rank:
         cast_frozen(setup.accelerator, in_float32.gpt2)

@@ -18,28 +18,33 @@ MAX_SEQUENCES = 16  # prompts that are answered together
 
 @dataclass(frozen=True)
 class Sample:
+    """A prompt and the model's reply to it."""
+
     prompt: str  # the last user turn
     reply: str
     stopped: bool  # the model ended its turn by itself
 
-    def said(self) -> str:
+    def shown_reply(self) -> str:
         return self.reply + ("" if self.stopped else " [cut off]")
 
     def __str__(self) -> str:
-        return f"> {self.prompt}\n{self.said()}"
+        return f"> {self.prompt}\n{self.shown_reply()}"
 
 
-def beside(before: Sequence[Sample], now: Sequence[Sample]) -> list[str]:
-    """Replies as text, each below what was said to the same prompt before, if that is known."""
-    if not before:
-        return list(map(str, now))
-    return [f"> {new.prompt}\nbefore: {old.said()}\nnow:    {new.said()}" for old, new in zip(before, now, strict=True)]
+def sample_texts(samples: Sequence[Sample], earlier: Sequence[Sample]) -> list[str]:
+    """Return samples as text, each below an earlier reply to the same prompt if there are any."""
+    if not earlier:
+        return list(map(str, samples))
+    return [
+        f"> {new.prompt}\nbefore: {old.shown_reply()}\nnow:    {new.shown_reply()}"
+        for old, new in zip(earlier, samples, strict=True)
+    ]
 
 
-def held_out_prompts(corpus: Corpus, loaded: LoadedModel, number: int, longest: int) -> list[Turns]:
-    """The turns before a reply in each of the first `number` conversations that leave `longest` tokens of room."""
+def held_out_prompts(corpus: Corpus, loaded: LoadedModel, number: int, max_new_tokens: int) -> list[Turns]:
+    """Return the turns before a reply in the first `number` conversations that leave room for `max_new_tokens`."""
     prompts = []
-    room = loaded.gpt2.config.n_positions - longest - 1
+    room = loaded.gpt2.config.n_positions - max_new_tokens - 1
     for store, row in corpus.rows.tolist():
         if len(prompts) == number:
             break
@@ -62,8 +67,8 @@ def sample_prompts(held_out: Corpus | None, loaded: LoadedModel, training: Train
     return held_out_prompts(held_out, loaded, training.sample_prompts, training.sample_tokens)
 
 
-def answer(loaded: LoadedModel, prompts: Sequence[Turns], longest: int) -> list[Sample]:
-    """The likeliest reply to each prompt, token by token."""
+def answer(loaded: LoadedModel, prompts: Sequence[Turns], max_new_tokens: int) -> list[Sample]:
+    """Return a reply to each prompt by greedy decoding: the likeliest token, one after the other."""
     if not prompts:
         return []
     tokenizer = loaded.tokenizer
@@ -71,5 +76,5 @@ def answer(loaded: LoadedModel, prompts: Sequence[Turns], longest: int) -> list[
     stop_ids = [tokenizer.end_id, tokenizer.end_of_text_id]
     suppressed = suppressed_token_mask(tokenizer, loaded.gpt2.wte.weight, stop_ids)
     decoder = Decoder(loaded.gpt2, stop_ids, suppressed, min(len(prompts), MAX_SEQUENCES))
-    replies = zip(prompts, generate(decoder, ids, longest), strict=True)
+    replies = zip(prompts, generate(decoder, ids, max_new_tokens), strict=True)
     return [Sample(turns[-1][1], tokenizer.decode(reply.ids), reply.stopped) for turns, reply in replies]

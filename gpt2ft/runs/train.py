@@ -1,4 +1,4 @@
-"""A training run as a story: what SFT and DPO share, in the order in which things can go wrong."""
+"""A training run from start to finish: the stages that SFT and DPO share, in their order."""
 
 from contextlib import closing
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ from gpt2ft.runs.finish import finish
 from gpt2ft.runs.manifest import manifest_of
 from gpt2ft.runs.output import open_output
 from gpt2ft.runs.resume import checkpoint_writer, find_resume_point, prepare_strategy
-from gpt2ft.runs.run_setup import RunSetup, cast_to_precision, check, set_up, target_log_probs
+from gpt2ft.runs.run_setup import RunSetup, cast_to_precision, run_preflight_checks, set_up, target_log_probs
 from gpt2ft.runs.samples import Sample, Turns, sample_prompts
 from gpt2ft.settings.scripts import RunSettings
 from gpt2ft.training.fit import LoopInputs, fit
@@ -21,7 +21,7 @@ from gpt2ft.training.tracking import Tracker
 
 
 class Task(Protocol):
-    """The parts of a run that SFT and DPO do not share."""
+    """Parts of a run that SFT and DPO do not share."""
 
     objective: Objective
 
@@ -29,16 +29,16 @@ class Task(Protocol):
         """Return how trees become chunks that fit context and streams."""
 
     def prepare_reference(self, setup: RunSetup, model: TargetLogProbs, signals: SignalHandler) -> dict[str, Any]:
-        """Make what training compares with, by the model as it is at step 0; return what the manifest says of it."""
+        """Compute the reference by the model at step 0, where the loss needs one; return its entry in the manifest."""
 
     def check_start(self, setup: RunSetup, model: TargetLogProbs, step: int) -> None:
-        """Raise an error unless the model, still as at step 0, starts from where it should."""
+        """Raise an error unless the model, still as at step 0, agrees with the reference on this step of the plan."""
 
     def evaluator(self, setup: RunSetup) -> Evaluator:
-        """Return what scores held-out data."""
+        """Return the function that evaluates held-out data."""
 
     def samples_at_start(self, setup: RunSetup, prompts: list[Turns]) -> list[Sample]:
-        """Return replies of the model at step 0, to be shown beside later ones; none where they say little."""
+        """Return replies of the model at step 0, to be shown beside later ones; none where they are not shown."""
 
 
 def train(settings: RunSettings, task: Task) -> None:
@@ -56,7 +56,7 @@ def train(settings: RunSettings, task: Task) -> None:
     if settings.looks_only:
         return
     in_float32 = target_log_probs(setup)
-    check(setup, in_float32)
+    run_preflight_checks(setup, in_float32)
     model = cast_to_precision(setup, in_float32)
     resume_point = find_resume_point(setup, output)
     signals = SignalHandler()
@@ -72,14 +72,14 @@ def train(settings: RunSettings, task: Task) -> None:
         output.folder, resume_point.state.step, setup.steps, settings.model_dump(mode="json"), active=setup.is_main
     )
     evaluation = HeldOutEvaluation(setup, strategy, task.evaluator(setup), tracker, signals, prompts, samples_at_start)
-    save = checkpoint_writer(setup, output, strategy)
     inputs = LoopInputs(
-        accelerator, strategy, task.objective, setup.plan, setup.steps, training, settings.optimizer, tracker,
-        evaluation, save, signals,
+        accelerator=accelerator, strategy=strategy, objective=task.objective, batches=setup.plan, steps=setup.steps,
+        training=training, optimization=settings.optimizer, tracker=tracker, evaluate=evaluation,
+        save=checkpoint_writer(setup, output, strategy), signals=signals,
     )  # fmt: skip
     with closing(tracker), signals.listening():
         if resume_point.checkpoint is None:
-            evaluation.of_the_start()
+            evaluation.at_start()
         state = fit(inputs, resume_point.state)
     finish(setup, output, strategy, manifest, state, evaluation.transcript())
     accelerator.end_training()

@@ -51,7 +51,7 @@ class PreferenceTuning:
         return PreferencePairs(dpo.pairs, weight, data.max_length, self.settings.training.tokens_per_micro_batch)
 
     def prepare_reference(self, setup: RunSetup, model: TargetLogProbs, signals: SignalHandler) -> dict[str, Any]:
-        """The reference, read from the store; what is missing there is computed first."""
+        """Attach the reference to the plans, read from the store; missing log-probs are computed first."""
         if not self.settings.dpo.needs_reference:
             return {}
         store = store_for(setup.loaded, model, setup.accelerator, self.settings.data.cache)
@@ -67,17 +67,18 @@ class PreferenceTuning:
             return
         store = store_for(setup.loaded, model, setup.accelerator, self.settings.data.cache)
         expected = start_loss(self.settings.dpo)
-        worst = reference_pass.check_start(model, setup.plan, step, store, setup.accelerator, self.objective, expected)
+        start = reference_pass.compute_start(model, setup.plan, step, self.objective, setup.accelerator)
+        reference_pass.check_start(start, expected, store)
         if setup.accelerator.is_main_process:
             loss = "" if expected is None else f", loss {expected:.4f}"
-            print(f"checked   the start is the reference within {worst:.1g} nats/token{loss}", flush=True)
+            print(f"checked   the start is the reference within {start.worst:.1g} nats/token{loss}", flush=True)
 
     def samples_at_start(self, setup: RunSetup, prompts: list[Turns]) -> list[Sample]:
         with autocast(setup.accelerator):
             return answer(setup.loaded, prompts, self.settings.training.sample_tokens)
 
     def evaluator(self, setup: RunSetup) -> Evaluator:
-        def scoring(model: nn.Module, held_out: Corpus, plan: Plan, was_signalled: Callable[[], bool]) -> EvalResult:
+        def evaluate(model: nn.Module, held_out: Corpus, plan: Plan, was_signalled: Callable[[], bool]) -> EvalResult:
             metrics = evaluate_objective(model, plan, self.objective, setup.accelerator, was_signalled)
             line = (
                 f"held-out loss {metrics['loss']:.4f}, {metrics['accuracy']:.1%} of pairs the right way round, "
@@ -85,11 +86,11 @@ class PreferenceTuning:
             )
             return EvalResult(metrics["loss"], metrics, line)
 
-        return scoring
+        return evaluate
 
 
 def store_for(loaded: LoadedModel, model: TargetLogProbs, accelerator: Any, cache: str | None) -> ReferenceStore:
-    """The store for a model's log-probs, as computed on this device, in these dtypes and this precision."""
+    """Return the store for a model's log-probs, as computed on this device, in these dtypes and this precision."""
     computed_by = {
         "weights": loaded.digest,
         "tokenizer": loaded.tokenizer.digest,

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the loss of every assistant turn, on everything above it."""
+"""Supervised fine-tuning: learn every assistant turn, given the turns above it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +27,7 @@ def run(settings: SFTSettings) -> None:
 
 
 class FineTuning:
-    """SFT as a task: it needs nothing but the conversations."""
+    """SFT as a task: it has no reference."""
 
     def __init__(self, settings: SFTSettings, objective: Objective | None = None) -> None:
         self.settings = settings
@@ -51,17 +51,17 @@ class FineTuning:
     def evaluator(self, setup: RunSetup) -> Evaluator:
         byte_lengths = setup.loaded.tokenizer.byte_lengths()
 
-        def scoring(model: nn.Module, held_out: Corpus, plan: Plan, was_signalled: Callable[[], bool]) -> EvalResult:
-            scores = evaluate_by_source(model, plan, byte_lengths, setup.accelerator, was_signalled)
-            score = sum_over_sources(scores)
-            metrics = score.metrics()
-            if len(scores) > 1:
-                scored = [pair for pair in zip(held_out.stores, scores, strict=True) if pair[1].tokens]
-                metrics |= {f"loss/{store.source}": part.nats_per_token for store, part in scored}
+        def evaluate(model: nn.Module, held_out: Corpus, plan: Plan, was_signalled: Callable[[], bool]) -> EvalResult:
+            losses = evaluate_by_source(model, plan, byte_lengths, setup.accelerator, was_signalled)
+            total = sum_over_sources(losses)
+            metrics = total.metrics()
+            if len(losses) > 1:
+                by_source = zip(held_out.stores, losses, strict=True)
+                metrics |= {f"loss/{store.source}": loss.nats_per_token for store, loss in by_source if loss.tokens}
             line = (
-                f"held-out loss {score.nats_per_token:.4f} nats/token, perplexity {score.perplexity:,.2f}, "
-                f"{score.bits_per_byte:.4f} bits/byte"
+                f"held-out loss {total.nats_per_token:.4f} nats/token, perplexity {total.perplexity:,.2f}, "
+                f"{total.bits_per_byte:.4f} bits/byte"
             )
-            return EvalResult(score.nats_per_token, metrics, line)
+            return EvalResult(total.nats_per_token, metrics, line)
 
-        return scoring
+        return evaluate

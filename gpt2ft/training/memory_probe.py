@@ -1,8 +1,8 @@
 """Memory probe: run the largest stream forward, backward and through the optimizer before the first step.
 
-It leaves no trace, as its loss is multiplied by zero and the learning rate is zero. It also has DDP settle how it
-groups gradients, which DDP does after its first backward pass: a run that resumes then adds up gradients in the same
-order as one that was never stopped.
+It changes no weight, as its loss is multiplied by zero and the learning rate is zero; the moments are loaded after it.
+DDP settles how it groups gradients after its first backward pass, which the probe makes at every start: so a run that
+resumes adds up gradients in the same order as one that was never stopped.
 """
 
 import math

@@ -33,16 +33,17 @@ def check_supervision(stream: TokenStream, tokenizer: ChatTokenizer, cut_at: int
     tokens = stream.tokens[: stream.num_tokens].tolist()
     horizons = stream.horizons[: stream.num_tokens].tolist()
     roles = {id: role for role, id in tokenizer.role_ids.items()}
-    turn_of, turns = [], ["stray"]  # the turn of each token; the role of each turn, after what stands before any
+    turn_of = []  # the number of each token's turn
+    turns = ["stray"]  # the role of each turn; number 0 stands for tokens before any role token
     for index, id in enumerate(tokens):
         if id in roles:
             turns.append(roles[id])
-        elif id == tokenizer.end_of_text_id and (index == 0 or horizons[index - 1] == index):  # the end has it too
-            turns.append("text")
+        elif id == tokenizer.end_of_text_id and (index == 0 or horizons[index - 1] == index):
+            turns.append("text")  # only where a tree begins, as the same token ends a text
         turn_of.append(len(turns) - 1)
     has_weight = stream.weights[: stream.num_supervised] != 0
     supervised, targets = (x[: stream.num_supervised][has_weight].tolist() for x in (stream.supervised, stream.targets))
-    taught = set()  # (turn, whether it is its end)
+    taught = set()  # (number of the turn, True for its `<|end|>`)
     for index, target in zip(supervised, targets, strict=True):
         following = index + 1
         if following >= len(tokens) or tokens[following] != target or turn_of[following] != turn_of[index]:
@@ -155,7 +156,8 @@ def check_tied(model: TargetLogProbs) -> None:
     """
     shape = model.gpt2.wte.weight.shape
     same_shape = [name for name, parameter in model.named_parameters() if parameter.shape == shape]
-    tables = [name for name in same_shape if not name.startswith(("gpt2.wpe.", "gpt2.h."))]  # these by chance
+    # Positions and matrices of blocks may have that shape by chance.
+    tables = [name for name in same_shape if not name.startswith(("gpt2.wpe.", "gpt2.h."))]
     if tables != ["gpt2.wte.weight"]:
         raise PreflightError(f"embedding and head must be one parameter, but these have its shape: {', '.join(tables)}")
 

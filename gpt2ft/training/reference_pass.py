@@ -181,29 +181,21 @@ class _ReferencePass:
 # --- the check before training --------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class StartStep:
+    """One step of the plan under the weights of step 0, before any update."""
+
+    worst: float  # largest difference of a reply from its reference, in nats per token
+    loss: float
+    precision: str
+
+
 @torch.no_grad()
-def check_start(
-    model: nn.Module,
-    plan: Plan,
-    step: int,
-    store: ReferenceStore,
-    accelerator: Any,
-    objective: Objective,
-    start_loss: float | None,
-) -> float:
-    """Check that the forward pass of training gives the replies of one step the stored log-probs.
+def compute_start(model: nn.Module, plan: Plan, step: int, objective: Objective, accelerator: Any) -> StartStep:
+    """Run one step of the plan forward; all processes call it together.
 
     The model has the weights of step 0 and is in training mode, as in the loop. Steps come in random order, so the
-    replies of one are a random sample of all. Where policy and reference are equal, the known loss is checked too.
-
-    Args:
-        start_loss: the loss to expect; None where it depends on the data.
-
-    Returns:
-        The largest difference of a reply, in nats per token.
-
-    Raises:
-        ReferenceLogProbError: if a difference is more than rounding; the message names what has changed.
+    replies of one are a random sample of all.
     """
     worst = loss = normalizer = 0.0
     model.train()
@@ -215,21 +207,32 @@ def check_start(
         worst = max(worst, float(changes.max())) if bool(torch.isfinite(changes).all()) else math.inf
         loss += float(objective.loss(log_probs, stream))
         normalizer += objective.normalizer(stream)
-    tolerance = TOLERANCES[precision_of(accelerator)]
     loss, normalizer = global_sum(accelerator, loss, normalizer)
     local = torch.tensor(worst, dtype=torch.float64, device=accelerator.device)
     worst = float(accelerator.gather(local).max())
-    if worst > tolerance:
+    return StartStep(worst, loss / normalizer, precision_of(accelerator))
+
+
+def check_start(start: StartStep, expected_loss: float | None, store: ReferenceStore) -> None:
+    """Check that the forward pass of training gives replies the stored log-probs, and pairs the loss to expect.
+
+    Args:
+        expected_loss: of equal policy and reference; None where it depends on the data.
+
+    Raises:
+        ReferenceLogProbError: if a difference is more than rounding; the message names what has changed.
+    """
+    tolerance = TOLERANCES[start.precision]
+    if start.worst > tolerance:
         why = store.differing_versions()
         raise ReferenceLogProbError(
-            f"reference log-probs differ from what the start of this run gives by {worst:.2g} nats per token of a "
-            f"reply, more than {tolerance}: {why or 'all digests and versions are the same, so the store is damaged'}; "
-            f"remove {store.folder}, and they are computed again"
+            f"reference log-probs differ from what the start of this run gives by {start.worst:.2g} nats per token of "
+            f"a reply, more than {tolerance}: {why or 'all digests and versions are the same, so the store is damaged'}"
+            f"; remove {store.folder}, and they are computed again"
         )
-    allowed = LOSS_TOLERANCES[precision_of(accelerator)]
-    if start_loss is not None and abs(loss / normalizer - start_loss) > allowed * max(1.0, start_loss):
+    allowed = LOSS_TOLERANCES[start.precision]
+    if expected_loss is not None and abs(start.loss - expected_loss) > allowed * max(1.0, expected_loss):
         raise ReferenceLogProbError(
-            f"the first step must have the loss {start_loss:.4f}, as policy and reference are equal there, but has "
-            f"{loss / normalizer:.4f}"
+            f"the first step must have the loss {expected_loss:.4f}, as policy and reference are equal there, but has "
+            f"{start.loss:.4f}"
         )
-    return worst

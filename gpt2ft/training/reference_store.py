@@ -1,13 +1,13 @@
-"""Reference log-probs on disk: named by what computed them and by the reply, complete or refused.
+"""Reference log-probs on disk, by the model that computed them and by the reply.
 
     <cache>/reference/<digest>/
-        manifest.json          what computed them: digests of weights, tokenizer and template, precision, backend
+        manifest.json          `computed_by`: digests of weights, tokenizer and template, precision, backend
         <digest>.parquet       some replies: key, log_prob, tokens, log_probs (of each token)
 
-The folder is named by what determines a log-prob, so runs that differ in that never read each other's, and runs that
-differ in anything else (adapters, learning rate, beta, the order of the data) share it. A reply is named by its ids,
-those of its prompt, and which of them are scored. A shard is complete or absent: a kill costs the seconds since the
-last one. `reference_pass` computes what is missing here and checks what is read.
+The folder is named by everything that determines a log-prob, so runs that differ in that never read each other's, and
+runs that differ in anything else (adapters, learning rate, beta, the order of the data) share it. The key of a reply is
+a digest of its ids, those of its prompt, and which of them are targets. A shard is complete or absent: a kill costs the
+seconds since the last one. `reference_pass` computes the log-probs that are missing here, and checks those it reads.
 """
 
 import hashlib
@@ -94,7 +94,7 @@ class ReferenceStore:
         """Return the log-prob of each reply [n], NaN where the store has none.
 
         Args:
-            tokens: number of scored tokens of each reply.
+            tokens: number of targets of each reply.
 
         Raises:
             ReferenceLogProbError: if a shard is damaged, or holds a value that no model gives.
@@ -155,14 +155,14 @@ class ReferenceStore:
 
 @dataclass(frozen=True)
 class ReplyKeys:
-    """The replies of a plan, in its order, as the store knows them."""
+    """Keys and lengths of the replies of a plan, in its order."""
 
     keys: list[Key]
-    tokens: list[int]  # scored tokens of each
+    tokens: list[int]  # targets of each
 
 
 def reply_keys(plan: Plan) -> ReplyKeys:
-    """Return the key and the number of scored tokens of every reply of a plan."""
+    """Return the key and the number of targets of every reply of a plan."""
     keys, tokens = [], []
     for index in range(len(plan.chunks)):
         tree = plan.chunks.tree(index)
@@ -173,11 +173,11 @@ def reply_keys(plan: Plan) -> ReplyKeys:
 
 
 def reply_key(tree: TokenTree, node: int) -> Key:
-    """Return a digest of the ids of the prompt, of the ids of the reply, and of which of these are scored."""
+    """Return a digest of the ids of the prompt, of the ids of the reply, and of which of these are targets."""
     parts = [tree.tokens[tree.starts[i] : tree.starts[i] + tree.lengths[i]] for i in tree.path_to(node)]
     prompt, reply = np.concatenate(parts[:-1]), parts[-1]
-    is_scored = np.arange(len(reply)) > 0
+    is_target = np.arange(len(reply)) > 0
     digest = hashlib.blake2b(len(prompt).to_bytes(8, "little"), digest_size=16)
-    for values in (prompt.astype("<u4"), reply.astype("<u4"), is_scored.astype("u1")):
+    for values in (prompt.astype("<u4"), reply.astype("<u4"), is_target.astype("u1")):
         digest.update(values.tobytes())
     return digest.digest()

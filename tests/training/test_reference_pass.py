@@ -16,7 +16,7 @@ from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.objectives.dpo import DPO
 from gpt2ft.objectives.losses import start_loss
 from gpt2ft.settings.sections import PreferenceSettings
-from gpt2ft.training.reference_pass import attach_reference, check_start
+from gpt2ft.training.reference_pass import attach_reference, check_start, compute_start
 from gpt2ft.training.reference_store import ReferenceLogProbError, reply_key, reply_keys
 
 
@@ -87,8 +87,10 @@ def test_only_what_is_missing_is_computed(make_plan, make_store, model, accelera
 # --- the check before training --------------------------------------------------------------------------------------
 
 
-def checked(model, plan, store, accelerator):
-    return check_start(model, plan, 0, store, accelerator, DPO(PreferenceSettings()), start_loss(PreferenceSettings()))
+def checked(model, plan, store, accelerator, expected_loss=None):
+    start = compute_start(model, plan, 0, DPO(PreferenceSettings()), accelerator)
+    check_start(start, expected_loss or start_loss(PreferenceSettings()), store)
+    return start.worst
 
 
 def test_the_start_is_checked_against_what_is_stored(make_plan, make_store, model, accelerator, tiny_gpt2, tokenizer):
@@ -111,7 +113,7 @@ def test_the_first_loss_must_be_the_known_one(make_plan, make_store, model, acce
     plan, store = make_plan(), make_store()
     attach_reference([plan], store, model, accelerator, SignalHandler())
     with pytest.raises(ReferenceLogProbError, match=r"must have the loss 0.7000, as .*, but has 0.6931"):
-        check_start(model, plan, 0, store, accelerator, DPO(PreferenceSettings()), 0.7)
+        checked(model, plan, store, accelerator, expected_loss=0.7)
 
 
 def test_a_reference_that_is_not_finite_is_named(make_plan, make_store, tiny_gpt2, tokenizer, accelerator):
