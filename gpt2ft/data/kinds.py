@@ -1,7 +1,7 @@
 """The two kinds of data: conversations, whose replies are supervised, and preferences, whose replies are compared.
 
-All that differs between them on the way from a record to a stored row stands here. How rows are then cut to fit the
-context is said by a chunking rule (chunks.py, pairs.py), which names its kind.
+All that differs between them on the way from a record to a stored row stands here. A chunking rule (chunks.py,
+pairs.py) then cuts rows to fit the context, and names the kind that it is for.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class DataKind:
 
     name: str
     unit: str  # name of a row, in the plural
-    nothing: str  # name of what is missing where nothing is left
+    nothing: str  # words for a source of which nothing is left
     formats: tuple[AnyFormat, ...]  # the layouts it is read from, the more particular first
     rows: Callable[[MessageTree, Topic | None, ReadContext], RowsOfTree]  # counts the messages that are in none
     sampled_reply: Callable[[NDArray[np.int8]], int]  # [K] roles of a row -> the node whose prompt is shown in samples

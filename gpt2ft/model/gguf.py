@@ -31,7 +31,7 @@ OF_OTHER_MODELS = frozenset({
 
 @dataclass(frozen=True)
 class GGUFTokenizer:
-    """The tokenizer, as a GGUF file holds it.
+    """Vocabulary and special tokens, as a GGUF file holds them.
 
     Attributes:
         names: of every id, by id, in GPT-2's printable symbols.
@@ -94,7 +94,7 @@ def _check_names(tokenizer: GGUFTokenizer) -> None:
 
 
 def _metadata(config: GPT2Config, tokenizer: GGUFTokenizer, dtype: torch.dtype, name: str) -> dict[str, Any]:
-    """The contents of the file beside the tensors, by llama.cpp's keys."""
+    """Return the metadata of the file, by llama.cpp's keys."""
     from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, Keys, LlamaFileType, TokenType
 
     architecture = MODEL_ARCH_NAMES[MODEL_ARCH.GPT2]
@@ -132,7 +132,7 @@ def _metadata(config: GPT2Config, tokenizer: GGUFTokenizer, dtype: torch.dtype, 
 def _tensors(
     weights: Mapping[str, Tensor], config: GPT2Config, num_ids: int, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor by its name in GGUF, in the layout and the precision that it is written in."""
+    """Yield every tensor by its name in GGUF, in the layout and the precision that it is written in."""
     import gguf
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)

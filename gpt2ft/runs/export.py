@@ -88,7 +88,7 @@ def gguf_tokenizer(tokenizer: ChatTokenizer) -> GGUFTokenizer:
 
 
 def _export_adapter(settings: ExportSettings, output: Path) -> None:
-    """From a checkpoint, or a copy of what a finished run holds; either way it is compared with the merged model."""
+    """Write the adapter of a checkpoint or a copy of a finished run's, compared with the merged model either way."""
     folder = Path(settings.model or newest_run())
     if (folder / "state.json").is_file():
         adapted, run_settings = load_adapted(folder)
@@ -114,7 +114,7 @@ def _export_adapter(settings: ExportSettings, output: Path) -> None:
 
 
 def _chat_model(model: str | None) -> LoadedModel:
-    """The model to export, adapters merged.
+    """Return the model to export, adapters merged.
 
     Raises:
         ModelError: if it cannot be had, or knows no chat tokens: their rows would be noise.

@@ -27,11 +27,11 @@ RECIPE = "recipe.yaml"  # of a run, in its folder
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that can be talked to: weights, and the tokenizer whose ids they know."""
+    """A model and the tokenizer whose ids it knows."""
 
     gpt2: GPT2
     tokenizer: ChatTokenizer
-    source: str  # what the weights came from, for people
+    source: str  # origin of the weights, for people
     digest: str  # of the weights
 
     def weights(self) -> dict[str, Tensor]:
@@ -39,7 +39,7 @@ class LoadedModel:
 
 
 def load_model(settings: ModelSettings, seed: int) -> LoadedModel:
-    """The model that `model.path` names, its table extended by the chat tokens if it does not know them yet.
+    """Return the model that `model.path` names, its table extended by the chat tokens if it does not know them yet.
 
     Raises:
         ModelError, NetworkError: if it cannot be had.
@@ -73,7 +73,7 @@ def is_adapter(path: str | Path) -> bool:
 
 
 def _load_adapter(settings: ModelSettings, seed: int) -> LoadedModel:
-    """The base of an adapter folder with the adapter merged into it; the tokenizer is the adapter's if it has one."""
+    """Return the base of an adapter with the adapter merged into it, and the adapter's tokenizer if it has one."""
     folder = Path(settings.path)
     if settings.random_init:
         raise pretrained.ModelError(f"{folder} is an adapter, which has no shape of its own: name its base instead")
@@ -129,7 +129,7 @@ def _shape_and_tokenizer(settings: ModelSettings) -> tuple[GPT2Config, ChatToken
 
 
 def find_model(path: str | None, random_init: bool = False, seed: int = 0) -> tuple[LoadedModel, Path | None]:
-    """The model of a run, a model folder, a checkpoint or a published name; by default of the newest finished run.
+    """Return the model of a run, a folder, a checkpoint or a published name; by default of the newest finished run.
 
     Args:
         random_init: take the shape and the tokenizer only, and weights from `seed`.
@@ -147,7 +147,7 @@ def find_model(path: str | None, random_init: bool = False, seed: int = 0) -> tu
 
 
 def newest_run() -> str:
-    """The folder of the run in runs/ that finished last.
+    """Return the folder of the run in runs/ that finished last.
 
     Raises:
         ModelError: if there is none.
@@ -159,13 +159,13 @@ def newest_run() -> str:
 
 
 def _load_checkpoint(folder: Path) -> LoadedModel:
-    """The model that the run starts from, with the weights that the checkpoint has trained."""
+    """Return the model that the run starts from, with the checkpoint's trained weights."""
     adapted, _ = load_adapted(folder)
     return _plain(adapted)
 
 
 def load_adapted(folder: Path) -> tuple[LoadedModel, RunSettings]:
-    """The model of a checkpoint as the run trains it, adapters apart, and the settings of the run.
+    """Return the model of a checkpoint as the run trains it, adapters not merged, and the settings of the run.
 
     Raises:
         CheckpointError, SettingsError, ModelError: if it is damaged or what it starts from is not what it was.
@@ -178,7 +178,7 @@ def load_adapted(folder: Path) -> tuple[LoadedModel, RunSettings]:
 
 
 def read_run_settings(folder: Path) -> RunSettings:
-    """The settings of the run in a folder.
+    """Return the settings of the run in a folder.
 
     Raises:
         SettingsError: if there are none.
@@ -189,20 +189,20 @@ def read_run_settings(folder: Path) -> RunSettings:
 
 
 def plain_model(settings: RunSettings, trained: Mapping[str, Tensor], initial_digest: str | None) -> LoadedModel:
-    """The plain model that trained weights make of what a run starts from: adapters merged, in float32.
+    """Return the model that a run starts from with trained weights, as a plain one: adapters merged, in float32.
 
     Args:
-        initial_digest: of the weights that the run did start from.
+        initial_digest: of the weights that the run started from.
 
     Raises:
-        ModelError: if what `model.path` names is not what it was, the weights are of another run, or the merged model
-            does not compute what the adapted one does.
+        ModelError: if the weights at `model.path` have changed, the trained ones are of another run, or the merged
+            model does not compute the same as the adapted one.
     """
     return _plain(_with_weights(settings, trained, initial_digest))
 
 
 def _with_weights(settings: RunSettings, trained: Mapping[str, Tensor], initial_digest: str | None) -> LoadedModel:
-    """The model that a run starts from, adapted if it adapts, with its trained weights; arguments as above."""
+    """Return the model that a run starts from, with adapters for LoRA, and with trained weights; arguments as above."""
     loaded = load_model(settings.model, settings.training.seed)
     if settings.lora.rank and loaded.digest != initial_digest:
         raise pretrained.ModelError(f"{settings.model.path} has changed since these adapters were trained on it")
@@ -216,7 +216,7 @@ def _with_weights(settings: RunSettings, trained: Mapping[str, Tensor], initial_
 
 
 def _plain(loaded: LoadedModel) -> LoadedModel:
-    """The same model with its adapters merged, if it has any."""
+    """Return the same model with its adapters merged, if it has any."""
     adapted = loaded.gpt2
     if is_adapted(adapted):
         plain = GPT2(adapted.config)

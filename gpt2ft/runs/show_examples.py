@@ -82,7 +82,7 @@ def _examples(plan: Plan, number: int) -> Iterator[_Example]:
 
 
 def _drawn(example: _Example, tokenizer: ChatTokenizer, width: int, colour: bool) -> Iterator[str]:
-    """The tree as lines: for each turn a line about it, and its tokens below."""
+    """Return the tree as lines: for each turn a line about it, and its tokens below."""
     tree = example.tree
     yield example.title
     children: dict[int, list[int]] = {}
@@ -115,7 +115,7 @@ Piece = tuple[str, bool]  # the text of a token, whether it is supervised
 
 
 def _pieces(example: _Example, tokens: range, tokenizer: ChatTokenizer) -> Iterator[Piece]:
-    """The tokens of a turn as text. Those that share a character are shown as one."""
+    """Return the tokens of a turn as text. Those that share a character are shown as one."""
     held: list[int] = []
     for index in tokens:
         held.append(int(example.stream.tokens[index]))

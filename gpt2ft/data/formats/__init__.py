@@ -1,12 +1,12 @@
 """The layouts that data come in. A new one is a file here and its name in the tuples below."""
 
 from gpt2ft.data.formats import alpaca, dolly, messages, oasst, preferences, prompt_completion, sharegpt, text
-from gpt2ft.data.formats.turns import Format, refuse_compared
+from gpt2ft.data.formats.turns import Format, refuse_preference
 from gpt2ft.data.reading import Malformed, Record, show
 
 AnyFormat = Format | oasst.NestedTrees | oasst.FlatMessages
 
-# The first that matches a record is its format: what is more particular stands before what is less.
+# The first that matches a record is its format, so the more particular ones stand first.
 CONVERSATION_FORMATS: tuple[AnyFormat, ...] = (
     oasst.TREES,
     oasst.MESSAGES,
@@ -32,7 +32,7 @@ def detect(record: Record, formats: tuple[AnyFormat, ...] = CONVERSATION_FORMATS
         Malformed: if it has none of these.
     """
     if preferences.CHOSEN_REJECTED not in formats:
-        refuse_compared(record)
+        refuse_preference(record)
     for format in formats:
         if format.matches(record):
             return format

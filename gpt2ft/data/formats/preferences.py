@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 from gpt2ft.conversation import Message, MessageTree, Role, tidy
 from gpt2ft.data.formats.messages import chat_messages
-from gpt2ft.data.formats.turns import Format, Turns, clean, content_id, in_full, joined
+from gpt2ft.data.formats.turns import Format, Turns, clean, content_id, joined, with_system_turn
 from gpt2ft.data.reading import Malformed, ReadContext, Record, objects, show, value
 
 Transcript = tuple[Turns, int | None]  # a conversation that ends in a reply, and the rank of that reply
@@ -28,7 +28,7 @@ _ANY_REPLY: tuple[Role, str] = ("assistant", "any reply")
 
 
 def preferences(transcripts: Callable[[Record], list[Transcript]]) -> Callable[..., MessageTree | None]:
-    """Return what makes a tree of the prompt in a record and its replies, or None if they do not belong together.
+    """Return the function that makes a tree of a record's prompt and replies, or None if they do not belong together.
 
     Args:
         transcripts: reads every reply with all that stands before it, or raises Malformed.
@@ -36,25 +36,25 @@ def preferences(transcripts: Callable[[Record], list[Transcript]]) -> Callable[.
 
     def tree(record: Record, where: str, context: ReadContext) -> MessageTree | None:
         found = transcripts(record)
-        said = [in_full(record, turns) for turns, _ in found]
-        read = _messages_in(said)
+        conversations = [with_system_turn(record, turns) for turns, _ in found]
+        read = _messages_in(conversations)
         context.totals.trees += 1
         context.totals.messages += read
-        said = [joined(turns) for turns in said]
-        prompt = said[0][:-1]
-        if any(turns[-1][0] != "assistant" for turns in said):
+        conversations = [joined(turns) for turns in conversations]
+        prompt = conversations[0][:-1]
+        if any(turns[-1][0] != "assistant" for turns in conversations):
             context.dropped["does not end in a reply"] += read
             return None
-        if any(turns[:-1] != prompt for turns in said):
+        if any(turns[:-1] != prompt for turns in conversations):
             context.dropped["prompts that differ"] += read
             return None
-        context.dropped["joined to the turn above"] += read - len(prompt) - len(said)
+        context.dropped["joined to the turn above"] += read - len(prompt) - len(conversations)
         kept = clean([*prompt, _ANY_REPLY], context)
         if kept[-1:] != [_ANY_REPLY]:
-            context.dropped["below a dropped message"] += len(said) - 1
+            context.dropped["below a dropped message"] += len(conversations) - 1
             context.dropped["in no pair"] += len(kept)
             return None
-        replies = [(turns[-1][1], rank) for turns, (_, rank) in zip(said, found, strict=True)]
+        replies = [(turns[-1][1], rank) for turns, (_, rank) in zip(conversations, found, strict=True)]
         context.dropped["empty"] += sum(not text for text, _ in replies)
         return _tree(kept[:-1], [reply for reply in replies if reply[0]], context.source)
 
@@ -111,7 +111,7 @@ def _turns(record: Record, key: str, role: Role) -> list[tuple[Role, str]]:
     if not _TRANSCRIPT.match(text):
         return [(role, text)]
     _, *parts = _SPEAKER.split(f"\n\n{text.lstrip()}")
-    return [(_SPEAKERS[who], said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True)]
+    return [(_SPEAKERS[speaker], turn.strip()) for speaker, turn in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def _opening(record: Record, key: str) -> list[tuple[Role, str]]:

@@ -24,7 +24,7 @@ Turns = Sequence[tuple[Role, str]]
 
 _SYSTEM = ("system", "system_prompt")
 _NOT_READ = ("history", "tools", "functions")
-_COMPARED = ("chosen", "rejected")
+_PREFERENCE = ("chosen", "rejected")
 BESIDE_THE_TURNS = _SYSTEM + _NOT_READ
 
 
@@ -32,63 +32,63 @@ BESIDE_THE_TURNS = _SYSTEM + _NOT_READ
 class Format:
     """A record layout with one tree a record."""
 
-    name: str  # of what the data are, for people
-    keys: tuple[str, ...]  # all that a record of this layout must have
+    name: str  # for people
+    keys: tuple[str, ...]  # that every record of this layout has
     tree: Callable[[Record, str, ReadContext], MessageTree | None]  # of a record and its place; raises Malformed
     also: tuple[str, ...] = ()  # other columns of a table that are read
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return self.keys + self.also + BESIDE_THE_TURNS + _COMPARED
+        return self.keys + self.also + BESIDE_THE_TURNS + _PREFERENCE
 
     def matches(self, record: Record) -> bool:
         return all(key in record for key in self.keys)
 
 
 def conversation(turns: Callable[[Record], Turns]) -> Callable[[Record, str, ReadContext], MessageTree | None]:
-    """Return what makes a conversation of the turns in a record, or None if nothing of it is left.
+    """Return the function that makes a conversation of a record, or None if nothing of it is left.
 
     Args:
-        turns: reads them, or raises Malformed.
+        turns: reads the turns of a record, or raises Malformed.
     """
 
     def tree(record: Record, where: str, context: ReadContext) -> MessageTree | None:
-        refuse_compared(record)
-        said = in_full(record, turns(record)) or [("user", "")]
+        refuse_preference(record)
+        found = with_system_turn(record, turns(record)) or [("user", "")]  # an empty record counts as an empty turn
         context.totals.trees += 1
-        context.totals.messages += len(said)
-        kept = clean(said, context)
+        context.totals.messages += len(found)
+        kept = clean(found, context)
         return MessageTree.from_turns(content_id(kept), context.source, kept) if kept else None
 
     return tree
 
 
-def refuse_compared(record: Record) -> None:
-    """Raise Malformed if the record holds replies that are compared."""
-    if all(record.get(key) is not None for key in _COMPARED):
+def refuse_preference(record: Record) -> None:
+    """Raise Malformed if the record holds a chosen and a rejected reply."""
+    if all(record.get(key) is not None for key in _PREFERENCE):
         raise Malformed(
             "must be a conversation to learn from, but is a preference (`chosen` and `rejected`), which launch/dpo.py "
             "trains on"
         )
 
 
-def in_full(record: Record, turns: Turns) -> list[tuple[Role, str]]:
-    """Return the turns of a record as they are said, behind the system turn that stands beside them.
+def with_system_turn(record: Record, turns: Turns) -> list[tuple[Role, str]]:
+    """Return the turns of a record, tidied, behind the system text that stands beside them unless they open with it.
 
     Raises:
-        Malformed: if something else stands there that no format reads.
+        Malformed: if the record holds other content that no format reads.
     """
-    beside = [(role, tidy(text)) for role, text in _beside(record)]
-    said = [(role, tidy(text)) for role, text in turns]
-    return said if said[: len(beside)] == beside else beside + said
+    system = [("system", tidy(text)) for text in _system_texts(record)]
+    tidied = [(role, tidy(text)) for role, text in turns]
+    return tidied if tidied[: len(system)] == system else system + tidied
 
 
-def _beside(record: Record) -> Turns:
+def _system_texts(record: Record) -> list[str]:
     for key in _NOT_READ:
         if record.get(key):
             raise Malformed(f"`{key}` must be empty or absent, as it is not read and would be lost")
     texts = (value(record, key, str, "a string or null", optional=True) for key in _SYSTEM)
-    return [("system", text) for text in texts if text]
+    return [text for text in texts if text]
 
 
 def clean(turns: Turns, context: ReadContext) -> list[tuple[Role, str]]:
@@ -127,7 +127,7 @@ def joined(turns: Turns) -> list[tuple[Role, str]]:
 
 
 def content_id(turns: Turns) -> str:
-    """Return a name made of the content alone."""
+    """Return a digest of the content, as an id."""
     digest = hashlib.blake2b(digest_size=12)
     for role, text in turns:
         digest.update(f"{role}\0{text}\0".encode())
