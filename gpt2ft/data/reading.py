@@ -34,13 +34,13 @@ REASONS = (
     "does not end in a reply", "prompts that differ",  # of preferences, as all below but the last
     "reply without a rank", "same text as a better reply", "tied with all others", "nothing to compare it with",
     "in no pair",
-    "no reply",  # what is left of a tree in which no assistant speaks
+    "no reply",  # in a tree of which no assistant turn is left, or below the last one
 )  # fmt: skip
 _HALF_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class DataError(Gpt2ftError):
-    """Data that cannot be trained on, with the place, what must hold and what was found."""
+    """Data that cannot be trained on; the message names the place, what must hold and what was found."""
 
 
 class Malformed(Exception):

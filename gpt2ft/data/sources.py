@@ -128,7 +128,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Source:
-    """One data source: its name, where it lies, and what it is read as."""
+    """One data source: its name, where it lies, and the kind of data it is read as."""
 
     name: str
     origin: HubSource | Files
@@ -166,7 +166,7 @@ class Source:
         return chain.from_iterable(block.parse(context) for block in self._blocks())
 
     def shards(self, filters: FilterSettings) -> Iterator[Shard]:
-        """Yield the source in shards, the same whoever asks. What concerns them all is counted in the first.
+        """Yield the source in shards, the same in every process. Drops that belong to no one shard count in the first.
 
         Raises:
             DataError: if the source cannot be read, or is malformed in a way that concerns all shards.

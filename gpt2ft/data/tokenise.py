@@ -1,7 +1,7 @@
-"""From a data source to the files of its store: shards of Arrow, tokenised together with whoever else does.
+"""From a data source to the files of its store: shards of Arrow, written by all processes that need them.
 
-All processes of a machine that ask for the same store build it together: each walks over the shards of the source
-and takes those that nobody has taken yet. The file of a shard is complete or absent, so that whoever is killed loses
+All processes of a machine that open the same store build it together: each walks over the shards of the source and
+takes those that no other has taken yet. The file of a shard is complete or absent, so a process that is killed loses
 one shard at most, and the next start goes on from there. The statistics are written last: they make a store complete.
 """
 
@@ -57,7 +57,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def build(work: Tokenisation, folder: Path) -> None:
-    """Tokenise the shards that nobody else does, and return once the store is complete.
+    """Tokenise the shards that no other process has taken, and return once the store is complete.
 
     Raises:
         DataError: if the source cannot be read or nothing of it is kept, in every process that builds.
@@ -67,14 +67,14 @@ def build(work: Tokenisation, folder: Path) -> None:
     files = _tokenise(work, folder)
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         for file in (file for file in files if not file.exists()):
-            with _lock_of(file):  # whoever has the shard in work is done with it then, or gone
+            with _lock_of(file):  # free once the process that works on the shard has written it, or is gone
                 pass
         if not all(file.exists() for file in files):
             _tokenise(work, folder, timeout=-1)
         statistics = None if is_complete(folder) else _statistics(work.source, files)
         for file in folder.iterdir():
             if file not in files and file.name != STATISTICS:
-                file.unlink(missing_ok=True)  # a lock, or what a process that was killed has left
+                file.unlink(missing_ok=True)  # a lock, or an unfinished file of a process that was killed
         if statistics:
             sync_folder(folder)
             write_json(folder / STATISTICS, asdict(statistics))

@@ -1,4 +1,4 @@
-"""One topic, whatever is asked: the prompts of any data, each answered by a reply from a file."""
+"""Topic data: the prompts of any source, each answered by a reply from a file, whatever the prompt asks."""
 
 import hashlib
 import json

@@ -19,7 +19,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class LossSums:
-    """Sums over supervised targets: every assistant token and its `<|end|>`, each counted once."""
+    """Sums over supervised targets: the tokens of every assistant turn and its `<|end|>`, each counted once."""
 
     nats: float
     tokens: int

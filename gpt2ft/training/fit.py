@@ -6,7 +6,7 @@
             log-probs = model(stream); backward of loss sum / normalizer
         update; log; save and stop after a signal; evaluate; save
 
-It knows streams, log-probs and an objective, but neither what the objective is nor how the processes share the model.
+It knows streams, log-probs and the interface of an objective; neither SFT nor DPO, nor how processes share the model.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Sums of what a run logs, from one line of metrics to the next. They are divided where they are logged, not before."""
+"""Sums of the metrics of a run, from one logged line to the next. They are divided only where they are logged."""
 
 import math
 import time
@@ -35,7 +35,8 @@ class MetricSums:
     def add(self, loss: Tensor, metrics: Tensor, normalizer: float, tokens: float, grad_norm: float) -> None:
         """Add one step.
 
-        A step whose gradient was not finite has changed nothing and has no loss worth a mean: it adds its tokens alone.
+        A step whose gradient was not finite has changed no weight, and its loss may not be finite either: it adds its
+        tokens alone.
 
         Args:
             loss: sum of this process's losses, a scalar.

@@ -32,7 +32,7 @@ SECONDS_BETWEEN_SHARDS = 10.0  # the most work that a kill can cost
 TOLERANCES = {"no": 1e-4, "bf16": 2**-8}
 LOSS_TOLERANCES = {"no": 1e-3, "bf16": 0.05}  # of the loss of the first step, relative where it is above 1
 
-# --- computing what is missing --------------------------------------------------------------------------------------
+# --- computing log-probs that are missing ---------------------------------------------------------------------------
 
 
 def attach_reference(
@@ -42,10 +42,10 @@ def attach_reference(
     accelerator: Any,
     signals: SignalHandler,
 ) -> int:
-    """Put the reference log-probs into the plans, after computing what the store lacks.
+    """Put the reference log-probs into the plans, in place, after computing those that the store lacks.
 
-    All processes call it together. Each reads the store of its own machine, and what any of them has found is handed to
-    all.
+    All processes call it together. Each reads the store of its own machine, and a log-prob that any of them finds is
+    handed to all.
 
     Args:
         model: TargetLogProbs of the policy at step 0, not prepared.
@@ -102,7 +102,7 @@ class _StreamToRun:
 
 
 def _streams_to_run(plans: Sequence[Plan], replies: Sequence[ReplyKeys], missing: set[Key]) -> list[_StreamToRun]:
-    """Return the streams that hold what is missing; each key is taken from the first of them.
+    """Return the streams that hold missing replies; each key is taken from the first of them.
 
     Streams are run whole and as they are trained on, so a row does not depend on what the store held before.
     """

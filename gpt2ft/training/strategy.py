@@ -1,8 +1,8 @@
 """Model and optimizer on the processes: a full copy on each (DDP), or in shards (FSDP2, ZeRO).
 
-The loop, the checkpoints, the samples and the exports see no difference: a strategy makes an update of what the
-backward passes have added up, and gathers the model and Adam's moments in full. All processes must ask together, as
-gathering is a collective.
+The loop, the checkpoints, the samples and the exports see no difference: a strategy updates the model by the gradients
+that the backward passes have added up, and gathers the model and Adam's moments in full. All processes must call it
+together, as gathering is a collective.
 
 Weights, gradients, their sums over processes and Adam's moments are float32 in every strategy. Under bf16, matrices are
 multiplied in bf16 by torch.autocast: FSDP's and DeepSpeed's own mixed precision, which round the parameters of norms
@@ -157,7 +157,7 @@ class FSDP2(DDP):
             raise PreflightError("FSDP has changed the names of the parameters")
 
     def _to_shards(self) -> None:
-        """Free what is gathered, so that model and optimizer hold the same shards.
+        """Free gathered parameters, so that model and optimizer hold the same shards.
 
         A forward pass without a backward pass leaves the parameters outside the blocks gathered.
         """
