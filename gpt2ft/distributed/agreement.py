@@ -12,8 +12,8 @@ from gpt2ft.distributed.launch_checks import LaunchError
 
 REMEDIES = {  # by the first part of a key
     "step": "`output` must be on a folder that all machines share",
-    "data_content": "the files that `data.train` and `data.eval` name must be the same on each machine",
-    "initial_weights": "`model.path` must be the same on each machine",
+    "data_content": "the files that are read must be the same on each machine",
+    "initial_weights": "the model that is loaded must be the same on each machine",
     "versions": "install the same packages on each machine",
 }
 REMEDY = "start all processes with the same settings"

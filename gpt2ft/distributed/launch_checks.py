@@ -22,7 +22,7 @@ from gpt2ft.errors import Gpt2ftError
 STARTED_WITHOUT_TORCHRUN = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 NAMES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "DeepSpeed ZeRO-2", "zero3": "DeepSpeed ZeRO-3"}
 SECTIONS = {"fsdp_config": "fsdp_", "deepspeed_config": "", "dynamo_config": "dynamo_"}  # prefixes that may be left out
-OFF = "(?!true|1|yes).*"
+OFF = "(?!(?:true|1|yes)$).*"
 # Of a launcher's settings: the variable, a pattern of what it may be, what must hold, and what to do if it does not.
 ALWAYS = (
     ("ACCELERATE_USE_MEGATRON_LM", OFF, "MEGATRON_LM must be left out", "use MULTI_GPU or FSDP"),

@@ -47,9 +47,8 @@ def run(settings: EvaluateSettings) -> None:
     if settings.pairs:
         rule = PreferencePairs(settings.pairs, "pair", max_length, capacity)
     corpus, _ = load_corpora(data, loaded.tokenizer, kind=rule.kind)
-    check_agreement(
-        accelerator, {"data": corpus.content(), "weights": loaded.digest, "settings": settings.model_dump()}
-    )
+    asked = settings.model_dump(exclude={"cache", "report"})
+    check_agreement(accelerator, asked | {"data_content": corpus.content(), "initial_weights": loaded.digest})
     prompts = topic_prompts(loaded, corpus, settings) if settings.topic else []
     chunks = chunk(corpus.stores, corpus.rows, rule)
     plan = Plan(chunks, capacity, 1, seed=0, shuffle=False)
