@@ -28,7 +28,6 @@ class Output:
         self.best = self.folder / "best"
         self.adapter = self.folder / "adapter"
         self.start = self.folder / "start"
-        self.continues = False  # a run that lies here already
         self._lock = FolderLock()
 
     @property
@@ -42,6 +41,14 @@ class Output:
         except (OSError, ValueError):
             return False
         return is_restart_of(manifest.get("launch", {}))
+
+    def is_finished_by_this_launch(self) -> bool:
+        """Return True if there is nothing left to do for a restart that comes too late."""
+        return self.is_finished and self.is_of_this_launch()
+
+    def continues(self, settings: RunSettings) -> bool:
+        """Return True if the run goes on from what lies here: by its settings, or because it is a restart."""
+        return settings.resume == "auto" or self.is_of_this_launch()
 
     def claim(self, settings: RunSettings) -> None:
         """Check that this run may train here, and keep others out; nothing is moved or removed yet. Main process only.
@@ -78,7 +85,7 @@ class Output:
         accelerator.wait_for_everyone()
 
     def _begin(self, settings: RunSettings, manifest: dict[str, Any]) -> None:
-        if not self.continues:
+        if not self.continues(settings):
             self._move_aside()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder)
@@ -118,7 +125,6 @@ def open_output(settings: RunSettings, accelerator: Any) -> Output:
         output.claim(settings)
     accelerator.wait_for_everyone()
     check_shared(accelerator, output.folder)
-    output.continues = settings.resume == "auto" or output.is_of_this_launch()
-    if output.continues and output.is_finished and accelerator.is_main_process:
+    if output.is_finished_by_this_launch() and accelerator.is_main_process:
         print(f"finished  {output.model}, by an earlier start of this launch")
     return output

@@ -36,7 +36,7 @@ def find_resume_point(setup: RunSetup, output: Output) -> ResumePoint:
         CheckpointError: if there are checkpoints, but all are damaged.
         LaunchError: if the processes do not find the same checkpoint or the same data.
     """
-    resume_point = _newest(setup, output) if output.continues else ResumePoint(TrainState(), None)
+    resume_point = _newest(setup, output) if output.continues(setup.settings) else ResumePoint(TrainState(), None)
     check_agreement(setup.accelerator, facts_of(setup) | {"step": resume_point.state.step})
     return resume_point
 

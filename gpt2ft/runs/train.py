@@ -50,7 +50,7 @@ def train(settings: RunSettings, task: Task) -> None:
     training = settings.training
     accelerator = start_accelerator(training.precision, training.micro_batches_per_step, training.deterministic)
     output = open_output(settings, accelerator)
-    if output.continues and output.is_finished:
+    if output.is_finished_by_this_launch():
         return
     setup = set_up(settings, task, accelerator)
     if settings.looks_only:
