@@ -16,7 +16,7 @@ from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from threading import Event, Thread, get_ident
+from threading import Event, Thread, Timer, get_ident
 from traceback import walk_stack
 from typing import Any
 
@@ -39,7 +39,7 @@ def start(accelerator: Any) -> None:
     stop("finished")
     if accelerator.num_processes > 1 and patience():
         _watchdog = Watchdog(distributed_c10d._get_default_store().clone(), accelerator)
-        _watchdog.send()
+        _watchdog.store.set(_watchdog.keys[_watchdog.rank], _watchdog.beat())
         accelerator.wait_for_everyone()
         distributed_c10d._set_pg_timeout(timedelta(days=7))  # collectives wait for whoever is slow but alive
         _watchdog.start()
@@ -89,27 +89,28 @@ class Watchdog(Thread):
         self.place, self.limit, self.loops, self.over = "getting ready", ELSEWHERE * patience(), set(), Event()
         self.number, self.signs, self.seen, self.diagnosis = 0, 0, ([], 0, 0.0), None
         self.beats, self.silent, self.still = [], [0.0] * size, [0.0] * size  # seconds, by rank
-        store.set_timeout(timedelta(seconds=self.max_silence))
 
     def run(self) -> None:
         before = time.monotonic()
         while not self.over.wait(self.interval):
+            beat = self.beat()  # before the timer starts, which is a thread too
+            timer = Timer(self.max_silence, self.end, [f"the store on {os.environ['MASTER_ADDR']} does not answer", []])
+            timer.start()
             try:
-                self.send()
+                self.store.set(self.keys[self.rank], beat)
                 beats = [Heartbeat(*json.loads(beat)) for beat in self.store.multi_get(self.keys)]
             except RuntimeError:  # the first process may have ended well, and this one be about to
-                if not self.over.wait(self.max_silence):
-                    self.end(f"the store on {os.environ['MASTER_ADDR']}, the first machine, does not answer", [])
                 return
+            timer.cancel()
             if diagnoses := [beat.diagnosis for beat in beats if beat.diagnosis]:  # of any process, this one too
                 self.end(*diagnoses[0])
             passed, before = min(time.monotonic() - before, 3 * self.interval), time.monotonic()  # unless frozen
             self.diagnosis = self.diagnosis or self.diagnose(beats, passed)
         with suppress(RuntimeError):
-            self.send()
+            self.store.set(self.keys[self.rank], self.beat())
 
-    def send(self) -> None:
-        """Write a heartbeat into the store."""
+    def beat(self) -> str:
+        """Return a heartbeat of this process, as the store holds it."""
         frames = [walk_stack(top) for ident, top in sys._current_frames().items() if ident != get_ident()]
         stacks = [(frame.f_code, frame.f_lasti) for stack in frames for frame, _ in stack]
         moved = psutil.Process().io_counters()[2:] if hasattr(psutil.Process, "io_counters") else ()  # not on macOS
@@ -117,8 +118,7 @@ class Watchdog(Thread):
         computes = self.on_cpu and self.seen[2] - before[2] > self.interval / 10  # who waits for a GPU is busy too
         self.signs += computes or stacks != before[0] or self.seen[1] - before[1] > 2**20
         collectives = sum(group._get_sequence_number_for_group() for group in list(distributed_c10d._world.pg_map))
-        beat = Heartbeat(self.number, self.host, self.place, self.limit, collectives, self.signs, self.diagnosis)
-        self.store.set(self.keys[self.rank], json.dumps(beat))
+        return json.dumps([self.number, self.host, self.place, self.limit, collectives, self.signs, self.diagnosis])
 
     def diagnose(self, beats: list[Heartbeat], seconds: float) -> tuple[str, list[int]] | None:
         """Return the problem and the suspects, if there are any, from heartbeats `seconds` after the last ones."""
@@ -143,7 +143,7 @@ class Watchdog(Thread):
         """End this process. One on each machine says why, a suspect only if there is no other."""
         here = [rank for rank, beat in enumerate(self.beats) if beat.host == self.host]
         speaker = min([rank for rank in here if rank not in suspects] or here, default=self.rank)
-        if self.rank != speaker and self.over.wait(1 + 4 * self.interval):  # torchrun ends all
+        if self.over.wait(0 if self.rank == speaker else 1 + 4 * self.interval):  # torchrun ends all
             return
         if self.rank in suspects:
             faulthandler.dump_traceback(file=2)
