@@ -412,7 +412,8 @@ def hangs(folder):
 @watchdog.announce_end()
 def run(work, folder):
     accelerator = start_accelerator("fp32")
-    print("waits at most", distributed_c10d._get_default_group()._get_backend(accelerator.device).options._timeout, flush=True)
+    group = distributed_c10d._get_default_group()
+    print("waits at most", group._get_backend(accelerator.device).options._timeout, flush=True)
     if accelerator.is_main_process:
         work(folder)
     accelerator.wait_for_everyone()
