@@ -82,7 +82,7 @@ def losses(folder):
 # --- hanging --------------------------------------------------------------------------------------------------------
 
 NAMED = {
-    "freezes": r"error: no heartbeat for \d+ s of rank 1 \(host .*\), last at (step [12]|saving)",
+    "freezes": r"error: no heartbeat for \d+ s of rank 1 \(host .*\), last at \w+",  # up to half a second before
     "sleeps": r"error: no process has got on for \d+ s, .* rank 1 \(host .*\), last at step 2",
 }
 
