@@ -2,6 +2,7 @@
 
 from time import monotonic
 
+from processes import wait_until
 from running_server import read_until
 
 END = b"data: [DONE]\n\n\r\n0\r\n\r\n"
@@ -59,5 +60,4 @@ def test_it_ends_by_itself_if_its_first_warm_up_fails(serving, inference_model, 
         gpt2.ln_f.weight[0] = torch.nan
     caplog.set_level("CRITICAL")
     with serving(gpt2=gpt2, ready=False) as running:
-        pass
-    assert running.server.has_failed
+        wait_until(lambda: running.server.has_failed)
