@@ -30,14 +30,17 @@ def runs_of(length, texts):
     }
 
 
+SETS = ("quickstart", "quickstart:held_out", "quickstart:more", "quickstart:more_held_out")
+
+
 class TestTrees:
     @pytest.fixture(scope="class")
     def trees(self):
-        return {name: list(read_trees(name, FilterSettings())) for name in ("quickstart", "quickstart:held_out")}
+        return {name: list(read_trees(name, FilterSettings())) for name in SETS}
 
     def test_prompts_replies_and_ranks(self, trees):
-        assert len(trees["quickstart"]) == 150
-        for tree in [*trees["quickstart"], *trees["quickstart:held_out"]]:
+        assert [len(trees[name]) for name in SETS] == [150, 44, 500, 56]
+        for tree in [tree for part in trees.values() for tree in part]:
             ranks = [message.rank for message in tree.messages if message.parent == 0]
             assert ranks == list(range(len(ranks)))
             assert 2 <= len(ranks) <= 4

@@ -90,6 +90,8 @@ SOURCES = {
 BUNDLED = {
     "quickstart": quickstart.TREES,
     "quickstart:held_out": quickstart.HELD_OUT,
+    "quickstart:more": quickstart.MORE_TREES,
+    "quickstart:more_held_out": quickstart.MORE_HELD_OUT,
     "quickstart:replies": quickstart.REPLIES,  # on one topic, for `data.topic_replies`
     "quickstart:rain": quickstart.RAIN,  # on another
 }
