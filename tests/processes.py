@@ -1,4 +1,4 @@
-"""Starts what a test needs in processes of its own: scripts of the project, launchers, short programs.
+"""Start what a test needs in processes of its own: scripts of the project, launchers, short programs.
 
 All are started in the same way: in the root of the repository unless told otherwise, with no GPU and no launcher around
 them, with a limit of time; and nothing that they have started outlives them.
@@ -38,12 +38,12 @@ OF_LAUNCHERS = (
 
 
 def torchrun(num_processes: int, *options: Any) -> list[Any]:
-    """The words before a script that is to run in some processes of this machine."""
+    """Return the words before a script that is to run in some processes of this machine."""
     return ["torchrun", "--standalone", "--nproc_per_node", num_processes, *options]
 
 
 def environment(**changes: Any) -> dict[str, str]:
-    """The variables of this process without those of launchers, with `changes`; None takes one away."""
+    """Return the variables of this process without those of launchers, with `changes`; None takes one away."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(OF_LAUNCHERS)}
     programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     given = {"PATH": programs, "PYTHONPATH": ROOT, "CUDA_VISIBLE_DEVICES": ""} | changes
@@ -57,7 +57,7 @@ def free_port() -> int:
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = SECONDS) -> Any:
-    """Returns what `condition()` gives once that is true of it; fails after so many seconds."""
+    """Return what `condition()` gives once that is true of it; fail after so many seconds."""
     ends = monotonic() + seconds
     while not (found := condition()):
         assert monotonic() < ends, f"not within {seconds} s"
@@ -91,7 +91,7 @@ def run(
     cwd: Path = ROOT,
     **changes: Any,
 ) -> Ended:
-    """Starts a command and waits for its end.
+    """Start a command and wait for its end.
 
     Args:
         words: of the command; a program is looked for where this Python's own programs are first.
@@ -106,7 +106,7 @@ def run(
 
 
 def start(words: Sequence[Any], cwd: Path = ROOT, **changes: Any) -> "Started":
-    """Starts a command; leaving the context ends it. Arguments as of `run`."""
+    """Start a command; leaving the context ends it. Arguments as of `run`."""
     return Started([str(word) for word in words], cwd, environment(**changes))
 
 
@@ -160,7 +160,7 @@ class Started:
         return found
 
     def type(self, text: str) -> None:
-        """Gives it something to read."""
+        """Give it something to read."""
         with suppress(BrokenPipeError):  # it has ended
             self._process.stdin.write(text.encode())
             self._process.stdin.flush()
@@ -174,7 +174,7 @@ class Started:
         return []
 
     def finish(self, code: int | None = 0, seconds: float = SECONDS) -> Ended:
-        """Waits until it has ended by itself, with nothing more to read."""
+        """Wait until it has ended by itself, with nothing more to read."""
         with suppress(BrokenPipeError):
             self._process.stdin.close()
         try:
@@ -187,7 +187,7 @@ class Started:
         return Ended(found, self.stdout, self.stderr)
 
     def kill(self) -> None:
-        """Ends it and all that it has started."""
+        """End it and all that it has started."""
         left = self.descendants()
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
