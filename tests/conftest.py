@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+# Read when torch is imported, here and in what the tests start: there is a test for each core, and those who wait for
+# others do not keep them from it.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 TEST_DATA = Path(os.environ.get("GPT2FT_TEST_DATA", Path(__file__).parents[1] / "../shared/data"))
 LENGTH_OF_A_MESSAGE = 1000  # in hand-made trees token m * 1000 + i is token i of message m
 
@@ -121,8 +124,18 @@ def random_tree(make_tree):
     return make
 
 
+@pytest.fixture(scope="session")
+def one_thread():
+    """Tensors this small gain nothing from a second thread, and on a busy machine wait for it most of the time."""
+    from gpt2ft.distributed import accelerator
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accelerator, "available_cores", lambda: 1)
+        yield
+
+
 @pytest.fixture(scope="module")
-def accelerator():
+def accelerator(one_thread):
     """One process, as training has it."""
     from accelerate.state import AcceleratorState, GradientState
 

@@ -1,7 +1,7 @@
 """Start what a test needs in processes of its own: scripts of the project, launchers, short programs.
 
-All are started in the same way: in the root of the repository unless told otherwise, with no GPU and no launcher around
-them, with a limit of time; and nothing that they have started outlives them.
+All are started in the same way: in the root of the repository unless told otherwise, with no GPU, no launcher around
+them and one thread, with a limit of time; and nothing that they have started outlives them.
 
     done = run(["python", "launch/sft.py", "quickstart"], GPT2FT_CACHE=folder)
     with start([*torchrun(2), "launch/sft.py"], **ON_CPU) as started:
@@ -30,7 +30,7 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 120.0  # until a test gives up
-ON_CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+ON_CPU = {"ACCELERATE_USE_CPU": "true"}
 OF_LAUNCHERS = (
     *("ACCELERATE_", "FSDP_", "OMPI_", "PMI_", "MV2_", "SLURM_", "TORCHELASTIC_", "RANK", "LOCAL_RANK", "WORLD_SIZE"),
     *("LOCAL_WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"),
@@ -46,7 +46,7 @@ def environment(**changes: Any) -> dict[str, str]:
     """Return the variables of this process without those of launchers, with `changes`; None takes one away."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(OF_LAUNCHERS)}
     programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    given = {"PATH": programs, "PYTHONPATH": ROOT, "CUDA_VISIBLE_DEVICES": ""} | changes
+    given = {"PATH": programs, "PYTHONPATH": ROOT, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": 1} | changes
     return {name: str(value) for name, value in (kept | given).items() if value is not None}
 
 

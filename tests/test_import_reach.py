@@ -62,9 +62,7 @@ def lines_of_all():
 def test_serving(tiny_weights_folder, tmp_path):
     pytest.importorskip("uvicorn", reason="needs the extra [serve]")
     file = tmp_path / "modules"
-    with start(
-        script("serve", file, tiny_weights_folder, "--port", 0), OMP_NUM_THREADS=1, GPT2FT_API_KEY=None
-    ) as server:
+    with start(script("serve", file, tiny_weights_folder, "--port", 0), GPT2FT_API_KEY=None) as server:
         address = server.wait_for(r"is served at (http://\S+:\d+)")[1]
         assert b"ok" in urlopen(f"{address}/health", timeout=60).read()  # it listens, and so minds signals
         server.send_signal(signal.SIGTERM)
@@ -76,9 +74,7 @@ def test_serving(tiny_weights_folder, tmp_path):
 
 def test_chatting(tiny_weights_folder, tmp_path):
     file = tmp_path / "modules"
-    done = run(
-        script("chat", file, tiny_weights_folder, "--max_new_tokens", 5), typed="What is tea?\n", OMP_NUM_THREADS=1
-    )
+    done = run(script("chat", file, tiny_weights_folder, "--max_new_tokens", 5), typed="What is tea?\n")
     assert done.stdout
     modules = check("chat", file, most=6500)
     assert "gpt2ft.chat.session" in modules
@@ -87,7 +83,7 @@ def test_chatting(tiny_weights_folder, tmp_path):
 
 def test_exporting(tiny_weights_folder, tmp_path):
     file = tmp_path / "modules"
-    run(script("export", file, tiny_weights_folder, "--format", "hf", "--output", tmp_path / "hf"), OMP_NUM_THREADS=1)
+    run(script("export", file, tiny_weights_folder, "--format", "hf", "--output", tmp_path / "hf"))
     assert (tmp_path / "hf" / "model.safetensors").is_file()
     check("export", file, most=6500)
 

@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 
 def campaign(name, *arguments):
     """In a process of its own, with one thread: what has run before must not be there in its children."""
-    done = run(["python", f"tests/campaigns/{name}.py", *arguments], seconds=900, OMP_NUM_THREADS=1)
+    done = run(["python", f"tests/campaigns/{name}.py", *arguments], seconds=900)
     assert done.stdout.endswith("all held\n")
     return done.stdout
 

@@ -1,6 +1,8 @@
 """The process at fault is named, nobody else is, and whoever is slow but alive is left alone."""
 
 import socket
+import sys
+import threading
 from contextlib import nullcontext
 from threading import Event, Thread
 from types import SimpleNamespace
@@ -156,7 +158,7 @@ def test_one_that_ends_by_itself_meanwhile_says_nothing(rank, suspects, monkeypa
 class Observed:
     """A watchdog that sends from a thread of its own, with this thread waiting at one place."""
 
-    def __init__(self, device="cpu"):
+    def __init__(self, device):
         self.watchdog = of_rank(0, 1, device=device)
         self.watchdog.interval = 0.5
 
@@ -179,11 +181,25 @@ class Observed:
         return signs[-1] > signs[-2]
 
 
-def test_a_process_that_stands_still_shows_none():
-    assert not Observed().shows_life(lambda: None)
+@pytest.fixture
+def observed(monkeypatch):
+    """observed("cuda"): what pytest and earlier tests have left running in threads of their own is not looked at."""
+    strangers = set(threading.enumerate()) - {threading.current_thread()}
+    all_frames = sys._current_frames
+
+    def frames():
+        own = {thread.ident for thread in threading.enumerate() if thread not in strangers}
+        return {ident: top for ident, top in all_frames().items() if ident in own}
+
+    monkeypatch.setattr(sys, "_current_frames", frames)
+    return lambda device="cpu": Observed(device)
 
 
-def test_python_code_that_moves_on_is_a_sign_of_life():
+def test_a_process_that_stands_still_shows_none(observed):
+    assert not observed().shows_life(lambda: None)
+
+
+def test_python_code_that_moves_on_is_a_sign_of_life(observed):
     """In any thread."""
     first, at_second, end = Event(), Event(), Event()
 
@@ -199,14 +215,14 @@ def test_python_code_that_moves_on_is_a_sign_of_life():
         first.set()
         at_second.wait()
 
-    assert Observed().shows_life(move_on)
+    assert observed().shows_life(move_on)
     end.set()
     thread.join()
 
 
-def test_bytes_are_a_sign_of_life(tmp_path):
+def test_bytes_are_a_sign_of_life(observed, tmp_path):
     """As in a download by one call of a library."""
-    assert Observed().shows_life(lambda: (tmp_path / "download").write_bytes(bytes(2**22)))
+    assert observed().shows_life(lambda: (tmp_path / "download").write_bytes(bytes(2**22)))
 
 
 def compute():
@@ -215,10 +231,10 @@ def compute():
         pass
 
 
-def test_computing_is_a_sign_of_life_on_a_cpu():
+def test_computing_is_a_sign_of_life_on_a_cpu(observed):
     """A process that waits for its GPU seems to compute."""
-    assert Observed().shows_life(compute)
-    assert not Observed("cuda").shows_life(compute)
+    assert observed().shows_life(compute)
+    assert not observed("cuda").shows_life(compute)
 
 
 def test_collectives_are_counted_in_all_groups():

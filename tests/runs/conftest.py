@@ -1,16 +1,15 @@
-"""Small training runs in this process: the quickstart's data, a model of one tenth, a few seconds."""
+"""Small training runs in this process: a half of the quickstart's data, a model of one tenth, a second or two."""
 
 from contextlib import contextmanager
 
 import pytest
 import torch
 
-from gpt2ft.distributed import accelerator as accelerator_module
 from gpt2ft.settings.scripts import DPOSettings, SFTSettings
 
 
 @pytest.fixture(scope="session")
-def run_sft(tiny_model_folder, tmp_path_factory):
+def run_sft(tiny_model_folder, one_thread, tmp_path_factory):
     """Trains: run_sft(output, steps=7, seed=0, objective=SFT(), ...). 3 steps of 6 streams make an epoch.
 
     `path` is a folder with weights to start from, `lora` the settings of adapters.
@@ -52,7 +51,7 @@ def run_sft(tiny_model_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def run_dpo(tiny_weights_folder, tmp_path_factory):
+def run_dpo(tiny_weights_folder, one_thread, tmp_path_factory):
     """Tunes on preferences: run_dpo(output, steps=4, path=..., dpo={...}, lora={...}, data={...}, ...).
 
     All runs share a cache, and with it the reference, unless `data` names another.
@@ -86,7 +85,8 @@ def run_dpo(tiny_weights_folder, tmp_path_factory):
             resume=resume,
         )
         if only_reference:
-            in_one_thread(compute_reference.run, settings)
+            forget_accelerator()
+            compute_reference.run(settings)
         else:
             train_here(settings, PreferenceTuning(settings))
 
@@ -120,7 +120,7 @@ def stopped_after():
 
 
 SMALL_STEPS = {
-    "tokens_per_micro_batch": 1024,
+    "tokens_per_micro_batch": 512,
     "micro_batches_per_step": 6,
     "eval_every": 3,
     "save_every": 2,
@@ -131,22 +131,20 @@ SMALL_STEPS = {
 
 
 def quickstart_data(cache):
-    return {"train": ["quickstart"], "eval": ["quickstart:held_out"], "max_length": 256, "cache": str(cache)}
+    return {"train": ["quickstart@0.5"], "eval": ["quickstart:held_out"], "max_length": 256, "cache": str(cache)}
 
 
 def train_here(settings, task):
     from gpt2ft.runs.train import train
 
     torch.manual_seed(int.from_bytes(settings.output.encode()[-4:], "big"))  # what was drawn before must not matter
-    in_one_thread(train, settings, task)
+    forget_accelerator()
+    train(settings, task)
 
 
-def in_one_thread(work, *arguments):
-    """Threads only get in each other's way at this size."""
+def forget_accelerator():
+    """Let the next run start its own."""
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(accelerator_module, "available_cores", lambda: 1)
-        work(*arguments)

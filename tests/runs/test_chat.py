@@ -74,7 +74,6 @@ def environment(tmp_path_factory):
         "COLORTERM": None,
         "GPT2FT_CACHE": str(cache),
         "TERM": "xterm-256color",
-        "OMP_NUM_THREADS": "1",
         "PYTHONIOENCODING": "utf-8",
     }
 

@@ -18,12 +18,7 @@ TREES = (RECIPES.parents[1] / "gpt2ft" / "quickstart" / "trees.jsonl").read_text
 STEPS = 2
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Tensors this small gain nothing from a second thread, and on a busy machine wait for it most of the time."""
-    from gpt2ft.distributed import accelerator
-
-    monkeypatch.setattr(accelerator, "available_cores", lambda: 1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run_through_main(arguments):

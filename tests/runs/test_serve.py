@@ -18,7 +18,7 @@ pytest.importorskip("uvicorn", reason="needs the extra [serve]")
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 60  # seconds until a test gives up
 KEY = "0123456789abcdef"
-BARE = {serve.KEY_VARIABLE: None, "OMP_NUM_THREADS": 1}
+BARE = {serve.KEY_VARIABLE: None}
 
 
 @pytest.fixture

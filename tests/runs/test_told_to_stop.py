@@ -84,7 +84,7 @@ def test_during_evaluation(evaluation, uninterrupted, run_sft, tmp_path, monkeyp
     def stream(self, micro_batch):
         if not self.shuffle:
             asked.append(None)
-            if len(asked) == 5 * evaluation - 2:  # five held-out streams
+            if len(asked) == 10 * evaluation - 2:  # ten held-out streams
                 send(signal.SIGTERM)
         return whole(self, micro_batch)
 
@@ -92,7 +92,7 @@ def test_during_evaluation(evaluation, uninterrupted, run_sft, tmp_path, monkeyp
         patch.setattr(Plan, "stream", stream)
         with pytest.raises(Preempted):
             run_sft(tmp_path / "run", steps=STEPS)
-    assert len(asked) >= 3
+    assert len(asked) >= 10 * evaluation - 2
     run_sft(tmp_path / "run", steps=STEPS)
     if evaluation > 1:  # that of step 0 is not made up for
         same_end(uninterrupted, tmp_path / "run")

@@ -29,7 +29,7 @@ LENGTHS = (3, 40, 9, 17)  # of the replies: micro-batches of very uneven weight
 
 
 @pytest.fixture(scope="module")
-def accelerator():
+def accelerator(one_thread):
     """One process that accumulates the micro-batches of a step."""
     from accelerate.state import AcceleratorState, GradientState
 
