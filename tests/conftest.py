@@ -14,6 +14,12 @@ TEST_DATA = Path(os.environ.get("GPT2FT_TEST_DATA", Path(__file__).parents[1] / 
 LENGTH_OF_A_MESSAGE = 1000  # in hand-made trees token m * 1000 + i is token i of message m
 
 
+def pytest_xdist_auto_num_workers(config):
+    """Folders are shared by two processes; a few files would be done before a second one has imported PyTorch."""
+    files = all(Path(argument.partition("::")[0]).suffix == ".py" for argument in config.args)
+    return 0 if files else min(2, os.cpu_count())
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     """Tokenised data goes to a folder of this test run, never to the user's own cache."""
