@@ -93,20 +93,21 @@ def prompt_limit(n_positions: int, max_new_tokens: int) -> int:
 
 
 def chat_prompt(prompt_format: PromptFormat, turns: Sequence[Turn], limit: int) -> Prompt:
-    """Ask for a reply to `turns`, the last of which is the user's, within `limit` tokens.
+    """Ask for a reply to `turns`, within `limit` tokens.
 
     Raises:
-        TooLong: if not even the last message fits, beside the system text.
+        TooLong: if not even the user's last message, and what follows it, fits beside the system text.
     """
     rendered = prompt_format.render(turns)
     lengths = [len(ids) for ids in rendered]
     room = limit - len(prompt_format.generation_prompt)
     kept = kept_turns([role for role, _ in turns], lengths, room)
     if kept is None:
-        has_system = turns[0][0] == "system"
-        beside = f" beside the system text of {lengths[0]}" if has_system else ""
-        fitting = max(0, room - (lengths[0] if has_system else 0))
-        raise TooLong(f"a message must have at most {fitting} tokens{beside}, but this one has {lengths[-1]}")
+        first = 1 if turns[0][0] == "system" and len(turns) > 1 else 0
+        beside = f" beside the system text of {lengths[0]}" if first else ""
+        last = max((turn for turn, (role, _) in enumerate(turns) if role == "user"), default=first)
+        fitting = max(0, room - sum(lengths[:first]))
+        raise TooLong(f"a message must have at most {fitting} tokens{beside}, but this one has {sum(lengths[last:])}")
     return Prompt(
         [*(id for turn in kept for id in rendered[turn]), *prompt_format.generation_prompt], len(turns) - len(kept)
     )

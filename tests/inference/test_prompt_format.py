@@ -37,6 +37,17 @@ def test_the_oldest_turns_give_way_and_the_system_turn_stays(prompt_format):
         chat_prompt(prompt_format, turns, limit=len(needed) - 1)
 
 
+@pytest.mark.parametrize(
+    ("roles", "beside"),
+    [(["system"], 0), (["assistant"], 0), (["user", "assistant"], 0), (["system", "user", "assistant", "system"], 1)],
+)
+def test_what_cannot_give_way_is_counted_in_any_order(prompt_format, roles, beside):
+    turns = [(role, "What is tea?") for role in roles]
+    lengths = [len(ids) for ids in prompt_format.render(turns)]
+    with pytest.raises(TooLong, match=f"but this one has {sum(lengths[beside:])}$"):
+        chat_prompt(prompt_format, turns, limit=len(prompt_format.generation_prompt) + 2)
+
+
 def test_the_chat_format_is_the_template_and_ends_with_a_turn(tokenizer):
     prompt_format = ChatPromptFormat(tokenizer)
     assert chat_prompt(prompt_format, TURNS, limit=200).ids == render_prompt(tokenizer, TURNS)

@@ -161,10 +161,10 @@ def test_models(client):
         ({"messages": [{"role": "user", "content": IMAGE}]}, "messages[0].content[0].type", "invalid_value"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "invalid_value"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
-        ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "messages[0].name", "unknown_parameter"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, "messages[0].role", "invalid_value"),
-        ({"messages": [*user("x"), {"role": "system", "content": "x"}]}, "messages[1].role", "invalid_value"),
-        ({"messages": [*user("x"), {"role": "assistant", "content": "x"}]}, "messages", "invalid_value"),
+        ({"messages": [{"role": "user", "content": "x", "name": 5}]}, "messages[0].name", "invalid_value"),
+        ({"messages": [{"role": "system", "content": ""}]}, "messages", "invalid_value"),
+        ({"prompt_cache_key": 5}, "prompt_cache_key", "invalid_value"),
+        ({"reasoning_effort": "high"}, "reasoning_effort", "unsupported_parameter"),
         ({"messages": user("tea " * 300)}, "messages", "context_length_exceeded"),
     ],
 )
@@ -181,8 +181,8 @@ def test_what_asks_for_nothing_is_accepted(client):
         messages=[
             {"role": "system", "content": ""},
             {"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "tea?"}]},
-            {"role": "assistant", "content": "A drink.", "refusal": None, "tool_calls": None},
-            {"role": "user", "content": "Hm."},
+            {"role": "assistant", "content": "A drink.", "refusal": None, "tool_calls": []},
+            {"role": "user", "content": "Hm.", "name": "Ann"},
             {"role": "user", "content": "And cold?"},
         ],
         n=1,
@@ -193,9 +193,31 @@ def test_what_asks_for_nothing_is_accepted(client):
         response_format={"type": "text"},
         stop=None,
         user="somebody",
+        safety_identifier="0123abcd",
+        prompt_cache_key="conversation-1",
+        metadata={"topic": "tea"},
+        reasoning_effort="none",
+        verbosity="medium",
         max_tokens=1,
         extra_body={"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1},
     )
+
+
+def test_a_developer_is_the_system_and_a_list_of_one_prompt_is_that_prompt(client):
+    greedy = {"model": "tiny", "max_tokens": 20, "temperature": 0}
+
+    def said(role):
+        messages = [{"role": role, "content": "Be brief."}, *user("What is tea?")]
+        return client.chat.completions.create(messages=messages, **greedy).choices[0].message.content
+
+    def continued(prompt):
+        return client.completions.create(prompt=prompt, **greedy).choices[0].text
+
+    assert said("developer") == said("system") != said("user")
+    assert continued(["The kettle"]) == continued("The kettle") != ""
+    with pytest.raises(openai.BadRequestError) as error:
+        continued(["The kettle", "Tea is"])
+    assert error.value.param == "prompt"
 
 
 def test_another_model_is_not_found(client):

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from gpt2ft.conversation import tidy
 from gpt2ft.inference.detokenizer import IncrementalDetokenizer
 from gpt2ft.inference.model import InferenceModel
 from gpt2ft.inference.prompt_format import TooLong, Turn
@@ -70,24 +69,20 @@ class RequestConverter:
 def turns_of(messages: Sequence[ChatMessage]) -> list[Turn]:
     """Return the conversation; messages of one role in a row are joined by a blank line, as in training.
 
+    Turns stay in the order in which they are given: the template renders any.
+
     Raises:
-        ApiError: if system messages stand elsewhere than first, the assistant speaks first, or the user not last.
+        ApiError: if there is none but empty system messages.
     """
     turns: list[Turn] = []
-    for number, message in enumerate(messages):
-        text = tidy(message.text)
-        above = turns[-1][0] if turns else None
-        if message.role == above:
-            turns[-1] = (above, "\n\n".join(part for part in (turns[-1][1], text) if part))
-        elif (message.role == "system" and turns) or (message.role == "assistant" and above != "user"):
-            param = f"messages[{number}].role"
-            after = f"after {above}" if above else "at the beginning"
-            raise invalid(f"`{param}` must be user {after}, but is {message.role}", param)
-        else:
-            turns.append((message.role, text))
-    if turns[-1][0] != "user":
-        raise invalid(f"the last message must be the user's, but is the {turns[-1][0]}'s", "messages")
-    return [turn for turn in turns if turn != ("system", "")]
+    for role, text in (message.turn for message in messages):
+        if turns and turns[-1][0] == role:
+            turns[-1] = (role, "\n\n".join(part for part in (turns[-1][1], text) if part))
+        elif (role, text) != ("system", ""):
+            turns.append((role, text))
+    if not turns:
+        raise invalid("`messages` must hold more than an empty system message", "messages")
+    return turns
 
 
 @contextmanager

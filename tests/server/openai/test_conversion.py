@@ -48,19 +48,30 @@ class TestTurns:
 
     def test_an_empty_system_text_is_none(self):
         assert turns_of(messages(("system", " "), ("user", "Hi"))) == [("user", "Hi")]
+        assert turns_of(messages(("user", "Hi"), ("developer", ""), ("user", "Ho"))) == [("user", "Hi\n\nHo")]
+        assert refusal(turns_of, messages(("system", " "))) == ("invalid_value", "messages")
+
+    def test_a_developer_is_the_system(self):
+        given = messages(("developer", "Be brief."), ("system", "Be kind."), ("user", "Hi"))
+        assert turns_of(given) == [("system", "Be brief.\n\nBe kind."), ("user", "Hi")]
 
     @pytest.mark.parametrize(
-        ("roles", "param"),
+        "roles",
         [
-            (["assistant"], "messages[0].role"),
-            (["system", "assistant"], "messages[1].role"),
-            (["user", "system", "user"], "messages[1].role"),
-            (["user", "assistant"], "messages"),
-            (["system"], "messages"),
+            ["assistant"],
+            ["assistant", "user"],
+            ["system", "assistant", "user"],
+            ["user", "system", "user"],
+            ["user", "system", "assistant", "user"],
+            ["user", "assistant"],
+            ["system"],
         ],
     )
-    def test_roles_out_of_turn_are_refused(self, roles, param):
-        assert refusal(turns_of, messages(*((role, "x") for role in roles))) == ("invalid_value", param)
+    def test_any_order_is_a_prompt_as_the_template_renders_it(self, convert, inference_model, roles):
+        turns = [(role, "x") for role in roles]
+        prompt = convert(ChatRequest(messages=messages(*turns))).prompt
+        assert turns_of(messages(*turns)) == turns
+        assert (prompt.ids, prompt.dropped_turns) == (render_prompt(inference_model.tokenizer, turns), 0)
 
 
 class TestPrompt:

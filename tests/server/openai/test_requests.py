@@ -9,6 +9,7 @@ from gpt2ft.server.openai.requests import NEUTRAL_VALUES, ChatRequest, Completio
 
 JSON = ["application/json"]
 HI = {"messages": [{"role": "user", "content": "Hi"}]}
+REPLY = {"role": "assistant", "content": "A drink."}
 
 
 def chat(**parameters):
@@ -40,11 +41,15 @@ def test_a_stop_may_be_one_string_and_a_content_may_be_parts():
 
 
 def test_a_completion_has_a_text():
-    assert parse(CompletionRequest, JSON, b'{"prompt": "The kettle"}').prompt == "The kettle"
-    for prompt in ([1, 2], ["a"], None, {}):
+    def complete(prompt):
+        return parse(CompletionRequest, JSON, json.dumps({"prompt": prompt}).encode()).prompt
+
+    assert complete("The kettle") == complete(["The kettle"]) == "The kettle"
+    assert complete(None) == ""
+    for prompt in ([1, 2], [1], [[1]], ["a", "b"], [["a"]], [None], [], {}, 5):
         with pytest.raises(ApiError) as error:
-            parse(CompletionRequest, JSON, json.dumps({"prompt": prompt}).encode())
-        assert error.value.param == "prompt"
+            complete(prompt)
+        assert (error.value.status, error.value.param) == (400, "prompt")
 
 
 @pytest.mark.parametrize("name", NEUTRAL_VALUES)
@@ -63,8 +68,12 @@ def test_true_is_no_number_here():
 
 def test_null_says_nothing():
     assert chat(temperature=None, stop=None, unheard_of=None) == chat()
-    reply = {"role": "assistant", "content": "A drink.", "refusal": None, "tool_calls": None}
-    assert chat(messages=[*HI["messages"], reply]).messages[1].text == "A drink."
+    for nothing in ({"refusal": None, "tool_calls": None, "unheard_of": None}, {"tool_calls": [], "annotations": []}):
+        assert chat(messages=[REPLY | nothing]) == chat(messages=[REPLY])
+    nulls = {"stream_options": {"include_usage": None}, "prompt_cache_options": {"ttl": None}}
+    assert chat(**nulls).includes_usage is False
+    part = {"type": "text", "text": "A drink."}
+    assert chat(messages=[REPLY | {"content": [part | {"file": None}]}]) == chat(messages=[REPLY])
 
 
 @pytest.mark.parametrize(
@@ -83,12 +92,20 @@ def test_null_says_nothing():
         ({"stop": "a" * 201}, "invalid_value", "stop[0]"),
         ({"stream_options": {"include_usage": True}}, "invalid_value", "stream_options"),
         ({"stream": True, "stream_options": {"x": 1}}, "unknown_parameter", "stream_options.x"),
+        ({"user": 5}, "invalid_value", "user"),
+        ({"prompt_cache_key": ["x"]}, "invalid_value", "prompt_cache_key"),
+        ({"safety_identifier": 5}, "invalid_value", "safety_identifier"),
+        ({"metadata": {"topic": 5}}, "invalid_value", "metadata.topic"),
+        ({"prompt_cache_retention": "a week"}, "invalid_value", "prompt_cache_retention"),
+        ({"prompt_cache_options": {"x": 1}}, "unknown_parameter", "prompt_cache_options.x"),
         ({"messages": []}, "invalid_value", "messages"),
         ({"messages": ["Hi"]}, "invalid_value", "messages[0]"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "invalid_value", "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "missing_required_parameter", "messages[0].content"),
         ({"messages": [{"role": "user", "content": None}]}, "invalid_value", "messages[0].content"),
-        ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "unknown_parameter", "messages[0].name"),
+        ({"messages": [{"role": "user", "content": "x", "name": 5}]}, "invalid_value", "messages[0].name"),
+        ({"messages": [{"role": "user", "content": "x", "key": 5}]}, "unknown_parameter", "messages[0].key"),
+        ({"messages": [REPLY | {"tool_calls": [{}]}]}, "unsupported_parameter", "messages[0].tool_calls"),
     ],
 )
 def test_the_first_problem_is_named(parameters, code, param):
