@@ -15,7 +15,7 @@ from time import perf_counter
 from typing import Any, Literal
 
 from gpt2ft.conversation import tidy
-from gpt2ft.inference.decoder import Decoder, refuse_broken
+from gpt2ft.inference.decoder import Decoder, FinishReason, refuse_broken
 from gpt2ft.inference.detokenizer import IncrementalDetokenizer
 from gpt2ft.inference.model import InferenceModel
 from gpt2ft.inference.prompt_format import Prompt, TooLong, Turn
@@ -23,7 +23,7 @@ from gpt2ft.random import seed_for
 from gpt2ft.settings.sections import SamplingSettings
 
 Pieces = Generator[str, None, None]  # pieces of text as they come; to close it is to interrupt
-Finish = Literal["stop", "length", "context", "interrupted"]
+Finish = FinishReason | Literal["context", "interrupted"]
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from gpt2ft.text.tokenizer import ChatTokenizer
 
 PREFILL_CHUNK = 4096  # tokens of prompts in one pass, which bounds its memory
 
-FinishReason = Literal["stop", "length", "broken"]
+FinishReason = Literal["stop", "length"]
+Ending = FinishReason | Literal["broken"]
 
 
 class StepResult(NamedTuple):
@@ -38,7 +39,7 @@ class StepResult(NamedTuple):
 
     slot: int
     id: int | None
-    finish_reason: FinishReason | None
+    finish_reason: Ending | None
 
 
 @dataclass
@@ -233,7 +234,7 @@ class Decoder:
             yield StepResult(slot, *(_extend(sequence, id) if is_finite else _end(sequence, "broken")))
 
 
-def _extend(sequence: _Sequence, id: int) -> tuple[int | None, FinishReason | None]:
+def _extend(sequence: _Sequence, id: int) -> tuple[int | None, Ending | None]:
     """Append a sampled id; the id, unless it is a stop token, and how the sequence ended, if it did."""
     if id in sequence.stop_ids:
         return _end(sequence, "stop")
@@ -244,7 +245,7 @@ def _extend(sequence: _Sequence, id: int) -> tuple[int | None, FinishReason | No
     return id, None if sequence.is_open else "length"
 
 
-def _end(sequence: _Sequence, finish_reason: FinishReason) -> tuple[None, FinishReason]:
+def _end(sequence: _Sequence, finish_reason: Ending) -> tuple[None, Ending]:
     sequence.is_open = False
     return None, finish_reason
 
@@ -265,7 +266,7 @@ def _num_shared(first: Sequence[int], second: Sequence[int]) -> int:
     return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
-def refuse_broken(finish_reason: FinishReason | None, model: GPT2) -> None:
+def refuse_broken(finish_reason: Ending | None, model: GPT2) -> None:
     """Raise ValueError if a sequence broke, for callers that have no other to go on with."""
     if finish_reason == "broken":
         raise ValueError(

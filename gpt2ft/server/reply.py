@@ -3,14 +3,13 @@
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from gpt2ft.inference.decoder import FinishReason
 from gpt2ft.inference.detokenizer import IncrementalDetokenizer
 from gpt2ft.inference.prompt_format import Prompt
 from gpt2ft.server.errors import ApiError
 from gpt2ft.settings.sections import SamplingSettings
-
-FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from gpt2ft.inference.decoder import FinishReason
 from gpt2ft.server.errors import ApiError
-from gpt2ft.server.reply import Delta, FinishReason, Reply
+from gpt2ft.server.reply import Delta, Reply
 
 Json = dict[str, Any]
 Kind = Literal["chat", "text"]
