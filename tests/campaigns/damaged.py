@@ -23,12 +23,14 @@ from io import StringIO
 from pathlib import Path
 from time import monotonic
 
-from damage import KINDS, Case
+from damage import ACCIDENTS, Case
+from hostile import HOSTILE
 from small_checkpoints import check_content, save
 
 from gpt2ft import checkpoint
 from gpt2ft.checkpoint_verification import CheckpointError
 
+KINDS = {function.__name__: function for function in (*ACCIDENTS, *HOSTILE)}
 SECONDS = 30  # for one variant: a pipe or /dev/zero would hold whoever opens it for ever
 MOST_MEMORY = 256 * 2**20  # bytes that all of them together may add to the largest the process has been
 ATTEMPTS = 20  # at a variant that was not there before; then the kind has run dry

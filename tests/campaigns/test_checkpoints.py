@@ -6,7 +6,7 @@ from pathlib import Path
 import damaged
 import killed_saves
 import pytest
-from damage import KINDS
+from damaged import KINDS
 from processes import run
 from small_checkpoints import save
 

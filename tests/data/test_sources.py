@@ -229,19 +229,19 @@ def test_hub_sources_are_pinned_to_a_commit(name):
 # --- the hub, without network ---------------------------------------------------------------------------------------
 
 READ = """
-import sys
+import json, sys
 from gpt2ft.data.reading import DataError, ReadContext
 from gpt2ft.settings.sections import FilterSettings
 from gpt2ft.data.kinds import CONVERSATIONS, PREFERENCES
 from gpt2ft.data.sources import open_source
-try:
-    source = open_source(sys.argv[1], PREFERENCES if sys.argv[2] == "preferences" else CONVERSATIONS)
-    context = ReadContext(source.name, FilterSettings())
-    for shard in source.shards(context.filters):
-        for tree in shard.trees(context):
-            print(tree)
-except DataError as error:
-    print("DataError:", error)
+def read(name, kind):
+    try:
+        source = open_source(name, PREFERENCES if kind == "preferences" else CONVERSATIONS)
+        context = ReadContext(source.name, FilterSettings())
+        return [str(tree) for shard in source.shards(context.filters) for tree in shard.trees(context)]
+    except DataError as error:
+        return [f"DataError: {error}"]
+print(json.dumps([read(*asked) for asked in json.loads(sys.argv[1])]))
 """
 TURNS = [{"role": "user", "content": "Tea?"}, {"role": "assistant", "content": "Yes."}]
 HUB_ROWS = {
@@ -274,9 +274,11 @@ HUB_PREFERENCES = {
 }  # fmt: skip
 
 
-def read_offline(name, hugging_face_home, what="conversations"):
+def read_offline(hugging_face_home, *asked):
+    """{(name, kind): trees, or what the refusal says}, of one process: `datasets` looks for its cache when imported."""
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": hugging_face_home, "HF_DATASETS_CACHE": None}
-    return run(["python", "-c", READ, name, what], **environment).stdout
+    answers = json.loads(run(["python", "-c", READ, json.dumps(asked)], **environment).stdout)
+    return dict(zip(asked, answers, strict=True))
 
 
 def write_hub_cache(name, hugging_face_home, revision):
@@ -289,7 +291,9 @@ def write_hub_cache(name, hugging_face_home, revision):
     config = hub.config or "default"
     snake_case = datasets.naming.camelcase_to_snakecase(repository)
     folder = hugging_face_home / "datasets" / f"{owner}___{snake_case}" / config / "0.0.0" / revision
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "dataset_info.json"
+    splits = json.loads(file.read_text())["splits"] if file.exists() else {}
     table = pyarrow.Table.from_pylist((HUB_ROWS | HUB_PREFERENCES)[name])
     with pyarrow.ipc.new_stream(str(folder / f"{snake_case}-{hub.split}.arrow"), table.schema) as stream:
         stream.write_table(table)
@@ -299,31 +303,30 @@ def write_hub_cache(name, hugging_face_home, revision):
         "config_name": config,
         "version": {"version_str": "0.0.0"},
         "features": datasets.Features.from_arrow_schema(table.schema).to_dict(),
-        "splits": {hub.split: {"name": hub.split, "num_examples": len(table), "dataset_name": snake_case}},
+        "splits": splits | {hub.split: {"name": hub.split, "num_examples": len(table), "dataset_name": snake_case}},
     }
-    (folder / "dataset_info.json").write_text(json.dumps(information))
+    file.write_text(json.dumps(information))
 
 
-def test_without_network_and_cache_the_error_says_what_to_put_where(tmp_path):
-    answer = read_offline("oasst1", tmp_path)
-    assert answer.startswith("DataError: OpenAssistant/oasst1@fdf72ae0 train: ")
-    assert str(tmp_path / "datasets") in answer
-    assert f"https://huggingface.co/datasets/OpenAssistant/oasst1/tree/{SOURCES['oasst1'].revision}" in answer
-    assert answer.count("\n") == 1
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    """The answers where all sources lie in the cache in their pinned revision."""
+    home = tmp_path_factory.mktemp("hub")
+    for name in HUB_ROWS | HUB_PREFERENCES:
+        write_hub_cache(name, home, open_source(name).origin.revision)
+    asked = [(name, "conversations") for name in HUB_ROWS | HUB_PREFERENCES]
+    return read_offline(home, *asked, *((name, "preferences") for name in HUB_PREFERENCES))
 
 
 @pytest.mark.parametrize("name", HUB_ROWS)
-def test_without_network_the_cache_answers_with_the_pinned_revision(name, tmp_path):
-    write_hub_cache(name, tmp_path, open_source(name).origin.revision)
-    answer = read_offline(name, tmp_path)
+def test_without_network_the_cache_answers_with_the_pinned_revision(name, cached):
+    (answer,) = cached[name, "conversations"]
     assert f"source={name!r}, messages=(Message(role='user', text='Tea?'" in answer
-    assert answer.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", HUB_PREFERENCES)
-def test_preferences_of_the_hub_are_ranked_replies_and_nothing_to_learn_from(name, tmp_path):
-    write_hub_cache(name, tmp_path, open_source(name).origin.revision)
-    (answer,) = read_offline(name, tmp_path, "preferences").splitlines()
+def test_preferences_of_the_hub_are_ranked_replies_and_nothing_to_learn_from(name, cached):
+    (answer,) = cached[name, "preferences"]
     replies = [
         f"Message(role='assistant', text='{text}', parent=0, rank={rank})" for rank, text in ((0, "Yes."), (1, "No."))
     ]
@@ -331,11 +334,18 @@ def test_preferences_of_the_hub_are_ranked_replies_and_nothing_to_learn_from(nam
         f"source={name!r}, messages=(Message(role='user', text='Tea?', parent=None, rank=None), {', '.join(replies)})"
         in answer
     )
-    assert "is a preference" in read_offline(name, tmp_path)
+    (refusal,) = cached[name, "conversations"]
+    assert "is a preference" in refusal
 
 
-def test_another_revision_in_the_cache_is_refused(tmp_path):
-    write_hub_cache("oasst1", tmp_path, "0" * 40)
-    answer = read_offline("oasst1", tmp_path)
-    assert answer.startswith("DataError: OpenAssistant/oasst1@fdf72ae0 train: ")
-    assert tells(answer, f"{'0' * 40} ... {SOURCES['oasst1'].revision}")
+def test_without_network_and_cache_the_error_says_what_to_put_where(tmp_path):
+    """And that another revision lies there, if one does."""
+    write_hub_cache("dolly", tmp_path, "0" * 40)
+    answers = read_offline(tmp_path, ("oasst1", "conversations"), ("dolly", "conversations"))
+    ((missing,), (other,)) = answers.values()
+    assert missing.startswith("DataError: OpenAssistant/oasst1@fdf72ae0 train: ")
+    assert str(tmp_path / "datasets") in missing
+    assert f"https://huggingface.co/datasets/OpenAssistant/oasst1/tree/{SOURCES['oasst1'].revision}" in missing
+    assert other.startswith(f"DataError: {SOURCES['dolly'].repo}@{SOURCES['dolly'].revision[:8]} train: ")
+    assert tells(other, f"{'0' * 40} ... {SOURCES['dolly'].revision}")
+    assert "\n" not in missing + other

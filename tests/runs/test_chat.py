@@ -2,18 +2,14 @@
 
 import json
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
-from time import monotonic
 from types import SimpleNamespace
 
-import pexpect
-import processes
-import pyte
 import pytest
 import torch
-from processes import ROOT, run
+from person import SCRIPT, Person
+from processes import run
 
 from gpt2ft.chat.session import Session
 from gpt2ft.inference.model import InferenceModel
@@ -26,9 +22,7 @@ from gpt2ft.settings.scripts import ChatSettings
 from gpt2ft.settings.sections import ModelSettings, SamplingSettings
 from gpt2ft.text.display import escape_control_characters
 
-SCRIPT = "launch/chat.py"
 CONTEXT = 4096
-TIMEOUT = 60  # seconds until a test gives up
 
 
 @pytest.fixture(scope="module")
@@ -79,68 +73,6 @@ def environment(tmp_path_factory):
 
 
 # --- a person -------------------------------------------------------------------------------------------------------
-
-
-class Screen(pyte.Screen):
-    """80 x 24 characters that answer when they are asked where the cursor is."""
-
-    answer = staticmethod(lambda data: None)
-
-    def write_process_input(self, data):
-        self.answer(data)
-
-
-class Person:
-    """At a terminal: enters text, waits, looks."""
-
-    def __init__(self, arguments, environment):
-        command = [SCRIPT, *map(str, arguments)]
-        variables = processes.environment(**environment)
-        self.child = pexpect.spawn(
-            sys.executable, command, env=variables, cwd=str(ROOT), dimensions=(24, 80), timeout=TIMEOUT
-        )
-        self.screen = Screen(80, 24)
-        self.screen.answer = self.child.send
-        self.stream = pyte.ByteStream(self.screen)
-        self.received = b""
-        self.wait_for_prompt(1)
-
-    def lines(self):
-        return [line.rstrip() for line in self.screen.display]
-
-    def status(self):
-        return self.lines()[-1]
-
-    def num_prompts(self):
-        return self.received.count(b"\x1b[?2004h")  # pasting begins to be told from typing
-
-    def wait(self, is_met):
-        """Reads until `is_met()`."""
-        end = monotonic() + TIMEOUT
-        while not is_met():
-            assert monotonic() < end, "\n".join(self.lines())
-            try:
-                data = self.child.read_nonblocking(65536, timeout=0.1)
-            except pexpect.TIMEOUT:
-                continue
-            self.received += data
-            self.stream.feed(data)
-
-    def wait_for_prompt(self, number):
-        self.wait(lambda: self.num_prompts() >= number and self.status())
-
-    def enter(self, text):
-        """Return the screen once there is another prompt."""
-        number = self.num_prompts()
-        self.child.send(text + "\r")
-        self.wait_for_prompt(number + 1)
-        return "\n".join(self.lines())
-
-    def leaves(self):
-        """Wait for the program's end; True if it ended well."""
-        self.child.expect(pexpect.EOF)
-        self.child.close()
-        return self.child.exitstatus == 0
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +271,7 @@ def test_a_pipe_is_one_document_that_is_continued(base_model, untrained, environ
 def test_a_reader_that_has_enough_ends_it_quietly(chat_model, environment):
     piped = ["bash", "-c", 'set -o pipefail; "$@" | head -c 30', "bash"]
     chat = ["python", SCRIPT, chat_model, "--complete", "--max_new_tokens", CONTEXT]
-    ended = run([*piped, *chat], seconds=TIMEOUT / 2, typed="Once upon a time", **environment)
+    ended = run([*piped, *chat], seconds=30, typed="Once upon a time", **environment)
     assert ended.stdout.startswith("Once upon a time")
     assert ended.stderr == ""
 

@@ -35,10 +35,10 @@ def recipe(tiny_model_folder, tmp_path):
             "dropout": 0.1,
             "attention_dropout": 0.1,
         },
-        data={"train": ["quickstart"], "eval": ["quickstart:held_out"], "max_rank": 1, "max_length": 256},
+        data={"train": ["quickstart@0.5"], "eval": ["quickstart:held_out"], "max_rank": 1, "max_length": 256},
         training={
             "steps": STEPS,
-            "tokens_per_micro_batch": 1024,
+            "tokens_per_micro_batch": 512,
             "micro_batches_per_step": 4,
             "eval_every": 3,
             "save_every": 2,

@@ -142,7 +142,8 @@ class Runs:
             "lora": (LORA | {"dropout": 0.0} if compares else LORA) if adapts else {},
             "data": {
                 "train": ["quickstart@0.35" if compares else "quickstart@0.5"],
-                "eval": ["quickstart:held_out"],
+                "eval": [],
+                "eval_fraction": 0.05,
                 "max_length": 256,
                 "max_rank": None if compares else 1,
                 "cache": str(self.root / "cache"),
