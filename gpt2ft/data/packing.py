@@ -45,6 +45,27 @@ def pack(sizes: NDArray[np.int64], capacity: int, random: np.random.Generator) -
     return bins
 
 
+def level(bins: list[list[int]], sizes: NDArray[np.int64]) -> list[list[int]]:
+    """Return the bins, the emptiest filled from the others: what is left over in the end makes no bin of its own.
+
+    A stream may be a whole step, and one of a few short conversations would move the model as far as any other. So all
+    bins, the fullest first, hand over the items that they took last, as long as the emptiest stays emptier than they.
+    """
+    loads = [int(sizes[bin].sum()) for bin in bins]
+    emptiest = int(np.argmin(loads))
+    moves = True
+    while moves:
+        moves = False
+        for bin in np.argsort([-load for load in loads], kind="stable").tolist():
+            size = int(sizes[bins[bin][-1]])
+            if loads[emptiest] + size <= loads[bin] - size:
+                bins[emptiest].append(bins[bin].pop())
+                loads[emptiest] += size
+                loads[bin] -= size
+                moves = True
+    return bins
+
+
 def build_stream(
     trees: Sequence[TokenTree], capacity: int, target_capacity: int, first_positions: Sequence[int] | None = None
 ) -> TokenStream:

@@ -4,22 +4,30 @@ It does not know how many processes there are: a step is a list of micro-batches
 those numbered r, r + R, r + 2R ... So the global steps, and therefore the training run, are the same on
 1, 2 or 8 GPUs. A position in the plan is one integer, so resuming is a seek.
 
-Trees are packed into streams once per run; each epoch visits the streams in an order of its own. The
-emptiest streams make up the last, short step of every epoch. Micro-batches missing there are empty
-streams, never repeated data.
+Trees are packed into streams once per run. Epochs, each of which visits all streams in an order of its own, follow
+each other in one row, and every step takes the next streams of it: an epoch may end in the middle of a step. Only the
+last step of the last epoch is short. Micro-batches missing there are empty streams, never repeated data.
 
-The loop uses three members of it: `micro_batches_per_step`, `steps_per_epoch` and `training_stream`.
+    row      2 0 1 4 3 | 0 4 2 3 1 | 3 1 ...      5 streams, an epoch up to each bar
+    steps    0 0 0 1 1   1 2 2 2 3   3 3 ...      3 micro-batches to a step
+
+A step never takes more than an epoch: where all data make up fewer streams than a step has micro-batches, the others
+are empty.
+
+The loop uses three members of it: `micro_batches_per_step`, `ends_epoch` and `training_stream`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpt2ft.data.augmentation import Augmentation, augment
 from gpt2ft.data.chunks import Chunks
-from gpt2ft.data.packing import build_pairs, build_stream, number_replies, pack
+from gpt2ft.data.packing import build_pairs, build_stream, level, number_replies, pack
 from gpt2ft.data.token_tree import TokenTree
 from gpt2ft.random import generator
 from gpt2ft.stream import TokenStream
@@ -34,41 +42,53 @@ class Plan:
         capacity: int,
         micro_batches_per_step: int,
         seed: int,
-        shuffle: bool = True,
+        epochs: int | None = None,
         augmentation: Augmentation | None = None,
     ) -> None:
         """Pack the chunks into streams.
 
         Args:
             capacity: tokens in a stream (N).
-            shuffle: give each epoch an order of its own (evaluation does not care).
+            epochs: after which the row of streams ends; without an end unless given.
             augmentation: of the trees in training; none unless given.
         """
         self.chunks = chunks
         self.capacity = capacity
         self.micro_batches_per_step = micro_batches_per_step
         self.seed = seed
-        self.shuffle = shuffle
+        self.epochs = epochs
         self.augmentation = augmentation or Augmentation()
-        bins = pack(chunks.sizes, capacity, generator(seed, "packing"))
+        bins = level(pack(chunks.sizes, capacity, generator(seed, "packing")), chunks.sizes)
         self.streams = sorted(bins, key=lambda bin: -chunks.sizes[bin].sum())  # fullest first
         self.target_capacity = self._most(chunks.supervised, 64)
         self.pair_capacity, self.reply_capacity = self._most(chunks.pairs, 8), self._most(chunks.replies, 8)
         self._first_replies = np.cumsum(chunks.replies) - chunks.replies  # [n] of each chunk, among all
         self.reference = np.full(int(chunks.replies.sum()), np.nan)  # log-prob of each reply, once it is known
-        self.steps_per_epoch = -(-len(self.streams) // micro_batches_per_step)
+        self.streams_per_step = min(micro_batches_per_step, len(self.streams))
+        self._order = lru_cache(2)(self._drawn_order)  # a step and the next may stand in two epochs
 
     def _most(self, numbers: NDArray[np.int64], multiple: int) -> int:
         """Return the largest sum over the chunks of a stream, rounded up."""
         return -(-max(int(numbers[bin].sum()) for bin in self.streams) // multiple) * multiple
 
+    @property
+    def steps(self) -> int | None:
+        """Steps until the row of epochs ends; None without an end."""
+        return None if self.epochs is None else math.ceil(self.epochs * len(self.streams) / self.streams_per_step)
+
+    def ends_epoch(self, step: int) -> bool:
+        """Return True if the last stream of an epoch is in the step before `step`."""
+        before, until = ((steps * self.streams_per_step) // len(self.streams) for steps in (step - 1, step))
+        return before < until
+
     def micro_batches(self, step: int) -> list[list[int]]:
-        """Return the micro-batches of a step as lists of chunks; the last step of an epoch ends in empty ones."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        first = within * self.micro_batches_per_step
-        chosen = self._order(epoch)[first : first + self.micro_batches_per_step]
-        missing = self.micro_batches_per_step - len(chosen)
-        return [self.streams[index] for index in chosen] + [[]] * missing
+        """Return the micro-batches of a step as lists of chunks; empty ones have an empty list."""
+        return [self._micro_batch(step, number) for number in range(self.micro_batches_per_step)]
+
+    def _micro_batch(self, step: int, number: int) -> list[int]:
+        epoch, place = divmod(step * self.streams_per_step + number, len(self.streams))
+        is_missing = number >= self.streams_per_step or (self.epochs is not None and epoch >= self.epochs)
+        return [] if is_missing else self.streams[self._order(epoch)[place]]
 
     def stream(self, micro_batch: Sequence[int]) -> TokenStream:
         """Build the stream of some chunks, each starting at position 0."""
@@ -76,7 +96,7 @@ class Plan:
 
     def training_stream(self, step: int, number: int) -> TokenStream:
         """Build micro-batch `number` of a step, augmented by what is drawn anew for each step."""
-        micro_batch = self.micro_batches(step)[number]
+        micro_batch = self._micro_batch(step, number)
         if not micro_batch or self.augmentation == Augmentation():
             return self.stream(micro_batch)
         trees = [self.chunks.tree(chunk) for chunk in micro_batch]
@@ -100,12 +120,8 @@ class Plan:
         places = (self._first_replies[chunk] + np.arange(counts[chunk]) for chunk in micro_batch)
         return np.concatenate([np.zeros(0, np.int64), *places])
 
-    def _order(self, epoch: int) -> list[int]:
-        if not self.shuffle:
-            return list(range(len(self.streams)))
-        full = len(self.streams) // self.micro_batches_per_step * self.micro_batches_per_step
-        random = generator(self.seed, "order", epoch)
-        return [*random.permutation(full).tolist(), *range(full, len(self.streams))]
+    def _drawn_order(self, epoch: int) -> list[int]:
+        return generator(self.seed, "order", epoch).permutation(len(self.streams)).tolist()
 
     @property
     def tokens(self) -> int:
@@ -119,7 +135,5 @@ class Plan:
 
     @property
     def fill(self) -> float:
-        """Unique tokens / capacity over all streams but the emptiest, which ends the epoch."""
-        counted = self.streams[:-1] or self.streams
-        used = sum(int(self.chunks.sizes[bin].sum()) for bin in counted)
-        return (used - self.chunks.repeated) / (self.capacity * len(counted))
+        """Unique tokens / capacity over all streams."""
+        return (self.tokens - self.chunks.repeated) / (self.capacity * len(self.streams))

@@ -55,7 +55,8 @@ def describe(setup: "RunSetup", hardware: Hardware) -> str:
     ]
     if held_out is not None and eval_plan is not None:
         lines += _data_lines("held out", held_out, eval_plan)
-    epochs = steps / plan.steps_per_epoch
+    steps_per_epoch = len(plan.streams) / plan.streams_per_step
+    epochs = plan.epochs or steps / steps_per_epoch
     lines.append(
         f"streams   {len(plan.streams):,} of {plan.capacity:,} tokens, {plan.fill:.1%} full; "
         f"{plan.supervised / plan.tokens:.0%} of the tokens are supervised"
@@ -68,7 +69,7 @@ def describe(setup: "RunSetup", hardware: Hardware) -> str:
         )
     lines.append(
         f"training  {steps:,} steps of {plan.micro_batches_per_step} x {plan.capacity:,} tokens, "
-        f"{plan.steps_per_epoch:,} to an epoch, {epochs:.3g} epochs"
+        f"{f'{steps_per_epoch:,.1f}'.removesuffix('.0')} to an epoch, {epochs:,.3g} epochs"
     )
     lines.append(f"devices   {hardware}")
     lines.append(f"memory    about {memory_estimate(loaded.gpt2, plan.capacity, hardware) / GIB:.1f} GiB per device")

@@ -51,7 +51,7 @@ def run(settings: EvaluateSettings) -> None:
     check_agreement(accelerator, asked | {"data_content": corpus.content(), "initial_weights": loaded.digest})
     prompts = topic_prompts(loaded, corpus, settings) if settings.topic else []
     chunks = chunk(corpus.stores, corpus.rows, rule)
-    plan = Plan(chunks, capacity, 1, seed=0, shuffle=False)
+    plan = Plan(chunks, capacity, 1, seed=0)
     if settings.pairs:
         text, figures = evaluate_preferences(settings, loaded, folder, plan, accelerator)
     else:

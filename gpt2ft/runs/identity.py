@@ -17,6 +17,7 @@ def identity_of(setup: RunSetup) -> dict[str, Any]:
     return sections | {
         "training": settings.training.model_dump(mode="json", include=training),
         "steps": setup.steps,
+        "epochs": setup.plan.epochs,  # after them the last step is short
         "precision": precision_of(setup.accelerator),
         "tokenised_data": setup.corpus.identity(),
         "held_out_data": held_out.identity() if held_out else {},

@@ -67,7 +67,7 @@ def set_up(settings: RunSettings, task: "Task", accelerator: Any) -> RunSetup:
     corpus, held_out = load_corpora(settings.data, loaded.tokenizer, training.seed, rule.kind)
     plan = plan_for(corpus, settings, rule, for_training=True)
     eval_plan = plan_for(held_out, settings, eval_rule, for_training=False) if held_out else None
-    steps = training.steps or training.epochs * plan.steps_per_epoch
+    steps = training.steps or plan.steps
     setup = RunSetup(settings, accelerator, loaded, corpus, held_out, plan, eval_plan, steps)
     if setup.is_main:
         _print_plan(setup)
@@ -105,12 +105,13 @@ def check_lengths(settings: RunSettings, loaded: LoadedModel) -> None:
 
 
 def plan_for(corpus: Corpus, settings: RunSettings, rule: ChunkingRule, for_training: bool) -> Plan:
-    """Lay a corpus out in streams, one after the other and unchanged where it is held out."""
+    """Lay a corpus out in streams, unchanged where it is held out."""
     data, training = settings.data, settings.training
     chunks = chunk(corpus.stores, corpus.rows, rule)
     augmentation = Augmentation(data.position_jitter, data.prompt_noise, data.max_length) if for_training else None
     micro_batches = training.micro_batches_per_step
-    return Plan(chunks, training.tokens_per_micro_batch, micro_batches, training.seed, for_training, augmentation)
+    epochs = None if training.steps else training.epochs
+    return Plan(chunks, training.tokens_per_micro_batch, micro_batches, training.seed, epochs, augmentation)
 
 
 def target_log_probs(setup: RunSetup) -> TargetLogProbs:

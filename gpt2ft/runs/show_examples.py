@@ -58,27 +58,27 @@ class _Example:
 
 def _examples(plan: Plan, number: int) -> Iterator[_Example]:
     left = number
-    for step in range(plan.steps_per_epoch):
-        for micro_batch, chunks in enumerate(plan.micro_batches(step)):
-            stream = plan.training_stream(step, micro_batch)
-            weights = np.zeros(stream.num_tokens, np.float32)
-            scored = slice(stream.num_supervised)
-            weights[stream.supervised[scored].numpy() + 1] = stream.weights[scored].numpy()
-            start = 0
-            for chunk in chunks:
-                if not left:
-                    return
-                tree = plan.chunks.tree(chunk)
-                store, row = plan.chunks.rows[chunk].tolist()
-                source = plan.chunks.stores[store]
-                title = (
-                    f"example {number - left + 1}: {source.source}, conversation {source.id(row)}, "
-                    f"{len(tree.tokens):,} tokens, {tree.num_supervised:,} supervised; "
-                    f"step {step + 1}, stream {micro_batch + 1}, from token {start:,}"
-                )
-                yield _Example(title, tree, stream, start, weights)
-                start += len(tree.tokens)
-                left -= 1
+    for place in range(len(plan.streams)):
+        step, micro_batch = divmod(place, plan.streams_per_step)
+        stream = plan.training_stream(step, micro_batch)
+        weights = np.zeros(stream.num_tokens, np.float32)
+        scored = slice(stream.num_supervised)
+        weights[stream.supervised[scored].numpy() + 1] = stream.weights[scored].numpy()
+        start = 0
+        for chunk in plan.micro_batches(step)[micro_batch]:
+            if not left:
+                return
+            tree = plan.chunks.tree(chunk)
+            store, row = plan.chunks.rows[chunk].tolist()
+            source = plan.chunks.stores[store]
+            title = (
+                f"example {number - left + 1}: {source.source}, conversation {source.id(row)}, "
+                f"{len(tree.tokens):,} tokens, {tree.num_supervised:,} supervised; "
+                f"step {step + 1}, stream {micro_batch + 1}, from token {start:,}"
+            )
+            yield _Example(title, tree, stream, start, weights)
+            start += len(tree.tokens)
+            left -= 1
 
 
 def _drawn(example: _Example, tokenizer: ChatTokenizer, width: int, colour: bool) -> Iterator[str]:

@@ -166,7 +166,7 @@ class TrainingSettings(StreamSettings):
     steps: Positive | None = None
     """Optimizer steps; overrides `epochs`."""
     epochs: Positive = 1
-    """Passes over the data."""
+    """Passes over the data. The last step is short where they end within it."""
     micro_batches_per_step: Positive = 8
     """Streams in one optimizer step over all processes. Accumulation is this divided by the processes."""
     seed: NotNegative = 0

@@ -43,7 +43,9 @@ class BatchSource(Protocol):
     """Training data as the loop sees them: streams by step and micro-batch, whatever the number of processes."""
 
     micro_batches_per_step: int
-    steps_per_epoch: int
+
+    def ends_epoch(self, step: int) -> bool:
+        """Return True if an epoch has ended within the last of `step` steps."""
 
     def training_stream(self, step: int, number: int) -> TokenStream:
         """Return micro-batch `number` of a step, on the CPU. Called from a thread."""
@@ -104,14 +106,14 @@ def fit(inputs: LoopInputs, state: TrainState) -> TrainState:
         sums.add(loss_sum, metric_sums, normalizer, tokens, grad_norm)
         inputs.tracker.advance()
         stop_if_diverged(inputs, state)
-        if is_due(state.step, inputs.training.log_every, inputs.steps):
+        if is_due(inputs, state.step, inputs.training.log_every):
             log_metrics(inputs, state, sums, rate)
         # One process may have the signal alone, but all must leave the loop at the same step.
         if any(global_sum(accelerator, float(inputs.signals.was_signalled()))):
             save_and_stop(inputs, state)
         # Evaluated first, so that the checkpoint knows the result and whether it is the best.
         state = evaluate_if_due(inputs, state, sums)
-        if is_due(state.step, save_every(inputs), inputs.steps) or state.best_step == state.step:
+        if is_due(inputs, state.step, save_every(inputs)) or state.best_step == state.step:
             with sums.paused():
                 inputs.save(state)
     return state
@@ -154,8 +156,8 @@ def evaluate_if_due(inputs: LoopInputs, state: TrainState, sums: MetricSums, is_
     Args:
         is_saved: there is a checkpoint of this step already, should a signal cut the evaluation short.
     """
-    every = inputs.training.eval_every or inputs.batches.steps_per_epoch
-    if state.step == 0 or state.evaluated_step == state.step or not is_due(state.step, every, inputs.steps):
+    due = is_due(inputs, state.step, inputs.training.eval_every)
+    if state.step == 0 or state.evaluated_step == state.step or not due:
         return state
     try:
         with sums.paused():
@@ -181,11 +183,16 @@ def stop_if_diverged(inputs: LoopInputs, state: TrainState) -> None:
         )
 
 
-def save_every(inputs: LoopInputs) -> int:
+def save_every(inputs: LoopInputs) -> int | None:
     """Return the number of steps from one checkpoint to the next; by default they follow each evaluation."""
-    return inputs.training.save_every or inputs.training.eval_every or inputs.batches.steps_per_epoch
+    return inputs.training.save_every or inputs.training.eval_every
 
 
-def is_due(step: int, every: int, last: int) -> bool:
-    """Return True if something done `every` steps is due after `step` steps; the last step is never left out."""
-    return step % every == 0 or step == last
+def is_due(inputs: LoopInputs, step: int, every: int | None) -> bool:
+    """Return True if something done `every` steps is due after `step` steps; the last step is never left out.
+
+    Args:
+        every: None for whenever an epoch ends.
+    """
+    ends = step % every == 0 if every else inputs.batches.ends_epoch(step)
+    return ends or step == inputs.steps

@@ -31,9 +31,9 @@ def chunks(request, store):
     return chunk([store], rows, PreferencePairs(rule, "prompt", max_length, capacity))
 
 
-def plan_of(chunks, per_step=4, seed=0):
+def plan_of(chunks, per_step=4, seed=0, epochs=1):
     """With the number of each reply in the place of its log-prob, so that streams tell which is which."""
-    plan = Plan(chunks, CAPACITY, per_step, seed)
+    plan = Plan(chunks, CAPACITY, per_step, seed, epochs)
     assert np.isnan(plan.reference).all()
     plan.reference = np.arange(len(plan.reference), dtype=np.float64)
     return plan
@@ -54,33 +54,33 @@ def real_pairs(stream):
     return stream.pairs.weights > 0
 
 
-def epoch_streams(plan, rank, processes, epoch=0):
-    for step in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch):
+def epoch_streams(plan, rank, processes):
+    for step in range(plan.steps):
         for number in range(rank, plan.micro_batches_per_step, processes):
             yield plan.micro_batches(step)[number], plan.training_stream(step, number)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_every_pair_once_in_an_epoch_for_any_number_of_processes(store, chunks, processes):
-    plan = plan_of(chunks)
     replies = replies_in_order(chunks)
     expected = Counter()
     for row in range(len(store)):
         tree = chunks.chunking.whole(store, row, 0)
         expected.update((row, chosen, rejected) for chosen, rejected in tree.messages[tree.pairs].tolist())
     assert not chunks.left_out
-    for epoch in (0, 3):
+    for epochs in (1, 3):
+        plan = plan_of(chunks, epochs=epochs)
         found, weights = Counter(), Counter()
         for rank in range(processes):
-            for _, stream in epoch_streams(plan, rank, processes, epoch):
+            for _, stream in epoch_streams(plan, rank, processes):
                 names = stream.pairs.reference[stream.pairs.index].long()[real_pairs(stream)].tolist()
                 for (chosen, rejected), weight in zip(names, stream.pairs.weights.tolist(), strict=False):
                     row, message, _ = replies[chosen]
                     found[row, message, replies[rejected][1]] += 1
                     weights[row] += weight
                     assert replies[rejected][0] == row
-        assert found == expected
-        assert list(weights.values()) == pytest.approx([1.0] * len(store))
+        assert found == Counter({pair: number * epochs for pair, number in expected.items()})
+        assert list(weights.values()) == pytest.approx([epochs] * len(store))
     assert chunks.is_cut.any() == (chunks.chunking.max_length == 64)
     assert chunks.pairs.sum() == expected.total() > 250
 

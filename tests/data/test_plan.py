@@ -44,14 +44,9 @@ def chunks(random_tree):
     return chunks
 
 
-def epoch_of(plan, epoch=0):
-    """All micro-batches of an epoch, step by step."""
-    first = epoch * plan.steps_per_epoch
-    return [plan.micro_batches(step) for step in range(first, first + plan.steps_per_epoch)]
-
-
-def streams_of(steps):
-    return [bin for step in steps for bin in step]
+def row_of(plan, steps):
+    """The streams of the first steps, one after the other."""
+    return [bin for step in range(steps) for bin in plan.micro_batches(step) if bin]
 
 
 def same(one, other):
@@ -61,66 +56,99 @@ def same(one, other):
     )
 
 
-@pytest.mark.parametrize("per_step", [1, 3, 8, 1000])
-def test_an_epoch_holds_every_chunk_once_for_any_number_of_processes(chunks, per_step):
+@pytest.mark.parametrize("epochs", [1, 3, 4])
+@pytest.mark.parametrize("per_step", [1, 7, 8])
+def test_every_epoch_holds_every_chunk_once_and_only_the_last_step_is_short(chunks, per_step, epochs):
+    """For any number of processes; and the short step is made of streams like any others."""
+    plan = Plan(chunks, CAPACITY, per_step, 0, epochs)
+    number = len(plan.streams)
+    assert number % per_step or per_step == 1
+    steps = [plan.micro_batches(step) for step in range(plan.steps)]
+    assert all(all(step) and len(step) == per_step for step in steps[:-1])
+    row = row_of(plan, plan.steps)
+    assert len(row) == epochs * number
+    short = len(row) - per_step * (plan.steps - 1)
+    assert [bool(bin) for bin in steps[-1]] == [place < short for place in range(per_step)]
+    for processes in {1, 2, per_step}:
+        shares = [bin for rank in range(processes) for step in steps for bin in step[rank::processes] if bin]
+        assert sorted(shares) == sorted(row)
+    for epoch in range(epochs):
+        here = row[epoch * number : (epoch + 1) * number]
+        assert sorted(index for bin in here for index in bin) == list(range(len(chunks)))
+    ends = [step for step in range(1, plan.steps + 1) if plan.ends_epoch(step)]
+    assert ends == [-(-epoch * number // per_step) for epoch in range(1, epochs + 1)]
+
+
+def test_without_an_end_no_step_is_short(chunks):
+    endless, ends = Plan(chunks, CAPACITY, 8, seed=0), Plan(chunks, CAPACITY, 8, seed=0, epochs=2)
+    assert endless.steps is None
+    steps = [endless.micro_batches(step) for step in range(ends.steps + 5)]
+    assert all(map(all, steps))
+    assert steps[: ends.steps - 1] == [ends.micro_batches(step) for step in range(ends.steps - 1)]
+    assert not any(ends.micro_batches(ends.steps))
+
+
+@pytest.mark.parametrize("per_step", [1, 3, 8])
+def test_no_step_is_a_small_one_and_none_comes_last_every_time(chunks, per_step):
+    """Streams differ by little in their tokens, and each stands in other steps in every epoch."""
     plan = Plan(chunks, CAPACITY, per_step, seed=0)
-    for epoch in range(3):
-        steps = epoch_of(plan, epoch)
-        assert all(len(step) == per_step for step in steps)
-        for processes in {1, 2, per_step}:
-            shares = [[bin for step in steps for bin in step[rank::processes]] for rank in range(processes)]
-            seen = sorted(index for share in shares for bin in share for index in bin)
-            assert seen == list(range(len(chunks)))
+    tokens = [sum(int(chunks.sizes[bin].sum()) for bin in plan.micro_batches(step)) for step in range(200)]
+    assert min(tokens) > 0.6 * np.median(tokens)
+    emptiest = min(plan.streams, key=lambda bin: chunks.sizes[bin].sum())
+    number = len(plan.streams)
+    row = row_of(plan, 10 * number // per_step + 1)
+    places = [row[epoch * number : (epoch + 1) * number].index(emptiest) for epoch in range(10)]
+    assert len(set(places)) > 5
+    assert min(places) < number / 2
+
+
+def test_a_step_takes_no_stream_twice(chunks):
+    """Less data than a step could hold: each step is a whole epoch, as repeating it would not change its mean."""
+    plan = Plan(chunks, CAPACITY, 1000, seed=0, epochs=3)
+    assert plan.steps == 3
+    for step in range(3):
+        micro_batches = plan.micro_batches(step)
+        assert len(micro_batches) == 1000
+        assert sorted(bin for bin in micro_batches if bin) == sorted(plan.streams)
+        assert plan.ends_epoch(step + 1)
 
 
 def test_two_plans_are_the_same_plan(chunks):
     one, other = (Plan(chunks, CAPACITY, 4, seed=7) for _ in range(2))
-    assert [epoch_of(one, epoch) for epoch in (0, 1, 5)] == [epoch_of(other, epoch) for epoch in (0, 1, 5)]
-    backwards = [other.micro_batches(step) for step in reversed(range(20))]
-    assert [one.micro_batches(step) for step in range(20)] == backwards[::-1]
+    backwards = [other.micro_batches(step) for step in reversed(range(100))]
+    assert [one.micro_batches(step) for step in range(100)] == backwards[::-1]
     assert same(one.stream(one.micro_batches(3)[0]), other.stream(other.micro_batches(3)[0]))
 
 
 def test_epochs_differ_in_order_and_seeds_in_packing(chunks):
-    plan = Plan(chunks, CAPACITY, 4, seed=0)
-    assert plan.steps_per_epoch > 5
-    first, second = epoch_of(plan, 0), epoch_of(plan, 1)
+    plan = Plan(chunks, CAPACITY, 1, seed=0)
+    row, number = row_of(plan, 2 * len(plan.streams)), len(plan.streams)
+    first, second = row[:number], row[number:]
+    assert number > 20
     assert first != second
-    assert sorted(streams_of(first)) == sorted(streams_of(second))  # the same streams
-    other = Plan(chunks, CAPACITY, 4, seed=1)
+    assert sorted(first) == sorted(second)  # the same streams
+    other = Plan(chunks, CAPACITY, 1, seed=1)
     assert sorted(map(sorted, plan.streams)) != sorted(map(sorted, other.streams))
 
 
-def test_evaluation_goes_through_the_streams_in_one_order(chunks):
-    plan = Plan(chunks, CAPACITY, 4, seed=0, shuffle=False)
-    assert epoch_of(plan, 0) == epoch_of(plan, 3)
-    assert streams_of(epoch_of(plan))[: len(plan.streams)] == plan.streams
-
-
-def test_the_short_last_step_holds_the_emptiest_streams(chunks):
-    per_step = next(n for n in range(3, 20) if len(Plan(chunks, CAPACITY, 1, 0).streams) % n > 1)
-    plan = Plan(chunks, CAPACITY, per_step, seed=0)
-    short = len(plan.streams) % per_step
-    filled = sorted(sum(chunks.sizes[index] for index in bin) for bin in plan.streams)
-    for epoch in range(3):
-        *_, last = epoch_of(plan, epoch)
-        assert [bool(bin) for bin in last] == [True] * short + [False] * (per_step - short)
-        assert sorted(sum(chunks.sizes[index] for index in bin) for bin in last if bin) == filled[:short]
-
-
 def test_a_far_step_is_a_seek(chunks, monkeypatch):
-    """One epoch is put in order and nothing else is touched, wherever the step lies."""
+    """One epoch is put in order, once, and nothing else is touched, wherever the step lies."""
     plan = Plan(chunks, CAPACITY, 4, seed=0)
     drawn = []
     monkeypatch.setattr(plan_module, "generator", lambda *key: drawn.append(key) or generator(*key))
-    monkeypatch.setattr(Chunks, "tree", lambda *_: pytest.fail("a seek must not read trees"))
-    assert len(plan.micro_batches(10**6)) == 4
-    assert drawn == [(0, "order", 10**6 // plan.steps_per_epoch)]
+    step = 10**6 * len(plan.streams) // 4
+    with monkeypatch.context() as patch:
+        patch.setattr(Chunks, "tree", lambda *_: pytest.fail("a seek must not read trees"))
+        assert len(plan.micro_batches(step)) == 4
+        assert drawn == [(0, "order", 10**6)]
+    for number in range(4):
+        plan.training_stream(step, number)
+    assert len(drawn) == 1
 
 
 def test_all_streams_have_the_same_shapes_and_empty_ones_are_valid(chunks):
-    plan = Plan(chunks, CAPACITY, 7, seed=0)
-    streams = [plan.stream(bin) for bin in streams_of(epoch_of(plan))]
+    plan = Plan(chunks, CAPACITY, 7, seed=0, epochs=1)
+    streams = [plan.stream(bin) for step in range(plan.steps) for bin in plan.micro_batches(step)]
     empty = [stream for stream in streams if not stream.num_tokens]
     assert empty
     assert {(len(stream.tokens), len(stream.targets)) for stream in streams} == {(CAPACITY, plan.target_capacity)}
@@ -133,15 +161,15 @@ def test_all_streams_have_the_same_shapes_and_empty_ones_are_valid(chunks):
         assert stream.horizons.tolist() == list(range(1, CAPACITY + 1))
 
 
-def test_fill_leaves_the_last_stream_out(make_tree):
+def test_fill_counts_what_stands_there_for_the_first_time(make_tree):
     def plan_of(sizes, repeated=0):
         trees = [weigh(make_tree(("user", 2, -1), ("assistant", size - 2, 0)), "once") for size in sizes]
         return Plan(chunks_of(trees, repeated), capacity=100, micro_batches_per_step=2, seed=0)
 
-    assert plan_of([100, 90, 10]).fill == 1.0  # two streams: the full one counts
-    assert plan_of([100, 90, 20]).fill == pytest.approx(190 / 200)
-    assert plan_of([100, 90, 20], repeated=38).fill == pytest.approx(152 / 200)
-    assert plan_of([30]).fill == pytest.approx(0.3)  # the only stream counts
+    assert plan_of([100, 90, 10]).fill == 1.0
+    assert plan_of([100, 90, 20]).fill == pytest.approx(210 / 300)
+    assert plan_of([100, 90, 20], repeated=30).fill == pytest.approx(180 / 300)
+    assert plan_of([30]).fill == pytest.approx(0.3)
 
 
 def test_position_jitter_moves_whole_trees_within_the_context(chunks):

@@ -10,7 +10,7 @@ from gpt2ft.settings.scripts import DPOSettings, SFTSettings
 
 @pytest.fixture(scope="session")
 def run_sft(tiny_model_folder, one_thread, tmp_path_factory):
-    """Trains: run_sft(output, steps=7, seed=0, objective=SFT(), ...). 3 steps of 6 streams make an epoch.
+    """Trains: run_sft(output, steps=7, seed=0, objective=SFT(), ...). Steps of 6 streams, 16 to an epoch.
 
     `path` is a folder with weights to start from, `lora` the settings of adapters.
     """

@@ -12,7 +12,7 @@ from processes import ON_CPU, run, torchrun
 
 from gpt2ft.data.packing import build_stream
 
-STEPS = 5  # 3 steps to an epoch, the last one short: 18 streams in steps of 8
+STEPS = 5  # steps of 8 out of 16 or more streams: epochs that end within a step too
 
 
 def losses(folder):
@@ -45,7 +45,7 @@ class Regrouped:
 
     def __init__(self, plan, size):
         self.plan, self.size = plan, size
-        self.steps_per_epoch = plan.steps_per_epoch
+        self.ends_epoch = plan.ends_epoch
         self.micro_batches_per_step = plan.micro_batches_per_step // size
 
     def training_stream(self, step, number):

@@ -2,7 +2,7 @@
 
 Every topology trains the same small runs, in one launch each, and continues runs that itself or another has left
 half done. All are compared with one process. Conversations are of very uneven length, dropout is on, the last step of
-an epoch is short, and one run stops in the second epoch.
+the run is short, and one run stops in the second epoch.
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 from processes import ON_CPU, run, torchrun
 from safetensors.torch import load_file
 
-STEPS = 5  # 3 steps to an epoch, the last one short
+STEPS = 5  # two epochs, the first of which ends within the third step and the second within the last
 STOP_AFTER = 4
 MICRO_BATCHES = 12
 LEARNING_RATE = 1e-2
@@ -141,7 +141,7 @@ class Runs:
             "model": (from_weights if adapts or compares else random) | dropout,
             "lora": (LORA | {"dropout": 0.0} if compares else LORA) if adapts else {},
             "data": {
-                "train": ["quickstart@0.35" if compares else "quickstart@0.5"],
+                "train": ["quickstart@0.28" if compares else "quickstart@0.44"],
                 "eval": [],
                 "eval_fraction": 0.05,
                 "max_length": 256,
@@ -149,7 +149,7 @@ class Runs:
                 "cache": str(self.root / "cache"),
             },
             "training": {
-                "steps": STEPS,
+                "epochs": 2,
                 "tokens_per_micro_batch": 256,
                 "micro_batches_per_step": MICRO_BATCHES,
                 "eval_every": 3,

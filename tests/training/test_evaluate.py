@@ -44,7 +44,7 @@ def stores(tokenizer, cache, tmp_path_factory):
 def make_plan(stores):
     def make(capacity=128):
         rows = np.array([(number, row) for number, store in enumerate(stores) for row in range(len(store))])
-        return Plan(chunk(stores, rows, ConversationTrees("once", 64, capacity)), capacity, 1, seed=0, shuffle=False)
+        return Plan(chunk(stores, rows, ConversationTrees("once", 64, capacity)), capacity, 1, seed=0)
 
     return make
 

@@ -45,9 +45,11 @@ class Batches:
 
     def __init__(self, make_tree):
         self.micro_batches_per_step = MICRO_BATCHES
-        self.steps_per_epoch = 4
         self.make_tree = make_tree
         self.asked = []
+
+    def ends_epoch(self, step):
+        return step == 4
 
     def training_stream(self, step, number):
         self.asked.append((step, number))
@@ -246,9 +248,10 @@ def test_evaluation_and_checkpoints_come_once_an_epoch_by_default(make_run):
     assert diary.events == ["evaluate 4", "save 4", "log 6", "evaluate 6", "save 6"]
 
 
-def test_the_last_step_is_never_left_out():
-    assert [step for step in range(1, 11) if is_due(step, 4, last=10)] == [4, 8, 10]
-    assert [step for step in range(1, 11) if is_due(step, 100, last=10)] == [10]
+def test_the_last_step_is_never_left_out(make_run):
+    inputs = replace(make_run()[0], steps=10)
+    for every, due in ((4, [4, 8, 10]), (100, [10]), (None, [4, 10])):
+        assert [step for step in range(1, 11) if is_due(inputs, step, every)] == due
 
 
 # --- interrupted evaluations ------------------------------------------------------------------------------------------

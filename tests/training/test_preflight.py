@@ -89,11 +89,10 @@ def without(stream, entry):
 class TestSupervision:
     def test_every_stream_of_the_quickstart_is_accepted(self, plan, tokenizer):
         turns = 0
-        for step in range(plan.steps_per_epoch):
-            for bin in plan.micro_batches(step):
-                found = check_supervision(plan.stream(bin), tokenizer)
-                assert found == sum(int((plan.chunks.tree(index).weights > 0).sum()) for index in bin)
-                turns += found
+        for bin in plan.streams:
+            found = check_supervision(plan.stream(bin), tokenizer)
+            assert found == sum(int((plan.chunks.tree(index).weights > 0).sum()) for index in bin)
+            turns += found
         assert turns > 300
 
     def test_an_empty_stream_is_accepted(self, plan, tokenizer):
@@ -162,7 +161,7 @@ class TestSupervision:
 
 class TestPlainText:
     def streams(self, plan):
-        return [(bin, plan.stream(bin)) for step in range(plan.steps_per_epoch) for bin in plan.micro_batches(step)]
+        return [(bin, plan.stream(bin)) for bin in plan.streams]
 
     def test_texts_and_pieces_of_texts_are_accepted(self, mixed, tokenizer):
         turns = endless = 0
