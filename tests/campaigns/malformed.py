@@ -14,7 +14,7 @@ SCALARS = (None, True, False, -1, 0, 3.5, 10**30, -(10**400), "", "x", "0.7", []
 PARAMETERS = (
     *("messages", "model", "stream", "stream_options", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
     *("seed", "stop", "max_tokens", "max_completion_tokens", "user", "n", "tools", "logprobs", "response_format"),
-    *("logit_bias", "best_of", "unheard_of"),
+    *("logit_bias", "best_of", "prompt_cache_options", "metadata", "reasoning_effort", "prediction", "unheard_of"),
 )
 
 
@@ -53,9 +53,9 @@ def wrong_value(draw: random.Random) -> bytes:
 
 
 def wrong_message(draw: random.Random) -> bytes:
-    role = draw.choice([*CONTROLS, "tool", "User", "", "system", "assistant", *SCALARS])
+    role = draw.choice([*CONTROLS, "tool", "User", "", "system", "developer", "assistant", *SCALARS])
     content = draw.choice([*SCALARS, [{"type": "text"}], [{"type": "image_url", "image_url": {"url": "x"}}], ["x"]])
-    message = {"role": role, "content": content} | draw.choice([{}, {"name": "x"}, {"tool_calls": [1]}])
+    message = {"role": role, "content": content} | draw.choice([{}, {"name": "x"}, {"name": 5}, {"tool_calls": [1]}])
     return request(json.dumps({"messages": [message] * draw.choice([1, 2, 300]), "max_tokens": 1}).encode())
 
 
