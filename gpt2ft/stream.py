@@ -53,6 +53,7 @@ class TokenStream:
     groups: Tensor  # [S] number of the source, conversation or reply that a target counts for
     num_tokens: int
     num_supervised: int
+    num_repeated: int = 0  # tokens of them that another stream holds too, where they are supervised if anywhere
     pairs: Pairs | None = None  # of preference data
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "TokenStream":

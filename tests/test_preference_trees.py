@@ -233,7 +233,7 @@ def test_real_groups_need_a_third_of_the_tokens_of_their_pairs(test_data, gpt2_t
     rows = np.array([(0, row) for row in range(len(store))])
     chunks = chunk([store], rows, PreferencePairs("all", "pair", max_length=1024, capacity=8192))
     plan = Plan(chunks, 8192, micro_batches_per_step=8, seed=0)
-    assert (chunks.pairs.sum(), chunks.replies.sum(), chunks.repeated) == (754, 641, 0)
+    assert (chunks.pairs.sum(), chunks.replies.sum(), chunks.repeated.sum()) == (754, 641, 0)
     sequences = 0
     for index in range(len(chunks)):
         tree = chunks.tree(index)

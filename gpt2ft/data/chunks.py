@@ -1,7 +1,7 @@
 """From stored trees to chunks: trees, or parts of them, that fit the context and a stream.
 
 kind of data     chunking rule                        a tree that does not fit is
-conversations    ConversationTrees                    re-rooted under its latest turns, split at its branches
+conversations    ConversationTrees                    covered by windows that overlap, split at its branches
 preferences      PreferencePairs (see pairs.py)       shortened at its prompt or its replies, split by its pairs
 """
 
@@ -16,14 +16,18 @@ from numpy.typing import NDArray
 from gpt2ft.data.kinds import CONVERSATIONS, DataKind
 from gpt2ft.data.reading import DataError, listed
 from gpt2ft.data.store import TokenStore
-from gpt2ft.data.token_tree import TEXT, TokenTree, counts, fit_context, split, weigh
+from gpt2ft.data.token_tree import TEXT, TokenTree, counts, fit_context, split, text_part, weigh
 from gpt2ft.settings.sections import MessageWeight
 
 Rows = NDArray[np.int64]  # [n, 2]: number of the store, row in it
+Nodes = NDArray[np.int32]  # [k] nodes of a tree that a part of it holds, ~node where the part does not supervise it
 
 
 class ChunkingRule(Protocol):
-    """A way to make chunks of the trees of a store: `count` all at once, then `cut` those that do not fit."""
+    """A way to make chunks of the trees of a store: `count` all at once, then `cut` those that do not fit.
+
+    Cutting tells what all parts are, and takes as long as there are parts; later each is made alone, by `part`.
+    """
 
     kind: ClassVar[DataKind]
     max_length: int  # tokens of context
@@ -46,10 +50,16 @@ class ChunkingRule(Protocol):
             ValueError: if it cannot be cut to fit.
         """
 
+    def nodes(self, tree: TokenTree, part: TokenTree) -> Nodes:
+        """Return what `part` needs to know to make a part again."""
+
+    def part(self, tree: TokenTree, number: int, nodes: Nodes) -> TokenTree:
+        """Return part `number` of a tree, the same that `cut` has returned."""
+
 
 @dataclass(frozen=True)
 class ConversationTrees:
-    """Trees in which every reply is supervised: re-rooted where a path exceeds the context, split at branches."""
+    """Trees in which every reply is supervised: in windows where a path exceeds the context, split at branches."""
 
     weight: MessageWeight
     max_length: int
@@ -72,12 +82,27 @@ class ConversationTrees:
         left_out["messages that do not fit the context"] += len(tree.lengths) - len(shown)
         return parts
 
+    def nodes(self, tree: TokenTree, part: TokenTree) -> Nodes:
+        if tree.roles[0] == TEXT:
+            return np.zeros(0, np.int32)
+        nodes = np.searchsorted(tree.messages, part.messages).astype(np.int32)
+        return np.where(part.weights > 0, nodes, ~nodes)
+
+    def part(self, tree: TokenTree, number: int, nodes: Nodes) -> TokenTree:
+        if tree.roles[0] == TEXT:
+            return text_part(tree, self.max_length, number)
+        weights = np.zeros_like(tree.weights)
+        supervised = nodes[nodes >= 0]
+        weights[supervised] = tree.weights[supervised]
+        return tree.select(np.where(nodes < 0, ~nodes, nodes).tolist(), weights)
+
 
 @dataclass(frozen=True)
 class Chunks:
     """All chunks of some stored trees, in the order of the data.
 
-    Trees are not held here, only their rows: they are read, and cut again, when a stream is built.
+    Trees are not held here, only their rows, and of a tree that is cut the nodes of each part: a chunk is read when a
+    stream is built, and costs as much as it is long.
     """
 
     stores: Sequence[TokenStore]
@@ -85,8 +110,10 @@ class Chunks:
     rows: Rows
     counts: NDArray[np.int64]  # [n, 5] see token_tree.counts
     parts: NDArray[np.int64]  # [n] number of the chunk among the parts of its tree, -1 for the whole tree
+    nodes: Nodes  # of all parts, one after the other
+    first_nodes: NDArray[np.int64]  # [n + 1] where those of each chunk begin
+    repeated: NDArray[np.int64]  # [n] tokens that an earlier part holds too: the context of later turns
     left_out: Counter[str]  # what is in no chunk, by reason
-    repeated: int  # tokens that stand in a stream a second time, to give a later turn its context
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -126,8 +153,9 @@ class Chunks:
         store, row = self.rows[number].tolist()
         tree = self.chunking.whole(self.stores[store], row, group=store)
         part = int(self.parts[number])
-        # The same cut as in `chunk`, which has counted what it leaves out.
-        return tree if part < 0 else self.chunking.cut(tree, Counter())[part]
+        if part < 0:
+            return tree
+        return self.chunking.part(tree, part, self.nodes[slice(*self.first_nodes[number : number + 2])])
 
 
 def chunk(stores: Sequence[TokenStore], rows: Rows, chunking: ChunkingRule) -> Chunks:
@@ -142,9 +170,9 @@ def chunk(stores: Sequence[TokenStore], rows: Rows, chunking: ChunkingRule) -> C
     for number, store in enumerate(stores):
         here = rows[:, 0] == number
         counted[here], is_whole[here] = (values[rows[here, 1]] for values in chunking.count(store))
-    cuts: dict[int, list[tuple[int, ...]]] = {}  # index in `rows` -> the counts of each part of that tree
+    cuts: dict[int, list[tuple[int, ...]]] = {}  # index in `rows` -> of each part of that tree: counts, repeated, nodes
+    nodes: list[Nodes] = [np.zeros(0, np.int32)]
     left_out: Counter[str] = Counter()
-    repeated = 0
     for index in np.flatnonzero(~is_whole).tolist():
         store, row = rows[index].tolist()
         tree = chunking.whole(stores[store], row, group=store)
@@ -155,28 +183,37 @@ def chunk(stores: Sequence[TokenStore], rows: Rows, chunking: ChunkingRule) -> C
         if len(parts) == 1 and parts[0] is tree:
             counted[index] = counts(tree)
             continue
-        cuts[index] = [counts(part) for part in parts]
-        repeated += _repeated(parts)
+        of_parts = [chunking.nodes(tree, part) for part in parts]
+        nodes += of_parts
+        figures = zip(map(counts, parts), _repeated(parts), map(len, of_parts), strict=True)
+        cuts[index] = [(*counted_part, *others) for counted_part, *others in figures]
     times = np.ones(len(rows), np.int64)
     times[list(cuts)] = [len(parts) for parts in cuts.values()]
     firsts = np.cumsum(times) - times
     rows, counted = (np.repeat(values, times, axis=0) for values in (rows, counted))
     part_numbers = np.full(len(rows), -1)
+    repeated, first_nodes = np.zeros(len(rows), np.int64), np.zeros(len(rows) + 1, np.int64)
     for index, parts in cuts.items():
         here = slice(firsts[index], firsts[index] + len(parts))
         part_numbers[here] = np.arange(len(parts))
-        counted[here] = np.array(parts, np.int64).reshape(-1, 5)
+        figures = np.array(parts, np.int64).reshape(-1, 7)
+        counted[here], repeated[here], first_nodes[1:][here] = figures[:, :5], figures[:, 5], figures[:, 6]
     if not len(rows):
         found = f"left out are {listed(left_out)}"
         raise DataError(f"nothing fits `data.max_length` = {chunking.max_length} tokens: {found}")
-    return Chunks(stores, chunking, rows, counted, part_numbers, +left_out, repeated)
+    first_nodes = np.cumsum(first_nodes)
+    return Chunks(
+        stores, chunking, rows, counted, part_numbers, np.concatenate(nodes), first_nodes, repeated, +left_out
+    )
 
 
-def _repeated(parts: Sequence[TokenTree]) -> int:
-    """Count the tokens that the parts of one tree repeat: messages in more than one part; openings of a cut text."""
+def _repeated(parts: Sequence[TokenTree]) -> list[int]:
+    """Return for each part of a tree the tokens that an earlier one holds: of a cut text, its opening."""
     if parts and parts[0].roles[0] == TEXT:
-        return len(parts) - 1
-    lengths: dict[int, int] = {}
+        return [0] + [1] * (len(parts) - 1)
+    repeated, seen = [], set[int]()
     for part in parts:
-        lengths.update(zip(part.messages.tolist(), part.lengths.tolist(), strict=True))
-    return sum(len(part.tokens) for part in parts) - sum(lengths.values())
+        messages = part.messages.tolist()
+        repeated.append(sum(n for m, n in zip(messages, part.lengths.tolist(), strict=True) if m in seen))
+        seen.update(messages)
+    return repeated

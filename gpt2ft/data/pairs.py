@@ -89,6 +89,13 @@ class PreferencePairs:
             fitting = self._weighed(fitting)
         return split_by_pairs(fitting, self.capacity)
 
+    def nodes(self, tree: TokenTree, part: TokenTree) -> NDArray[np.int32]:
+        return np.zeros(0, np.int32)
+
+    def part(self, tree: TokenTree, number: int, nodes: NDArray[np.int32]) -> TokenTree:
+        """Return a part of a group, which is cut again: it has few parts, and which pairs are in one needs them all."""
+        return self.cut(tree, Counter())[number]
+
     def _weighed(self, tree: TokenTree) -> TokenTree:
         weight = 1.0 if self.weight == "pair" else 1 / len(tree.pairs)
         return replace(tree, pair_weights=np.full(len(tree.pairs), weight, np.float32))

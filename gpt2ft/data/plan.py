@@ -107,10 +107,12 @@ class Plan:
     def _laid_out(
         self, micro_batch: Sequence[int], trees: Sequence[TokenTree], first_positions: Sequence[int] | None = None
     ) -> TokenStream:
-        if not self.pair_capacity:
-            return build_stream(trees, self.capacity, self.target_capacity, first_positions)
-        trees = number_replies(trees)
+        if self.pair_capacity:
+            trees = number_replies(trees)
         stream = build_stream(trees, self.capacity, self.target_capacity, first_positions)
+        stream = replace(stream, num_repeated=int(self.chunks.repeated[list(micro_batch)].sum()))
+        if not self.pair_capacity:
+            return stream
         reference = self.reference[self.replies_of(micro_batch)]
         return replace(stream, pairs=build_pairs(trees, reference, self.pair_capacity, self.reply_capacity))
 
@@ -129,6 +131,11 @@ class Plan:
         return int(self.chunks.sizes.sum())
 
     @property
+    def repeated(self) -> int:
+        """Tokens of them that stand there a second time, as context."""
+        return int(self.chunks.repeated.sum())
+
+    @property
     def supervised(self) -> int:
         """Targets in an epoch."""
         return int(self.chunks.supervised.sum())
@@ -136,4 +143,4 @@ class Plan:
     @property
     def fill(self) -> float:
         """Unique tokens / capacity over all streams."""
-        return (self.tokens - self.chunks.repeated) / (self.capacity * len(self.streams))
+        return (self.tokens - self.repeated) / (self.capacity * len(self.streams))

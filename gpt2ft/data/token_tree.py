@@ -1,7 +1,7 @@
 """TokenTree: a conversation tree in tokens, and the changes made to it before it is packed.
 
     weigh          which nodes are supervised, and how much each counts
-    fit_context    re-roots what lies too deep under its most recent turns, cuts what is plain text
+    fit_context    covers what lies too deep by windows, cuts what is plain text
     split          cuts a tree that is larger than a stream at its branches
 
 Each returns new trees. Shape letters: n tokens, K nodes, P pairs of nodes.
@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from gpt2ft.conversation import ROLES
 from gpt2ft.settings.sections import MessageWeight
-from gpt2ft.text.context import kept_turns
 
 ASSISTANT = ROLES.index("assistant")
 TEXT = ROLES.index("text")
@@ -136,8 +135,8 @@ def leaves_below(tree: TokenTree) -> NDArray[np.int64]:
 def fit_context(tree: TokenTree, limit: int) -> tuple[list[TokenTree], int]:
     """Return trees in which no path to a supervised node exceeds `limit` tokens.
 
-    A supervised node that lies too deep is re-rooted: its most recent turns are repeated above it,
-    unsupervised. Nodes that keep the same turns share a tree. A plain text is cut instead.
+    Supervised nodes that lie too deep stand in windows: trees that open with a later user turn, and supervise all below
+    it that fits and that no earlier tree supervises. A plain text is cut instead.
 
     Returns:
         The trees, and how many messages are dropped as too long (their last exchange alone exceeds `limit`).
@@ -146,38 +145,88 @@ def fit_context(tree: TokenTree, limit: int) -> tuple[list[TokenTree], int]:
     if not deep.any():
         return [tree], 0
     if tree.roles[0] == TEXT:
-        return (_cut_text(tree, limit), 0) if limit > 1 else ([], 1)
-    members: dict[int, list[int]] = {}  # first turn after the gap -> supervised nodes
-    shown: dict[int, set[int]] = {}  # the same -> all nodes of the new tree
-    dropped = 0
-    for node in np.flatnonzero(deep).tolist():
-        path = tree.path_to(node)
-        kept = kept_turns([ROLES[tree.roles[i]] for i in path], tree.lengths[path].tolist(), limit)
-        if kept is None:
-            dropped += 1
-            continue
-        first = path[next(i for i in kept if ROLES[tree.roles[path[i]]] != "system")]
-        members.setdefault(first, []).append(node)
-        shown.setdefault(first, set()).update(path[i] for i in kept)
-    trees = []
-    shallow = np.where(deep, np.float32(0), tree.weights)
-    if shallow.any():
-        trees.append(tree.select(_with_ancestors(tree, np.flatnonzero(shallow).tolist()), shallow))
-    for first, nodes in members.items():
-        weights = np.zeros_like(tree.weights)
-        weights[nodes] = tree.weights[nodes]
-        trees.append(tree.select(sorted(shown[first]), weights))
-    return trees, dropped
+        number_of_parts = -(-(len(tree.tokens) - 1) // (limit - 1)) if limit > 1 else 0
+        return [text_part(tree, limit, number) for number in range(number_of_parts)], int(number_of_parts == 0)
+    windows = _Windows(tree, limit, deep)
+    dropped = sum(windows.pending[node] and not windows.open_for(node) for node in np.flatnonzero(deep).tolist())
+    return windows.trees, int(dropped)
 
 
-def _cut_text(tree: TokenTree, limit: int) -> list[TokenTree]:
-    """Return chunks of at most `limit` tokens, each opened as the whole is; only the last holds its end."""
-    opening, rest = tree.tokens[:1], tree.tokens[1:]
-    chunks = []
-    for start in range(0, len(rest), limit - 1):
-        tokens = np.concatenate([opening, rest[start : start + limit - 1]])
-        chunks.append(replace(tree, tokens=tokens, lengths=np.array([len(tokens)], np.int32)))
-    return chunks
+class _Windows:
+    """Windows over a tree, each opened by the first supervised node that is in none yet.
+
+    Each opens with the earliest user turn from which it repeats no more tokens than it adds; the last one of a branch
+    may repeat more, as far as all of them have added more. So together they are less than twice the whole, of whatever
+    length. Here four turns fit, and the odd ones are replies:
+
+        conversation   0 1 2 3 4 5 6 7 8 9
+        windows        0 1 2 3
+                           2 3 4 5
+                               4 5 6 7
+                                   6 7 8 9
+
+    A system turn opens every window. Where it alone takes half of the context, only it is repeated.
+    """
+
+    def __init__(self, tree: TokenTree, limit: int, deep: NDArray[np.bool_]) -> None:
+        """Begin with the nodes that are not too deep.
+
+        Args:
+            deep: [K] true for supervised nodes that exceed `limit` on their own path.
+        """
+        self.tree = tree
+        self.trees: list[TokenTree] = []
+        self.pending = tree.weights > 0  # [K] to be supervised
+        self.shown = np.zeros(len(deep), bool)  # [K] in a window
+        self.added = self.repeated = 0  # tokens
+        self.system = [0] if ROLES[tree.roles[0]] == "system" else []
+        self.room = limit - int(tree.lengths[self.system].sum())
+        self.path_ends = tree.depths + tree.lengths  # [K]
+        shallow = np.flatnonzero(self.pending & ~deep).tolist()
+        if shallow:
+            self._add(_with_ancestors(tree, shallow), shallow)
+
+    def open_for(self, node: int) -> bool:
+        """Add a window that supervises a node and what follows it; return False if its last exchange does not fit."""
+        starts = []
+        turn = node
+        while turn >= 0 and self.path_ends[node] - self.tree.depths[turn] <= self.room:
+            if ROLES[self.tree.roles[turn]] == "user":
+                starts.append(turn)
+            turn = int(self.tree.parents[turn])
+        for start in reversed(starts):
+            below = slice(start, int(np.searchsorted(self.tree.starts, self.tree.ends[start])))
+            fits = self.path_ends[below] - self.tree.depths[start] <= self.room
+            members = (start + np.flatnonzero(self.pending[below] & fits)).tolist()
+            nodes = self.system + _with_ancestors(self.tree, members, start)
+            adds, repeats = self._sizes(nodes)
+            is_last = not (self.pending[below] & ~fits).any()
+            if repeats <= adds or (is_last and self.repeated + repeats < self.added + adds):
+                break
+        self.pending[node] = False
+        if starts:
+            self._add(nodes, members)
+        return bool(starts)
+
+    def _sizes(self, nodes: list[int]) -> tuple[int, int]:
+        """Return the tokens of nodes that are in no window yet, and those of the others."""
+        lengths, shown = self.tree.lengths[nodes], self.shown[nodes]
+        return int(lengths[~shown].sum()), int(lengths[shown].sum())
+
+    def _add(self, nodes: list[int], members: list[int]) -> None:
+        weights = np.zeros_like(self.tree.weights)
+        weights[members] = self.tree.weights[members]
+        self.trees.append(self.tree.select(nodes, weights))
+        adds, repeats = self._sizes(nodes)
+        self.added, self.repeated = self.added + adds, self.repeated + repeats
+        self.pending[members], self.shown[nodes] = False, True
+
+
+def text_part(tree: TokenTree, limit: int, number: int) -> TokenTree:
+    """Return a part of at most `limit` tokens, opened as the whole text is; only the last holds its end."""
+    first = 1 + number * (limit - 1)
+    tokens = np.concatenate([tree.tokens[:1], tree.tokens[first : first + limit - 1]])
+    return replace(tree, tokens=tokens, lengths=np.array([len(tokens)], np.int32))
 
 
 def split(tree: TokenTree, capacity: int) -> list[TokenTree]:
@@ -214,11 +263,11 @@ def split(tree: TokenTree, capacity: int) -> list[TokenTree]:
     return trees
 
 
-def _with_ancestors(tree: TokenTree, nodes: list[int]) -> list[int]:
-    """Return `nodes` and everything above them, ascending."""
+def _with_ancestors(tree: TokenTree, nodes: list[int], top: int = 0) -> list[int]:
+    """Return `nodes` and everything above them down from `top`, ascending."""
     wanted: set[int] = set()
     for node in nodes:
-        while node >= 0 and node not in wanted:
+        while node >= top and node not in wanted:
             wanted.add(node)
             node = int(tree.parents[node])
     return sorted(wanted)

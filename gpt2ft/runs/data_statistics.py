@@ -33,9 +33,7 @@ def data_statistics(corpus: Corpus, held_out: Corpus | None, plan: Plan, tokeniz
             least, middle, high, most = np.percentile(values, (0, 50, 90, 100), method="nearest").astype(int).tolist()
             lines.append(f"{name:<26}{least:>8,}{middle:>8,}{high:>8,}{most:>8,}")
     cut = int(plan.chunks.sizes[plan.chunks.is_cut].sum())
-    lines.append(
-        f"cut to fit                {cut:,} tokens of {plan.tokens:,}, {plan.chunks.repeated:,} of them repeated"
-    )
+    lines.append(f"cut to fit                {cut:,} tokens of {plan.tokens:,}, {plan.repeated:,} of them repeated")
     lines += _duplicates(nodes, tokenizer)
     if held_out is not None:
         lines += _overlap(nodes, _nodes_of(held_out), tokenizer)

@@ -57,10 +57,7 @@ def describe(setup: "RunSetup", hardware: Hardware) -> str:
         lines += _data_lines("held out", held_out, eval_plan)
     steps_per_epoch = len(plan.streams) / plan.streams_per_step
     epochs = plan.epochs or steps / steps_per_epoch
-    lines.append(
-        f"streams   {len(plan.streams):,} of {plan.capacity:,} tokens, {plan.fill:.1%} full; "
-        f"{plan.supervised / plan.tokens:.0%} of the tokens are supervised"
-    )
+    lines.append(streams_line(plan))
     if plan.pair_capacity:
         pairs, tokens_if_unpacked = int(plan.chunks.pairs.sum()), int(plan.chunks.tokens_if_unpacked.sum())
         lines.append(
@@ -74,6 +71,15 @@ def describe(setup: "RunSetup", hardware: Hardware) -> str:
     lines.append(f"devices   {hardware}")
     lines.append(f"memory    about {memory_estimate(loaded.gpt2, plan.capacity, hardware) / GIB:.1f} GiB per device")
     return "\n".join(lines)
+
+
+def streams_line(plan: Plan) -> str:
+    """Return how full the streams are, and of what."""
+    repeated = f", {plan.repeated / plan.tokens:.1%} are repeated as context" if plan.repeated else ""
+    return (
+        f"streams   {len(plan.streams):,} of {plan.capacity:,} tokens, {plan.fill:.1%} full; "
+        f"{plan.supervised / plan.tokens:.0%} of the tokens are supervised{repeated}"
+    )
 
 
 def parameter_counts(gpt2: GPT2) -> tuple[int, int]:

@@ -35,6 +35,7 @@ def manifest_of(setup: RunSetup, attention: str) -> dict[str, Any]:
             "streams": len(plan.streams),
             "steps": setup.steps,
             "tokens": plan.tokens,
+            "repeated": plan.repeated,
             "supervised": plan.supervised,
         },
     }

@@ -1,4 +1,8 @@
-"""The one rule by which a conversation is made to fit the context, in training, chat and serving alike."""
+"""The one rule by which a conversation is made to fit the context, in training, chat and serving alike.
+
+Training does not apply it anew for each reply of a long conversation, but for windows that hold several: see
+`fit_context` in data/token_tree.py.
+"""
 
 from collections.abc import Sequence
 

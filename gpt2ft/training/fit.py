@@ -87,7 +87,7 @@ def fit(inputs: LoopInputs, state: TrainState) -> TrainState:
         set_learning_rate(strategy.optimizer, rate)
         # A step is sum / normalizer over all its streams on all processes, so every loss is scaled by the same number.
         normalizer = sum(objective.normalizer(stream) for _, stream in streams)
-        tokens = sum(stream.num_tokens for _, stream in streams)
+        tokens = sum(stream.num_tokens - stream.num_repeated for _, stream in streams)
         normalizer, tokens = global_sum(accelerator, normalizer, tokens)
         scale = loss_scale(accelerator, normalizer)
         loss_sum = torch.zeros((), device=device)

@@ -41,6 +41,7 @@ class MetricSums:
         Args:
             loss: sum of this process's losses, a scalar.
             metrics: sums of this process's metrics [M].
+            tokens: of all streams, those that are repeated as context left out.
             grad_norm: before clipping.
         """
         self.steps += 1

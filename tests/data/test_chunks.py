@@ -33,7 +33,7 @@ def test_what_fits_stays_in_the_store(store):
     assert np.array_equal(chunks.rows, rows_of(store))
     assert not chunks.is_cut.any()
     assert not chunks.left_out
-    assert not chunks.repeated
+    assert not chunks.repeated.any()
     for index, (size, scored) in enumerate(zip(chunks.sizes, chunks.supervised, strict=True)):
         tree = chunks.tree(index)
         assert (len(tree.tokens), tree.num_supervised) == (size, scored)
@@ -52,7 +52,7 @@ def test_a_large_tree_of_short_paths_stays_there_too(store):
 @pytest.mark.parametrize(
     ("max_length", "capacity"), [(64, 64), (64, 128), (128, 128), (48, 512), (20, 4096), (512, 512)]
 )
-def test_the_same_as_one_tree_after_the_other(store, texts, weight, max_length, capacity):
+def test_the_same_as_one_tree_after_the_other(store, texts, weight, max_length, capacity, monkeypatch):
     """Of two sources out of order, some of whose trees are taken twice."""
     rows = rows_of(store, texts)
     rows = np.random.default_rng(0).permutation(np.concatenate([rows, rows[::3]]))
@@ -68,6 +68,7 @@ def test_the_same_as_one_tree_after_the_other(store, texts, weight, max_length, 
         tokens = sum(len(part.tokens) for part in parts)
         repeated += len(parts) - 1 if number else tokens - sum(lengths.values())
     assert len(chunks) == len(expected)
+    monkeypatch.setattr(ConversationTrees, "cut", lambda *_: pytest.fail("a part is made without the others"))
     for index, (row, part) in enumerate(expected):
         tree = chunks.tree(index)
         assert tuple(chunks.rows[index].tolist()) == row
@@ -76,7 +77,7 @@ def test_the_same_as_one_tree_after_the_other(store, texts, weight, max_length, 
             np.array_equal(getattr(tree, name), getattr(part, name))
             for name in ("tokens", "lengths", "parents", "roles", "weights", "groups", "messages")
         )
-    assert (chunks.left_out.total(), chunks.repeated) == (left_out, repeated)
+    assert (chunks.left_out.total(), chunks.repeated.sum()) == (left_out, repeated)
     assert chunks.is_cut.any() == (max_length < 512)
     assert bool(left_out) == (max_length < 48)
 
@@ -85,7 +86,7 @@ def test_the_same_as_one_tree_after_the_other(store, texts, weight, max_length, 
 def test_every_reply_is_supervised_once_or_counted(store, max_length, capacity):
     chunks = chunk([store], rows_of(store), ConversationTrees("once", max_length, capacity))
     assert chunks.is_cut.any()
-    assert chunks.repeated or capacity == 512
+    assert chunks.repeated.any() or capacity == 512
     replies = 0
     unique, total = set(), 0
     for index, (size, scored) in enumerate(zip(chunks.sizes, chunks.supervised, strict=True)):
@@ -101,7 +102,7 @@ def test_every_reply_is_supervised_once_or_counted(store, max_length, capacity):
     assert chunks.left_out.total() == lost
     assert replies >= sum(int((tree.roles == ASSISTANT).sum()) for tree in in_store) - lost
     kept = sum(int(in_store[row].lengths[message]) for row, message in unique)
-    assert total - chunks.repeated == kept
+    assert total - chunks.repeated.sum() == kept
 
 
 def test_a_text_longer_than_the_context_is_a_target_once_token_by_token(texts, tokenizer):
@@ -109,7 +110,7 @@ def test_a_text_longer_than_the_context_is_a_target_once_token_by_token(texts, t
     assert len(chunks) > len(texts)
     assert (chunks.sizes <= 32).all()
     assert chunks.supervised.sum() == (texts.sizes()[0] - 1).sum()
-    assert chunks.repeated == len(chunks) - len(texts) > 10
+    assert chunks.repeated.sum() == len(chunks) - len(texts) > 10
     supervised = {row: [] for row in range(len(texts))}
     for index, (_, row) in enumerate(chunks.rows.tolist()):
         opening, *targets = chunks.tree(index).tokens.tolist()
@@ -118,6 +119,7 @@ def test_a_text_longer_than_the_context_is_a_target_once_token_by_token(texts, t
     assert supervised == {row: texts.tree(row, 0).tokens[1:].tolist() for row in range(len(texts))}
     plan = Plan(chunks, 64, micro_batches_per_step=4, seed=0)
     streams = [plan.stream(bin) for bin in plan.streams]
+    assert sum(stream.num_repeated for stream in streams) == len(chunks) - len(texts)
     assert sum(stream.num_supervised for stream in streams) == chunks.supervised.sum()
 
 
@@ -130,3 +132,23 @@ def test_the_group_is_the_number_of_the_source(store):
 def test_nothing_that_fits_is_refused(store):
     with pytest.raises(DataError, match=r"`data.max_length` = 3 .* [\d,]+ messages that do not fit"):
         chunk([store], rows_of(store), ConversationTrees("once", 3, 128))
+
+
+@pytest.mark.parametrize("turns", [40, 100, 400, 1000])
+def test_a_conversation_of_any_length_costs_less_than_twice_its_tokens(turns, tokenizer, cache, write, tmp_path):
+    """And what a stream repeats of it is known."""
+    roles, words = ("user", "assistant"), ("I would like some tea", "There is always time for another cup of tea")
+    record = {"messages": [{"role": roles[turn % 2], "content": f"{words[turn % 2]} {turn}"} for turn in range(turns)]}
+    file = write(tmp_path / "long.jsonl", [record])
+    store = open_store(str(file), FilterSettings(), tokenizer, cache)
+    (tokens,), (supervised,) = store.sizes()
+    chunks = chunk([store], rows_of(store), ConversationTrees("once", max_length=256, capacity=512))
+    assert tokens > 256
+    assert len(chunks) > 1
+    assert chunks.supervised.sum() == supervised
+    assert chunks.sizes.sum() - chunks.repeated.sum() == tokens
+    assert chunks.sizes.sum() < 2 * tokens
+    plan = Plan(chunks, 512, micro_batches_per_step=1, seed=0)
+    streams = [plan.stream(bin) for bin in plan.streams]
+    assert sum(stream.num_tokens - stream.num_repeated for stream in streams) == tokens
+    assert plan.repeated == chunks.repeated.sum() > 0.2 * tokens

@@ -181,6 +181,6 @@ def test_streams_of_real_conversations_are_full(test_data, gpt2_tokenizer, cache
     rows = np.array([(number, row) for number, store in enumerate(stores) for row in range(len(store))])
     chunks = chunk(stores, rows, ConversationTrees("once", max_length=1024, capacity=capacity))
     plan = Plan(chunks, capacity, micro_batches_per_step=8, seed=0)
-    assert chunks.repeated > 0
+    assert plan.repeated > 0
     assert len(plan.streams) > 20
-    assert len(plan.streams) <= np.ceil((plan.tokens - chunks.repeated) / (0.98 * capacity))
+    assert len(plan.streams) <= np.ceil((plan.tokens - plan.repeated) / (0.98 * capacity))

@@ -347,7 +347,7 @@ def test_chunks_hold_every_pair_once_or_count_it(store, rule, max_length, capaci
     if max_length == 24:
         assert lost["prompts that leave no room for a reply"] > 10
     assert chunks.left_out == +lost
-    assert (chunks.repeated > 0) == (len(chunks) > len(found))
+    assert chunks.repeated.any() == (len(chunks) > len(found))
     for index in range(len(chunks)):
         assert tuple(chunks.counts[index].tolist()) == counts(chunks.tree(index))
 

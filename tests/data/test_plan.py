@@ -27,12 +27,14 @@ class Held:
 
 
 def chunks_of(trees, repeated=0):
-    """Of trees that need no store."""
+    """Of trees that need no store; the first repeats some tokens of another."""
     counted = np.array([counts(tree) for tree in trees])
     rows = np.stack([np.zeros(len(trees), np.int64), np.arange(len(trees))], axis=1)
     whole = np.full(len(trees), -1)
     chunking = ConversationTrees("once", 1 << 20, 1 << 20)
-    return Chunks([Held(trees)], chunking, rows, counted, whole, left_out=Counter(), repeated=repeated)
+    repeats = np.array([repeated] + [0] * (len(trees) - 1))
+    no_nodes = np.zeros(0, np.int32), np.zeros(len(trees) + 1, np.int64)
+    return Chunks([Held(trees)], chunking, rows, counted, whole, *no_nodes, repeats, left_out=Counter())
 
 
 @pytest.fixture(scope="module")

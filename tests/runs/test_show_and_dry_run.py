@@ -10,6 +10,7 @@ from gpt2ft.data.chunks import ConversationTrees, chunk
 from gpt2ft.data.corpus import load_corpora
 from gpt2ft.data.plan import Plan
 from gpt2ft.runs.data_statistics import data_statistics
+from gpt2ft.runs.describe import streams_line
 from gpt2ft.runs.show_examples import show_examples
 from gpt2ft.settings.sections import DataSettings
 
@@ -98,6 +99,15 @@ def test_figures_are_those_of_a_plain_count(plan_of, tokenizer):
         figures = np.percentile(values, (0, 50, 90, 100), method="nearest").astype(int).tolist()
         assert [int(word.replace(",", "")) for word in line.removeprefix(name).split()] == figures
     assert "0 of 44 held-out first turns also occur in training" in text
+
+
+def test_the_plan_tells_the_share_of_repeated_tokens(plan_of, tokenizer, tmp_path):
+    turns = [f"Is there tea number {number}, and is it still warm enough?" for number in range(60)]
+    _, _, plan = plan_of(train=(chats(tmp_path / "long.jsonl", turns),))
+    share = sum(plan.stream(bin).num_repeated for bin in plan.streams) / plan.tokens
+    assert 0.2 < share < 0.5
+    assert streams_line(plan).endswith(f"supervised, {share:.1%} are repeated as context")
+    assert streams_line(plan_of(train=("quickstart",))[2]).endswith("of the tokens are supervised")
 
 
 def test_duplicates_and_leaks_are_counted_and_shown(plan_of, tokenizer, tmp_path):

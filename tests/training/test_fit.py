@@ -19,6 +19,7 @@ from gpt2ft.objectives.sft import SFT
 from gpt2ft.settings.sections import OptimizerSettings, TrainingSettings
 from gpt2ft.training.evaluate import EvaluationInterrupted
 from gpt2ft.training.fit import LoopInputs, TrainingDiverged, fit, is_due, step_streams
+from gpt2ft.training.metric_sums import MetricSums
 from gpt2ft.training.optimizer import adamw, learning_rate
 from gpt2ft.training.strategy import DDP
 
@@ -229,6 +230,28 @@ def test_a_run_that_is_stopped_and_goes_on_gives_the_bits_of_one_that_is_not(dro
     losses = [[each.metrics[step]["train/loss"] for step in range(1, STEPS + 1)] for each in (diary, other)]
     assert losses[0] == losses[1]
     assert len(set(losses[0])) == STEPS
+
+
+def test_tokens_are_counted_where_they_stand_first(make_run, monkeypatch):
+    """What a stream repeats of another, as context, does not make a run faster."""
+    inputs, _ = make_run()
+    whole, counted = type(inputs.batches).training_stream, []
+
+    def training_stream(self, step, number):
+        return replace(whole(self, step, number), num_repeated=number)
+
+    def add(self, loss, metrics, normalizer, tokens, grad_norm):
+        counted.append(tokens)
+        return taken(self, loss, metrics, normalizer, tokens, grad_norm)
+
+    taken = MetricSums.add
+    monkeypatch.setattr(type(inputs.batches), "training_stream", training_stream)
+    monkeypatch.setattr(MetricSums, "add", add)
+    fit(inputs, TrainState())
+    streams = [
+        [inputs.batches.training_stream(step, number) for number in range(MICRO_BATCHES)] for step in range(STEPS)
+    ]
+    assert counted == [sum(stream.num_tokens for stream in each) - sum(range(MICRO_BATCHES)) for each in streams]
 
 
 # --- what is due ----------------------------------------------------------------------------------------------------
