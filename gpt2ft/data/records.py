@@ -24,7 +24,7 @@ from gpt2ft.data.reading import DataError, ReadContext, Record, show
 FILE_KINDS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 BLOCK_BYTES = 4 << 20  # about a million tokens
 LONGEST_RECORD = 16 << 20  # bytes of JSON
-_ROWS_IN_A_BLOCK = 2048
+_ROWS_IN_A_BLOCK = 2048  # at most, of a table
 _GULP = 1 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")
 
@@ -247,14 +247,35 @@ def _parquet(file: Path, columns: Columns) -> Iterator[RecordBlock]:
 
     with _whole(file), pyarrow.parquet.ParquetFile(file) as table:
         wanted = columns(table.schema_arrow.names)
-        yield from _batches(table.iter_batches(_ROWS_IN_A_BLOCK, columns=wanted), str(file))
+        yield from _batches(table.iter_batches(_rows_at_once(table.metadata, wanted), columns=wanted), str(file))
+
+
+def _rows_at_once(metadata: Any, wanted: list[str]) -> int:
+    """Return how many rows make up a block, by the mean size of a row: little more than one block is in memory."""
+    size = 0
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        columns = [group.column(column) for column in range(group.num_columns)]
+        size += sum(it.total_uncompressed_size for it in columns if it.path_in_schema.split(".")[0] in wanted)
+    return max(1, min(_ROWS_IN_A_BLOCK, BLOCK_BYTES * metadata.num_rows // max(1, size)))
 
 
 def _batches(batches: Iterable[Any], place: str) -> Iterator[RecordBlock]:
     first = 1
     for batch in batches:
-        yield RecordBlock(batch.nbytes, partial(_rows, batch, place, first))
-        first += len(batch)
+        for part in _halved(batch):
+            yield RecordBlock(part.nbytes, partial(_rows, part, place, first))
+            first += len(part)
+
+
+def _halved(batch: Any) -> Iterator[Any]:
+    """Yield the rows in parts of a block's size: a few rows may be much larger than the mean."""
+    if batch.nbytes <= BLOCK_BYTES or len(batch) == 1:
+        yield batch
+    else:
+        middle = len(batch) // 2
+        yield from _halved(batch.slice(0, middle))
+        yield from _halved(batch.slice(middle))
 
 
 def _rows(batch: Any, place: str, first: int, context: ReadContext) -> Parsed:

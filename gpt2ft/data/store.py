@@ -25,7 +25,7 @@ from gpt2ft.settings.sections import FilterSettings
 from gpt2ft.text.template import template_digest
 from gpt2ft.text.tokenizer import ChatTokenizer
 
-FORMAT_VERSION = 8  # of the stored columns, and of how a source is read and divided into shards
+FORMAT_VERSION = 9  # of the stored columns, and of how a source is read and divided into shards
 
 Digests = NDArray[np.uint64]
 

@@ -8,6 +8,7 @@ one shard at most, and the next start goes on from there. The statistics are wri
 import hashlib
 import json
 import sys
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -185,7 +186,7 @@ class _Columns:
         self.ids: list[str] = []
         self.keys: list[int] = []
         self.conversations: list[int] = []
-        self.tokens: list[int] = []
+        self.tokens = array("I")
         self.by_node: dict[str, list[int]] = {name: [] for name in _BY_NODE}
         self.tokens_until = [0]  # [rows + 1]
         self.nodes_until = [0]
@@ -198,7 +199,7 @@ class _Columns:
         for index in indices:
             message = tree.messages[index]
             ids = render_turn(self.tokenizer, message.role, message.text)
-            self.tokens += ids
+            self.tokens.extend(ids)
             lengths.append(len(ids))
             parents.append(-1 if message.parent is None else place[message.parent])
             roles.append(_ROLE_NUMBERS[message.role])
@@ -218,7 +219,7 @@ class _Columns:
         """Return the columns as an Arrow record batch."""
         import pyarrow as pa
 
-        def lists(values: list[int], kind: type, until: list[int]) -> Any:
+        def lists(values: Sequence[int], kind: type, until: list[int]) -> Any:
             return pa.ListArray.from_arrays(np.array(until, np.int32), np.array(values, kind))
 
         id_type = np.uint16 if len(self.tokenizer) <= 1 << 16 else np.uint32

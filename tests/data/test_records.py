@@ -248,6 +248,33 @@ def test_rows_of_a_table_are_numbered_through_all_blocks(tmp_path, write, monkey
     assert len(blocks) == 3
 
 
+@pytest.mark.parametrize("long", [range(100), [70], range(40, 60), []])
+def test_blocks_of_a_table_are_cut_by_bytes(tmp_path, write, monkeypatch, long):
+    """All rows long, or one or some of many short ones; a column that is not read counts for nothing."""
+    monkeypatch.setattr(records, "BLOCK_BYTES", 10_000)
+    rows = [{"text": f"{number} " + "x" * (3_000 if number in long else 5)} for number in range(1, 101)]
+    file = write(tmp_path / "t.parquet", [row | {"n": f"{number}" * 9_000} for number, row in enumerate(rows)])
+    blocks = list(read_file(file, columns=lambda names: ["text"]))
+    found = [parsed for block in blocks for parsed in block.parse(ReadContext("test", FilterSettings()))]
+    assert found == [(f"{file}: row {number}", row) for number, row in enumerate(rows, start=1)]
+    assert max(block.size for block in blocks) <= 10_000
+    assert len(blocks) <= 2 + len(long)
+
+
+def test_of_a_table_little_more_than_a_block_is_in_memory(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = [f"{number} " + "x" * 80_000 for number in range(400)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "t.parquet", write_batch_size=10)
+    del texts  # pages are read whole, so they must be small
+    before, most = pyarrow.total_allocated_bytes(), 0
+    for block in read_file(tmp_path / "t.parquet", columns=lambda names: names):
+        assert block.size <= records.BLOCK_BYTES
+        most = max(most, pyarrow.total_allocated_bytes() - before)
+    assert records.BLOCK_BYTES / 2 < most < 3 * records.BLOCK_BYTES
+
+
 @pytest.mark.parametrize("on_error", ["fail", "skip"])
 def test_text_in_parquet_that_is_not_utf8(tmp_path, on_error):
     import pyarrow.parquet

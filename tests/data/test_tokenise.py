@@ -12,6 +12,7 @@ from facts import tells
 from processes import wait_until
 
 from gpt2ft import quickstart
+from gpt2ft.conversation import MessageTree
 from gpt2ft.data import records, tokenise
 from gpt2ft.data.reading import DataError
 from gpt2ft.data.store import open_store
@@ -85,6 +86,13 @@ def build_at_once(number, source, cache):
     for process in processes:
         process.join(60)
     return zip(*found, strict=True)
+
+
+def test_a_token_takes_four_bytes_until_it_is_written(tokenizer):
+    columns = tokenise._Columns(tokenizer, rows_share_conversations=False)
+    columns.add(MessageTree.from_turns("a", "test", [("user", "tea " * 300), ("assistant", "tea")]), [0, 1])
+    assert len(columns.tokens) > 300
+    assert memoryview(columns.tokens).nbytes == 4 * len(columns.tokens)
 
 
 def test_three_processes_build_the_store_that_one_builds(alone, tmp_path):
