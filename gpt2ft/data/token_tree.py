@@ -101,6 +101,8 @@ class TokenTree:
 
 def counts(tree: TokenTree) -> Counts:
     """Count tokens, supervised targets, nodes in pairs, pairs, and tokens if each pair were two sequences alone."""
+    if not len(tree.pairs):
+        return len(tree.tokens), tree.num_supervised, 0, 0, 0
     ends = tree.depths + tree.lengths
     nodes = len(np.unique(tree.pairs))
     return len(tree.tokens), tree.num_supervised, nodes, len(tree.pairs), int(ends[tree.pairs].sum())
@@ -148,8 +150,11 @@ def fit_context(tree: TokenTree, limit: int) -> tuple[list[TokenTree], int]:
         number_of_parts = -(-(len(tree.tokens) - 1) // (limit - 1)) if limit > 1 else 0
         return [text_part(tree, limit, number) for number in range(number_of_parts)], int(number_of_parts == 0)
     windows = _Windows(tree, limit, deep)
-    dropped = sum(windows.pending[node] and not windows.open_for(node) for node in np.flatnonzero(deep).tolist())
-    return windows.trees, int(dropped)
+    dropped = 0
+    for node in np.flatnonzero(deep).tolist():
+        if windows.pending[node]:
+            dropped += not windows.open_for(node)
+    return windows.trees, dropped
 
 
 class _Windows:
@@ -184,7 +189,8 @@ class _Windows:
         self.path_ends = tree.depths + tree.lengths  # [K]
         shallow = np.flatnonzero(self.pending & ~deep).tolist()
         if shallow:
-            self._add(_with_ancestors(tree, shallow), shallow)
+            nodes = _with_ancestors(tree, shallow)
+            self._add(nodes, shallow, int(tree.lengths[nodes].sum()), 0)
 
     def open_for(self, node: int) -> bool:
         """Add a window that supervises a node and what follows it; return False if its last exchange does not fit."""
@@ -199,25 +205,21 @@ class _Windows:
             fits = self.path_ends[below] - self.tree.depths[start] <= self.room
             members = (start + np.flatnonzero(self.pending[below] & fits)).tolist()
             nodes = self.system + _with_ancestors(self.tree, members, start)
-            adds, repeats = self._sizes(nodes)
+            lengths, shown = self.tree.lengths[nodes], self.shown[nodes]
+            adds, repeats = int(lengths[~shown].sum()), int(lengths[shown].sum())
             is_last = not (self.pending[below] & ~fits).any()
             if repeats <= adds or (is_last and self.repeated + repeats < self.added + adds):
                 break
         self.pending[node] = False
         if starts:
-            self._add(nodes, members)
+            self._add(nodes, members, adds, repeats)
         return bool(starts)
 
-    def _sizes(self, nodes: list[int]) -> tuple[int, int]:
-        """Return the tokens of nodes that are in no window yet, and those of the others."""
-        lengths, shown = self.tree.lengths[nodes], self.shown[nodes]
-        return int(lengths[~shown].sum()), int(lengths[shown].sum())
-
-    def _add(self, nodes: list[int], members: list[int]) -> None:
+    def _add(self, nodes: list[int], members: list[int], adds: int, repeats: int) -> None:
+        """Add the window of these nodes that supervises `members`; so many tokens of it are in no other, or in one."""
         weights = np.zeros_like(self.tree.weights)
         weights[members] = self.tree.weights[members]
         self.trees.append(self.tree.select(nodes, weights))
-        adds, repeats = self._sizes(nodes)
         self.added, self.repeated = self.added + adds, self.repeated + repeats
         self.pending[members], self.shown[nodes] = False, True
 
