@@ -20,7 +20,7 @@ from gpt2ft.data.token_tree import TEXT, TokenTree, counts, fit_context, split, 
 from gpt2ft.settings.sections import MessageWeight
 
 Rows = NDArray[np.int64]  # [n, 2]: number of the store, row in it
-Nodes = NDArray[np.int32]  # [k] nodes of a tree that a part of it holds, ~node where the part does not supervise it
+Contents = NDArray[np.int32]  # [k] all that a chunking rule needs to know of a part to make it again
 
 
 class ChunkingRule(Protocol):
@@ -50,10 +50,10 @@ class ChunkingRule(Protocol):
             ValueError: if it cannot be cut to fit.
         """
 
-    def nodes(self, tree: TokenTree, part: TokenTree) -> Nodes:
-        """Return what `part` needs to know to make a part again."""
+    def contents(self, tree: TokenTree, part: TokenTree) -> Contents:
+        """Return what a part of a tree holds."""
 
-    def part(self, tree: TokenTree, number: int, nodes: Nodes) -> TokenTree:
+    def part(self, tree: TokenTree, number: int, contents: Contents) -> TokenTree:
         """Return part `number` of a tree, the same that `cut` has returned."""
 
 
@@ -82,27 +82,28 @@ class ConversationTrees:
         left_out["messages that do not fit the context"] += len(tree.lengths) - len(shown)
         return parts
 
-    def nodes(self, tree: TokenTree, part: TokenTree) -> Nodes:
+    def contents(self, tree: TokenTree, part: TokenTree) -> Contents:
+        """Return the nodes, ~node where one is not supervised; nothing of a text, whose parts follow each other."""
         if tree.roles[0] == TEXT:
             return np.zeros(0, np.int32)
         nodes = np.searchsorted(tree.messages, part.messages).astype(np.int32)
         return np.where(part.weights > 0, nodes, ~nodes)
 
-    def part(self, tree: TokenTree, number: int, nodes: Nodes) -> TokenTree:
+    def part(self, tree: TokenTree, number: int, contents: Contents) -> TokenTree:
         if tree.roles[0] == TEXT:
             return text_part(tree, self.max_length, number)
         weights = np.zeros_like(tree.weights)
-        supervised = nodes[nodes >= 0]
+        supervised = contents[contents >= 0]
         weights[supervised] = tree.weights[supervised]
-        return tree.select(np.where(nodes < 0, ~nodes, nodes).tolist(), weights)
+        return tree.select(np.where(contents < 0, ~contents, contents).tolist(), weights)
 
 
 @dataclass(frozen=True)
 class Chunks:
     """All chunks of some stored trees, in the order of the data.
 
-    Trees are not held here, only their rows, and of a tree that is cut the nodes of each part: a chunk is read when a
-    stream is built, and costs as much as it is long.
+    Trees are not held here, only their rows, and of trees that are cut what each part holds. They are read when a
+    stream is built; a part is made without the others.
     """
 
     stores: Sequence[TokenStore]
@@ -110,8 +111,8 @@ class Chunks:
     rows: Rows
     counts: NDArray[np.int64]  # [n, 5] see token_tree.counts
     parts: NDArray[np.int64]  # [n] number of the chunk among the parts of its tree, -1 for the whole tree
-    nodes: Nodes  # of all parts, one after the other
-    first_nodes: NDArray[np.int64]  # [n + 1] where those of each chunk begin
+    contents: Contents  # of all parts, one after the other
+    contents_from: NDArray[np.int64]  # [n + 1] where those of each chunk begin
     repeated: NDArray[np.int64]  # [n] tokens that an earlier part holds too: the context of later turns
     left_out: Counter[str]  # what is in no chunk, by reason
 
@@ -155,7 +156,7 @@ class Chunks:
         part = int(self.parts[number])
         if part < 0:
             return tree
-        return self.chunking.part(tree, part, self.nodes[slice(*self.first_nodes[number : number + 2])])
+        return self.chunking.part(tree, part, self.contents[slice(*self.contents_from[number : number + 2])])
 
 
 def chunk(stores: Sequence[TokenStore], rows: Rows, chunking: ChunkingRule) -> Chunks:
@@ -170,8 +171,8 @@ def chunk(stores: Sequence[TokenStore], rows: Rows, chunking: ChunkingRule) -> C
     for number, store in enumerate(stores):
         here = rows[:, 0] == number
         counted[here], is_whole[here] = (values[rows[here, 1]] for values in chunking.count(store))
-    cuts: dict[int, list[tuple[int, ...]]] = {}  # index in `rows` -> of each part of that tree: counts, repeated, nodes
-    nodes: list[Nodes] = [np.zeros(0, np.int32)]
+    cuts: dict[int, list[tuple[int, ...]]] = {}  # index in `rows` -> of each part of that tree: counts, repeated, k
+    contents: list[Contents] = [np.zeros(0, np.int32)]
     left_out: Counter[str] = Counter()
     for index in np.flatnonzero(~is_whole).tolist():
         store, row = rows[index].tolist()
@@ -183,8 +184,8 @@ def chunk(stores: Sequence[TokenStore], rows: Rows, chunking: ChunkingRule) -> C
         if len(parts) == 1 and parts[0] is tree:
             counted[index] = counts(tree)
             continue
-        of_parts = [chunking.nodes(tree, part) for part in parts]
-        nodes += of_parts
+        of_parts = [chunking.contents(tree, part) for part in parts]
+        contents += of_parts
         figures = zip(map(counts, parts), _repeated(parts), map(len, of_parts), strict=True)
         cuts[index] = [(*counted_part, *others) for counted_part, *others in figures]
     times = np.ones(len(rows), np.int64)
@@ -192,18 +193,18 @@ def chunk(stores: Sequence[TokenStore], rows: Rows, chunking: ChunkingRule) -> C
     firsts = np.cumsum(times) - times
     rows, counted = (np.repeat(values, times, axis=0) for values in (rows, counted))
     part_numbers = np.full(len(rows), -1)
-    repeated, first_nodes = np.zeros(len(rows), np.int64), np.zeros(len(rows) + 1, np.int64)
+    repeated, contents_from = np.zeros(len(rows), np.int64), np.zeros(len(rows) + 1, np.int64)
     for index, parts in cuts.items():
         here = slice(firsts[index], firsts[index] + len(parts))
         part_numbers[here] = np.arange(len(parts))
         figures = np.array(parts, np.int64).reshape(-1, 7)
-        counted[here], repeated[here], first_nodes[1:][here] = figures[:, :5], figures[:, 5], figures[:, 6]
+        counted[here], repeated[here], contents_from[1:][here] = figures[:, :5], figures[:, 5], figures[:, 6]
     if not len(rows):
         found = f"left out are {listed(left_out)}"
         raise DataError(f"nothing fits `data.max_length` = {chunking.max_length} tokens: {found}")
-    first_nodes = np.cumsum(first_nodes)
+    contents_from = np.cumsum(contents_from)
     return Chunks(
-        stores, chunking, rows, counted, part_numbers, np.concatenate(nodes), first_nodes, repeated, +left_out
+        stores, chunking, rows, counted, part_numbers, np.concatenate(contents), contents_from, repeated, +left_out
     )
 
 

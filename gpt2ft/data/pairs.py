@@ -82,19 +82,25 @@ class PreferencePairs:
         Raises:
             ValueError: if a prompt with two of its replies does not fit a stream.
         """
+        fitting = self._fitting(tree, left_out)
+        return [] if fitting is None else split_by_pairs(fitting, self.capacity)
+
+    def contents(self, tree: TokenTree, part: TokenTree) -> NDArray[np.int32]:
+        """Return the messages of the pairs."""
+        return part.messages[part.pairs].ravel()
+
+    def part(self, tree: TokenTree, number: int, contents: NDArray[np.int32]) -> TokenTree:
+        fitting = self._fitting(tree, Counter())
+        found, held = (
+            fitting.messages[fitting.pairs].tolist(),
+            set(zip(*contents.reshape(-1, 2).T.tolist(), strict=True)),
+        )
+        return _with_pairs(fitting, [number for number, pair in enumerate(found) if tuple(pair) in held])
+
+    def _fitting(self, tree: TokenTree, left_out: Counter[str]) -> TokenTree | None:
+        """Return the group with every path in the context and its weight shared anew, or None."""
         fitting = fit_replies(tree, self.max_length, left_out)
-        if fitting is None:
-            return []
-        if len(fitting.pairs) < len(tree.pairs):
-            fitting = self._weighed(fitting)
-        return split_by_pairs(fitting, self.capacity)
-
-    def nodes(self, tree: TokenTree, part: TokenTree) -> NDArray[np.int32]:
-        return np.zeros(0, np.int32)
-
-    def part(self, tree: TokenTree, number: int, nodes: NDArray[np.int32]) -> TokenTree:
-        """Return a part of a group, which is cut again: it has few parts, and which pairs are in one needs them all."""
-        return self.cut(tree, Counter())[number]
+        return fitting if fitting is None or len(fitting.pairs) == len(tree.pairs) else self._weighed(fitting)
 
     def _weighed(self, tree: TokenTree) -> TokenTree:
         weight = 1.0 if self.weight == "pair" else 1 / len(tree.pairs)
@@ -203,10 +209,13 @@ def split_by_pairs(tree: TokenTree, capacity: int) -> list[TokenTree]:
                 break
         else:
             parts.append((set(pair), [number]))
-    return [
-        _of_pairs(tree, prompt, [pairs[i] for i in numbers], tree.pair_weights[numbers].tolist())
-        for _, numbers in parts
-    ]
+    return [_with_pairs(tree, numbers) for _, numbers in parts]
+
+
+def _with_pairs(tree: TokenTree, numbers: list[int]) -> TokenTree:
+    """Return the group of some of its pairs."""
+    prompt = tree.path_to(int(tree.pairs[0, 0]))[:-1]
+    return _of_pairs(tree, prompt, tree.pairs[numbers].tolist(), tree.pair_weights[numbers].tolist())
 
 
 def _of_pairs(tree: TokenTree, prompt: list[int], pairs: list[tuple[int, int]], weights: list[float]) -> TokenTree:

@@ -1,7 +1,7 @@
 """Which replies are compared, and that what is cut and split holds every pair once, as it was, or counts it."""
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import product
 
 import numpy as np
@@ -333,7 +333,7 @@ def pairs_of(chunks):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("max_length", "capacity"), [(PLENTY, PLENTY), (64, 256), (48, 96), (24, 64)])
-def test_chunks_hold_every_pair_once_or_count_it(store, rule, max_length, capacity):
+def test_chunks_hold_every_pair_once_or_count_it(store, rule, max_length, capacity, monkeypatch):
     chunking = PreferencePairs(rule, "pair", max_length, capacity)
     chunks = chunk([store], rows_of(store), chunking)
     found = pairs_of(chunks)
@@ -348,8 +348,14 @@ def test_chunks_hold_every_pair_once_or_count_it(store, rule, max_length, capaci
         assert lost["prompts that leave no room for a reply"] > 10
     assert chunks.left_out == +lost
     assert chunks.repeated.any() == (len(chunks) > len(found))
-    for index in range(len(chunks)):
-        assert tuple(chunks.counts[index].tolist()) == counts(chunks.tree(index))
+    parts = {row: chunking.cut(chunking.whole(store, row, 0), Counter()) for row in range(len(store))}
+    monkeypatch.setattr(PreferencePairs, "cut", lambda *_: pytest.fail("a part is made without the others"))
+    for index, (_, row) in enumerate(chunks.rows.tolist()):
+        tree = chunks.tree(index)
+        assert tuple(chunks.counts[index].tolist()) == counts(tree)
+        if chunks.is_cut[index]:
+            part = parts[row][chunks.parts[index]]
+            assert all(np.array_equal(getattr(tree, each.name), getattr(part, each.name)) for each in fields(part))
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -33,8 +33,8 @@ def chunks_of(trees, repeated=0):
     whole = np.full(len(trees), -1)
     chunking = ConversationTrees("once", 1 << 20, 1 << 20)
     repeats = np.array([repeated] + [0] * (len(trees) - 1))
-    no_nodes = np.zeros(0, np.int32), np.zeros(len(trees) + 1, np.int64)
-    return Chunks([Held(trees)], chunking, rows, counted, whole, *no_nodes, repeats, left_out=Counter())
+    nothing = np.zeros(0, np.int32), np.zeros(len(trees) + 1, np.int64)
+    return Chunks([Held(trees)], chunking, rows, counted, whole, *nothing, repeats, left_out=Counter())
 
 
 @pytest.fixture(scope="module")
