@@ -54,6 +54,27 @@ def synced(file: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def read_text(file: Path) -> str:
+    """Return the text of a file in UTF-8, without the byte order mark that some editors put before it.
+
+    Raises:
+        ValueError: if it is no UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} must be UTF-8 text, but is not ({error}); copy it again") from error
+
+
+def read_json(file: Path) -> Any:
+    """Return the value in a JSON file that came from elsewhere; raise ValueError if it holds none."""
+    text = read_text(file)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} must be JSON, but is cut short or damaged ({error}); copy it again") from error
+
+
 def write_text(file: Path, text: str) -> None:
     """Write a file in UTF-8; a reader meets the old content or the new."""
     with synced(file) as temporary:

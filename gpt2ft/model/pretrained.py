@@ -5,21 +5,32 @@ they are used. Shape letters: V rows of the embedding table, E embedding width.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gpt2ft.errors import Gpt2ftError
-from gpt2ft.files import write_json, write_safetensors
+from gpt2ft.files import read_json, write_json, write_safetensors
 from gpt2ft.model.gpt2 import GPT2Config, parameter_shapes
 from gpt2ft.settings.choices import PUBLISHED_MODELS
 
 HF_PREFIX = "transformer."  # of every parameter but the head, in files of transformers
 HEAD = "lm_head.weight"
+
+# Names of one formula: x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
+ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")
+# What config.json may call a size, where its own name is missing: of transformers, and of OpenAI's first files.
+SIZES = {
+    "vocab_size": (),
+    "n_positions": ("max_position_embeddings", "n_ctx"),
+    "n_embd": ("hidden_size",),
+    "n_layer": ("num_hidden_layers",),
+    "n_head": ("num_attention_heads",),
+}
 
 
 class ModelError(Gpt2ftError):
@@ -83,15 +94,11 @@ def read_config(folder: Path) -> GPT2Config:
         ModelError: if it is not a GPT-2 as this package computes it.
     """
     file = folder / "config.json"
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} must be a JSON file, but: {error}") from error
-    if not isinstance(values, dict):
-        raise ModelError(f"{file} must hold a JSON object, but holds a {type(values).__name__}")
+    values = _read_object(file)
+    of_gpt2 = all(str(name).startswith("GPT2") for name in values.get("architectures") or [""])
     expected = {
-        "model_type": ("gpt2",),
-        "activation_function": ("gelu_new", None),
+        "model_type": ("gpt2", None) if of_gpt2 else ("gpt2",),
+        "activation_function": (*ACTIVATIONS, None),
         "scale_attn_weights": (True, None),
         "scale_attn_by_inverse_layer_idx": (False, None),
         "add_cross_attention": (False, None),
@@ -100,20 +107,45 @@ def read_config(folder: Path) -> GPT2Config:
     for key, allowed in expected.items():
         if values.get(key) not in allowed:
             raise ModelError(f"{file}: `{key}` must be {allowed[0]!r}, but is {values.get(key)!r}")
-    names = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"]
-    for name in names:
-        if type(values.get(name)) is not int or values[name] < 1:
-            raise ModelError(f"{file}: `{name}` must be a positive whole number, but is {values.get(name)!r}")
-    inner = 4 * values["n_embd"]
+    sizes = {name: _size(file, values, name) for name in SIZES}
+    inner = 4 * sizes["n_embd"]
     if values.get("n_inner") not in (None, inner):
         raise ModelError(f"{file}: `n_inner` must be null or 4 `n_embd` = {inner}, but is {values['n_inner']!r}")
     epsilon = values.get("layer_norm_epsilon", 1e-5)
     if type(epsilon) not in (int, float) or not epsilon > 0:
         raise ModelError(f"{file}: `layer_norm_epsilon` must be a positive number, but is {epsilon!r}")
     try:
-        return GPT2Config(**{name: values[name] for name in names}, layer_norm_epsilon=epsilon)
+        return GPT2Config(**sizes, layer_norm_epsilon=epsilon)
     except ValueError as error:
         raise ModelError(f"{file}: {error}") from error
+
+
+def _size(file: Path, values: Mapping[str, Any], name: str) -> int:
+    """Return a size by its name or another that config.json gives it; GPT-2's own where it gives none."""
+    found = [key for key in (name, *SIZES[name]) if key in values]
+    size = values[found[0]] if found else getattr(published_config("gpt2"), name)
+    if type(size) is not int or size < 1:
+        raise ModelError(f"{file}: `{found[0]}` must be a positive whole number, but is {size!r}")
+    for other in found:
+        if values[other] != size and other != "n_ctx":  # which transformers does not read
+            raise ModelError(f"{file}: `{other}` must be `{found[0]}` = {size}, but is {values[other]!r}")
+    return size
+
+
+def read_eos_token_id(folder: Path) -> int | None:
+    """Return the id that ends a text, by `config.json`; the first where it names several."""
+    ids = _read_object(folder / "config.json").get("eos_token_id")
+    return next(iter(ids), None) if isinstance(ids, list) else ids
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        values = read_json(file)
+    except (OSError, ValueError) as error:
+        raise ModelError(str(error)) from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{file} must hold a JSON object, but holds a {type(values).__name__}")
+    return values
 
 
 def read_weights(folder: Path, config: GPT2Config) -> dict[str, Tensor]:
@@ -167,7 +199,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return [single]
     if index.is_file():
         try:
-            names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+            names = sorted({str(name) for name in read_json(index)["weight_map"].values()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{index} must be JSON with a `weight_map`, but is not ({error!r})") from error
         for name in names:

@@ -61,11 +61,6 @@ def rewrite(folder, change):
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def reconfigure(folder, **values):
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
 class TestLayouts:
     """However a folder of transformers holds a GPT-2, its logits are theirs."""
 
@@ -116,11 +111,6 @@ class TestLayouts:
             expected = theirs(TOKENS[None]).logits[0]
         assert (logits(read_gpt2(tmp_path)) - expected).abs().max() <= 1e-4
 
-    def test_keys_that_old_configurations_lack_have_gpt2s_values(self, folder):
-        shape = dict(zip(("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"), SHAPE, strict=True))
-        (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"} | shape))
-        assert read_config(folder) == GPT2Config(**shape)
-
 
 class TestFindFolder:
     def test_a_model_folder_or_the_run_around_it(self, folder):
@@ -141,42 +131,6 @@ class TestFindFolder:
     def test_a_folder_of_something_else(self, tmp_path):
         with pytest.raises(ModelError, match=r"holds no config.json, so it is not a model folder"):
             find_folder(str(tmp_path))
-
-
-CONFIGURATIONS = {
-    "exact gelu": ({"activation_function": "gelu"}, "`activation_function` must be 'gelu_new', but is 'gelu'"),
-    "another model": ({"model_type": "llama"}, "`model_type` must be 'gpt2', but is 'llama'"),
-    "unscaled attention": ({"scale_attn_weights": False}, "`scale_attn_weights` must be True, but is False"),
-    "scaled by layer": (
-        {"scale_attn_by_inverse_layer_idx": True},
-        "`scale_attn_by_inverse_layer_idx` must be False, but is True",
-    ),
-    "cross attention": ({"add_cross_attention": True}, "`add_cross_attention` must be False, but is True"),
-    "untied": ({"tie_word_embeddings": False}, "`tie_word_embeddings` must be True, but is False"),
-    "narrow inside": ({"n_inner": 32}, "`n_inner` must be null or 4 `n_embd` = 64, but is 32"),
-    "no width": ({"n_embd": None}, "`n_embd` must be a positive whole number, but is None"),
-    "no layers": ({"n_layer": 0}, "`n_layer` must be a positive whole number, but is 0"),
-    "half a head": ({"n_head": 0.5}, "`n_head` must be a positive whole number, but is 0.5"),
-    "a textual size": ({"vocab_size": "60"}, "`vocab_size` must be a positive whole number, but is '60'"),
-    "a true size": ({"n_positions": True}, "`n_positions` must be a positive whole number, but is True"),
-    "heads that do not divide": ({"n_head": 3}, "`n_embd` must be a multiple of `n_head` = 3, but is 16"),
-    "no epsilon": ({"layer_norm_epsilon": None}, "`layer_norm_epsilon` must be a positive number, but is None"),
-}
-
-
-class TestConfigurationsRefused:
-    @pytest.mark.parametrize("case", CONFIGURATIONS)
-    def test_by_value(self, case, folder):
-        values, sentence = CONFIGURATIONS[case]
-        reconfigure(folder, **values)
-        with pytest.raises(ModelError, match="^" + re.escape(f"{folder / 'config.json'}: {sentence}") + "$"):
-            read_config(folder)
-
-    @pytest.mark.parametrize(("text", "sentence"), [("{", "must be a JSON file, but"), ("[]", "JSON object.* a list$")])
-    def test_no_json_object(self, text, sentence, folder):
-        (folder / "config.json").write_text(text)
-        with pytest.raises(ModelError, match=sentence):
-            read_config(folder)
 
 
 def without(tensors, name):

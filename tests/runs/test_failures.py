@@ -177,7 +177,7 @@ SPOILT = {
     "heads that do not divide": (lambda f: edit_config(f, n_head=3), "config.json: `n_embd` must be"),
     "another model": (lambda f: edit_config(f, model_type="llama"), "`model_type` must be 'gpt2', but is 'llama'"),
     "a config that is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json must hold a JSON object"),
-    "a config cut short": (lambda f: cut_in_half(f / "config.json"), "config.json must be a JSON file"),
+    "a config cut short": (lambda f: cut_in_half(f / "config.json"), "config.json must be JSON"),
     "weights cut short": (lambda f: cut_in_half(f / "model.safetensors"), "is not a readable safetensors file"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds no model.safetensors"),
     "a pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "is a pickle and is never"),
