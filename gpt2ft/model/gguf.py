@@ -34,9 +34,10 @@ class GGUFTokenizer:
     """Vocabulary and special tokens, as a GGUF file holds them.
 
     Attributes:
-        names: of every id, by id, in GPT-2's printable symbols.
+        names: of every id, by id, in GPT-2's printable symbols; of added words as they are.
         merges: by rank.
         control_ids: the ids that are no text.
+        word_ids: the ids of added words, which are found before BPE.
         end_id: of the token that ends a turn.
         end_of_text_id: of the token before a text, which also pads.
         chat_template: in Jinja.
@@ -45,6 +46,7 @@ class GGUFTokenizer:
     names: Sequence[str]
     merges: Sequence[str]
     control_ids: frozenset[int]
+    word_ids: frozenset[int]
     end_id: int
     end_of_text_id: int
     chat_template: str
@@ -107,9 +109,10 @@ def _metadata(config: GPT2Config, tokenizer: GGUFTokenizer, dtype: torch.dtype, 
         Keys.Attention.HEAD_COUNT: config.n_head,
         Keys.Attention.LAYERNORM_EPS: config.layer_norm_epsilon,
     }
-    kinds = [
-        TokenType.CONTROL if id in tokenizer.control_ids else TokenType.NORMAL for id in range(len(tokenizer.names))
-    ]
+    kinds = [TokenType.NORMAL] * len(tokenizer.names)
+    for ids, kind in ((tokenizer.word_ids, TokenType.USER_DEFINED), (tokenizer.control_ids, TokenType.CONTROL)):
+        for id in ids:
+            kinds[id] = kind
     return {
         Keys.General.NAME: name,
         Keys.General.FILE_TYPE: int(file_type[SHORT_NAMES[dtype]]),

@@ -7,7 +7,6 @@ PEFT knows one adapter for a matrix. So q, k and v become one of three times the
 B along a diagonal of blocks, and alpha so much larger that the scaling stays what it was.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gpt2ft.files import write_json, write_safetensors
+from gpt2ft.files import read_json, write_json, write_safetensors
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.lora import AdaptedProjection, adapted_projections, columns_of, scaling_of
 from gpt2ft.model.pretrained import ModelError
@@ -107,8 +106,12 @@ def read_base(folder: Path) -> str:
     return base
 
 
-def merge_adapter(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def merge_adapter(folder: Path, weights: Mapping[str, Tensor], num_ids: int | None = None) -> dict[str, Tensor]:
     """Return the base's weights, by this package's names, with an adapter of ours or of PEFT's added, in float32.
+
+    Args:
+        num_ids: ids that the adapter's own tokenizer names, if it has one. The table grows to them, by rows of the
+            adapter; what it holds beyond them is padding.
 
     Raises:
         ModelError: if it does not fit the base, or holds a tensor that has no place in it.
@@ -119,7 +122,8 @@ def merge_adapter(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Tens
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{folder / WEIGHTS} is not a readable safetensors file ({error})") from error
     merged = dict(weights)
-    merged["wte.weight"] = _merged_table(folder, merged["wte.weight"], tensors, config.get("trainable_token_indices"))
+    table = _grown(folder, merged["wte.weight"].float(), tensors, num_ids)
+    merged["wte.weight"] = _merged_table(folder, table, tensors, config.get("trainable_token_indices"))
     tensors = {name: tensor for name, tensor in tensors.items() if name not in (ROWS, *TABLES, *HEADS)}
     unknown = [name for name in tensors if not _LORA.fullmatch(name)]
     if unknown:
@@ -144,9 +148,9 @@ def merge_adapter(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Tens
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{file} must be a JSON file, but: {error}") from error
+        raise ModelError(str(error)) from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ModelError(f"{file}: `peft_type` must be LORA, but is not")
     off = (
@@ -192,16 +196,31 @@ def _rank_and_scaling(config: Mapping[str, Any], module: str) -> tuple[int, floa
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
+def _grown(folder: Path, table: Tensor, tensors: Mapping[str, Tensor], num_ids: int | None) -> Tensor:
+    """Return a table of at least `num_ids` rows, those that the base lacks not a number until the adapter fills them.
+
+    Raises:
+        ModelError: if the adapter has rows that no tokenizer names.
+    """
+    largest = max((len(tensors[name]) for name in TABLES if name in tensors), default=0)
+    if num_ids is None and largest > len(table):
+        raise ModelError(
+            f"{folder / WEIGHTS}: its table must not have more rows than its base, {len(table)}, but has {largest}, "
+            "and no tokenizer beside it says what they mean: put the tokenizer it was trained with into the folder"
+        )
+    missing = max((num_ids or 0) - len(table), 0)
+    return torch.cat([table, table.new_full((missing, table.shape[1]), torch.nan)])
+
+
 def _merged_table(folder: Path, table: Tensor, tensors: Mapping[str, Tensor], row_ids: Any) -> Tensor:
-    """Return the table of the base with the rows that the adapter holds: all, some, or none."""
+    """Return the table, grown from the base's, with the rows that the adapter holds: all, some, or none."""
     for head, name in HEADS.items():
         if head in tensors and not (name in tensors and torch.equal(tensors[head], tensors[name])):
             raise ModelError(f"{folder / WEIGHTS}: `{head}` must equal `{name}` (GPT-2's head is tied), but differs")
-    table = table.float().clone()
     for name in TABLES:
         if name in tensors:
-            whole = tensors[name]
-            if whole.shape[1:] != table.shape[1:] or len(whole) > len(table):
+            whole = tensors[name][: len(table)]
+            if whole.shape[1:] != table.shape[1:]:
                 raise ModelError(f"{folder / WEIGHTS}: `{name}` {tuple(whole.shape)} does not fit the base")
             table[: len(whole)] = whole.float()
     if ROWS in tensors:
@@ -212,4 +231,10 @@ def _merged_table(folder: Path, table: Tensor, tensors: Mapping[str, Tensor], ro
                 f"{folder}: `trainable_token_indices` and the rows {tuple(rows.shape)} do not fit the base"
             )
         table[ids] = rows.float()
+    without = table.isnan().all(1).nonzero()[:, 0].tolist()
+    if without:
+        raise ModelError(
+            f"{folder}: the adapter must hold a row of the table for each token that its tokenizer adds, but lacks the "
+            f"one of id {without[0]}"
+        )
     return table

@@ -76,11 +76,23 @@ def _export_gguf(settings: ExportSettings, output: Path) -> None:
 
 
 def gguf_tokenizer(tokenizer: ChatTokenizer) -> GGUFTokenizer:
-    """A tokenizer, with the chat template, as a GGUF file holds it."""
+    """A tokenizer, with the chat template, as a GGUF file holds it.
+
+    Raises:
+        ModelError: if it holds a word with a flag that the file cannot keep.
+    """
+    for name, word in tokenizer.vocabulary.words.items():
+        flags = [flag for flag in ("single_word", "lstrip", "rstrip") if getattr(word, flag)]
+        if flags:
+            raise ModelError(
+                f"the added word {name!r} must not be flagged `{flags[0]}` to be exported as GGUF, which cannot say "
+                "so; export --format hf"
+            )
     return GGUFTokenizer(
         names=tokenizer.vocabulary.names(),
         merges=tokenizer.vocabulary.merges(),
         control_ids=tokenizer.control_ids,
+        word_ids=frozenset(word.id for word in tokenizer.vocabulary.words.values()),
         end_id=tokenizer.end_id,
         end_of_text_id=tokenizer.end_of_text_id,
         chat_template=CHAT_TEMPLATE,

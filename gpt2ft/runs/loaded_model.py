@@ -44,56 +44,84 @@ def load_model(settings: ModelSettings, seed: int) -> LoadedModel:
     Raises:
         ModelError, NetworkError: if it cannot be had.
     """
-    if is_adapter(settings.path):
-        return _load_adapter(settings, seed)
+    stored = _read_adapter(settings) if is_adapter(settings.path) else _read_model(settings)
     random = torch.Generator().manual_seed(seed_for(seed, "weights"))
-    config, tokenizer, folder = _shape_and_tokenizer(settings)
-    config = replace(config, dropout=settings.dropout, attention_dropout=settings.attention_dropout)
-    padded = replace(config, vocab_size=tokenizer.padded_size)
-    gpt2 = GPT2(padded)
-    if folder is None:
+    tokenizer = stored.tokenizer
+    dropout = {"dropout": settings.dropout, "attention_dropout": settings.attention_dropout}
+    gpt2 = GPT2(replace(stored.config, vocab_size=tokenizer.padded_size, **dropout))
+    if stored.weights is None:
         gpt2.initialize(random)
         with torch.no_grad():
             gpt2.wte.weight[len(tokenizer) :] = 0
         source = f"random weights (seed {seed}) in the shape of {settings.path}"
     else:
-        weights = pretrained.read_weights(folder, config)
-        copies = {tokenizer.end_id: tokenizer.end_of_text_id}
-        known = weights["wte.weight"][: tokenizer.num_known]
-        weights["wte.weight"] = pretrained.extend_vocabulary(
-            known, len(tokenizer), tokenizer.padded_size, copies, random
-        )
-        gpt2.load_state_dict(weights)
+        gpt2.load_state_dict(stored.weights | {"wte.weight": _extended_table(stored, random)})
         source = str(settings.path)
     return LoadedModel(gpt2, tokenizer, source, pretrained.weights_digest(dict(gpt2.named_parameters())))
+
+
+def _extended_table(stored: "_StoredModel", random: torch.Generator) -> Tensor:
+    """Return the table with rows for the tokens that were missing. Those that end a turn or a text start from the row
+    of what ends a text there."""
+    tokenizer = stored.tokenizer
+    num_known = len(tokenizer.known)
+    end = tokenizer.end_of_text_id if tokenizer.end_of_text_id < num_known else stored.eos_token_id
+    is_control = end in tokenizer.known.control_ids.values()
+    copies = dict.fromkeys((tokenizer.end_id, tokenizer.end_of_text_id), end) if is_control else {}
+    known = stored.weights["wte.weight"][:num_known]
+    return pretrained.extend_vocabulary(known, len(tokenizer), tokenizer.padded_size, copies, random)
 
 
 def is_adapter(path: str | Path) -> bool:
     return (Path(path) / peft.CONFIG).is_file()
 
 
-def _load_adapter(settings: ModelSettings, seed: int) -> LoadedModel:
-    """Return the base of an adapter with the adapter merged into it, and the adapter's tokenizer if it has one."""
+@dataclass(frozen=True)
+class _StoredModel:
+    """A model as its folder holds it, its table not yet extended.
+
+    Attributes:
+        weights: None where they are to be random.
+        eos_token_id: the id that ends a text there, by its config.
+    """
+
+    config: GPT2Config
+    tokenizer: ChatTokenizer
+    weights: dict[str, Tensor] | None
+    eos_token_id: int | None = None
+
+
+def _read_adapter(settings: ModelSettings) -> _StoredModel:
+    """Return the base of an adapter with the adapter merged into it.
+
+    The tokenizer is that of the two that names more ids.
+    """
     folder = Path(settings.path)
     if settings.random_init:
         raise pretrained.ModelError(f"{folder} is an adapter, which has no shape of its own: name its base instead")
-    base = peft.read_base(folder)
+    path = peft.read_base(folder)
     names = {model.repository: name for name, model in PUBLISHED_MODELS.items()}
-    loaded = load_model(settings.model_copy(update={"path": names.get(base, base)}), seed)
-    tokenizer = loaded.tokenizer
+    base_settings = settings.model_copy(update={"path": names.get(path, path)})
+    base = _read_adapter(base_settings) if is_adapter(base_settings.path) else _read_model(base_settings)
+    tokenizer, num_ids = base.tokenizer, None
     if any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-        tokenizer = _read_tokenizer(folder)
-        if tokenizer.digest != loaded.tokenizer.digest:
-            raise pretrained.ModelError(f"{folder} comes with another tokenizer than its base {base}")
-    loaded.gpt2.load_state_dict(peft.merge_adapter(folder, loaded.weights()))
-    digest = pretrained.weights_digest(loaded.weights())
-    return LoadedModel(loaded.gpt2, tokenizer, str(folder), digest)
+        own = _read_tokenizer(folder)
+        num_ids = len(own.known)
+        if own.known.extends(tokenizer.known):
+            tokenizer = own
+        elif not tokenizer.known.extends(own.known):
+            raise pretrained.ModelError(
+                f"{folder} comes with another tokenizer than its base {path}: the ids that both know must mean the same"
+            )
+    return replace(base, tokenizer=tokenizer, weights=peft.merge_adapter(folder, base.weights, num_ids))
 
 
 def adapt(loaded: LoadedModel, settings: LoRASettings, seed: int) -> LoadedModel:
     """Return the model with fresh adapters; it trains them and the rows of the chat tokens alone."""
     tokenizer = loaded.tokenizer
     rows = [*tokenizer.role_ids.values(), tokenizer.end_id]
+    if tokenizer.end_of_text_id >= len(tokenizer.known):  # the base has no row for it that an adapter could rely on
+        rows.append(tokenizer.end_of_text_id)
     apply_lora(loaded.gpt2, settings, rows, torch.Generator().manual_seed(seed_for(seed, "adapters")))
     return loaded
 
@@ -105,12 +133,11 @@ def _read_tokenizer(folder: Path) -> ChatTokenizer:
         raise pretrained.ModelError(str(error)) from error
 
 
-def _shape_and_tokenizer(settings: ModelSettings) -> tuple[GPT2Config, ChatTokenizer, Path | None]:
-    """Return the model's shape, its tokenizer and the folder of its weights, None where these are random."""
+def _read_model(settings: ModelSettings) -> _StoredModel:
     published = PUBLISHED_MODELS.get(settings.path)
     if published and not Path(settings.path).is_dir():
         if settings.random_init:
-            return pretrained.published_config(settings.path), ChatTokenizer.gpt2(), None
+            return _StoredModel(pretrained.published_config(settings.path), ChatTokenizer.gpt2(), weights=None)
         folder = pretrained.download(settings.path)
     else:
         folder = quickstart.MODEL if settings.path == "quickstart" else pretrained.find_folder(settings.path)
@@ -121,11 +148,12 @@ def _shape_and_tokenizer(settings: ModelSettings) -> tuple[GPT2Config, ChatToken
         )
     tokenizer = _read_tokenizer(folder)
     config = pretrained.read_config(folder)
-    if tokenizer.num_known > config.vocab_size:
+    if len(tokenizer.known) > config.vocab_size:
         raise pretrained.ModelError(
-            f"{folder}: the tokenizer has {tokenizer.num_known} ids, but the model's table {config.vocab_size} rows"
+            f"{folder}: the tokenizer has {len(tokenizer.known)} ids, but the model's table {config.vocab_size} rows"
         )
-    return config, tokenizer, None if settings.random_init else folder
+    weights = None if settings.random_init else pretrained.read_weights(folder, config)
+    return _StoredModel(config, tokenizer, weights, pretrained.read_eos_token_id(folder))
 
 
 def find_model(path: str | None, random_init: bool = False, seed: int = 0) -> tuple[LoadedModel, Path | None]:

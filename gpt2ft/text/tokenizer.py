@@ -3,24 +3,22 @@
 Text tokens are the 256 bytes and then one token for each merge; a merge's place in the list is its rank, and
 BPE joins the lowest rank first. An id is often the rank, but need not be: a table holds the difference.
 Control tokens (`<|end|>` and the like) have ids only. The encoder has never heard of them, so no content can
-produce one.
+produce one. Words that somebody added are found first, and BPE cuts what lies between them.
 """
 
 import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
 from gpt2ft.conversation import Role
 from gpt2ft.errors import NetworkError
+from gpt2ft.text.added_tokens import WordFinder
 from gpt2ft.text.chat_tokens import CHAT_TOKENS, CONTROL_TOKENS, END, END_OF_TEXT, ROLE_TOKENS, with_missing_tokens
-from gpt2ft.text.vocabulary import Vocabulary, read_vocabulary
-
-# How GPT-2 cuts text before BPE: contractions, words, numbers, other signs (each with one space before it), spaces.
-PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+from gpt2ft.text.vocabulary import PATTERN, Vocabulary, read_vocabulary
 
 _LONGEST_SPACE = 900_000
 
@@ -29,13 +27,13 @@ class ChatTokenizer:
     """Text to ids and back.
 
     Attributes:
+        known: the vocabulary before the missing control tokens were added.
         vocabulary: with `<|endoftext|>` and the chat tokens.
         role_ids: the id of each role's token, `<|user|>` for "user".
         end_id: the id of `<|end|>`, which closes every turn.
         end_of_text_id: the id of `<|endoftext|>`.
         control_ids: all ids that no content can produce: the above, and what else a folder declares.
         has_chat_tokens: the folder already held all four chat tokens, so their rows were trained.
-        num_known: ids that were there before the missing control tokens were added.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -43,14 +41,15 @@ class ChatTokenizer:
         import tiktoken
 
         self.has_chat_tokens = all(name in vocabulary.control_ids for name in CHAT_TOKENS)
-        self.num_known = len(vocabulary)
-        ids = with_missing_tokens(vocabulary.control_ids, first_free_id=self.num_known)
+        self.known = vocabulary
+        ids = with_missing_tokens(vocabulary.control_ids, first_free_id=len(vocabulary))
         self.vocabulary = replace(vocabulary, control_ids=ids)
         self.role_ids: dict[Role, int] = {role: ids[name] for role, name in ROLE_TOKENS.items()}
         self.end_id = ids[END]
         self.end_of_text_id = ids[END_OF_TEXT]
         self.control_ids = frozenset(ids.values())
         self._spellings = self.vocabulary.spellings()
+        self._words = WordFinder(vocabulary.words)
         self._ids_are_ranks = vocabulary.ids == list(range(len(vocabulary.ids)))
         ranks = {token: rank for rank, token in enumerate(vocabulary.tokens)}
         self._encoding = tiktoken.Encoding("gpt2ft", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
@@ -80,8 +79,6 @@ class ChatTokenizer:
     def from_folder(cls, folder: Path) -> "ChatTokenizer":
         """The tokenizer of a model folder: vocab.json and merges.txt, or else tokenizer.json.
 
-        Added tokens, and names that no merge builds, are control tokens.
-
         Raises:
             ValueError: if a file is missing, damaged, contradicts another, or describes another kind of tokenizer.
         """
@@ -98,9 +95,11 @@ class ChatTokenizer:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of everything that determines ids: the pattern, the tokens by rank, their ids, the control tokens."""
+        """SHA-256 of everything that determines ids: the pattern, the tokens by rank, their ids, what was added."""
         tokens, ids = [token.hex() for token in self.vocabulary.tokens], self.vocabulary.ids
         content = [PATTERN, tokens, ids, sorted(self.vocabulary.control_ids.items())]
+        if self.vocabulary.words:
+            content.append({name: asdict(word) for name, word in sorted(self.vocabulary.words.items())})
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -110,6 +109,12 @@ class ChatTokenizer:
             ValueError: if `text` holds almost a million whitespace characters in a row, where tiktoken would crash.
         """
         _refuse_endless_space(text)
+        if not self.vocabulary.words:
+            return self._bpe(text)
+        pieces = self._words.split(text)
+        return [id for piece in pieces for id in ([piece] if isinstance(piece, int) else self._bpe(piece))]
+
+    def _bpe(self, text: str) -> list[int]:
         ranks = self._encoding.encode_ordinary(text)
         return ranks if self._ids_are_ranks else [self.vocabulary.ids[rank] for rank in ranks]
 

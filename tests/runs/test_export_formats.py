@@ -17,6 +17,7 @@ from gpt2ft.model.pretrained import ModelError
 from gpt2ft.runs import export
 from gpt2ft.runs.loaded_model import find_model
 from gpt2ft.settings.scripts import ExportSettings
+from gpt2ft.text.added_tokens import AddedToken
 from gpt2ft.text.template import CHAT_TEMPLATE, render_prompt
 from gpt2ft.text.tokenizer import ChatTokenizer
 
@@ -274,6 +275,44 @@ def test_names_that_llama_cpp_takes_for_others_are_refused(small, tokenizer, tmp
     with pytest.raises(ModelError, match="merges .* GGUF"):
         small(tmp_path / "out.gguf", merges=[])
     assert not list(tmp_path.iterdir())
+
+
+def with_words(tokenizer, **flags):
+    added = {"glorbnax": AddedToken(len(tokenizer), False, **flags), "<think>": AddedToken(len(tokenizer) + 1, False)}
+    return ChatTokenizer(replace(tokenizer.vocabulary, words=added))
+
+
+def test_added_words_are_kept_in_gguf(tokenizer, tiny_gpt2, tmp_path):
+    """Spelled as they are, and to be found before BPE."""
+    known = with_words(tokenizer)
+    gpt2 = tiny_gpt2(known.padded_size, 16, n_embd=8)
+    weights = dict(gpt2.named_parameters())
+    write_gguf(tmp_path / "out.gguf", weights, gpt2.config, export.gguf_tokenizer(known), torch.float16)
+    fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
+    tokens, kinds = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type"))
+    assert tokens[-2:] == ["glorbnax", "<think>"]
+    user_defined = [id for id, kind in enumerate(kinds) if kind == gguf.TokenType.USER_DEFINED]
+    assert user_defined == [len(tokens) - 2, len(tokens) - 1]
+
+
+@pytest.mark.parametrize("flag", ["single_word", "lstrip", "rstrip"])
+def test_words_that_gguf_cannot_describe_are_refused(flag, tokenizer):
+    with pytest.raises(ModelError, match=f"'glorbnax' .* `{flag}` .* GGUF"):
+        export.gguf_tokenizer(with_words(tokenizer, **{flag: True}))
+
+
+def test_a_folder_keeps_added_words(tokenizer, tiny_gpt2, tmp_path):
+    known = with_words(tokenizer, rstrip=True)
+    gpt2 = tiny_gpt2(known.padded_size, 16, n_embd=8)
+    export.write_folder(tmp_path / "out", dict(gpt2.named_parameters()), gpt2.config, known)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    ours = find_model(str(tmp_path / "out"))[0].tokenizer
+    for text in ("take glorbnax  daily", "<think>tea</think>", "glorbnaxglorbnax \n"):
+        assert theirs(text).input_ids == ours.encode(text) == known.encode(text)
+    assert (ours.digest, ours.has_chat_tokens) == (known.digest, True)
+    messages = [{"role": role, "content": f"{text} glorbnax <think>"} for role, text in TURNS]
+    found = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert found == render_prompt(ours, [(role, f"{text} glorbnax <think>") for role, text in TURNS])
 
 
 def test_weights_too_large_for_half_precision_are_refused(small, tmp_path):

@@ -49,6 +49,10 @@ def cut(folder, name, keep):
     (folder / name).write_bytes(content[:keep])
 
 
+def purpose(folder, **purposes):
+    (folder / "special_tokens_map.json").write_text(json.dumps(purposes), encoding="utf-8")
+
+
 def write_only(folder, name, content):
     write_lists(folder)
     (folder / name).write_bytes(content)
@@ -105,7 +109,7 @@ MALFORMED = {
         "vocab.json: '<|endoftext|>' must have one id, but has 261 and, as an added token, 262",
     ),
     "a control token made of merges": (
-        lambda f: [write_lists(f), (f / "added_tokens.json").write_text('{"the": 257}')],
+        lambda f: [write_lists(f), (f / "added_tokens.json").write_text('{"the": 257}'), purpose(f, eos_token="the")],
         "control token 'the' must not be built by a merge",
     ),
     "two files that differ": (
