@@ -33,6 +33,18 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|' + 'assistant' + '|>' }}{% endif %}"
 )
 
+# It renders to the same, and marks what is supervised for TRL. Plain Jinja refuses the tag, so it is written only where
+# readers know it.
+TRAINING_TEMPLATE = CHAT_TEMPLATE.replace(
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}",
+    "{{ '<|' + message['role'] + '|>' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}"
+    "{% else %}"
+    "{{ message['content'] + '<|end|>' }}"
+    "{% endif %}",
+)
+
 # And in the template language of Ollama, which reads no Jinja.
 OLLAMA_TEMPLATE = "{{ range .Messages }}<|{{ .Role }}|>{{ .Content }}<|end|>{{ end }}<|assistant|>"
 

@@ -8,7 +8,7 @@ from typing import Any
 from gpt2ft.files import write_json, write_text
 from gpt2ft.text.added_tokens import AddedToken
 from gpt2ft.text.chat_tokens import END, END_OF_TEXT
-from gpt2ft.text.template import CHAT_TEMPLATE
+from gpt2ft.text.template import CHAT_TEMPLATE, TRAINING_TEMPLATE
 from gpt2ft.text.tokenizer import ChatTokenizer
 from gpt2ft.text.vocabulary import Vocabulary
 
@@ -30,7 +30,7 @@ def save_tokenizer(tokenizer: ChatTokenizer, folder: Path, model_max_length: int
     (folder / "added_tokens.json").unlink(missing_ok=True)  # would be stale: vocab.json holds every name
     write_json(folder / "tokenizer_config.json", _config(control_ids, added_tokens, model_max_length))
     write_json(folder / "special_tokens_map.json", _purposes(control_ids))
-    write_text(folder / "chat_template.jinja", CHAT_TEMPLATE)
+    write_text(folder / "chat_template.jinja", TRAINING_TEMPLATE)
 
 
 def _listed(vocabulary: Vocabulary) -> list[dict[str, Any]]:
@@ -49,7 +49,8 @@ def _purposes(control_ids: Mapping[str, int]) -> dict[str, Any]:
 def _config(
     control_ids: Mapping[str, int], added_tokens: Sequence[Mapping[str, Any]], model_max_length: int
 ) -> dict[str, Any]:
-    """tokenizer_config.json. The template stands in it too, for readers that know no chat_template.jinja."""
+    """tokenizer_config.json. The template stands in it too, for readers that know no chat_template.jinja, and so may
+    not know all of its tags."""
     return {
         "tokenizer_class": "GPT2Tokenizer",
         "model_max_length": model_max_length,

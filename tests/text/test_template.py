@@ -4,11 +4,12 @@ import itertools
 import random
 
 import jinja2
+import jinja2.ext
 import jinja2.sandbox
 import pytest
 
 from gpt2ft.text import template
-from gpt2ft.text.template import CHAT_TEMPLATE, render_prompt, render_turn, template_digest
+from gpt2ft.text.template import CHAT_TEMPLATE, TRAINING_TEMPLATE, render_prompt, render_turn, template_digest
 
 
 class Speller:
@@ -30,16 +31,34 @@ def refuse(message):
     raise Refusal(message)
 
 
+class GenerationTag(jinja2.ext.Extension):
+    """The tag as programs know it that only render: its content is written as it is."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 ENVIRONMENTS = [
     kind(trim_blocks=trim, lstrip_blocks=lstrip)
     for kind in (jinja2.Environment, jinja2.sandbox.ImmutableSandboxedEnvironment)
     for trim, lstrip in itertools.product((False, True), repeat=2)
 ]
+TEMPLATES = [(environment, CHAT_TEMPLATE) for environment in ENVIRONMENTS]
+TEMPLATES += [(environment.overlay(extensions=[GenerationTag]), TRAINING_TEMPLATE) for environment in ENVIRONMENTS]
 
 
-@pytest.fixture(params=ENVIRONMENTS, ids=lambda kind: f"{type(kind).__name__}-{kind.trim_blocks}-{kind.lstrip_blocks}")
+@pytest.fixture(
+    params=TEMPLATES,
+    ids=lambda pair: (
+        f"{type(pair[0]).__name__}-{pair[0].trim_blocks}-{pair[0].lstrip_blocks}-{'generation' in pair[1]}"
+    ),
+)
 def jinja(request):
-    compiled = request.param.from_string(CHAT_TEMPLATE)
+    environment, text = request.param
+    compiled = environment.from_string(text)
 
     def render(turns, **settings):
         messages = [{"role": role, "content": text} for role, text in turns]
