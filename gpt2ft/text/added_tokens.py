@@ -39,8 +39,8 @@ class AddedToken:
     normalized: bool = True
 
 
-def read_added_tokens(folder: Path) -> dict[str, AddedToken]:
-    """Return the added tokens that the files of a folder declare, by name.
+def read_added_tokens(folder: Path) -> tuple[dict[str, AddedToken], set[str]]:
+    """Return the added tokens that the files of a folder declare, by name, and the names that have a special purpose.
 
     Where no flag says what a token is, as in added_tokens.json, it is a word unless it is named as a special token or
     stands in brackets, as `<s>` and `[PAD]` do.
@@ -52,11 +52,10 @@ def read_added_tokens(folder: Path) -> dict[str, AddedToken]:
         read_json(folder / name) if (folder / name).exists() else {} for name in FILES
     )
     special = {*_named_special(folder / FILES[1], config), *_named_special(folder / FILES[3], purposes)}
-    listed = _described(folder / FILES[0], description.get("added_tokens") if isinstance(description, dict) else None)
-    added = _union({}, folder / FILES[0], listed, special)
+    added = _union({}, folder / FILES[0], _listed(folder / FILES[0], description), special)
     added = _union(added, folder / FILES[1], _decoded(folder / FILES[1], config), special)
     ids = {name: {"id": id} for name, id in read_ids(folder / FILES[2], plain).items()}
-    return _union(added, folder / FILES[2], ids, special)
+    return _union(added, folder / FILES[2], ids, special), special
 
 
 def read_ids(path: Path, table: Any) -> dict[str, int]:
@@ -69,26 +68,27 @@ def read_ids(path: Path, table: Any) -> dict[str, int]:
     return table
 
 
-def _described(path: Path, added_tokens: Any) -> dict[str, dict[str, Any]]:
+def _listed(path: Path, description: Any) -> dict[str, dict[str, Any]]:
     """Return the list of tokenizer.json by name."""
-    if not isinstance(added_tokens or [], list) or not all(isinstance(token, dict) for token in added_tokens or []):
-        raise ValueError(f"{path}: `added_tokens` must be a list of objects, but is {brief(added_tokens)}")
-    return _by_name(path, added_tokens or [])
+    tokens = (isinstance(description, dict) and description.get("added_tokens")) or []
+    if not isinstance(tokens, list) or not all(isinstance(token, dict) for token in tokens):
+        raise ValueError(f"{path}: `added_tokens` must be a list of objects, but is {brief(tokens)}")
+    return _by_name(path, tokens)
 
 
-def _decoded(path: Path, config: Any) -> dict[str, dict[str, Any]]:
+def _decoded(path: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the table of tokenizer_config.json by name; its keys are the ids."""
-    table = config.get("added_tokens_decoder") if isinstance(config, dict) else None
-    if not isinstance(table or {}, dict) or not all(isinstance(token, dict) for token in (table or {}).values()):
+    table = config.get("added_tokens_decoder") or {}
+    if not isinstance(table, dict) or not all(isinstance(token, dict) for token in table.values()):
         raise ValueError(f"{path}: `added_tokens_decoder` must be a table of objects, but is {brief(table)}")
-    ids = {key: int(key) if key.isdecimal() else key for key in table or {}}
-    return _by_name(path, [token | {"id": ids[key]} for key, token in (table or {}).items()])
+    ids = {key: int(key) if key.isdecimal() else key for key in table}
+    return _by_name(path, [token | {"id": ids[key]} for key, token in table.items()])
 
 
 def _by_name(path: Path, tokens: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     names = {field.name for field in fields(AddedToken)}
     for token in tokens:
-        if not isinstance(token.get("content"), str) or not token["content"]:
+        if not isinstance(token.get("content"), str):
             raise ValueError(f"{path}: an added token must have `content` and `id`, but is {brief(token)}")
         wrong = [name for name in sorted(names - {"id"}) if not isinstance(token.get(name, False), bool)]
         if wrong:
@@ -116,13 +116,15 @@ def _union(
     """Return `added` with what `path` declares.
 
     Raises:
-        ValueError: if a token is another there.
+        ValueError: if a token is another there, or has no name.
     """
     union = dict(added)
     for name, values in declared.items():
+        if not name:
+            raise ValueError(f"{path}: the name of an added token must not be empty, but that of id {values['id']} is")
         if name in added and values.keys() == {"id"}:
             values = asdict(added[name]) | values
-        is_special = name in special or values.get("special", name[0] + name[-1] in ("<>", "[]"))
+        is_special = name in special or values.get("special", name[:1] + name[-1:] in ("<>", "[]"))
         # No text is searched for control tokens, so their other flags mean nothing here.
         token = AddedToken(values["id"], True) if is_special else AddedToken(**{"special": False} | values)
         if union.setdefault(name, token) != token:

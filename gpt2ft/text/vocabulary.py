@@ -80,8 +80,8 @@ class Vocabulary:
 def read_vocabulary(folder: Path, reserved: Collection[str]) -> Vocabulary:
     """The vocabulary of a folder: vocab.json and merges.txt, or else tokenizer.json.
 
-    Added tokens are control tokens or words, as they are declared. Control tokens are also the `reserved` names where
-    they have an id, and names that no merge builds or could have built.
+    Added tokens are control tokens or words, as they are declared. Control tokens are also the `reserved` names and
+    those that have a special purpose, where they have an id, and names that no merge builds or could have built.
 
     Raises:
         ValueError: if a file is missing, damaged, contradicts another, or describes another kind of tokenizer.
@@ -89,7 +89,8 @@ def read_vocabulary(folder: Path, reserved: Collection[str]) -> Vocabulary:
     table = _read_folder(folder)
     tokens = _ranked_tokens(table)
     symbols = [_symbols(token) for token in tokens]
-    control_ids = _control_ids(table, set(symbols), reserved)
+    text = set(symbols)
+    control_ids = _control_ids(table, text, {*reserved, *(table.special - text)})
     _check_gaps(table)
     words = {name: token for name, token in table.added.items() if name not in control_ids}
     return Vocabulary(tokens, [table.ids[symbol] for symbol in symbols], control_ids, words)
@@ -103,6 +104,7 @@ class _Table:
     ids: dict[str, int]  # of text tokens and added tokens alike
     merges: Merges
     added: dict[str, AddedToken]
+    special: set[str]  # names that have a special purpose
 
 
 def _control_ids(table: _Table, text: Collection[str], reserved: Collection[str]) -> dict[str, int]:
@@ -145,13 +147,13 @@ def _may_be_text(name: str) -> bool:
 
     `<s>` is cut into three, and a name with a space is not in symbols. Bytes that are no whole characters may be text.
     """
-    if not name or not all(symbol in _BYTES for symbol in name):
+    if not all(symbol in _BYTES for symbol in name):
         return False
     try:
         text = bytes([_BYTES[symbol] for symbol in name]).decode()
     except UnicodeDecodeError:
         return True
-    return regex.fullmatch(PATTERN, text) is not None
+    return not text or regex.fullmatch(PATTERN, text) is not None
 
 
 def _check_gaps(table: _Table) -> None:
@@ -234,14 +236,14 @@ def _parts_before(token: bytes, rank: int, ranks: dict[bytes, int]) -> list[byte
 def _read_folder(folder: Path) -> _Table:
     """vocab.json with merges.txt, or tokenizer.json; where a folder holds both, they must say the same."""
     vocabulary, merges, description = (folder / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
-    added = read_added_tokens(folder)
+    added, special = read_added_tokens(folder)
     found = []
     if vocabulary.exists() and merges.exists():
         ids = _union(vocabulary, read_ids(vocabulary, read_json(vocabulary)), added)
-        found.append(_Table(merges, ids, _read_merges(merges), added))
+        found.append(_Table(merges, ids, _read_merges(merges), added, special))
     if description.exists():
         ids, described_merges = _read_description(description)
-        found.append(_Table(description, _union(description, ids, added), described_merges, added))
+        found.append(_Table(description, _union(description, ids, added), described_merges, added, special))
     if not found:
         missing = " and ".join(path.name for path in (vocabulary, merges) if not path.exists())
         raise ValueError(f"{folder} must hold vocab.json and merges.txt, or tokenizer.json, but lacks {missing}")

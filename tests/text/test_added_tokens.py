@@ -233,7 +233,16 @@ def test_names_before_the_bytes_are_control_tokens(tmp_path):
         ChatTokenizer.from_folder(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["he", "Ġteas", "</", "PAD", "ðŁ", "aÃ", "123", "ĠĠĠ"])
+@pytest.mark.parametrize("file", ["special_tokens_map", "tokenizer_config"])
+def test_a_special_purpose_declares_a_token_too(file, tmp_path):
+    """Even one whose name may be text, but not one that is text."""
+    purposes = {"pad_token": "PAD", "eos_token": {"content": "the"}, "bos_token": "BOS"}
+    ours = ChatTokenizer.from_folder(write_lists(tmp_path, {"PAD": 262}, **{file: purposes}))
+    assert ours.known.control_ids == {"<|endoftext|>": 0, "PAD": 262}
+    assert ours.encode("the") == [258]
+
+
+@pytest.mark.parametrize("name", ["he", "Ġteas", "</", "PAD", "ðŁ", "aÃ", "123", "ĠĠĠ", ""])
 def test_a_name_that_a_lost_merge_may_have_built_is_refused(name, tmp_path):
     with pytest.raises(ValueError, match=r"merges.txt: a merge must build .*\(id 262\)"):
         ChatTokenizer.from_folder(write_lists(tmp_path, {name: 262}))
@@ -251,7 +260,8 @@ DIFFERING = {
         {"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "a"}}}},
         "tokenizer_config.json: the id of 'a'",
     ),
-    "no name": (config_of(content=""), "tokenizer_config.json: .* must have `content`"),
+    "a name without letters": ({"added_tokens": {"": 262}}, "added_tokens.json: the name .* id 262"),
+    "no name": (config_of(content=""), "tokenizer_config.json: the name .* id 262"),
     "special tokens that are no object": (
         {"special_tokens_map": []},
         "special_tokens_map.json must hold a JSON object",
