@@ -23,7 +23,7 @@ from gpt2ft.runs.samples import answer, held_out_prompts
 from gpt2ft.settings.parsing import parse_script
 from gpt2ft.settings.scripts import EvaluateSettings, SFTSettings
 from gpt2ft.settings.sections import DataSettings, FilterSettings
-from gpt2ft.text.template import render_prompt
+from gpt2ft.text.template import CHAT_TEMPLATE, TRAINING_TEMPLATE, render_prompt
 from gpt2ft.text.tokenizer import ChatTokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -58,8 +58,8 @@ def test_the_files(run_folder):
         assert config["n_ctx"] == config["n_positions"] == 256
         generation = json.loads((folder / "generation_config.json").read_text())
         assert generation["eos_token_id"] == [tokenizer.end_id, tokenizer.end_of_text_id]
-        template = (folder / "chat_template.jinja").read_text()
-        assert json.loads((folder / "tokenizer_config.json").read_text())["chat_template"] == template
+        assert (folder / "chat_template.jinja").read_text() == TRAINING_TEMPLATE
+        assert json.loads((folder / "tokenizer_config.json").read_text())["chat_template"] == CHAT_TEMPLATE
         assert tokenizer.has_chat_tokens
 
 
@@ -74,8 +74,9 @@ def test_ids_equal_their_chat_template_on_1000_random_conversations(run_folder, 
             for _ in range(draw.randrange(1, 7))
         ]
         messages = [{"role": role, "content": text} for role, text in turns]
-        ids = theirs[1].apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        assert ids == render_prompt(tokenizer, turns)
+        for template in (None, CHAT_TEMPLATE):  # that of chat_template.jinja, and that of tokenizer_config.json
+            settings = {"chat_template": template, "add_generation_prompt": True, "return_dict": False}
+            assert (ids := theirs[1].apply_chat_template(messages, **settings)) == render_prompt(tokenizer, turns)
         lengths.add(len(ids))
     assert len(lengths) > 50
 
