@@ -4,7 +4,7 @@
         model.safetensors        every parameter that is trained
         exp_avg.safetensors      Adam's mean of the gradients
         exp_avg_sq.safetensors   Adam's mean of their squares
-        state.json               the position of the run, and its identity
+        state.json               the position of the run, the sums of its next line of metrics, and its identity
         manifest.json            size and sha256 of each of the above, written last
 
 A folder takes its final name only when it is complete and on the disk; older ones are pruned after that.
@@ -15,7 +15,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class TrainState:
     best_loss: float | None = None  # lowest evaluation loss so far
     best_step: int | None = None
     evaluated_step: int | None = None  # the last step after which evaluation ran
+    sums: Mapping[str, float] = field(default_factory=dict)  # of the steps since the last logged line, if saved then
 
     def after_step(self, updated: bool) -> "TrainState":
         """Return the state one step later; `updated` is False if the step changed no weights."""
@@ -70,9 +71,12 @@ class TrainState:
         Raises:
             ValueError: if no run can stand there.
         """
-        names = [field.name for field in fields(cls)]
-        if not isinstance(values, dict) or values.keys() != set(names):
+        names = [field.name for field in fields(cls) if field.name != "sums"]
+        if not isinstance(values, dict) or values.keys() | {"sums"} != {*names, "sums"}:  # earlier versions had no sums
             raise ValueError(f"`state` must hold {', '.join(names)}, but holds {shown(values)}")
+        sums = values.get("sums", {})
+        if not isinstance(sums, dict) or not all(type(value) is float for value in sums.values()):
+            raise ValueError(f"`state.sums` must be an object of numbers, but is {shown(sums)}")
         step, loss = values["step"], values["best_loss"]
         if type(step) is not int or step < 0:
             raise ValueError(f"`state.step` must be a whole number that is not negative, but is {shown(step)}")

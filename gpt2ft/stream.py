@@ -27,13 +27,15 @@ from torch import Tensor
 class Pairs:
     """The replies of a stream that are compared. `groups` of the stream are the numbers of its replies.
 
-    The tail keeps the shapes fixed: pairs of weight 0 and replies that no target belongs to.
+    Only the first `num_pairs` of P mean anything. The rest keeps the shapes fixed: pairs of weight 0, and replies that
+    no target belongs to.
     """
 
     index: Tensor  # [P, 2] numbers of the chosen and of the rejected reply
     weights: Tensor  # [P] float32, how much each pair counts
     reference: Tensor  # [R] float64, log-prob of each reply under the reference; NaN where none is known
     lengths: Tensor  # [R] float32, targets of each reply; 1 in the tail
+    num_pairs: int
 
 
 @dataclass(frozen=True)

@@ -152,4 +152,4 @@ def build_pairs(
         is_reply = tree.weights > 0
         lengths[tree.groups[is_reply]] = tree.lengths[is_reply] - 1
         at = here.stop
-    return Pairs(*map(torch.from_numpy, (index, weights, padded, lengths)))
+    return Pairs(*map(torch.from_numpy, (index, weights, padded, lengths)), num_pairs=num_pairs)

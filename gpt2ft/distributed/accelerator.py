@@ -2,7 +2,7 @@
 
 - `start_accelerator` checks the launch and makes its Accelerator;
 - `loss_scale` is the one place that knows by what Accelerate and DDP divide a gradient;
-- `global_sum` adds numbers up over all processes.
+- `global_sum` adds numbers up over all processes; `device_sum` and `sum_and_any` do so without reading them back.
 """
 
 import os
@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import psutil
 import torch
+from torch import Tensor
 
 from gpt2ft.distributed import cpu, launch_checks, rendezvous, watchdog
 from gpt2ft.distributed.launch_checks import LaunchError, StrategyName
@@ -128,21 +129,43 @@ def autocast(accelerator: Any) -> torch.autocast:
     return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision_of(accelerator) == "bf16")
 
 
-def loss_scale(accelerator: Any, normalizer: float) -> float:
+def loss_scale(accelerator: Any, normalizer: Tensor) -> Tensor:
     """Return the factor of a micro-batch's sum of losses that makes the step's gradient that of sum / normalizer.
 
     `Accelerator.backward` divides by the accumulation steps and the gradient all-reduce by the number of
-    processes. Both are multiplied back here, and nowhere else.
+    processes. Both are multiplied back here, and nowhere else. Without anything to count the factor is zero.
+
+    Args:
+        normalizer: a float64 scalar; it stays on its device.
     """
-    return accelerator.gradient_accumulation_steps * accelerator.num_processes / normalizer if normalizer else 0.0
+    divided_by = torch.full_like(normalizer, accelerator.gradient_accumulation_steps * accelerator.num_processes)
+    return torch.where(normalizer > 0, divided_by / normalizer, 0.0).float()
+
+
+def on_device(accelerator: Any, *numbers: float) -> Tensor:
+    """Return numbers as float64 on the device, without waiting for it."""
+    is_cuda = accelerator.device.type == "cuda"  # a copy of pinned memory does not block
+    return torch.tensor(numbers, dtype=torch.float64, pin_memory=is_cuda).to(accelerator.device, non_blocking=True)
+
+
+def device_sum(accelerator: Any, values: Tensor) -> Tensor:
+    """Add a tensor up over all processes; it stays on the device, and nothing waits for it."""
+    return accelerator.reduce(values, reduction="sum") if accelerator.num_processes > 1 else values
 
 
 def global_sum(accelerator: Any, *numbers: float) -> list[float]:
     """Add each number up over all processes, in float64."""
     if accelerator.num_processes == 1:
         return list(numbers)
-    local = torch.tensor(numbers, dtype=torch.float64, device=accelerator.device)
-    return accelerator.reduce(local, reduction="sum").tolist()
+    return device_sum(accelerator, on_device(accelerator, *numbers)).tolist()
+
+
+def sum_and_any(accelerator: Any, values: Tensor, *flags: bool) -> tuple[Tensor, list[bool]]:
+    """Add a float64 vector up over all processes, and tell of each flag whether it is set on any: in one exchange."""
+    if accelerator.num_processes == 1:
+        return values, list(flags)
+    total = device_sum(accelerator, torch.cat([values, on_device(accelerator, *flags)]))
+    return total[: len(values)], [number > 0 for number in total[len(values) :].tolist()]
 
 
 def raise_together(accelerator: Any, problem: OSError | None) -> None:

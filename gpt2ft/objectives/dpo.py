@@ -68,7 +68,7 @@ def pair_log_probs(log_probs: Tensor, stream: TokenStream) -> PairLogProbs:
     In float64: log-probs of whole replies are large, and their differences small.
     """
     replies = reply_log_probs(log_probs, stream)
-    chosen, rejected = stream.pairs.index[stream.pairs.weights > 0].unbind(1)
+    chosen, rejected = stream.pairs.index[: stream.pairs.num_pairs].unbind(1)
     reference, lengths = stream.pairs.reference, stream.pairs.lengths.double()
     return PairLogProbs(
         replies[chosen],
@@ -87,5 +87,4 @@ def reply_log_probs(log_probs: Tensor, stream: TokenStream) -> Tensor:
 
 
 def _weights(stream: TokenStream) -> Tensor:
-    weights = stream.pairs.weights
-    return weights[weights > 0].double()
+    return stream.pairs.weights[: stream.pairs.num_pairs].double()

@@ -18,7 +18,7 @@ class Objective(Protocol):
     metric_names: tuple[str, ...]  # [M] of what is logged besides the loss
 
     def normalizer(self, stream: TokenStream) -> float:
-        """Return how much a stream adds to the normalizer: known before the model runs."""
+        """Return how much a stream, still on the CPU, adds to the normalizer: known before the model runs."""
 
     def loss(self, log_probs: Tensor, stream: TokenStream) -> Tensor:
         """Return the sum of a stream's losses, a scalar, from the log-prob of each target [S]."""

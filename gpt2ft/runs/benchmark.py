@@ -18,7 +18,7 @@ import torch
 from gpt2ft.data.packing import build_pairs, build_stream, number_replies, pack
 from gpt2ft.data.token_tree import ASSISTANT, TokenTree, counts, split, weigh
 from gpt2ft.distributed import watchdog
-from gpt2ft.distributed.accelerator import global_sum, loss_scale, precision_of, start_accelerator
+from gpt2ft.distributed.accelerator import global_sum, loss_scale, on_device, precision_of, start_accelerator
 from gpt2ft.model.attention import default_backend
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.logprobs import TargetLogProbs
@@ -70,10 +70,11 @@ def run(settings: BenchmarkSettings) -> None:
         watchdog.mark_progress("step", step)
         for _ in range(settings.micro_batches):
             with accelerator.accumulate(model):
-                stream = timed(seconds, "stream", device, lambda: streams.next().to(device))
-                normalizer = objective.normalizer(stream) * settings.micro_batches
+                built = timed(seconds, "stream", device, streams.next)
+                normalizer = objective.normalizer(built) * settings.micro_batches
+                stream = timed(seconds, "stream", device, lambda built=built: built.to(device))
                 loss = timed(seconds, "forward", device, lambda s=stream: objective.loss(model(s), s))
-                scale = loss_scale(accelerator, normalizer)
+                scale = loss_scale(accelerator, on_device(accelerator, normalizer)[0])
                 timed(seconds, "backward", device, lambda x=loss * scale: accelerator.backward(x))
                 tokens += stream.num_tokens
         timed(seconds, "optimizer", device, strategy.update)

@@ -1,7 +1,6 @@
 """Held-out scores and sample replies while a run trains."""
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -9,7 +8,7 @@ from torch import nn
 from gpt2ft.data.corpus import Corpus
 from gpt2ft.data.plan import Plan
 from gpt2ft.distributed.accelerator import autocast
-from gpt2ft.distributed.signals import SignalHandler
+from gpt2ft.distributed.signals import Preempted, SignalHandler
 from gpt2ft.runs.run_setup import RunSetup
 from gpt2ft.runs.samples import Sample, Turns, answer, sample_texts
 from gpt2ft.training.evaluate import EvaluationInterrupted
@@ -47,9 +46,15 @@ class HeldOutEvaluation:
     samples_at_start: list[Sample]
 
     def at_start(self) -> None:
-        """Evaluate step 0. If that is cut short, the first step still follows and is saved."""
-        with suppress(EvaluationInterrupted):
+        """Evaluate step 0.
+
+        Raises:
+            Preempted: if a signal cuts it short. Nothing has been trained, so that the next start begins with it.
+        """
+        try:
             self(0)
+        except EvaluationInterrupted:
+            raise Preempted("told to stop before the first step") from None
 
     def __call__(self, step: int) -> float | None:
         """Return the held-out loss, logged and printed; None without held-out data."""

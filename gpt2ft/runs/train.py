@@ -69,7 +69,7 @@ def train(settings: RunSettings, task: Task) -> None:
     manifest = manifest_of(setup, model.backend) | reference
     output.begin(settings, manifest, accelerator)
     tracker = Tracker(
-        output.folder, resume_point.state.step, setup.steps, settings.model_dump(mode="json"), active=setup.is_main
+        output.folder, resume_point.state, setup.steps, settings.model_dump(mode="json"), active=setup.is_main
     )
     evaluation = HeldOutEvaluation(setup, strategy, task.evaluator(setup), tracker, signals, prompts, samples_at_start)
     inputs = LoopInputs(

@@ -176,7 +176,8 @@ class TrainingSettings(StreamSettings):
     eval_every: Positive | None = None
     """Steps between evaluations; default: at the end of every epoch. The last step always evaluates."""
     save_every: Positive | None = None
-    """Steps between checkpoints; default: whenever evaluation runs. The last step always saves."""
+    """Steps between checkpoints; default: whenever evaluation runs, and 30 minutes after the last. The last step
+    always saves."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """Number of newest checkpoints to keep, besides the best."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0

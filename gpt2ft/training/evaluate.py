@@ -2,17 +2,19 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gpt2ft.data.plan import Plan
 from gpt2ft.distributed import watchdog
-from gpt2ft.distributed.accelerator import global_sum
+from gpt2ft.distributed.accelerator import device_sum, global_sum
 from gpt2ft.objectives.objective import Objective
 from gpt2ft.stream import TokenStream
+from gpt2ft.training.prefetch import build_ahead
 
 Item = TypeVar("Item")
 
@@ -67,17 +69,16 @@ def evaluate_by_source(
         EvaluationInterrupted: if any process was told to stop meanwhile.
     """
     bytes_of = torch.tensor(byte_lengths, dtype=torch.float64, device=accelerator.device)
-    num_sources = len(plan.chunks.stores)
-
-    def stream_sums(log_probs: Tensor, stream: TokenStream) -> Tensor:
-        real = slice(stream.num_supervised)  # without the tail
-        columns = [-log_probs[real].double(), torch.ones_like(log_probs[real], dtype=torch.float64)]
-        columns.append(bytes_of[stream.targets[real]])
-        by_source = torch.zeros(num_sources, 3, dtype=torch.float64, device=log_probs.device)  # nats, tokens, bytes
-        return by_source.index_add_(0, stream.groups[real], torch.stack(columns, dim=1))
-
-    totals = _sum_over_plan(model, plan, stream_sums, accelerator, was_signalled)
-    return [LossSums(nats, round(tokens), round(bytes)) for nats, tokens, bytes in totals.tolist()]
+    total = torch.zeros(len(plan.chunks.stores), 3, dtype=torch.float64, device=accelerator.device)
+    with _evaluating(model):
+        for num_supervised, stream in _streams_of_rank(plan, _num_supervised, accelerator, was_signalled):
+            log_probs, real = model(stream), slice(num_supervised)  # without the tail
+            columns = [-log_probs[real].double(), torch.ones_like(log_probs[real], dtype=torch.float64)]
+            columns.append(bytes_of[stream.targets[real]])
+            sums = torch.zeros_like(total)  # nats, tokens, bytes
+            total += sums.index_add_(0, stream.groups[real], torch.stack(columns, dim=1))
+    total = device_sum(accelerator, total).tolist()
+    return [LossSums(nats, round(tokens), round(bytes)) for nats, tokens, bytes in total]
 
 
 def evaluate_objective(
@@ -89,38 +90,47 @@ def evaluate_objective(
 ) -> dict[str, float]:
     """Return the mean loss and metrics of an objective over the whole plan. Arguments and errors as above."""
 
-    def stream_sums(log_probs: Tensor, stream: TokenStream) -> Tensor:
-        loss = torch.stack([objective.loss(log_probs, stream).double()])
-        normalizer = torch.full_like(loss, objective.normalizer(stream))
-        return torch.cat([loss, objective.metrics(log_probs, stream), normalizer])
-
-    *totals, normalizer = _sum_over_plan(model, plan, stream_sums, accelerator, was_signalled).tolist()
+    total = torch.zeros(2 + len(objective.metric_names), dtype=torch.float64, device=accelerator.device)
+    with _evaluating(model):
+        for normalizer, stream in _streams_of_rank(plan, objective.normalizer, accelerator, was_signalled):
+            log_probs = model(stream)
+            loss = objective.loss(log_probs, stream)[None].double()
+            total += torch.cat([loss, objective.metrics(log_probs, stream), torch.full_like(loss, normalizer)])
+    *totals, normalizer = device_sum(accelerator, total).tolist()
     return {name: value / normalizer for name, value in zip(("loss", *objective.metric_names), totals, strict=True)}
 
 
-def _sum_over_plan(
-    model: nn.Module,
-    plan: Plan,
-    stream_sums: Callable[[Tensor, TokenStream], Tensor],
-    accelerator: Any,
-    was_signalled: Callable[[], bool] | None,
-) -> Tensor:
-    """Add up `stream_sums(log_probs [S], stream)` over all streams of a plan and all processes."""
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Run the block without gradients and without dropout, and leave the model as it was."""
     was_training = model.training
     model.eval()
-    total = None
-    with torch.no_grad():
-        streams = items_of_rank(plan.streams, accelerator.process_index, accelerator.num_processes)
-        for number, micro_batch in enumerate(streams):
-            watchdog.mark_progress("held-out stream", number)
-            if was_signalled is not None and any(global_sum(accelerator, float(was_signalled()))):
-                model.train(was_training)
-                raise EvaluationInterrupted
-            stream = plan.stream(micro_batch or []).to(accelerator.device)
-            sums = stream_sums(model(stream), stream)
-            total = sums if total is None else total + sums
-    model.train(was_training)
-    return accelerator.reduce(total, reduction="sum") if accelerator.num_processes > 1 else total
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _streams_of_rank(
+    plan: Plan, count: Callable[[TokenStream], float], accelerator: Any, was_signalled: Callable[[], bool] | None
+) -> Iterator[tuple[float, TokenStream]]:
+    """Yield `count` of each stream of this process, and the stream on the device."""
+
+    def build(micro_batch: list[int] | None) -> tuple[float, list[TokenStream]]:
+        stream = plan.stream(micro_batch or [])
+        return count(stream), [stream]
+
+    micro_batches = items_of_rank(plan.streams, accelerator.process_index, accelerator.num_processes)
+    for number, (counted, (stream,)) in enumerate(build_ahead(build, micro_batches, accelerator.device)):
+        watchdog.mark_progress("held-out stream", number)
+        if was_signalled is not None and any(global_sum(accelerator, float(was_signalled()))):
+            raise EvaluationInterrupted
+        yield counted, stream
+
+
+def _num_supervised(stream: TokenStream) -> int:
+    return stream.num_supervised
 
 
 def sum_over_sources(losses: Sequence[LossSums]) -> LossSums:

@@ -10,45 +10,35 @@ It knows streams, log-probs and the interface of an objective; neither SFT nor D
 """
 
 import math
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, NoReturn, Protocol
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
 
 import torch
 
 from gpt2ft.checkpoint import TrainState
 from gpt2ft.distributed import watchdog
-from gpt2ft.distributed.accelerator import global_sum, loss_scale
+from gpt2ft.distributed.accelerator import device_sum, loss_scale, on_device, sum_and_any
 from gpt2ft.distributed.signals import Preempted, SignalHandler
 from gpt2ft.errors import Gpt2ftError
 from gpt2ft.objectives.objective import Objective
 from gpt2ft.random import seed_for
 from gpt2ft.settings.sections import OptimizerSettings, TrainingSettings
-from gpt2ft.stream import TokenStream
 from gpt2ft.training.evaluate import EvaluationInterrupted
 from gpt2ft.training.metric_sums import MetricSums
 from gpt2ft.training.optimizer import learning_rate, set_learning_rate
+from gpt2ft.training.prefetch import BatchSource, step_streams
 from gpt2ft.training.strategy import Strategy
 from gpt2ft.training.tracking import Tracker
+
+SECONDS_BETWEEN_SAVES = 30 * 60.0  # unless `save_every` is set
 
 
 class TrainingDiverged(Gpt2ftError):
     """Too many steps in a row without a finite gradient."""
 
     exit_code = 1
-
-
-class BatchSource(Protocol):
-    """Training data as the loop sees them: streams by step and micro-batch, whatever the number of processes."""
-
-    micro_batches_per_step: int
-
-    def ends_epoch(self, step: int) -> bool:
-        """Return True if an epoch has ended within the last of `step` steps."""
-
-    def training_stream(self, step: int, number: int) -> TokenStream:
-        """Return micro-batch `number` of a step, on the CPU. Called from a thread."""
 
 
 @dataclass(frozen=True)
@@ -78,20 +68,18 @@ def fit(inputs: LoopInputs, state: TrainState) -> TrainState:
     accelerator, objective, strategy = inputs.accelerator, inputs.objective, inputs.strategy
     model, device = strategy.model, accelerator.device
     model.train()
-    sums = MetricSums(accelerator, objective.metric_names)
+    sums, state = MetricSums(device, objective.metric_names, state.sums), replace(state, sums={})
     state = evaluate_if_due(inputs, state, sums, is_saved=True)  # a signal may have cut it short before the resume
-    for step, streams in step_streams(inputs, state.step):
+    saved_at = time.monotonic()
+    for step, counts, streams in step_streams(accelerator, objective, inputs.batches, range(state.step, inputs.steps)):
         watchdog.mark_progress("step", step)
         # Before the backward pass, because DeepSpeed updates the weights within it.
         rate = learning_rate(step, inputs.steps, inputs.optimization)
         set_learning_rate(strategy.optimizer, rate)
         # A step is sum / normalizer over all its streams on all processes, so every loss is scaled by the same number.
-        normalizer = sum(objective.normalizer(stream) for _, stream in streams)
-        tokens = sum(stream.num_tokens - stream.num_repeated for _, stream in streams)
-        normalizer, tokens = global_sum(accelerator, normalizer, tokens)
-        scale = loss_scale(accelerator, normalizer)
-        loss_sum = torch.zeros((), device=device)
-        metric_sums = torch.zeros(len(objective.metric_names), dtype=torch.float64, device=device)
+        counts = device_sum(accelerator, on_device(accelerator, *counts))
+        scale = loss_scale(accelerator, normalizer=counts[0])
+        step_sums = torch.zeros(1 + len(objective.metric_names), dtype=torch.float64, device=device)
         for number, stream in streams:
             with accelerator.accumulate(model):  # DDP exchanges gradients at the last one alone
                 # One seed a micro-batch: dropout is the same on any number of processes, and after a resume.
@@ -99,50 +87,28 @@ def fit(inputs: LoopInputs, state: TrainState) -> TrainState:
                 log_probs = model(stream)
                 loss = objective.loss(log_probs, stream)
                 accelerator.backward(loss * scale)
-                loss_sum += loss.detach()
-                metric_sums += objective.metrics(log_probs.detach(), stream)
+                step_sums += torch.cat([loss.detach()[None], objective.metrics(log_probs.detach(), stream)])
         grad_norm = strategy.update()  # skipped unless the norm is finite, which is the same on all processes
         state = state.after_step(updated=math.isfinite(grad_norm))
-        sums.add(loss_sum, metric_sums, normalizer, tokens, grad_norm)
         inputs.tracker.advance()
         stop_if_diverged(inputs, state)
+        # One process may have the signal, or the time, alone, but all must do the same after the same step.
+        flags = inputs.signals.was_signalled(), is_time_to_save(inputs, saved_at)
+        step_sums, (is_told_to_stop, is_time) = sum_and_any(accelerator, step_sums, *flags)
+        sums.add(step_sums, counts, grad_norm)
         if is_due(inputs, state.step, inputs.training.log_every):
             log_metrics(inputs, state, sums, rate)
-        # One process may have the signal alone, but all must leave the loop at the same step.
-        if any(global_sum(accelerator, float(inputs.signals.was_signalled()))):
-            save_and_stop(inputs, state)
+        if is_told_to_stop:
+            save_and_stop(inputs, state, sums)
         # Evaluated first, so that the checkpoint knows the result and whether it is the best.
         state = evaluate_if_due(inputs, state, sums)
-        if is_due(inputs, state.step, save_every(inputs)) or state.best_step == state.step:
-            with sums.paused():
-                inputs.save(state)
+        if is_due(inputs, state.step, save_every(inputs)) or is_time or state.best_step == state.step:
+            saved_at = save(inputs, state, sums)
     return state
 
 
-def step_streams(inputs: LoopInputs, start: int) -> Iterator[tuple[int, list[tuple[int, TokenStream]]]]:
-    """Yield (step, [(micro-batch number, stream on the device), ...]) for this process.
-
-    The next step's streams are built in a thread while this one's are computed. Rank r of R takes the micro-batches
-    r, r + R, r + 2R ... of each step: the same steps on any number of processes.
-    """
-    accelerator, batches = inputs.accelerator, inputs.batches
-    numbers = range(accelerator.process_index, batches.micro_batches_per_step, accelerator.num_processes)
-    pin = accelerator.device.type == "cuda"  # so that copies to the GPU do not block
-
-    def build(step: int) -> list[tuple[int, TokenStream]]:
-        streams = [(number, batches.training_stream(step, number)) for number in numbers]
-        return [(number, stream.pin_memory() if pin else stream) for number, stream in streams]
-
-    with ThreadPoolExecutor(1, thread_name_prefix="streams") as builder:
-        following = builder.submit(build, start) if start < inputs.steps else None
-        for step in range(start, inputs.steps):
-            built = following.result()
-            following = builder.submit(build, step + 1) if step + 1 < inputs.steps else None
-            yield step, [(number, stream.to(accelerator.device, non_blocking=True)) for number, stream in built]
-
-
 def log_metrics(inputs: LoopInputs, state: TrainState, sums: MetricSums, rate: float) -> None:
-    """Log the means since the last call, on the main process; all processes call it together."""
+    """Log the means since the last call, on the main process."""
     metrics, seconds_per_step = sums.take()
     metrics |= {"learning_rate": rate, "skipped_steps": state.step - state.updates}
     metrics = {f"train/{name}": value for name, value in metrics.items()}
@@ -163,14 +129,21 @@ def evaluate_if_due(inputs: LoopInputs, state: TrainState, sums: MetricSums, is_
         with sums.paused():
             loss = inputs.evaluate(state.step)
     except EvaluationInterrupted:
-        save_and_stop(inputs, state, is_saved)
+        save_and_stop(inputs, state, sums, is_saved)
     return state.after_evaluation(loss)
 
 
-def save_and_stop(inputs: LoopInputs, state: TrainState, is_saved: bool = False) -> NoReturn:
+def save(inputs: LoopInputs, state: TrainState, sums: MetricSums) -> float:
+    """Save, and return the time; all processes call it together."""
+    with sums.paused():
+        inputs.save(replace(state, sums=sums.to_json()))
+    return time.monotonic()
+
+
+def save_and_stop(inputs: LoopInputs, state: TrainState, sums: MetricSums, is_saved: bool = False) -> NoReturn:
     """Save and end the run; all processes come here together."""
     if not is_saved:
-        inputs.save(state)
+        save(inputs, state, sums)
     raise Preempted(f"told to stop, and has saved step {state.step}")
 
 
@@ -186,6 +159,11 @@ def stop_if_diverged(inputs: LoopInputs, state: TrainState) -> None:
 def save_every(inputs: LoopInputs) -> int | None:
     """Return the number of steps from one checkpoint to the next; by default they follow each evaluation."""
     return inputs.training.save_every or inputs.training.eval_every
+
+
+def is_time_to_save(inputs: LoopInputs, saved_at: float) -> bool:
+    """Return True if a kill would cost too much, where nobody has said after how many steps to save."""
+    return not inputs.training.save_every and time.monotonic() - saved_at > SECONDS_BETWEEN_SAVES
 
 
 def is_due(inputs: LoopInputs, step: int, every: int | None) -> bool:

@@ -23,7 +23,9 @@ from gpt2ft.distributed.signals import Preempted, SignalHandler
 from gpt2ft.errors import is_first_on_machine
 from gpt2ft.objectives.dpo import reply_log_probs
 from gpt2ft.objectives.objective import Objective
+from gpt2ft.stream import TokenStream
 from gpt2ft.training.evaluate import items_of_rank
+from gpt2ft.training.prefetch import build_ahead
 from gpt2ft.training.reference_store import Key, ReferenceLogProbError, ReferenceStore, ReplyKeys, Row, reply_keys
 
 SECONDS_BETWEEN_SHARDS = 10.0  # the most work that a kill can cost
@@ -119,6 +121,15 @@ def _streams_to_run(plans: Sequence[Plan], replies: Sequence[ReplyKeys], missing
     return to_run
 
 
+def _build(to_run: _StreamToRun | None) -> tuple[tuple[_StreamToRun, list[int]] | None, list[TokenStream]]:
+    """Build a stream; known of it are the lengths of its replies. There is none where the other processes have more."""
+    if to_run is None:
+        return None, []
+    stream = to_run.plan.stream(to_run.micro_batch)
+    lengths = torch.bincount(stream.groups[: stream.num_supervised]).tolist()
+    return (to_run, lengths), [stream]
+
+
 @dataclass(frozen=True)
 class _ReferencePass:
     """One pass over streams, written to the store shard by shard."""
@@ -139,13 +150,14 @@ class _ReferencePass:
         last_shard = time.monotonic()
         rounds = list(items_of_rank(to_run, accelerator.process_index, accelerator.num_processes))
         silent = not (accelerator.is_main_process and sys.stderr.isatty())
-        bar = tqdm(rounds, desc="reference", unit="stream", disable=silent, leave=False)
-        for number, stream_to_run in enumerate(bar, start=1):
+        built_ahead = build_ahead(_build, rounds, accelerator.device)
+        bar = tqdm(built_ahead, "reference", len(rounds), unit="stream", disable=silent, leave=False)
+        for number, (known, streams) in enumerate(bar, start=1):
             watchdog.mark_progress("reference stream", number)
             if self._is_any_signalled():
                 break
-            if stream_to_run is not None:
-                unwritten += self._rows(stream_to_run)
+            if known is not None:
+                unwritten += self._rows(*known, *streams)
             if unwritten and time.monotonic() - last_shard > SECONDS_BETWEEN_SHARDS:
                 self.store.write(unwritten)
                 unwritten, last_shard = [], time.monotonic()
@@ -162,8 +174,7 @@ class _ReferencePass:
         """Ask all processes, so that they stop at the same stream."""
         return any(global_sum(self.accelerator, float(self.signals.was_signalled())))
 
-    def _rows(self, to_run: _StreamToRun) -> list[Row]:
-        stream = to_run.plan.stream(to_run.micro_batch).to(self.accelerator.device)
+    def _rows(self, to_run: _StreamToRun, lengths: list[int], stream: TokenStream) -> list[Row]:
         with autocast(self.accelerator):
             log_probs = self.model(stream)[: stream.num_supervised].double().cpu()
         if not bool(torch.isfinite(log_probs).all()):
@@ -173,7 +184,6 @@ class _ReferencePass:
                 f"the reference gives no finite log-prob to a reply in the stream that opens with conversation {name}: "
                 "look at its weights"
             )
-        lengths = torch.bincount(stream.groups[: stream.num_supervised]).tolist()
         by_reply = log_probs.split(lengths)  # targets stand reply by reply
         return [Row(key, float(by_reply[n].sum()), by_reply[n].tolist()) for n, key in to_run.rows.items()]
 
@@ -200,13 +210,14 @@ def compute_start(model: nn.Module, plan: Plan, step: int, objective: Objective,
     worst = loss = normalizer = 0.0
     model.train()
     for number in range(accelerator.process_index, plan.micro_batches_per_step, accelerator.num_processes):
-        stream = plan.training_stream(step, number).to(accelerator.device)
+        built = plan.training_stream(step, number)
+        stream = built.to(accelerator.device)
         with autocast(accelerator):
             log_probs = model(stream)
         changes = (reply_log_probs(log_probs, stream) - stream.pairs.reference).abs() / stream.pairs.lengths
         worst = max(worst, float(changes.max())) if bool(torch.isfinite(changes).all()) else math.inf
         loss += float(objective.loss(log_probs, stream))
-        normalizer += objective.normalizer(stream)
+        normalizer += objective.normalizer(built)
     loss, normalizer = global_sum(accelerator, loss, normalizer)
     local = torch.tensor(worst, dtype=torch.float64, device=accelerator.device)
     worst = float(accelerator.gather(local).max())

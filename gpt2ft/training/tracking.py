@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gpt2ft.checkpoint import TrainState
 from gpt2ft.files import write_text
 
 
@@ -13,11 +14,11 @@ class Tracker:
     """Writer of metrics and texts under the run's folder.
 
     Args:
-        start: steps already done. Lines of later steps, left by a run that was killed, are removed.
+        state: that the run goes on from. Lines of what it does not know of, left by a run that was killed, are removed.
         active: False makes every call do nothing, so that callers need not ask for their rank.
     """
 
-    def __init__(self, folder: Path, start: int, steps: int, settings: dict[str, Any], active: bool) -> None:
+    def __init__(self, folder: Path, state: TrainState, steps: int, settings: dict[str, Any], active: bool) -> None:
         self.active = active
         if not active:
             return
@@ -25,7 +26,8 @@ class Tracker:
         from tqdm import tqdm
 
         metrics = folder / "metrics.jsonl"
-        _keep_until(metrics, start if start else -1)  # a new start evaluates step 0 again
+        start = state.step
+        _keep_known(metrics, state)
         self._metrics = open(metrics, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         self._board = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
         self._board.add_text("settings", "```\n" + json.dumps(settings, indent=2) + "\n```", start)
@@ -82,15 +84,17 @@ class Tracker:
             self._board.close()
 
 
-def _keep_until(metrics: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, and a last line cut off by a kill."""
+def _keep_known(metrics: Path, state: TrainState) -> None:
+    """Drop the lines that the run writes again: of later steps, of later evaluations, and one cut off by a kill."""
     if not metrics.exists():
         return
     kept = []
     for line in metrics.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            values = json.loads(line)
+            is_evaluation = any(name.startswith("eval/") for name in values)
+            if state.step and values["step"] <= ((state.evaluated_step or 0) if is_evaluation else state.step):
+                kept.append(line + "\n")  # a new start evaluates step 0 again, any other never does
         except (ValueError, KeyError):
             continue
     write_text(metrics, "".join(kept))

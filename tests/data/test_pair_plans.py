@@ -109,6 +109,7 @@ def test_the_tail_of_a_stream_compares_nothing(chunks):
         pairs = stream.pairs
         num_pairs, num_replies = (int(number[micro_batch].sum()) for number in (chunks.pairs, chunks.replies))
         assert real_pairs(stream).tolist() == [True] * num_pairs + [False] * (len(pairs.weights) - num_pairs)
+        assert pairs.num_pairs == num_pairs
         assert not pairs.index[num_pairs:].any()
         assert not pairs.reference[num_replies:].any()
         assert (pairs.lengths[num_replies:] == 1).all()

@@ -1,14 +1,16 @@
 """What a launch may ask of the accelerator, and what processes must agree on before they train together."""
 
 import os
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from facts import tells
 from processes import OF_LAUNCHERS
 
-from gpt2ft.distributed.accelerator import LaunchError, start_accelerator
+from gpt2ft.distributed.accelerator import LaunchError, loss_scale, start_accelerator, sum_and_any
 
 # --- a launch ------------------------------------------------------------------------------------------------------
 
@@ -74,3 +76,31 @@ def test_a_precision_that_is_not_ours_is_refused(refusal):
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
 def test_processes_of_mpirun_or_srun_are_refused(refusal, name):
     assert "4 processes were started by mpirun or srun, but each would train alone" in refusal(4, **{name: "4"})
+
+
+# --- sums ----------------------------------------------------------------------------------------------------------
+
+
+def test_sums_and_flags_of_all_processes_in_one_exchange():
+    """The other process has the sums 10 and 20, and the second flag."""
+    other, exchanged = torch.tensor([10.0, 20.0, 0.0, 1.0], dtype=torch.float64), []
+
+    def reduce(local, reduction):
+        exchanged.append(reduction)
+        return local + other
+
+    two = SimpleNamespace(num_processes=2, device=torch.device("cpu"), reduce=reduce)
+    mine = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    sums, flags = sum_and_any(two, mine, False, False)
+    assert (sums.tolist(), flags) == ([11.0, 22.0], [False, True])
+    assert sum_and_any(two, mine, True, True)[1] == [True, True]
+    assert exchanged == ["sum", "sum"]
+    alone = SimpleNamespace(num_processes=1)
+    assert sum_and_any(alone, mine, True, False) == (mine, [True, False])
+
+
+def test_the_loss_scale_undoes_what_others_divide_by():
+    four = SimpleNamespace(num_processes=4, gradient_accumulation_steps=3)
+    scales = [loss_scale(four, torch.tensor(normalizer, dtype=torch.float64)) for normalizer in (7.0, 0.0)]
+    assert [float(scale) for scale in scales] == [float(np.float32(12 / 7)), 0.0]
+    assert {scale.dtype for scale in scales} == {torch.float32}  # a float64 would make the loss one

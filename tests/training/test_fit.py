@@ -9,126 +9,26 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small_loop import (
+    LENGTHS,
+    MICRO_BATCHES,
+    STEPS,
+    VOCABULARY,
+    NaNFrom,
+    WithMetrics,
+    assert_equal,
+    weights,
+)
 
 from gpt2ft.checkpoint import TrainState
-from gpt2ft.data.packing import build_stream
-from gpt2ft.data.token_tree import weigh
 from gpt2ft.distributed.signals import Preempted, SignalHandler
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.objectives.sft import SFT
-from gpt2ft.settings.sections import OptimizerSettings, TrainingSettings
 from gpt2ft.training.evaluate import EvaluationInterrupted
-from gpt2ft.training.fit import LoopInputs, TrainingDiverged, fit, is_due, step_streams
+from gpt2ft.training.fit import TrainingDiverged, fit, is_due
 from gpt2ft.training.metric_sums import MetricSums
 from gpt2ft.training.optimizer import adamw, learning_rate
-from gpt2ft.training.strategy import DDP
-
-VOCABULARY = 8192
-MICRO_BATCHES = 3
-STEPS = 6
-LENGTHS = (3, 40, 9, 17)  # of the replies: micro-batches of very uneven weight
-
-
-@pytest.fixture(scope="module")
-def accelerator(one_thread):
-    """One process that accumulates the micro-batches of a step."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    from gpt2ft.distributed.accelerator import start_accelerator
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    return start_accelerator("fp32", MICRO_BATCHES)
-
-
-class Batches:
-    """A batch source of nothing but the three members that the loop asks for."""
-
-    def __init__(self, make_tree):
-        self.micro_batches_per_step = MICRO_BATCHES
-        self.make_tree = make_tree
-        self.asked = []
-
-    def ends_epoch(self, step):
-        return step == 4
-
-    def training_stream(self, step, number):
-        self.asked.append((step, number))
-        length = LENGTHS[(step * MICRO_BATCHES + number) % len(LENGTHS)]
-        return build_stream([weigh(self.make_tree(("user", 4, -1), ("assistant", length, 0)), "once")], 64, 64)
-
-
-class Diary:
-    """Stands for everything around the loop and notes what it is told, in order."""
-
-    def __init__(self, signals, losses=(), signal_after=None):
-        self.events = []
-        self.metrics = {}
-        self.advanced = 0
-        self.signals = signals
-        self.losses = dict(losses)
-        self.signal_after = signal_after
-
-    def advance(self):
-        self.advanced += 1
-        if self.advanced == self.signal_after:
-            self.signals.received = 15
-
-    def log(self, step, metrics):
-        self.events.append(f"log {step}")
-        self.metrics[step] = metrics
-
-    def show(self, step, metrics, seconds_left):
-        assert metrics is self.metrics[step]
-        assert seconds_left >= 0
-
-    def evaluate(self, step):
-        self.events.append(f"evaluate {step}")
-        return self.losses.get(step)
-
-    def save(self, state):
-        self.events.append(f"save {state.step}")
-
-
-@pytest.fixture
-def make_run(tiny_gpt2, accelerator, make_tree):
-    """make_run(): what the loop works with, the model in its beginning; settings by name."""
-
-    def make(objective=None, losses=(), signal_after=None, dropout=0.0, **training):
-        model = TargetLogProbs(tiny_gpt2(VOCABULARY, 64), VOCABULARY, "segments")
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = dropout
-        optimization = OptimizerSettings(learning_rate=1e-2, weight_decay=0.1)
-        strategy = DDP(accelerator, model, adamw(model.gpt2, optimization, fused=False), max_grad_norm=0.5)
-        signals = SignalHandler()
-        diary = Diary(signals, losses, signal_after)
-        inputs = LoopInputs(
-            accelerator=accelerator,
-            strategy=strategy,
-            objective=objective or SFT(),
-            batches=Batches(make_tree),
-            steps=STEPS,
-            training=TrainingSettings(**({"log_every": 1} | training)),
-            optimization=optimization,
-            tracker=diary,
-            evaluate=diary.evaluate,
-            save=diary.save,
-            signals=signals,
-        )
-        return inputs, diary
-
-    return make
-
-
-def weights(inputs):
-    return {name: parameter.detach().clone() for name, parameter in inputs.strategy.gpt2.named_parameters()}
-
-
-def assert_equal(one, other):
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
+from gpt2ft.training.prefetch import step_streams
 
 # --- one step -------------------------------------------------------------------------------------------------------
 
@@ -156,14 +56,6 @@ def test_a_step_is_the_sum_over_its_streams_over_their_normalizers(make_run, tin
     for name, parameter in gpt2.named_parameters():  # Adam divides by the gradient's size: rounding may turn its sign
         difference = (parameter - dict(inputs.strategy.gpt2.named_parameters())[name]).abs()
         assert float(difference.detach().median()) < 1e-7, name
-
-
-class WithMetrics(SFT):
-    metric_names = ("targets", "streams")
-
-    def metrics(self, log_probs, stream):
-        assert not log_probs.requires_grad
-        return torch.tensor([stream.num_supervised, 1.0], dtype=torch.float64)
 
 
 def test_metrics_are_normalized_like_the_loss(make_run):
@@ -211,8 +103,10 @@ def test_each_rank_has_its_own_micro_batches(make_run):
     taken = []
     for rank in range(2):
         process = SimpleNamespace(process_index=rank, num_processes=2, device=torch.device("cpu"))
-        for step, streams in step_streams(replace(inputs, accelerator=process), start=4):
+        for step, counts, streams in step_streams(process, SFT(), inputs.batches, range(4, STEPS)):
             taken.append((step, rank, [number for number, _ in streams]))
+            assert counts[0] == sum(stream.num_supervised for _, stream in streams)
+            assert counts[1] == sum(stream.num_tokens for _, stream in streams)
     assert taken == [(4, 0, [0, 2]), (5, 0, [0, 2]), (4, 1, [1]), (5, 1, [1])]
 
 
@@ -240,9 +134,9 @@ def test_tokens_are_counted_where_they_stand_first(make_run, monkeypatch):
     def training_stream(self, step, number):
         return replace(whole(self, step, number), num_repeated=number)
 
-    def add(self, loss, metrics, normalizer, tokens, grad_norm):
-        counted.append(tokens)
-        return taken(self, loss, metrics, normalizer, tokens, grad_norm)
+    def add(self, sums, counts, grad_norm):
+        counted.append(int(counts[1]))
+        return taken(self, sums, counts, grad_norm)
 
     taken = MetricSums.add
     monkeypatch.setattr(type(inputs.batches), "training_stream", training_stream)
@@ -306,17 +200,6 @@ def test_what_was_evaluated_is_not_evaluated_again(make_run):
 
 
 # --- gradients that are not finite ------------------------------------------------------------------------------------
-
-
-class NaNFrom(SFT):
-    """The loss is not a number in some calls."""
-
-    def __init__(self, calls):
-        self.calls, self.number = calls, 0
-
-    def loss(self, log_probs, stream):
-        self.number += 1
-        return super().loss(log_probs, stream) * (math.nan if self.number - 1 in self.calls else 1.0)
 
 
 def test_a_step_without_a_finite_gradient_changes_nothing(make_run):

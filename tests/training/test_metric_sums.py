@@ -1,14 +1,17 @@
 """Sums of what is logged: exact means over the steps since the last time, and seconds that count training alone."""
 
+import json
 import math
 from contextlib import suppress
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+from gpt2ft.checkpoint import CheckpointError
 from gpt2ft.training import metric_sums
 from gpt2ft.training.metric_sums import MetricSums
+
+CPU = torch.device("cpu")
 
 
 class Clock:
@@ -28,16 +31,13 @@ def clock(monkeypatch):
     return clock
 
 
-def alone():
-    return SimpleNamespace(device=torch.device("cpu"), num_processes=1)
-
-
 def add(sums, loss, metrics=(), normalizer=1.0, tokens=10, grad_norm=1.0):
-    sums.add(torch.tensor(loss), torch.tensor(metrics, dtype=torch.float64), normalizer, tokens, grad_norm)
+    step, counts = (torch.tensor(values, dtype=torch.float64) for values in ((loss, *metrics), (normalizer, tokens)))
+    sums.add(step, counts, grad_norm)
 
 
 def test_means_are_sums_over_normalizers_not_means_of_means(clock):
-    sums = MetricSums(alone(), ["margin", "accuracy"])
+    sums = MetricSums(CPU, ["margin", "accuracy"], {})
     add(sums, 6.0, [1.0, 2.0], normalizer=2.0, tokens=30, grad_norm=1.5)
     add(sums, 4.0, [5.0, 4.0], normalizer=8.0, tokens=50, grad_norm=0.5)
     clock.now += 4.0
@@ -47,7 +47,7 @@ def test_means_are_sums_over_normalizers_not_means_of_means(clock):
 
 
 def test_each_line_begins_anew(clock):
-    sums = MetricSums(alone(), [])
+    sums = MetricSums(CPU, [], {})
     for loss, seconds in ((3.0, 1.0), (5.0, 2.0)):
         add(sums, loss)
         clock.now += seconds
@@ -56,7 +56,7 @@ def test_each_line_begins_anew(clock):
 
 
 def test_a_skipped_step_adds_its_tokens_alone(clock):
-    sums = MetricSums(alone(), ["margin"])
+    sums = MetricSums(CPU, ["margin"], {})
     add(sums, 2.0, [4.0], normalizer=4.0, tokens=10, grad_norm=3.0)
     for norm in (math.nan, math.inf):
         add(sums, math.nan, [math.nan], normalizer=100.0, tokens=20, grad_norm=norm)
@@ -68,7 +68,7 @@ def test_a_skipped_step_adds_its_tokens_alone(clock):
 
 
 def test_without_a_finite_gradient_there_is_no_mean(clock):
-    sums = MetricSums(alone(), ["margin"])
+    sums = MetricSums(CPU, ["margin"], {})
     add(sums, math.nan, [math.nan], grad_norm=math.nan)
     clock.now += 1.0
     metrics, _ = sums.take()
@@ -77,7 +77,7 @@ def test_without_a_finite_gradient_there_is_no_mean(clock):
 
 
 def test_seconds_of_other_work_do_not_count(clock):
-    sums = MetricSums(alone(), [])
+    sums = MetricSums(CPU, [], {})
     add(sums, 1.0, tokens=12)
     clock.now += 1.0
     with sums.paused():
@@ -90,13 +90,23 @@ def test_seconds_of_other_work_do_not_count(clock):
     assert sums.take()[0]["tokens_per_second"] == 3.0
 
 
-def test_losses_are_added_up_over_processes_and_normalizers_are_so_already(clock):
-    """The other process has twice this one's sums."""
-    two = SimpleNamespace(
-        device=torch.device("cpu"), num_processes=2, reduce=lambda tensor, reduction: {"sum": 3 * tensor}[reduction]
-    )
-    sums = MetricSums(two, ["margin"])
-    add(sums, 1.0, [2.0], normalizer=6.0, tokens=100)
-    clock.now += 1.0
-    metrics, _ = sums.take()
-    assert metrics == {"loss": 0.5, "margin": 1.0, "grad_norm": 1.0, "tokens_per_second": 100.0}
+def test_sums_that_were_saved_go_on_in_the_next_line_and_speed_begins_anew(clock):
+    whole, before = MetricSums(CPU, ["margin"], {}), MetricSums(CPU, ["margin"], {})
+    steps = [(0.1, [1 / 3], 0.7, 5, 0.3), (1e9, [1e-9], 1.0, 7, 1 / 7), (math.nan, [0.0], 9.0, 7, math.nan)]
+    for step in steps:
+        add(whole, *step)
+        add(before, *step)
+    after = MetricSums(CPU, ["margin"], json.loads(json.dumps(before.to_json())))
+    for sums in (whole, after):
+        add(sums, 0.2, [0.3], 0.4, 11, 0.5)
+    clock.now += 2.0
+    expected, found = whole.take()[0], after.take()[0]
+    assert (expected.pop("tokens_per_second"), found.pop("tokens_per_second")) == (15.0, 5.5)
+    assert found == expected
+    assert set(after.to_json().values()) == {0.0}
+
+
+def test_sums_of_other_metrics_are_refused():
+    saved = MetricSums(CPU, ["margin"], {}).to_json()
+    with pytest.raises(CheckpointError, match=r"`state.sums` must hold .*, accuracy,|accuracy.*but holds .*margin"):
+        MetricSums(CPU, ["accuracy"], saved)

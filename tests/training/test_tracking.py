@@ -6,16 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from gpt2ft.checkpoint import TrainState
 from gpt2ft.training.tracking import Tracker
 
 
 @pytest.fixture
 def open_tracker(tmp_path):
-    """open_tracker(start): of a run of 200 steps; closed in the end."""
+    """open_tracker(start, evaluated): of a run of 200 steps; closed in the end."""
     trackers = []
 
-    def open_(start=0, active=True):
-        trackers.append(Tracker(tmp_path, start, 200, {"training": {"seed": 0}}, active))
+    def open_(start=0, evaluated=None, active=True):
+        state = TrainState(step=start, evaluated_step=evaluated)
+        trackers.append(Tracker(tmp_path, state, 200, {"training": {"seed": 0}}, active))
         return trackers[-1]
 
     yield open_
@@ -53,6 +55,23 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint(open_tracker, tmp_pa
     assert steps(tmp_path) == [0, 10, 20]
     tracker.log(30, {"train/loss": 2.0})
     assert lines(tmp_path)[-1] == {"step": 30, "train/loss": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "kept"), [(None, [0]), (10, [0, 10]), (20, [0, 10, 20])], ids=["at the start", "before", "since"]
+)
+def test_an_evaluation_that_is_made_up_for_stands_there_once(evaluated, kept, open_tracker, tmp_path):
+    """Saved by a signal before the evaluation of its step, then killed after it."""
+    tracker = open_tracker()
+    for step in (0, 10, 20, 30):
+        if step:
+            tracker.log(step, {"train/loss": 1.0})
+        tracker.log(step, {"eval/loss": 1.0, "eval/stopped": 1.0})
+    tracker.close()
+    open_tracker(start=20, evaluated=evaluated)
+    found = lines(tmp_path)
+    assert [line["step"] for line in found if "train/loss" in line] == [10, 20]
+    assert [line["step"] for line in found if "eval/loss" in line] == kept
 
 
 def test_a_new_start_drops_everything(open_tracker, tmp_path):
