@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gpt2ft.checkpoint import MOMENTS
 from gpt2ft.distributed import launch_checks
-from gpt2ft.distributed.accelerator import autocast, is_deepspeed, precision_of
+from gpt2ft.distributed.accelerator import autocast, global_sum, is_deepspeed, precision_of
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.model.lora import cast_frozen_matrices, load_trainable_parameters, trainable_parameters
@@ -195,11 +195,40 @@ class ZeRO2:
         self.gpt2 = model.gpt2
         accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = max_grad_norm
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self._adam = self.optimizer.optimizer.optimizer  # of Accelerate's wrapper of DeepSpeed's wrapper
+        self._zero = self.optimizer.optimizer  # DeepSpeed's wrapper, in Accelerate's
+        self._adam = self._zero.optimizer
+        self._check_gradients(accelerator)
+
+    def _check_gradients(self, accelerator: Any) -> None:
+        """Have DeepSpeed drop a step if a gradient is not finite on any process.
+
+        Its own check depends on version, stage, types and offloading. So each gradient is looked at as the backward
+        pass gives it, and our answer is given where DeepSpeed takes its decision in every one of them.
+        """
+        self._largest = torch.zeros((), device=accelerator.device)  # in size, of the step's gradients; NaN if one is
+        self._is_finite: bool | None = None  # unless DeepSpeed has asked
+        decide = self._zero._update_scale
+
+        def look(gradient: Tensor) -> None:
+            largest = torch.linalg.vector_norm(gradient, math.inf, dtype=torch.float32)
+            self._largest = torch.maximum(self._largest, largest)
+
+        def decide_with_ours(overflow: bool) -> None:
+            self._is_finite = not any(global_sum(accelerator, float(not math.isfinite(self._largest))))
+            self._zero.overflow = overflow or not self._is_finite
+            decide(self._zero.overflow)
+
+        for parameter in trainable_parameters(self.gpt2).values():
+            parameter.register_hook(look)
+        self._zero._update_scale = decide_with_ours
 
     def update(self) -> float:
-        """Return the norm of the update that the last backward pass has made already."""
-        return float(self.model.get_global_grad_norm())
+        """Return the norm of the update that the last backward pass has made already; NaN if it has made none."""
+        is_finite, self._is_finite = self._is_finite, None
+        self._largest.zero_()
+        if is_finite is None:
+            raise PreflightError("this version of DeepSpeed updates weights unasked: install one that is supported")
+        return float(self.model.get_global_grad_norm()) if is_finite else math.nan
 
     def full_model(self) -> GPT2 | None:
         from deepspeed.utils import safe_get_full_fp32_param
@@ -224,9 +253,8 @@ class ZeRO2:
 
         It does so as soon as the first group of parameters is updated, when the second has no moments yet (0.19.8).
         """
-        engine = self.optimizer.optimizer
-        engine._hp_optimizer_states_linked = False
-        engine._lazy_init_hp_params_optimizer_state()
+        self._zero._hp_optimizer_states_linked = False
+        self._zero._lazy_init_hp_params_optimizer_state()
 
     def _set_moment(self, parameter: nn.Parameter, moment: str, value: Tensor | None) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state

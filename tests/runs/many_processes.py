@@ -77,8 +77,20 @@ def shard_everything(make):
     return plugin
 
 
+def leave_gradients_to_us():
+    """Switch off DeepSpeed's own checks of gradients, which some versions leave out: ours must do without."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    for module, kind in ((stage3, "DeepSpeedZeroOptimizer_Stage3"), (stage_1_and_2, "DeepSpeedZeroOptimizer")):
+        module.is_invalid_grad_norm = lambda norm: False
+        getattr(module, kind).has_overflow = lambda optimizer, partition_gradients=True: False
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
+    if "ACCELERATE_USE_DEEPSPEED" in os.environ:
+        leave_gradients_to_us()
     accelerator.available_cores = lambda: 1  # threads only get in each other's way at this size
     accelerator._deepspeed_plugin = shard_everything(accelerator._deepspeed_plugin)
     destroy, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, lambda *group: None
