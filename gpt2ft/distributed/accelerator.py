@@ -57,7 +57,8 @@ def _accelerator(strategy: StrategyName, precision: Literal["no", "bf16"], accum
     on_cpu = not launch_checks.on_cuda()
     if on_cpu and torch.cuda.is_available() and strategy != "ddp":
         raise LaunchError("FSDP and DeepSpeed train on the GPUs where there are some: leave ACCELERATE_USE_CPU out")
-    handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]  # a forward pass alone must not wait
+    # Without buffers a forward pass alone need not wait; and gradients, once added up, lie in DDP's buckets alone.
+    handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
     plugins = {}
     if strategy == "fsdp2":
         if on_cpu:

@@ -96,7 +96,7 @@ def memory_estimate(gpt2: GPT2, capacity: int, hardware: Hardware) -> float:
     other, where they are computed again); two copies of one chunk of logits. Shards divide weights (FSDP2, ZeRO-3),
     gradients and moments among the processes. Autograd keeps what matrices were multiplied with until the backward
     pass: copies in bf16, and under ZeRO-3 in float32 the weights that were gathered. ZeRO has a second copy of what is
-    trained.
+    trained, and DDP on several processes one of the gradients: the buckets in which it exchanges them.
     """
     config = gpt2.config
     trained, parameters = parameter_counts(gpt2)
@@ -104,8 +104,9 @@ def memory_estimate(gpt2: GPT2, capacity: int, hardware: Hardware) -> float:
     of_weights = hardware.processes if hardware.strategy in ("fsdp2", "zero3") else 1
     of_moments = 1 if hardware.strategy == "ddp" else hardware.processes
     is_zero = hardware.strategy in ("zero2", "zero3")
+    has_buckets = hardware.strategy == "ddp" and hardware.processes > 1
     frozen = (parameters - trained) * (4 if is_zero else width)
-    state = (trained * 4 + frozen) / of_weights + trained * (16 if is_zero else 12) / of_moments
+    state = (trained * 4 + frozen) / of_weights + trained * (16 if is_zero or has_buckets else 12) / of_moments
     if hardware.bf16:
         state += trained * 2
     elif hardware.strategy == "zero3" and not hardware.activation_checkpointing:

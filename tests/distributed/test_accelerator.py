@@ -51,6 +51,10 @@ def test_accumulation_follows_from_the_micro_batches(start):
     assert start(6).gradient_accumulation_steps == 6
 
 
+def test_ddp_keeps_gradients_in_its_buckets_alone(start):
+    assert start(1).ddp_handler.gradient_as_bucket_view
+
+
 @pytest.mark.parametrize(
     ("micro_batches", "processes", "instead"), [(6, 4, "4 or 8"), (3, 8, "8"), (1, 2, "2"), (7, 3, "6 or 9")]
 )
