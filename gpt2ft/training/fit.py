@@ -78,7 +78,7 @@ def fit(inputs: LoopInputs, state: TrainState) -> TrainState:
         set_learning_rate(strategy.optimizer, rate)
         # A step is sum / normalizer over all its streams on all processes, so every loss is scaled by the same number.
         counts = device_sum(accelerator, on_device(accelerator, *counts))
-        scale = loss_scale(accelerator, normalizer=counts[0])
+        scale = loss_scale(accelerator, counts[0])
         step_sums = torch.zeros(1 + len(objective.metric_names), dtype=torch.float64, device=device)
         for number, stream in streams:
             with accelerator.accumulate(model):  # DDP exchanges gradients at the last one alone
