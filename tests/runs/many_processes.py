@@ -35,7 +35,7 @@ class SometimesNaN(SFT):
 
     def loss(self, log_probs, stream):
         loss = super().loss(log_probs, stream)
-        return loss * math.nan if int(stream.tokens.sum()) % 48 == 2 else loss
+        return loss * math.nan if int(stream.tokens.sum()) % 16 == 12 else loss
 
 
 def task_of(kind, settings):
