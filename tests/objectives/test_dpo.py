@@ -38,7 +38,7 @@ def make_stream(groups, num_pairs=6, num_replies=8, num_targets=64):
     is_real[:scored] = 1
     nothing = torch.zeros(num_targets, dtype=torch.long)
     pairs = Pairs(index, weights, reference, lengths, num_pairs=pair)
-    return TokenStream(nothing, nothing, nothing, nothing, nothing, is_real, numbers, num_targets, scored, pairs)
+    return TokenStream(nothing, nothing, nothing, nothing, nothing, is_real, numbers, num_targets, scored, pairs=pairs)
 
 
 def random_group(random):

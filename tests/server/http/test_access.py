@@ -166,7 +166,7 @@ class TestControlTokens:
         assert len(prompts) == 5
 
     def test_ids_instead_of_text_are_refused(self, server, tokenizer):
-        for prompt in ([tokenizer.end_id], [[tokenizer.end_id]], ["a", "b"], ["a"]):
+        for prompt in ([tokenizer.end_id], [[tokenizer.end_id]], ["a", [tokenizer.end_id]]):
             status, _, answer = server.ask("/v1/completions", {"prompt": prompt, "max_tokens": 1})
             assert (status, answer["error"]["param"]) == (400, "prompt")
 
@@ -175,8 +175,8 @@ class TestControlTokens:
             name = tokenizer.decode([id])
             for role in (name, name.strip("<|>") + name, f"user{name}"):
                 assert server.ask(content={"messages": [{"role": role, "content": "x"}]})[0] == 400
-            assert server.ask(content={"messages": [HI["messages"][0] | {"name": name}]})[0] == 400
-            assert server.ask(content=HI | {"stop": name, "user": name})[0] == 200
+            named = {"messages": [HI["messages"][0] | {"name": name}]}  # no template renders it
+            assert server.ask(content=HI | named | {"stop": name, "user": name})[0] == 200
             assert server.ask(content=HI | {"model": name})[0] == 404
 
     def test_none_is_ever_said(self, server, tokenizer):
