@@ -21,7 +21,7 @@ import torch
 from gpt2ft.chat.session import Session
 from gpt2ft.conversation import CHAT_ROLES, ROLES, Message, MessageTree, Role
 from gpt2ft.data.packing import build_stream
-from gpt2ft.data.token_tree import TokenTree, weigh
+from gpt2ft.data.token_tree import TokenTree, is_supervised
 from gpt2ft.errors import SettingsError
 from gpt2ft.inference.model import InferenceModel
 from gpt2ft.model.attention import FLEX_BLOCK, default_backend
@@ -101,16 +101,16 @@ def _turns(messages: Messages) -> list[tuple[Role, str]]:
 def _token_tree(model: InferenceModel, tree: MessageTree) -> TokenTree:
     turns = [render_turn(model.tokenizer, message.role, message.text) for message in tree.messages]
     number = len(turns)
-    whole = TokenTree(
+    roles = np.array([ROLES.index(message.role) for message in tree.messages], np.int8)
+    return TokenTree(
         tokens=np.concatenate([np.array(turn) for turn in turns]),
         lengths=np.array([len(turn) for turn in turns], np.int32),
         parents=np.array([-1 if message.parent is None else message.parent for message in tree.messages], np.int32),
-        roles=np.array([ROLES.index(message.role) for message in tree.messages], np.int8),
-        weights=np.zeros(number, np.float32),
+        roles=roles,
+        weights=is_supervised(roles).astype(np.float32),
         groups=np.zeros(number, np.int32),
         messages=np.arange(number, dtype=np.int32),
     )
-    return weigh(whole, "once")
 
 
 def _stream(tree: TokenTree) -> TokenStream:

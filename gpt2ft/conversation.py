@@ -29,12 +29,20 @@ def tidy(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `rank` orders the sibling replies of one parent: 0 is the best, None is unranked."""
+    """One turn. `rank` orders the sibling replies of one parent: 0 is the best, None is unranked.
+
+    A reply that is `masked` stands in the context and is not supervised, as its author marked it so.
+    """
 
     role: Role
     text: str
     parent: int | None = None
     rank: int | None = None
+    masked: bool = False
+
+    @property
+    def is_supervised(self) -> bool:
+        return self.role in SUPERVISED_ROLES and not self.masked
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +78,7 @@ class MessageTree:
 
     def leading_to_reply(self) -> list[int]:
         """Return the messages that training can use: the supervised ones and their ancestors."""
-        useful = [message.role in SUPERVISED_ROLES for message in self.messages]
+        useful = [message.is_supervised for message in self.messages]
         for index in range(len(useful) - 1, 0, -1):
             if useful[index]:
                 useful[self.messages[index].parent] = True  # type: ignore[index]

@@ -92,19 +92,20 @@ def lively(tiny_gpt2):
 
 @pytest.fixture(scope="session")
 def make_tree():
-    """make_tree(("user", 3, -1), ("assistant", 4, 0)): nodes of (role, tokens, parent), unsupervised."""
+    """make_tree(("user", 3, -1), ("assistant", 4, 0)): nodes of (role, tokens, parent)."""
     from gpt2ft.conversation import ROLES
-    from gpt2ft.data.token_tree import TokenTree
+    from gpt2ft.data.token_tree import TokenTree, is_supervised
 
     def make(*nodes, group=0):
         roles, lengths, parents = zip(*nodes, strict=True)
         tokens = [message * LENGTH_OF_A_MESSAGE + i for message, length in enumerate(lengths) for i in range(length)]
+        roles = np.array([ROLES.index(role) for role in roles], np.int8)
         return TokenTree(
             tokens=np.array(tokens),
             lengths=np.array(lengths, np.int32),
             parents=np.array(parents, np.int32),
-            roles=np.array([ROLES.index(role) for role in roles], np.int8),
-            weights=np.zeros(len(nodes), np.float32),
+            roles=roles,
+            weights=is_supervised(roles).astype(np.float32),
             groups=np.full(len(nodes), group, np.int32),
             messages=np.arange(len(nodes), dtype=np.int32),
         )

@@ -22,7 +22,7 @@ def forests(random_tree):
         trees = [random_tree(random) for _ in range(8)]
         while sum(len(tree.tokens) for tree in trees) > 1000:
             trees.pop()
-        return trees, build_stream(trees, 1024, 1)
+        return trees, build_stream(trees, 1024, 1024)
 
     pairs = [make(seed) for seed in range(12)]
     assert all(trees and stream.num_tokens < 1024 for trees, stream in pairs)

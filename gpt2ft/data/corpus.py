@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from gpt2ft.conversation import SUPERVISED_ROLES
 from gpt2ft.data.chunks import Rows
 from gpt2ft.data.kinds import CONVERSATIONS, DataKind
 from gpt2ft.data.mixing import Keys, first_of_each, is_held_out, sampled
@@ -94,7 +93,7 @@ def read_topic(source: str) -> Topic:
             raise DataError(f"`data.topic_replies` = {source} cannot be read: {error}") from error
     else:
         messages = (message for tree in read_trees(source, FilterSettings()) for message in tree.messages)
-        texts = [message.text for message in messages if message.role in SUPERVISED_ROLES]
+        texts = [message.text for message in messages if message.is_supervised]
     replies = tuple(dict.fromkeys(text.strip() for text in texts if text.strip()))
     if not replies:
         raise DataError(f"`data.topic_replies` = {source} must hold replies, but holds none")

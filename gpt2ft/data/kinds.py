@@ -36,7 +36,10 @@ def _conversation_rows(tree: MessageTree, topic: Topic | None, context: ReadCont
     """Return one row: what leads to a reply, with the replies of the topic if there is one."""
     tree = topic.applied_to(tree, context.dropped) if topic else tree
     useful = tree.leading_to_reply()
-    context.dropped["no reply"] += len(tree.messages) - len(useful)
+    left_out = set(range(len(tree.messages))).difference(useful)
+    masked = sum(tree.messages[index].masked for index in left_out)
+    context.dropped["marked as not to be learnt"] += masked
+    context.dropped["no reply"] += len(left_out) - masked
     return tree, [useful] if useful else []
 
 

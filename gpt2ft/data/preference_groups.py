@@ -8,8 +8,8 @@ from gpt2ft.conversation import MessageTree
 def preference_groups(tree: MessageTree, dropped: Counter[str]) -> list[list[int]]:
     """Return the messages of each group as ascending indices: the path to the prompt, then at least two replies.
 
-    Only replies of different rank can be compared. Of replies with the same text the better one stays. Every message
-    that is in no group is counted in `dropped`, under one reason.
+    Only replies of different rank can be compared, and none that is masked. Of replies with the same text the better
+    one stays. Every message that is in no group is counted in `dropped`, under one reason.
     """
     replies: dict[int, list[int]] = {}
     for index, message in enumerate(tree.messages):
@@ -33,7 +33,8 @@ def _comparable(tree: MessageTree, siblings: list[int], reasons: dict[int, str])
     ranks: dict[int, int] = {}
     ranked = [(tree.messages[index].rank, index) for index in siblings]
     reasons.update({index: "reply without a rank" for rank, index in ranked if rank is None})
-    for rank, index in sorted((rank, index) for rank, index in ranked if rank is not None):
+    reasons.update({index: "marked as not to be learnt" for index in siblings if tree.messages[index].masked})
+    for rank, index in sorted((rank, index) for rank, index in ranked if index not in reasons):
         if best.setdefault(tree.messages[index].text, index) != index:
             reasons[index] = "same text as a better reply"
         else:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from gpt2ft.data.kinds import CONVERSATIONS, DataKind
 from gpt2ft.data.reading import DataError
 from gpt2ft.data.sources import open_source
-from gpt2ft.data.token_tree import TokenTree, is_supervised
+from gpt2ft.data.token_tree import TokenTree
 from gpt2ft.data.tokenise import STATISTICS, SourceStatistics, Tokenisation, build, is_complete
 from gpt2ft.data.topic import Topic
 from gpt2ft.settings.sections import FilterSettings
@@ -34,7 +34,8 @@ class TokenStore:
     """The token trees of one source, read from the disk as they are asked for.
 
     Columns, a row a tree: `id`, `key`, `conversation`, `tokens`, and for each node `lengths`, `parents`, `roles`,
-    `ranks` (-1: unranked), `messages` (the node's place in the whole conversation) and `digests` (of its text).
+    `supervised` (1 or 0), `ranks` (-1: unranked), `messages` (the node's place in the whole conversation) and `digests`
+    (of its text).
     """
 
     def __init__(self, folder: Path, source: str) -> None:
@@ -57,7 +58,10 @@ class TokenStore:
         return self._firsts[-1]
 
     def tree(self, row: int, group: int) -> TokenTree:
-        """Return the unsupervised tree of a row, straight from the mapped file; its nodes belong to `group`."""
+        """Return the tree of a row, straight from the mapped file; its nodes belong to `group`.
+
+        Supervised nodes have the weight 1.
+        """
         number, row_in_batch = self._place(row)
         token_offsets, tokens = self._lists(number, "tokens")
         node_offsets, lengths = self._lists(number, "lengths")
@@ -68,7 +72,7 @@ class TokenStore:
             lengths=lengths[nodes],
             parents=self._lists(number, "parents")[1][nodes],
             roles=self._lists(number, "roles")[1][nodes],
-            weights=np.zeros(size, np.float32),
+            weights=self._lists(number, "supervised")[1][nodes].astype(np.float32),
             groups=np.full(size, group, np.int32),
             messages=self._lists(number, "messages")[1][nodes],
         )
@@ -78,7 +82,7 @@ class TokenStore:
         return self._batches[number].column("id")[row_in_batch].as_py()
 
     def keys(self) -> Digests:
-        """[rows] digest of what makes each row itself: of a conversation, its id and first message."""
+        """[rows] digest of what makes each row itself: of a conversation, its id, first message and masked turns."""
         return self._column("key")
 
     def conversations(self) -> Digests:
@@ -121,10 +125,10 @@ class TokenStore:
 def _sizes(batch: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return tokens and supervised targets of each row of a record batch."""
     offsets = batch.column("lengths").offsets.to_numpy()
-    lengths, roles = (batch.column(name).values.to_numpy() for name in ("lengths", "roles"))
-    sums = [np.cumsum(values, dtype=np.int64) for values in (lengths, (lengths - 1) * is_supervised(roles))]
-    tokens, supervised = (np.diff(np.concatenate([[0], sum])[offsets]) for sum in sums)
-    return tokens, supervised
+    lengths, supervised = (batch.column(name).values.to_numpy() for name in ("lengths", "supervised"))
+    sums = [np.cumsum(values, dtype=np.int64) for values in (lengths, (lengths - 1) * supervised)]
+    tokens, targets = (np.diff(np.concatenate([[0], sum])[offsets]) for sum in sums)
+    return tokens, targets
 
 
 def open_store(

@@ -1,6 +1,6 @@
 """TokenTree: a conversation tree in tokens, and the changes made to it before it is packed.
 
-    weigh          which nodes are supervised, and how much each counts
+    weigh          how much each supervised node counts
     fit_context    covers what lies too deep by windows, cuts what is plain text
     split          cuts a tree that is larger than a stream at its branches
 
@@ -109,17 +109,17 @@ def counts(tree: TokenTree) -> Counts:
 
 
 def is_supervised(roles: NDArray[np.int8]) -> NDArray[np.bool_]:
-    """Return [K] true for the nodes that training supervises: assistant turns and plain texts."""
+    """Return [K] true for the nodes that training supervises unless they are masked: replies and plain texts."""
     return (roles == ASSISTANT) | (roles == TEXT)
 
 
 def weigh(tree: TokenTree, rule: MessageWeight) -> TokenTree:
-    """Supervise every assistant turn and plain text of a tree in which all else leads to one.
+    """Weigh the supervised nodes of a tree, those of any weight, in which all else leads to one.
 
     `once` counts each message once. `leaves` counts it as often as there are paths through it, which gives
     the gradient of training on every root-to-leaf path separately.
     """
-    weights = is_supervised(tree.roles).astype(np.float32)
+    weights = (tree.weights > 0).astype(np.float32)
     if rule == "leaves":
         weights *= leaves_below(tree)
     return replace(tree, weights=weights)

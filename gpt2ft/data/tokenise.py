@@ -171,8 +171,8 @@ def _statistics(source: Source, files: Sequence[Path]) -> SourceStatistics:
 
 
 _BY_NODE = {
-    "lengths": np.int32, "parents": np.int32, "roles": np.int8, "ranks": np.int16, "messages": np.int32,
-    "digests": np.uint64,
+    "lengths": np.int32, "parents": np.int32, "roles": np.int8, "supervised": np.int8, "ranks": np.int16,
+    "messages": np.int32, "digests": np.uint64,
 }  # fmt: skip
 _ROLE_NUMBERS = {role: number for number, role in enumerate(ROLES)}
 
@@ -194,8 +194,9 @@ class _Columns:
     def add(self, tree: MessageTree, indices: Sequence[int]) -> None:
         """Take some messages of a tree as a row, each with the one above it."""
         place = {index: node for node, index in enumerate(indices)}
-        lengths, parents, roles, ranks, messages, digests = self.by_node.values()
+        lengths, parents, roles, supervised, ranks, messages, digests = self.by_node.values()
         first = len(digests)
+        masked = []
         for index in indices:
             message = tree.messages[index]
             ids = render_turn(self.tokenizer, message.role, message.text)
@@ -203,6 +204,9 @@ class _Columns:
             lengths.append(len(ids))
             parents.append(-1 if message.parent is None else place[message.parent])
             roles.append(_ROLE_NUMBERS[message.role])
+            supervised.append(message.is_supervised)
+            if message.masked:
+                masked.append(index)
             ranks.append(-1 if message.rank is None else message.rank)
             digests.append(_digest(message.text))
         messages += indices
@@ -210,6 +214,8 @@ class _Columns:
         key = conversation = _digest(tree.id, tree.messages[0].text)
         if self.rows_share_conversations:
             key = _digest(str(conversation), *map(str, digests[first:]))
+        elif masked:  # the same turns may stand in several records, each of which has others to learn
+            key = _digest(str(conversation), *map(str, masked))
         self.conversations.append(conversation)
         self.keys.append(key)
         self.tokens_until.append(len(self.tokens))
@@ -234,7 +240,7 @@ class _Columns:
 
     def content(self) -> str:
         """Return a digest of the tokens and of how they hang together."""
-        values = (self.tokens, *(self.by_node[name] for name in ("lengths", "parents", "roles", "ranks")))
+        values = (self.tokens, *(self.by_node[name] for name in ("lengths", "parents", "roles", "supervised", "ranks")))
         return hashlib.sha256(b"".join(np.array(column, np.int64).tobytes() for column in values)).hexdigest()
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from gpt2ft.data.packing import build_pairs, build_stream, number_replies, pack
-from gpt2ft.data.token_tree import ASSISTANT, TokenTree, counts, split, weigh
+from gpt2ft.data.token_tree import ASSISTANT, TokenTree, counts, is_supervised, split
 from gpt2ft.distributed import watchdog
 from gpt2ft.distributed.accelerator import global_sum, loss_scale, on_device, precision_of, start_accelerator
 from gpt2ft.model.attention import default_backend
@@ -134,7 +134,7 @@ class Streams:
         needed = settings.micro_batches * self.capacity * 3
         trees: list[TokenTree] = []
         while sum(len(tree.tokens) for tree in trees) < needed:
-            whole = weigh(made_up_tree(random), "once")
+            whole = made_up_tree(random)
             trees += [made_up_group(random)] if self.compares else split(whole, self.capacity)
         sizes = np.array([len(tree.tokens) for tree in trees])
         bins = sorted(pack(sizes, self.capacity, random), key=lambda bin: -sizes[bin].sum())[:-1]
@@ -174,7 +174,7 @@ def made_up_group(random: np.random.Generator) -> TokenTree:
     lengths = [int(random.integers(10, 60)), *random.integers(40, 320, replies).tolist()]
     tree = _of_random_tokens(random, lengths, [-1] + [0] * replies, [1] + [ASSISTANT] * replies)
     pairs = np.array(list(combinations(range(1, replies + 1), 2)), np.int32)
-    return replace(weigh(tree, "once"), pairs=pairs, pair_weights=np.ones(len(pairs), np.float32))
+    return replace(tree, pairs=pairs, pair_weights=np.ones(len(pairs), np.float32))
 
 
 def _of_random_tokens(
@@ -186,7 +186,7 @@ def _of_random_tokens(
         lengths=np.array(lengths, np.int32),
         parents=np.array(parents, np.int32),
         roles=np.array(roles, np.int8),
-        weights=np.zeros(size, np.float32),
+        weights=is_supervised(np.array(roles)).astype(np.float32),
         groups=np.zeros(size, np.int32),
         messages=np.arange(size, dtype=np.int32),
     )

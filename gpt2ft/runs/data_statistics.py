@@ -7,13 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2ft.conversation import ROLES, SUPERVISED_ROLES
 from gpt2ft.data.corpus import Corpus
 from gpt2ft.data.plan import Plan
 from gpt2ft.text.display import escape_control_characters
 from gpt2ft.text.tokenizer import ChatTokenizer
 
-SUPERVISED = [ROLES.index(role) for role in SUPERVISED_ROLES]
 MOST_EXAMPLES = 5  # of duplicates, and of messages that leak
 
 
@@ -24,7 +22,7 @@ def data_statistics(corpus: Corpus, held_out: Corpus | None, plan: Plan, tokeniz
     for name, values in {
         "tokens per conversation": nodes.sums(nodes.lengths),
         "tokens per message": nodes.lengths,
-        "tokens per supervised message": nodes.lengths[np.isin(nodes.roles, SUPERVISED)],
+        "tokens per supervised message": nodes.lengths[nodes.supervised],
         "turns on the longest path": nodes.maxima(nodes.depths() + 1),
         "paths per conversation": nodes.sums(nodes.num_replies() == 0),
         "replies to a message": nodes.num_replies()[nodes.num_replies() > 0],
@@ -46,7 +44,7 @@ class _Nodes:
 
     corpus: Corpus
     lengths: NDArray[np.int64]  # [n] tokens
-    roles: NDArray[np.int8]  # [n]
+    supervised: NDArray[np.bool_]  # [n]
     parents: NDArray[np.int64]  # [n] index among all messages, -1 for a root
     digests: NDArray[np.uint64]  # [n] of the text
     firsts: NDArray[np.int64]  # [c] index of each root
@@ -98,7 +96,7 @@ class _Nodes:
 
 
 def _nodes_of(corpus: Corpus) -> _Nodes:
-    columns: dict[str, Any] = {name: [] for name in ("lengths", "roles", "parents", "digests", "firsts", "rows")}
+    columns: dict[str, Any] = {name: [] for name in ("lengths", "supervised", "parents", "digests", "firsts", "rows")}
     total = 0
     for number, store in enumerate(corpus.stores):
         rows = np.unique(corpus.rows[corpus.rows[:, 0] == number, 1])
@@ -106,7 +104,7 @@ def _nodes_of(corpus: Corpus) -> _Nodes:
         counts = np.diff(starts)[rows]
         firsts = np.cumsum(counts) - counts
         index = np.repeat(starts[rows] - firsts, counts) + np.arange(counts.sum())
-        for name in ("lengths", "roles", "digests"):
+        for name in ("lengths", "supervised", "digests"):
             columns[name].append(store.nodes(name)[0][index])
         parents = store.nodes("parents")[0][index].astype(np.int64)
         columns["parents"].append(np.where(parents < 0, -1, parents + np.repeat(firsts, counts) + total))
@@ -114,6 +112,7 @@ def _nodes_of(corpus: Corpus) -> _Nodes:
         columns["rows"].append(np.stack([np.full(len(rows), number), rows], axis=1))
         total += int(counts.sum())
     columns = {name: np.concatenate(parts) for name, parts in columns.items()}
+    columns["supervised"] = columns["supervised"].astype(bool)
     return _Nodes(replace(corpus, rows=columns.pop("rows")), **columns)
 
 
@@ -123,7 +122,7 @@ def _duplicates(nodes: _Nodes, tokenizer: ChatTokenizer) -> Iterator[str]:
     own_parent = np.where(nodes.parents < 0, -1, nodes.parents - np.repeat(nodes.firsts, nodes.counts()))
     mixed = nodes.digests * (2 * own_place + 1).astype(np.uint64) + (own_parent + 2).astype(np.uint64)
     conversations = np.add.reduceat(mixed, nodes.firsts)
-    supervised = np.flatnonzero(np.isin(nodes.roles, SUPERVISED))
+    supervised = np.flatnonzero(nodes.supervised)
     _, firsts, times = np.unique(nodes.digests[supervised], return_index=True, return_counts=True)
     yield (
         f"duplicates                {len(conversations) - len(np.unique(conversations)):,} conversations and "
@@ -136,7 +135,7 @@ def _duplicates(nodes: _Nodes, tokenizer: ChatTokenizer) -> Iterator[str]:
 
 def _overlap(train: _Nodes, held_out: _Nodes, tokenizer: ChatTokenizer) -> Iterator[str]:
     """Messages that are held out, and yet occur in training in other conversations."""
-    groups = {"first turns": _is_first, "supervised messages": lambda nodes: np.isin(nodes.roles, SUPERVISED)}
+    groups = {"first turns": _is_first, "supervised messages": lambda nodes: nodes.supervised}
     for name, choose in groups.items():
         there, here = np.flatnonzero(choose(train)), np.flatnonzero(choose(held_out))
         leaking = here[np.isin(held_out.digests[here], train.digests[there])]
@@ -152,7 +151,7 @@ def _overlap(train: _Nodes, held_out: _Nodes, tokenizer: ChatTokenizer) -> Itera
 def _is_first(nodes: _Nodes) -> NDArray[np.bool_]:
     first = np.zeros(len(nodes.parents), bool)
     first[nodes.firsts] = True
-    return first & ~np.isin(nodes.roles, SUPERVISED)
+    return first & ~nodes.supervised
 
 
 def _quoted(text: str) -> str:

@@ -74,7 +74,7 @@ def test_holds_what_was_read(tokenizer, store):
         stored = store.tree(row, group=3)
         assert store.id(row) == tree.id
         assert set(stored.groups.tolist()) == {3}
-        assert not stored.weights.any()
+        assert stored.weights.tolist() == is_supervised(stored.roles).tolist()
         assert len(stored.tokens) == sizes[0][row]
         assert ((stored.lengths - 1) * is_supervised(stored.roles)).sum() == sizes[1][row]
         assert firsts[row + 1] - firsts[row] == len(stored.lengths)

@@ -7,7 +7,7 @@ import pytest
 
 from gpt2ft.conversation import ROLES
 from gpt2ft.data.packing import build_stream
-from gpt2ft.data.token_tree import TokenTree, weigh
+from gpt2ft.data.token_tree import TokenTree, is_supervised
 from gpt2ft.text.template import render_turn
 from gpt2ft.text.tokenizer_export import save_tokenizer
 
@@ -52,16 +52,17 @@ def supervised_mask(tokenizer, turns):
     """The ids of a conversation, and 1 for each that training predicts."""
     rendered = [render_turn(tokenizer, role, text) for role, text in turns]
     tokens = np.concatenate(rendered)
+    roles = np.array([ROLES.index(role) for role, _ in turns], np.int8)
     tree = TokenTree(
         tokens=tokens,
         lengths=np.array([len(ids) for ids in rendered], np.int32),
         parents=np.arange(-1, len(turns) - 1, dtype=np.int32),
-        roles=np.array([ROLES.index(role) for role, _ in turns], np.int8),
-        weights=np.zeros(len(turns), np.float32),
+        roles=roles,
+        weights=is_supervised(roles).astype(np.float32),
         groups=np.zeros(len(turns), np.int32),
         messages=np.arange(len(turns), dtype=np.int32),
     )
-    stream = build_stream([weigh(tree, "once")], len(tokens), len(tokens))
+    stream = build_stream([tree], len(tokens), len(tokens))
     mask = np.zeros(len(tokens), int)
     mask[stream.supervised[stream.weights > 0] + 1] = 1
     return tokens.tolist(), mask.tolist()

@@ -50,7 +50,7 @@ class TestGeometry:
         assert tree.depths.tolist() == [0, 3, 7, 9, 9, 7, 10, 3]
         assert tree.ends.tolist() == [27, 25, 16, 14, 16, 25, 25, 27]
         assert tree.path_to(6) == [0, 1, 5, 6]
-        assert tree.num_supervised == 0
+        assert tree.num_supervised == 14
 
     def test_selection_skips_to_the_nearest_ancestor(self, make_tree):
         tree = make_tree(*BRANCHES)
@@ -76,7 +76,7 @@ class TestWeigh:
         assert weigh(tree, "once").weights.tolist() == [0, 1, 0, 1, 1, 0, 1, 1]
         assert weigh(tree, "leaves").weights.tolist() == [0, 3, 0, 1, 1, 0, 1, 1]
         assert weigh(tree, "once").num_supervised == 3 + 4 + 1 + 5 + 1  # all but the role token of each reply
-        assert tree.weights.tolist() == [0] * 8
+        assert tree.weights.tolist() == [0, 1, 0, 1, 1, 0, 1, 1]
         assert leaves_below(tree).tolist() == [4, 3, 2, 1, 1, 1, 1, 1]
 
     @pytest.mark.parametrize("rule", ["once", "leaves"])

@@ -53,7 +53,8 @@ def test_a_tree_holds_what_transformers_computes_path_by_path(random_tree, trans
     random = np.random.default_rng(2)
     trees = [random_tree(random) for _ in range(3)]
     trees = [replace(tree, tokens=random.integers(0, 200, len(tree.tokens))) for tree in trees]
-    stream = build_stream(trees, sum(len(tree.tokens) for tree in trees) + 9, 1)
+    size = sum(len(tree.tokens) for tree in trees)
+    stream = build_stream(trees, size + 9, size)
     attend = attention_for(stream.horizons, stream.num_tokens, "segments")
     found = ours.logits(ours(stream.tokens, stream.positions, attend))
     at, num_paths, num_shared = 0, 0, 0
