@@ -18,8 +18,9 @@ Record = dict[str, Any]  # one line, row or array element of a data file
 
 ROLE_NAMES: dict[str, Role] = {
     "prompter": "user", "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "bot": "assistant",
-    "system": "system",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "chatbot": "assistant",
+    "model": "assistant", "ai": "assistant",
+    "system": "system", "developer": "system",
 }  # fmt: skip
 REASONS = (
     "malformed line", "duplicate message id", "duplicate tree id", "cycle in parent_id",
@@ -32,6 +33,7 @@ REASONS = (
     "below a dropped message",
     "beside the path kept for the topic",
     "does not end in a reply", "prompts that differ",  # of preferences, as all below but the last
+    "marked as not to be learnt",  # and leads to no reply that is, or is to be compared
     "reply without a rank", "same text as a better reply", "tied with all others", "nothing to compare it with",
     "in no pair",
     "no reply",  # in a tree of which no assistant turn is left, or below the last one
@@ -102,10 +104,12 @@ def text_of(record: Record, key: str = "text") -> str:
 
 
 def role_of(record: Record, key: str = "role") -> Role:
-    role = value(record, key, str, "a string")
-    if role not in ROLE_NAMES:
-        raise Malformed(f"`{key}` must be one of {', '.join(ROLE_NAMES)}, but is {show(role)}{of(record)}")
-    return ROLE_NAMES[role]
+    """Return the role under `key`, in any of its spellings, with or without capitals."""
+    name = value(record, key, str, "a string")
+    role = ROLE_NAMES.get(name) or ROLE_NAMES.get(name.strip().lower())
+    if role is None:
+        raise Malformed(f"`{key}` must be one of {', '.join(ROLE_NAMES)}, but is {show(name)}{of(record)}")
+    return role
 
 
 def objects(record: Record, key: str) -> Iterator[Record]:

@@ -5,6 +5,7 @@ So that several processes can share the work, each walks over all blocks, which 
     .jsonl, .jsonl.gz      an object a line
     .json                  one array of objects, or an object a line
     .parquet               an object a row
+    .arrow                 the same, as `datasets` saves it
 """
 
 import gzip
@@ -21,11 +22,12 @@ from typing import IO, Any
 
 from gpt2ft.data.reading import DataError, ReadContext, Record, show
 
-FILE_KINDS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+FILE_KINDS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".arrow")
 BLOCK_BYTES = 4 << 20  # about a million tokens
 LONGEST_RECORD = 16 << 20  # bytes of JSON
 _ROWS_IN_A_BLOCK = 2048  # at most, of a table
 _GULP = 1 << 20
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 Parsed = Iterator[tuple[str, Record]]  # (where it stands, the record)
@@ -54,6 +56,8 @@ def read_file(file: Path, columns: Columns) -> Iterator[RecordBlock]:
     name = file.name.lower()
     if name.endswith(".parquet"):
         return _parquet(file, columns)
+    if name.endswith(".arrow"):
+        return _arrow(file, columns)
     if name.endswith(".json") and _opens_with_bracket(file):
         return _in_blocks(_elements(file), partial(_parse_elements, file))
     return _in_blocks(_lines(file), partial(_parse_lines, file))
@@ -258,6 +262,20 @@ def _rows_at_once(metadata: Any, wanted: list[str]) -> int:
         columns = [group.column(column) for column in range(group.num_columns)]
         size += sum(it.total_uncompressed_size for it in columns if it.path_in_schema.split(".")[0] in wanted)
     return max(1, min(_ROWS_IN_A_BLOCK, BLOCK_BYTES * metadata.num_rows // max(1, size)))
+
+
+def _arrow(file: Path, columns: Columns) -> Iterator[RecordBlock]:
+    """Yield the blocks of a table in Arrow's stream format, which is complete once its end is marked."""
+    import pyarrow
+
+    with _whole(file), pyarrow.memory_map(str(file)) as source:
+        start = source.size() - len(_END_OF_STREAM)
+        if start < 0 or source.read_at(len(_END_OF_STREAM), start) != _END_OF_STREAM:
+            raise pyarrow.ArrowInvalid("the end of Arrow's stream format is missing")
+        with pyarrow.ipc.open_stream(source) as stream:
+            table = stream.read_all()
+        table = table.select(columns(table.column_names))
+        yield from _batches(table.to_batches(_ROWS_IN_A_BLOCK), str(file))
 
 
 def _batches(batches: Iterable[Any], place: str) -> Iterator[RecordBlock]:

@@ -2,7 +2,7 @@
 
     oasst1, hh-rlhf, ...         the Hugging Face hub, at a pinned revision; `oasst1:validation` is another split
     quickstart                   the small set that comes with gpt2ft; `quickstart:held_out` is for evaluation
-    my/trees.jsonl               a file: .jsonl, .jsonl.gz, .json or .parquet
+    my/trees.jsonl               a file: .jsonl, .jsonl.gz, .json, .parquet or .arrow
     my/folder                    all such files in it and below it, in the order of their names
 
 Nothing here knows of tokens.
@@ -24,7 +24,7 @@ from gpt2ft import quickstart
 from gpt2ft.conversation import MessageTree
 from gpt2ft.data.formats import AnyFormat, columns_to_read, detect, oasst
 from gpt2ft.data.kinds import CONVERSATIONS, DataKind
-from gpt2ft.data.reading import DataError, Malformed, ReadContext, Trees, show
+from gpt2ft.data.reading import DataError, Malformed, ReadContext, Record, Trees, show
 from gpt2ft.data.records import FILE_KINDS, Columns, Parsed, RecordBlock, read_file, read_table, stem
 from gpt2ft.files import file_digest, user_path
 from gpt2ft.settings.sections import FilterSettings
@@ -87,6 +87,8 @@ SOURCES = {
         splits=("train_prefs", "test_prefs"),
     ),
 }
+# In folders written by `save_to_disk`, and in clones of data sets on the hub.
+METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 BUNDLED = {
     "quickstart": quickstart.TREES,
     "quickstart:held_out": quickstart.HELD_OUT,
@@ -204,11 +206,26 @@ def _first_trees(trees: Trees, counted: ReadContext, context: ReadContext) -> It
 
 def _of_format(block: RecordBlock, format: AnyFormat, context: ReadContext) -> Parsed:
     for where, record in block.parse(context):
+        if context.filters.ignore_keys:
+            _remove(record, context.filters.ignore_keys)
         if format.matches(record):
             yield where, record
         else:
             keys = ", ".join(map(show, record)) or "no keys"
             context.refuse(where, f"must be {format.name} like the first record, but holds {keys}")
+
+
+def _remove(record: Record, keys: Sequence[str]) -> None:
+    """Take these keys out of a record and of all that it holds."""
+    waiting: list[Any] = [record]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, dict):
+            for key in keys:
+                found.pop(key, None)
+            waiting += found.values()
+        elif isinstance(found, list):
+            waiting += found
 
 
 def open_source(name: str, kind: DataKind = CONVERSATIONS) -> Source:
@@ -255,7 +272,7 @@ def _files(source: str, path: Path) -> tuple[Path, ...]:
         raise DataError(f"data source {source!r} must be a name or a file, but no such file exists; {_nearest(path)}")
     kinds = ", ".join(FILE_KINDS)
     if path.is_dir():
-        files = tuple(sorted(file for file in path.rglob("*") if _is_data(file)))
+        files = _files_in(path)
         if not files:
             raise DataError(f"data source {source!r} must be a folder with files that end in {kinds}, but holds none")
         return files
@@ -266,6 +283,45 @@ def _files(source: str, path: Path) -> tuple[Path, ...]:
 
 def _is_data(file: Path) -> bool:
     return file.is_file() and file.name.lower().endswith(FILE_KINDS) and not file.name.startswith(".")
+
+
+def _files_in(folder: Path) -> tuple[Path, ...]:
+    """Return the data files of a folder: neither hidden ones, nor metadata, nor what `datasets` caches beside a table.
+
+    Raises:
+        DataError: if a file is missing that the folder of a saved data set names.
+    """
+    visible = [
+        file for file in folder.rglob("*") if not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
+    cached: set[Path] = set()
+    for state in (file for file in visible if file.name == "state.json"):
+        saved = {state.parent / name for name in _saved(state)}
+        for file in sorted(saved):
+            if not file.is_file():
+                raise DataError(f"{file}: must be there, as {state.name} names it, but is missing")
+        cached.update(set(state.parent.glob("*.arrow")) - saved if saved else ())
+    return tuple(
+        sorted(file for file in visible if _is_data(file) and file.name not in METADATA and file not in cached)
+    )
+
+
+def _saved(state: Path) -> list[str]:
+    """Return the names of the tables beside a state.json that `save_to_disk` has written, none if it is another's.
+
+    Raises:
+        DataError: if the data set is some rows of its tables only, as old versions of `datasets` saved it.
+    """
+    try:
+        found = json.loads(state.read_text(encoding="utf-8"))
+        names = [entry["filename"] for entry in found["_data_files"]]
+    except (ValueError, KeyError, TypeError):
+        return []
+    if found.get("_indices_data_files"):
+        raise DataError(
+            f"{state}: must name no `_indices_data_files`, but does: load and save it with a newer `datasets`"
+        )
+    return names
 
 
 def _nearest(file: Path) -> str:

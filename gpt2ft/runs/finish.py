@@ -74,6 +74,8 @@ def next_commands(settings: RunSettings, loaded: LoadedModel, output: Output) ->
         words += ["--max_rank", str(data.max_rank)]
     if data.languages:
         words += ["--languages", *data.languages]
+    if data.ignore_keys:
+        words += ["--ignore_keys", *data.ignore_keys]
     if data.max_length < loaded.gpt2.config.n_positions:
         words += ["--max_length", str(data.max_length)]
     if data.on_error == "skip":

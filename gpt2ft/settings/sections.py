@@ -84,17 +84,21 @@ class FilterSettings(Section):
     """The messages that are kept of a data source."""
 
     languages: tuple[str, ...] = ()
-    """Keep messages in these languages only; empty keeps all. Formats that name no languages are kept."""
+    """Keep messages in these languages only, as the data call them; empty keeps all. Records that name none are kept,
+    but not OASST's messages."""
     max_rank: NotNegative | None = None
     """Keep replies ranked this well or better among their siblings (0 is the best); unranked replies stay."""
     reviewed_only: bool = True
     """Drop messages whose review said no."""
+    ignore_keys: tuple[str, ...] = ()
+    """Keys of records and messages that are passed over, whatever they hold: else those that no layout reads, and that
+    do not merely describe, are malformed."""
     on_error: Literal["fail", "skip"] = "fail"
     """fail ends the run at a malformed line; skip leaves it out and counts it."""
 
     @property
     def filters(self) -> "FilterSettings":
-        """These four settings alone."""
+        """These settings alone."""
         return FilterSettings(**{name: getattr(self, name) for name in FilterSettings.model_fields})
 
 
@@ -112,7 +116,8 @@ class DataSettings(CorpusSettings):
 
     train: tuple[str, ...] = ()
     """Data to train on: hub names (oasst1, oasst2, smoltalk, ultrachat, alpaca, dolly), `quickstart`, files (.jsonl,
-    .jsonl.gz, .json, .parquet) or folders of them. `oasst1@0.5` takes half of the trees, `@1.5` every second twice."""
+    .jsonl.gz, .json, .parquet, .arrow) or folders of them. `oasst1@0.5` takes half of the trees, `@1.5` every second
+    twice."""
     eval: tuple[str, ...] = ()
     """Held-out data, named like `train`. Conversations found in both are dropped from `train`."""
     eval_fraction: Fraction = 0.0

@@ -68,12 +68,17 @@ def write():
 
     def write(file, records):
         file.parent.mkdir(parents=True, exist_ok=True)
-        if file.suffix == ".parquet":
+        if file.suffix in (".parquet", ".arrow"):
             import pyarrow.parquet
 
             keys = dict.fromkeys(key for record in records for key in record)  # the first need not have them all
             rows = [{key: record.get(key) for key in keys} for record in records]
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+            table = pyarrow.Table.from_pylist(rows)
+            if file.suffix == ".parquet":
+                pyarrow.parquet.write_table(table, file)
+            else:
+                with pyarrow.ipc.new_stream(str(file), table.schema) as stream:
+                    stream.write_table(table)
         elif file.name == "array.json":
             file.write_text(json.dumps(records, indent=1))
         else:

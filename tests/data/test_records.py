@@ -321,6 +321,10 @@ def test_a_broken_file_is_always_an_error(tmp_path, write, on_error):
         "not.parquet": b"PAR1 no PAR1",
         "cut.parquet": write(tmp_path / "whole.parquet", GOOD).read_bytes()[:-50],
         "empty.parquet": b"",
+        "not.arrow": b"ARROW1 no ARROW1",
+        "cut.arrow": write(tmp_path / "whole.arrow", GOOD).read_bytes()[:-8],
+        "middle.arrow": write(tmp_path / "whole.arrow", GOOD).read_bytes()[:-50],
+        "empty.arrow": b"",
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)

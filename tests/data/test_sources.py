@@ -21,7 +21,7 @@ ROWS = [
     {"message_id": "b", "parent_id": "a", "role": "assistant", "text": "Thé — 茶.", "lang": "en", "rank": 1},
     {"message_id": "c", "parent_id": "a", "role": "assistant", "text": "Two\u2028lines.", "lang": "en", "rank": 0},
 ]
-KINDS = ["t.jsonl", "t.jsonl.gz", "array.json", "lines.json", "t.parquet"]
+KINDS = ["t.jsonl", "t.jsonl.gz", "array.json", "lines.json", "t.parquet", "t.arrow"]
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +133,37 @@ class TestFolder:
         assert tells(error(tmp_path), f'{tmp_path}/b.parquet: row 1: ... plain `text` ... "prompt", "completion"')
         assert drops(tmp_path, on_error="skip") == {"malformed line": 3}
 
+    def test_as_save_to_disk_leaves_it(self, read, error, tmp_path):
+        """With its metadata, and with what a later `map` has cached beside the tables."""
+        import datasets
+
+        rows = datasets.Dataset.from_list([{"prompt": f"Tea {number}?", "completion": "Yes."} for number in range(5)])
+        rows.save_to_disk(tmp_path / "saved", num_shards=2)
+        loaded = datasets.load_from_disk(tmp_path / "saved")
+        loaded.map(lambda row: {"completion": "No."})
+        assert list((tmp_path / "saved").glob("cache-*.arrow"))
+        trees, context = read(tmp_path / "saved")
+        assert [tree.messages[0].text for tree in trees] == [f"Tea {number}?" for number in range(5)]
+        assert {tree.messages[1].text for tree in trees} == {"Yes."}
+        assert not +context.dropped
+        datasets.DatasetDict(train=rows, test=rows.select([4])).save_to_disk(tmp_path / "splits")
+        assert len(read(tmp_path / "splits")[0]) == 6
+        assert [len(read(tmp_path / "splits" / split)[0]) for split in ("train", "test")] == [5, 1]
+        (tmp_path / "saved" / "data-00001-of-00002.arrow").unlink()
+        assert tells(error(tmp_path / "saved"), f"{tmp_path}/saved/data-00001-of-00002.arrow: ... missing")
+
+    def test_a_clone_of_a_data_set_on_the_hub(self, read, write, tmp_path):
+        write(tmp_path / "data" / "train-00000-of-00001.parquet", [{"text": "Tea."}])
+        (tmp_path / "dataset_infos.json").write_text(json.dumps({"default": {"description": ""}}, indent=2))
+        for name in ("dataset_info.json", ".gitattributes", ".git/x.json", ".cache/huggingface/download/x.json"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text("{}")
+        (tmp_path / "README.md").write_text("no data")
+        (tmp_path / "state.json").write_text('{"step": 1}')
+        trees, context = read(tmp_path)
+        assert [tree.messages[0].text for tree in trees] == ["Tea."]
+        assert not +context.dropped
+
     def test_without_data_it_is_refused(self, error, tmp_path):
         (tmp_path / "t.txt").write_text("Tea.")
         assert tells(error(tmp_path), f"{str(tmp_path)!r} ... .jsonl, .jsonl.gz, .json, .parquet ... none")
@@ -197,7 +228,7 @@ def test_the_bundled_sets_are_whole(name, read):
     assert {tree.source for tree in trees} == {name}
 
 
-@pytest.mark.parametrize("name", ["t.jsonl", "T.JSONL", "t.jsonl.gz", "t.json", "t.parquet"])
+@pytest.mark.parametrize("name", ["t.jsonl", "T.JSONL", "t.jsonl.gz", "t.json", "t.parquet", "t.arrow"])
 def test_a_file_is_called_by_its_name_alone(name):
     assert stem(Path("somewhere") / name).lower() == "t"
 
@@ -328,12 +359,11 @@ def test_without_network_the_cache_answers_with_the_pinned_revision(name, cached
 def test_preferences_of_the_hub_are_ranked_replies_and_nothing_to_learn_from(name, cached):
     (answer,) = cached[name, "preferences"]
     replies = [
-        f"Message(role='assistant', text='{text}', parent=0, rank={rank})" for rank, text in ((0, "Yes."), (1, "No."))
+        f"Message(role='assistant', text='{text}', parent=0, rank={rank}, masked=False)"
+        for rank, text in ((0, "Yes."), (1, "No."))
     ]
-    assert (
-        f"source={name!r}, messages=(Message(role='user', text='Tea?', parent=None, rank=None), {', '.join(replies)})"
-        in answer
-    )
+    asked = "Message(role='user', text='Tea?', parent=None, rank=None, masked=False)"
+    assert f"source={name!r}, messages=({asked}, {', '.join(replies)})" in answer
     (refusal,) = cached[name, "conversations"]
     assert "is a preference" in refusal
 

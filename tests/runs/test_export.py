@@ -138,7 +138,9 @@ def test_the_next_commands_talk_and_repeat_the_evaluation_of_the_run(run_folder,
     monkeypatch.setattr(sys, "argv", ["launch/sft.py"])
     policy, _ = find_model(str(run_folder))
     data = {"train": ["a"], "eval": ["it's.jsonl", "b"], "max_rank": 0, "languages": ["en", "de"], "max_length": 128}
-    settings = SFTSettings(data=data | {"reviewed_only": False, "on_error": "skip", "topic_replies": "tea.txt"})
+    settings = SFTSettings(
+        data=data | {"reviewed_only": False, "on_error": "skip", "topic_replies": "tea.txt", "ignore_keys": ["a", "b"]}
+    )
     chat, evaluation = next_commands(settings, policy, Output(str(run_folder)))
     assert shlex.split(chat) == ["python", "launch/chat.py", str(run_folder)]
     program, script, *arguments = shlex.split(evaluation)
@@ -146,7 +148,7 @@ def test_the_next_commands_talk_and_repeat_the_evaluation_of_the_run(run_folder,
     parsed = parse_script(EvaluateSettings, "model", arguments)
     assert parsed.model == str(run_folder)
     assert parsed.data == settings.data.eval
-    for name in ("max_rank", "languages", "max_length", "reviewed_only", "on_error", "topic_replies"):
+    for name in ("max_rank", "languages", "max_length", "reviewed_only", "on_error", "topic_replies", "ignore_keys"):
         assert getattr(parsed, name) == getattr(settings.data, name)
 
 

@@ -7,7 +7,7 @@ from gpt2ft.settings.sections import RENAMED, DataSettings, FilterSettings, Samp
 
 
 def test_the_filters_are_taken_out_of_whatever_holds_them():
-    given = {"languages": ("en",), "max_rank": 1, "reviewed_only": False, "on_error": "skip"}
+    given = {"languages": ("en",), "max_rank": 1, "reviewed_only": False, "on_error": "skip", "ignore_keys": ("a",)}
     for settings in (DataSettings(train=("a",), **given), EvaluateSettings(data=("a",), cache="b", **given)):
         assert type(settings.filters) is FilterSettings
         assert settings.filters == FilterSettings(**given)

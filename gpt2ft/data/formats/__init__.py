@@ -1,7 +1,8 @@
 """The layouts that data come in. A new one is a file here and its name in the tuples below."""
 
-from gpt2ft.data.formats import alpaca, dolly, messages, oasst, preferences, prompt_completion, sharegpt, text
-from gpt2ft.data.formats.turns import Format, refuse_preference
+from gpt2ft.data.formats import alpaca, dolly, messages, oasst, preferences, prompt_completion, text
+from gpt2ft.data.formats.keys import describes
+from gpt2ft.data.formats.layout import Format, refuse_preference
 from gpt2ft.data.reading import Malformed, Record, show
 
 AnyFormat = Format | oasst.NestedTrees | oasst.FlatMessages
@@ -10,8 +11,9 @@ AnyFormat = Format | oasst.NestedTrees | oasst.FlatMessages
 CONVERSATION_FORMATS: tuple[AnyFormat, ...] = (
     oasst.TREES,
     oasst.MESSAGES,
-    messages.FORMAT,
-    sharegpt.FORMAT,
+    messages.MESSAGES,
+    messages.SHAREGPT,
+    messages.CONVERSATION,
     prompt_completion.FORMAT,
     alpaca.FORMAT,
     dolly.FORMAT,
@@ -46,9 +48,9 @@ def detect(record: Record, formats: tuple[AnyFormat, ...] = CONVERSATION_FORMATS
 
 
 def columns_to_read(names: list[str], formats: tuple[AnyFormat, ...] = CONVERSATION_FORMATS) -> list[str]:
-    """Return the columns of a table that its format reads: labels and the like take longer than the rest."""
+    """Return the columns of a table that its format reads, or must refuse: the rest may take long to read."""
     try:
-        wanted = detect(dict.fromkeys(names), formats).columns
+        format = detect(dict.fromkeys(names), formats)
     except Malformed:
         return names
-    return [name for name in names if name in wanted]
+    return [name for name in names if name in format.columns or not (name in format.passed_over or describes(name))]

@@ -19,18 +19,24 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from gpt2ft.conversation import Message, MessageTree, Role
+from gpt2ft.data.formats.keys import FILTERED, MARKS, RECORD_MARKS, is_masked, language_of, refuse_bad, refuse_unread
 from gpt2ft.data.reading import Malformed, ReadContext, Record, Trees, objects, of, role_of, show, text_of, value
 from gpt2ft.settings.sections import FilterSettings
 
 _ROOTS_IN_A_SHARD = 2000
 _LAST_RANK = 2**15 - 1
+_READ = ("message_id", "parent_id", "message_tree_id", "text", "role", "rank", *FILTERED, *MARKS)
+_PASSED_OVER = ("labels", "emojis", "events")  # what was thought of a message, and when
+_KNOWN = frozenset(_READ + _PASSED_OVER)
+_KNOWN_IN_TREES = _KNOWN | {"replies"}
 
 
 class NestedTrees:
     """One tree a record."""
 
     name = "OASST trees"
-    columns = ("message_tree_id", "prompt")
+    columns = ("message_tree_id", "prompt", *RECORD_MARKS)
+    passed_over = ()
 
     def matches(self, record: Record) -> bool:
         return isinstance(record.get("prompt"), dict) or ("prompt" in record and "message_tree_id" in record)
@@ -41,6 +47,8 @@ class NestedTrees:
         Raises:
             Malformed: if the record cannot be read.
         """
+        refuse_bad(record)
+        refuse_unread(record, self.columns)
         texts: list[str] = []
         found = list(_flatten(record, where, texts))
         context.totals.messages += len(found)
@@ -53,9 +61,8 @@ class FlatMessages:
     """One message a record: trees can only be put together once all are read."""
 
     name = "OASST messages"
-    columns = (
-        "message_id", "parent_id", "message_tree_id", "text", "role", "lang", "rank", "deleted", "review_result",
-    )  # fmt: skip
+    columns = _READ
+    passed_over = _PASSED_OVER
 
     def matches(self, record: Record) -> bool:
         return "message_id" in record or {"role", "text"} <= record.keys()
@@ -95,6 +102,7 @@ class _Row:
     language: str | None
     deleted: bool
     rejected: bool
+    masked: bool
     text_hash: int
     has_text: bool
     text: int = field(compare=False)  # its number among the texts
@@ -122,6 +130,7 @@ class _TextsOnDisk:
 def _flat_rows(records: Iterable[tuple[str, Record]], texts: _TextsOnDisk, context: ReadContext) -> Iterator[_Row]:
     for where, record in records:
         try:
+            refuse_unread(record, _KNOWN)
             parent_id = value(record, "parent_id", str, "a string or null", optional=True)  # some exports omit nulls
             tree_id = value(record, "message_tree_id", str, "a string or null", optional=True)
             row = _row(record, parent_id, tree_id or value(record, "message_id", str, "a string"), where, texts)
@@ -137,6 +146,7 @@ def _flatten(tree: Record, where: str, texts: list[str]) -> Iterator[_Row]:
     waiting = [(value(tree, "prompt", dict, "an object, the root message"), None)]
     while waiting:
         message, parent_id = waiting.pop()
+        refuse_unread(message, _KNOWN_IN_TREES)
         row = _row(message, parent_id, tree_id, where, texts)
         if message.get("parent_id") not in (None, parent_id):
             above = "null at the root" if parent_id is None else f"{show(parent_id)}, the message above"
@@ -150,17 +160,19 @@ def _row(
     message: Record, parent_id: str | None, tree_id: str, where: str, texts: MutableSequence[str] | _TextsOnDisk
 ) -> _Row:
     """Return the row of a message, whose text is put to the others."""
-    language = value(message, "lang", str, "a string or null", optional=True)
+    language = language_of(message)
     text = text_of(message)
+    role = role_of(message)
     row = _Row(
         message_id=value(message, "message_id", str, "a string"),
         parent_id=parent_id,
         tree_id=sys.intern(tree_id),
-        role=role_of(message),
+        role=role,
         rank=_rank(message),
         language=language and sys.intern(language),
         deleted=value(message, "deleted", bool, "true, false or null", optional=True) is True,
         rejected=value(message, "review_result", bool, "true, false or null", optional=True) is False,
+        masked=is_masked(message, role),
         text_hash=hash(text),
         has_text=bool(text),
         text=len(texts),
@@ -253,7 +265,7 @@ class _Forest:
             if reason:
                 context.dropped[reason] += 1
             else:
-                messages.append(Message(row.role, self.texts[row.text], parent, row.rank))
+                messages.append(Message(row.role, self.texts[row.text], parent, row.rank, row.masked))
             index = len(messages) - 1
             replies = reversed(self.replies.get(row.message_id, ()))
             waiting.extend((reply, index, bool(reason)) for reply in replies)

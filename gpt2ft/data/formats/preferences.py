@@ -12,70 +12,57 @@ conversation apply the rules of `turns`, so of a prompt that ends in an assistan
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from gpt2ft.conversation import Message, MessageTree, Role, tidy
-from gpt2ft.data.formats.messages import chat_messages
-from gpt2ft.data.formats.turns import Format, Turns, clean, content_id, joined, with_system_turn
+from gpt2ft.data.formats.chat_messages import chat_messages
+from gpt2ft.data.formats.keys import MARKS, is_masked, refuse_unread
+from gpt2ft.data.formats.layout import Format, Transcript, count_messages
+from gpt2ft.data.formats.turns import Turn, Turns, clean, content_id, joined, messages_of
 from gpt2ft.data.reading import Malformed, ReadContext, Record, objects, show, value
-
-Transcript = tuple[Turns, int | None]  # a conversation that ends in a reply, and the rank of that reply
 
 _SPEAKERS: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 _TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):|Human:.*\n\nAssistant:\s*\Z", re.DOTALL)  # or a stripped prompt
-_ANY_REPLY: tuple[Role, str] = ("assistant", "any reply")
+_PROMPTS = ("prompt", "question", "conversations", "messages")  # orca_dpo_pairs: question; LLaMA-Factory: the others
+_ANY_REPLY = Turn("assistant", "any reply")
+_RESPONSE = ("response", "overall_score")
+# Of UltraFeedback's completions: how each was asked for, and what was thought of it.
+_PASSED_OVER = ("custom_system_prompt", "principle", "annotations", "critique")
 
 
-def preferences(transcripts: Callable[[Record], list[Transcript]]) -> Callable[..., MessageTree | None]:
-    """Return the function that makes a tree of a record's prompt and replies, or None if they do not belong together.
-
-    Args:
-        transcripts: reads every reply with all that stands before it, or raises Malformed.
-    """
-
-    def tree(record: Record, where: str, context: ReadContext) -> MessageTree | None:
-        found = transcripts(record)
-        conversations = [with_system_turn(record, turns) for turns, _ in found]
-        read = _messages_in(conversations)
-        context.totals.trees += 1
-        context.totals.messages += read
-        conversations = [joined(turns) for turns in conversations]
-        prompt = conversations[0][:-1]
-        if any(turns[-1][0] != "assistant" for turns in conversations):
-            context.dropped["does not end in a reply"] += read
-            return None
-        if any(turns[:-1] != prompt for turns in conversations):
-            context.dropped["prompts that differ"] += read
-            return None
-        context.dropped["joined to the turn above"] += read - len(prompt) - len(conversations)
-        kept = clean([*prompt, _ANY_REPLY], context)
-        if kept[-1:] != [_ANY_REPLY]:
-            context.dropped["below a dropped message"] += len(conversations) - 1
-            context.dropped["in no pair"] += len(kept)
-            return None
-        replies = [(turns[-1][1], rank) for turns, (_, rank) in zip(conversations, found, strict=True)]
-        context.dropped["empty"] += sum(not text for text, _ in replies)
-        return _tree(kept[:-1], [reply for reply in replies if reply[0]], context.source)
-
-    return tree
+def _replies(found: Sequence[Transcript], context: ReadContext) -> MessageTree | None:
+    """Return the tree of the prompt and the replies of a record, or None if they do not belong together."""
+    read = count_messages([turns for turns, _ in found])
+    conversations = [joined(turns) for turns, _ in found]
+    prompt = conversations[0][:-1]
+    if any(turns[-1].role != "assistant" for turns in conversations):
+        context.dropped["does not end in a reply"] += read
+        return None
+    if any(turns[:-1] != prompt for turns in conversations):
+        context.dropped["prompts that differ"] += read
+        return None
+    context.dropped["joined to the turn above"] += read - len(prompt) - len(conversations)
+    kept = clean([*prompt, _ANY_REPLY], context)
+    if kept[-1:] != [_ANY_REPLY]:
+        context.dropped["below a dropped message"] += len(conversations) - 1
+        context.dropped["in no pair"] += len(kept)
+        return None
+    replies = []
+    for turns, (_, rank) in zip(conversations, found, strict=True):
+        if not turns[-1].text:
+            context.dropped["empty"] += 1
+        elif context.filters.max_rank is not None and (rank or 0) > context.filters.max_rank:
+            context.dropped["rank above limit"] += 1
+        else:
+            replies.append((turns[-1], rank))
+    return _tree(kept[:-1], replies, context.source)
 
 
-def _messages_in(transcripts: Sequence[Turns]) -> int:
-    """Count the messages of some transcripts, once those that all open with; each has at least one of its own."""
-    shared = 0
-    for turns in zip(*(turns[:-1] for turns in transcripts), strict=False):
-        if any(turn != turns[0] for turn in turns):
-            break
-        shared += 1
-    return shared + sum(len(turns) - shared for turns in transcripts)
-
-
-def _tree(prompt: Turns, replies: Sequence[tuple[str, int | None]], source: str) -> MessageTree:
-    messages = [Message(role, text, index - 1 if index else None) for index, (role, text) in enumerate(prompt)]
+def _tree(prompt: Turns, replies: Sequence[tuple[Turn, int | None]], source: str) -> MessageTree:
     ordered = sorted(replies, key=lambda reply: (reply[1] is None, reply[1]))
-    messages += [Message("assistant", text, len(prompt) - 1, rank) for text, rank in ordered]
-    return MessageTree(content_id(prompt), source, tuple(messages))
+    below = [Message("assistant", reply.text, len(prompt) - 1, rank, reply.masked) for reply, rank in ordered]
+    return MessageTree(content_id(prompt), source, (*messages_of(prompt), *below))
 
 
 def _chosen_and_rejected(record: Record) -> list[Transcript]:
@@ -90,10 +77,10 @@ def _transcript(record: Record, key: str) -> Turns:
     turns = _turns(record, key, "assistant")
     if not turns:
         raise Malformed(f"`{key}` must hold messages, but is empty")
-    if all(role == "assistant" for role, _ in turns):
+    if all(turn.role == "assistant" for turn in turns):
         return [*_prompt(record, key), *turns]
     prompt = record.get("prompt")
-    if isinstance(prompt, str) and any(role == "user" and tidy(text) == tidy(prompt) for role, text in turns):
+    if isinstance(prompt, str) and any(role == "user" and tidy(text) == tidy(prompt) for role, text, _ in turns):
         return turns
     if isinstance(prompt, str) and not _TRANSCRIPT.match(prompt):
         raise Malformed(f"`{key}` must hold the text of `prompt` as a user turn, but does not")
@@ -103,46 +90,54 @@ def _transcript(record: Record, key: str) -> Turns:
     return turns
 
 
-def _turns(record: Record, key: str, role: Role) -> list[tuple[Role, str]]:
-    """Return the turns under `key`: messages, a transcript, or one text of that role."""
+def _turns(record: Record, key: str, role: Role) -> list[Turn]:
+    """Return the turns under `key`: messages, one message, a transcript, or one text of that role."""
+    if isinstance(record[key], dict):
+        return chat_messages({key: [record[key]]}, key)
     if isinstance(record[key], list):
-        return list(chat_messages(record, key))
+        return chat_messages(record, key)
     text = value(record, key, str, "a string or a list of messages")
     if not _TRANSCRIPT.match(text):
-        return [(role, text)]
+        return [Turn(role, text)]
     _, *parts = _SPEAKER.split(f"\n\n{text.lstrip()}")
-    return [(_SPEAKERS[speaker], turn.strip()) for speaker, turn in zip(parts[::2], parts[1::2], strict=True)]
+    return [Turn(_SPEAKERS[speaker], turn.strip()) for speaker, turn in zip(parts[::2], parts[1::2], strict=True)]
 
 
-def _opening(record: Record, key: str) -> list[tuple[Role, str]]:
+def _opening(record: Record, key: str) -> list[Turn]:
     """Return the turns of a prompt."""
     turns = _turns(record, key, "user")
-    return turns[:-1] if turns[-1:] == [("assistant", "")] else turns  # "\n\nAssistant:" opens the reply
+    return turns[:-1] if turns[-1:] == [Turn("assistant", "")] else turns  # "\n\nAssistant:" opens the reply
 
 
 def _prompt(record: Record, key: str) -> Turns:
-    """Return the turns under `prompt`, or `question` (Intel's orca_dpo_pairs), which `key` answers."""
-    name = next((name for name in ("prompt", "question") if record.get(name) is not None), None)
+    """Return the turns under `prompt`, or whatever else it is called, which `key` answers."""
+    name = next((name for name in _PROMPTS if record.get(name) is not None), None)
     if name is None:
         raise Malformed(
             f"`prompt` must be given where `{key}` is a reply alone, or `{key}` must be a transcript that opens with "
             f'"\\n\\nHuman:" or a list of messages, but is {show(record[key])}'
         )
     turns = _opening(record, name)
-    if not turns or turns[-1][0] != "user":
-        found = f"ends in one of the role {turns[-1][0]}" if turns else "is empty"
+    if not turns or turns[-1].role != "user":
+        found = f"ends in one of the role {turns[-1].role}" if turns else "is empty"
         raise Malformed(f"`{name}` must end in a user turn where `{key}` is a reply alone, but {found}")
     return turns
 
 
 def _completions(record: Record) -> list[Transcript]:
-    instruction = ("user", value(record, "instruction", str, "a string"))
-    replies = [(value(reply, "response", str, "a string"), _score(reply)) for reply in objects(record, "completions")]
+    instruction = Turn("user", value(record, "instruction", str, "a string"))
+    replies = [_scored(reply) for reply in objects(record, "completions")]
     if not replies:
         return [([instruction], None)]  # which ends in no reply
     order = sorted({score for _, score in replies if score is not None}, reverse=True)
     ranks = [None if score is None else order.index(score) for _, score in replies]
-    return [([instruction, ("assistant", text)], rank) for (text, _), rank in zip(replies, ranks, strict=True)]
+    return [([instruction, reply], rank) for (reply, _), rank in zip(replies, ranks, strict=True)]
+
+
+def _scored(completion: Record) -> tuple[Turn, float | None]:
+    refuse_unread(completion, _RESPONSE + _PASSED_OVER + MARKS)
+    text = value(completion, "response", str, "a string")
+    return Turn("assistant", text, is_masked(completion, "assistant")), _score(completion)
 
 
 def _score(reply: Record) -> float | None:
@@ -156,7 +151,14 @@ def _score(reply: Record) -> float | None:
 CHOSEN_REJECTED = Format(
     "`chosen`/`rejected` preferences",
     ("chosen", "rejected"),
-    preferences(_chosen_and_rejected),
+    _chosen_and_rejected,
+    _replies,
     also=("prompt", "question", "score_chosen", "score_rejected"),
 )
-COMPLETIONS = Format("`completions` with scores", ("instruction", "completions"), preferences(_completions))
+COMPLETIONS = Format(
+    "`completions` with scores",
+    ("instruction", "completions"),
+    _completions,
+    _replies,
+    passed_over=("correct_answers", "incorrect_answers"),
+)

@@ -28,6 +28,11 @@ def sharegpt(turns):
     return [{"from": names[role], "value": text} for role, text in turns]
 
 
+def parts(text):
+    """The text in two parts."""
+    return [{"type": "text", "text": text[:5]}, {"type": "text", "text": text[5:], "image_url": None}]
+
+
 # (format, [(record as published, its turns), ...])
 PUBLISHED = {
     "smoltalk": (
@@ -50,6 +55,39 @@ PUBLISHED = {
         [
             ({"id": "identity_0", "conversations": sharegpt([SYSTEM, *STEPS])}, [SYSTEM, *STEPS]),
             ({"id": "identity_1", "conversations": sharegpt([*STEPS, *MORE])}, [*STEPS, *MORE]),
+        ],
+    ),
+    "sharegpt in OpenAI's words": (
+        "ShareGPT `conversations`",
+        [({"conversations": messages([SYSTEM, *STEPS])}, [SYSTEM, *STEPS])],
+    ),
+    "openai in ShareGPT's words": (
+        "`messages` conversations",
+        [({"messages": sharegpt([SYSTEM, *STEPS])}, [SYSTEM, *STEPS])],
+    ),
+    "text parts": (
+        "`messages` conversations",
+        [
+            (
+                {"messages": [{"role": role, "content": parts(text)} for role, text in [*STEPS, *MORE]]},
+                [*STEPS, *MORE],
+            ),
+        ],
+    ),
+    "wildchat": (
+        "`conversation` lists",
+        [({"conversation_hash": "c9ec", "conversation": messages(STEPS), "turn": 1, "toxic": False}, STEPS)],
+    ),
+    "capybara": (
+        "`conversation` lists",
+        [
+            (
+                {
+                    "source": "Less-General",
+                    "conversation": [{"input": asked, "output": told} for (_, asked), (_, told) in (STEPS, MORE)],
+                },
+                [*STEPS, *MORE],
+            ),
         ],
     ),
     "alpaca": (
@@ -106,7 +144,7 @@ PUBLISHED = {
         [({"text": "Tea is a drink.\n\nIt is hot.\n", "meta": 1}, [("text", "Tea is a drink.\n\nIt is hot.")])],
     ),
 }
-KINDS = ["t.jsonl", "T.JSONL", "t.jsonl.gz", "array.json", "lines.json", "t.parquet", "folder"]
+KINDS = ["t.jsonl", "T.JSONL", "t.jsonl.gz", "array.json", "lines.json", "t.parquet", "t.arrow", "folder"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -157,6 +195,7 @@ def test_the_statistics_say_what_a_file_was_taken_for(layout, write, tokenizer, 
         ("conversations text", "ShareGPT `conversations`"),
         ("prompt completion text", "`prompt`/`completion` pairs"),
         ("instruction input output text", "Alpaca `instruction`/`input`/`output`"),
+        ("conversation prompt completion", "`conversation` lists"),
         ("instruction output response", "Alpaca `instruction`/`input`/`output`"),
         ("instruction response", "Dolly `instruction`/`context`/`response`"),
         ("text label", "plain `text`"),
@@ -177,7 +216,12 @@ def test_a_record_of_no_format_is_told_all_of_them(keys):
 def test_of_a_table_only_what_its_format_reads():
     assert columns_to_read(["text", "output", "meta", "instruction", "input"]) == ["output", "instruction", "input"]
     assert columns_to_read(["a", "b"]) == ["a", "b"]
-    assert "labels" not in columns_to_read(["message_id", "text", "role", "labels"])
+    assert columns_to_read(["message_id", "text", "role", "labels", "detoxify", "note"]) == [
+        "message_id", "text", "role", "note",
+    ]  # fmt: skip
+    assert columns_to_read(["messages", "prompt_id", "prompt", "system", "weight"]) == [
+        "messages", "prompt", "system", "weight",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -203,7 +247,7 @@ def test_real_preferences_are_refused_by_name(test_data, error):
 
 HALF = "\ud83d"
 FIRST, SECOND = "message 1 of `messages`:", "message 2 of `messages`:"
-TURN = "turn 1 of `conversations`:"
+TURN = "message 1 of `conversations`:"
 MALFORMED = {
     "openai": [
         ({"messages": None}, "`messages` ... null"),
@@ -213,7 +257,13 @@ MALFORMED = {
         ({"messages": [[ASKED]]}, "`messages` ... a list"),
         ({"messages": [ASKED, {"role": "assistant"}]}, f"{SECOND} `content` ... missing"),
         ({"messages": [ASKED, TOLD | {"content": None}]}, f"{SECOND} `content` ... null"),
-        ({"messages": [ASKED | {"content": [{"type": "text"}]}]}, f"{FIRST} `content` ... a list"),
+        ({"messages": [ASKED | {"content": [{"type": "text"}]}]}, f"{FIRST} `text` ... missing"),
+        ({"messages": [ASKED | {"content": {"type": "text"}}]}, f"{FIRST} `content` ... an object"),
+        ({"messages": [ASKED | {"content": ["Tea?"]}]}, f'{FIRST} `content` ... "Tea?"'),
+        ({"messages": [ASKED | {"content": [{"type": "image_url"}]}]}, f'{FIRST} `content` ... "image_url"'),
+        ({"messages": [{}]}, f"{FIRST} ... `role` and `content` ... `from` and `value` ... none"),
+        ({"messages": [ASKED | {"from": "human", "value": "Tea?"}]}, f"{FIRST} ... `role` and `content` ... more than"),
+        ({"messages": [{"role": "user", "value": "Tea?"}]}, f"{FIRST} ... `role` and `content` ... more than one"),
         ({"messages": [ASKED | {"content": float("nan")}]}, f"{FIRST} `content` ... NaN"),
         ({"messages": [ASKED | {"content": HALF}]}, f"{FIRST} `content` ... half of a surrogate"),
         ({"messages": [{"content": "Tea?"}]}, f"{FIRST} `role` ... missing"),

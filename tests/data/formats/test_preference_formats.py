@@ -163,6 +163,42 @@ PUBLISHED = {
             ({"system": "", "question": ASKED[1], "chosen": GOOD, "rejected": BAD}, [ASKED], PAIR),
         ],
     ),
+    "LLaMA-Factory": (
+        CHOSEN,
+        [
+            (
+                {
+                    "conversations": [{"from": "human", "value": ASKED[1]}],
+                    "chosen": {"from": "gpt", "value": GOOD}, "rejected": {"from": "gpt", "value": BAD},
+                },
+                [ASKED],
+                PAIR,
+            ),
+        ],
+    ),
+    "lists of ShareGPT's turns": (
+        CHOSEN,
+        [
+            (
+                {
+                    "chosen": [{"from": "human", "value": ASKED[1]}, {"from": "gpt", "value": GOOD}],
+                    "rejected": [{"from": "human", "value": ASKED[1]}, {"from": "gpt", "value": BAD}],
+                    "chosen-rating": 5.0, "rejected-rating": 1.0, "chosen-model": "a", "rejected_model": "b",
+                },
+                [ASKED],
+                PAIR,
+            ),
+            (
+                {
+                    "prompt": messages(ASKED),
+                    "chosen": [{"role": "assistant", "content": [{"type": "text", "text": GOOD}]}],
+                    "rejected": [{"role": "assistant", "content": [{"type": "text", "text": BAD}]}],
+                },
+                [ASKED],
+                PAIR,
+            ),
+        ],
+    ),
     "UltraFeedback": (
         "`completions` with scores",
         [
@@ -195,7 +231,7 @@ PUBLISHED = {
         ],
     ),
 }  # fmt: skip
-KINDS = ["t.jsonl", "t.jsonl.gz", "array.json", "lines.json", "t.parquet", "folder"]
+KINDS = ["t.jsonl", "t.jsonl.gz", "array.json", "lines.json", "t.parquet", "t.arrow", "folder"]
 
 
 def tree_of(source, prompt, replies):
@@ -234,11 +270,30 @@ def test_published_rows_from_every_kind_of_file(layout, kind, compare, write, tm
 
 
 @pytest.mark.parametrize("layout", PUBLISHED)
-def test_filters_that_a_layout_knows_nothing_of_drop_nothing(layout, compare):
-    records = [record for record, *_ in PUBLISHED[layout][1]]
-    trees, context = compare(records, languages=("de",), max_rank=0)
-    assert len(trees) == len(records)
-    assert not +context.dropped
+def test_filters_by_rank_language_and_review(layout, compare):
+    """A record that names no language and no review is kept."""
+    rows = PUBLISHED[layout][1]
+    records = [record for record, *_ in rows]
+    for max_rank in (0, 1):
+        trees, context = compare(records, languages=("de",), max_rank=max_rank)
+        kept = [[(text, rank) for text, rank in replies if (rank or 0) <= max_rank] for *_, replies in rows]
+        assert [
+            [(message.text, message.rank) for message in tree.messages[len(prompt) :]]
+            for tree, (_, prompt, _) in zip(trees, rows, strict=True)
+        ] == kept
+        above = sum(len(replies) for *_, replies in rows) - sum(map(len, kept))
+        assert +context.dropped == ({"rank above limit": above} if above else {})
+    sizes = sum(len(prompt) + len(replies) for _, prompt, replies in rows)
+    for marked, filters, reason in (
+        ({"language": "German"}, {"languages": ("English",)}, "wrong language"),
+        ({"lang": "de"}, {"languages": ("en",)}, "wrong language"),
+        ({"review_result": False}, {}, "not reviewed"),
+        ({"deleted": True}, {}, "deleted"),
+    ):
+        trees, context = compare([record | marked for record in records], **filters)
+        assert (trees, +context.dropped) == ([], {reason: sizes})
+    spared = [record | {"language": "en", "review_result": False, "deleted": False} for record in records]
+    assert len(compare(spared, languages=("en",), reviewed_only=False)[0]) == len(records)
 
 
 @pytest.mark.parametrize("layout", PUBLISHED)
@@ -420,10 +475,10 @@ def test_an_instruction_without_completions_is_counted(compare):
 BESIDE = {
     "messages": {"messages": messages(ASKED, told(GOOD))},
     "the prompt alone as messages": {"messages": messages(ASKED)},
-    "conversations": {"conversations": [{"from": "human", "value": "Tea?"}, {"from": "gpt", "value": "Yes."}]},
+    "conversations": {"conversations": [{"from": "human", "value": ASKED[1]}, {"from": "gpt", "value": GOOD}]},
     "completion": {"completion": GOOD},
-    "text": {"text": "Tea? Yes."},
-    "output": {"instruction": "Tea?", "output": "Yes."},
+    "text": {"text": GOOD},
+    "output": {"instruction": ASKED[1], "output": GOOD},
 }
 
 
@@ -439,7 +494,8 @@ def test_a_conversation_beside_chosen_and_rejected_is_not_taken_for_what_to_lear
     assert "is a preference" in error(file, on_error="skip")
     (tree, _), _ = compare(file)
     assert replies_of([tree]) == [list(PAIR)]
-    mixed = write(tmp_path / "mixed" / kind, [BESIDE[beside] | {"prompt": ASKED[1]}, compared])
+    asked = {} if beside == "text" else {"prompt": ASKED[1]}  # which no text repeats
+    mixed = write(tmp_path / "mixed" / kind, [BESIDE[beside] | asked, compared])
     assert tells(error(mixed), "is a preference ... `chosen` ... `rejected`")
     _, context = read(mixed, on_error="skip")
     assert (context.dropped["malformed line"], context.totals.trees) == (1, 1)
@@ -480,13 +536,14 @@ MALFORMED = {
         (ALONE | {"chosen": messages(told(GOOD))}, NEEDS_PROMPT),
         ({"prompt": "Tea?", "chosen": GOOD}, f'{CHOSEN} ... "prompt", "chosen"'),
         (ALONE | {"prompt": 3}, "`prompt` ... 3"),
-        (ALONE | {"prompt": {"role": "user"}}, "`prompt` ... an object"),
+        (ALONE | {"prompt": {"role": "user"}}, "`prompt`: `content` ... missing"),
         (ALONE | {"prompt": "Tea?", "chosen": None}, "`chosen` ... null"),
         (ALONE | {"prompt": "Tea?", "rejected": 1.5}, "`rejected` ... 1.5"),
         (
             ALONE | {"conversations": [], "chosen": {"from": "gpt", "value": GOOD}},
-            "`chosen` ... an object",
+            "`conversations` ... user turn ... `chosen` ... empty",
         ),
+        (ALONE | {"prompt": "Tea?", "chosen": {"from": "gpt"}}, "`chosen`: `value` ... missing"),
         (ALONE | {"prompt": "Tea?", "rejected": "\ud83d"}, "`rejected` ... half of a surrogate"),
         (ALONE | {"prompt": "Tea?", "history": ["x"]}, "`history`"),
     ],

@@ -3,13 +3,12 @@
 from collections import Counter
 
 import pytest
-from facts import tells
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2ft.conversation import MessageTree
-from gpt2ft.data.formats.turns import clean, content_id
-from gpt2ft.data.reading import REASONS, ReadContext
+from gpt2ft.data.formats.turns import Turn, clean, content_id
+from gpt2ft.data.reading import REASONS, Malformed, ReadContext
 from gpt2ft.settings.sections import FilterSettings
 
 NAMES = {"s": "system", "u": "user", "a": "assistant", "t": "text"}
@@ -24,7 +23,7 @@ def turns_of(words):
 
 def cleaned(turns):
     context = ReadContext("test", FilterSettings())
-    return list(clean(list(turns), context)), +context.dropped
+    return [turn[:2] for turn in clean([Turn(*turn) for turn in turns], context)], +context.dropped
 
 
 @pytest.mark.parametrize(
@@ -94,6 +93,18 @@ def test_every_turn_is_kept_or_dropped_for_one_reason_and_what_is_kept_is_a_conv
     assert sizes >= {0, 2, 3, 4}
 
 
+def test_a_reply_in_two_parts_is_masked_as_a_whole_or_not_at_all():
+    user = Turn("user", "Tea?")
+    context = ReadContext("test", FilterSettings())
+    for masked in (True, False):
+        parts = [Turn("assistant", text, masked) for text in ("Yes.", "", "Now.")]
+        assert clean([user, *parts], context) == [user, Turn("assistant", "Yes.\n\nNow.", masked)]
+    mixed = [user, Turn("assistant", "", True), Turn("assistant", "Yes.", False)]
+    assert clean(mixed, context) == [user, Turn("assistant", "Yes.")]
+    with pytest.raises(Malformed):
+        clean([user, Turn("assistant", "No.", True), Turn("assistant", "Yes.")], context)
+
+
 some_text = st.lists(st.sampled_from(["", "x", "y z"]), min_size=1, max_size=4).filter(any)
 
 
@@ -161,23 +172,6 @@ def test_a_system_text_beside_the_turns_is_the_system_turn(read, key):
 
 def chat_of(pair):
     return [{"role": "user", "content": pair["prompt"]}, {"role": "assistant", "content": pair["completion"]}]
-
-
-@pytest.mark.parametrize("key", ["history", "tools", "functions"])
-def test_content_that_would_be_lost_is_refused(read, error, drops, key):
-    assert tells(error([PAIR, PAIR | {key: ["x"]}]), f"test.jsonl:2: ... `{key}`")
-    assert drops([PAIR, PAIR | {key: ["x"]}], on_error="skip") == {"malformed line": 1}
-    assert len(read([PAIR | {key: []}])[0]) == 1
-
-
-@pytest.mark.parametrize(
-    ("extra", "fact"),
-    [({"weight": 0}, "`weight`"), ({"tool_calls": [{}]}, "`tool_calls`")],
-)
-def test_messages_with_more_than_text_are_refused(error, read, extra, fact):
-    user, reply = chat_of(PAIR)
-    assert tells(error([{"messages": [user, reply | extra]}]), f"message 2 of `messages`: ... {fact}")
-    assert len(read([{"messages": [user, reply | {"weight": 1, "tool_calls": None}]}])[0]) == 1
 
 
 def test_a_conversation_without_turns_is_counted(read):

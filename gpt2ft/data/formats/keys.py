@@ -1,0 +1,143 @@
+"""The keys of records and of messages: which mark a turn that is not to be learnt, which only describe, and the rule
+for all others. A key that no layout reads and that does not describe must be empty, or the record is refused."""
+
+import re
+from collections.abc import Collection
+from functools import lru_cache
+from typing import Any
+
+from gpt2ft.conversation import Role
+from gpt2ft.data.reading import Malformed, Record, of, show, value
+from gpt2ft.settings.sections import FilterSettings
+
+# 1 or true: learn it. 0 or false: do not. (OpenAI, Mistral and OpenChat: weight; ms-swift and XTuner: loss; axolotl:
+# train and training.)
+MARKS = ("learn", "loss", "loss_weight", "train", "train_on_turn", "trainable", "training", "weight")
+RECORD_MARKS = (*MARKS, "label", "kto_tag")  # KTO: the whole record is good or bad
+FILTERED = ("deleted", "lang", "language", "review_result")
+READ_OF_ALL = RECORD_MARKS + FILTERED
+
+_COUNT = ("n", "num")  # the first word
+_DESCRIBING_WORDS = """
+    id ids idx index indices uuid guid identifier hash md sha checksum fingerprint source sources origin dataset
+    datasets corpus subset dump url urls uri path file filename title author authors annotator annotators contributor
+    license licence version revision name names ip header
+    date dates datetime time timestamp at created updated year language languages lang locale country state
+    model models engine provider generator temperature
+    category categories subcategory topic topics subtopic subject subjects domain genre type kind tag tags keyword
+    keywords difficulty complexity
+    score scores rating ratings rank ranks reward rewards margin quality similarity distance confidence probability
+    perplexity toxicity toxic moderation detoxify redacted synthetic vote votes upvotes downvotes likes views
+    count counts counter length lengths size turn
+    meta metadata attributes usage
+"""
+_DESCRIBING = frozenset(_DESCRIBING_WORDS.split())
+_SHOWN = frozenset(
+    ("image", "images", "photo", "picture", "audio", "audios", "video", "videos", "document", "documents", "attachment")
+)
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+_PAIR = ("chosen", "rejected")
+
+
+@lru_cache(4096)
+def describes(key: str) -> bool:
+    """Return true for a key that only describes, by its last word (`prompt_id`, `createdAt`) or as a number of things.
+
+    Of `rating_chosen` and the like the word before is the last. The path of an image stands for the image.
+    """
+    words = [word for word in map(str.lower, _WORD.findall(key)) if word not in _PAIR]
+    if not words or not _SHOWN.isdisjoint(words):
+        return False
+    return words[-1] in _DESCRIBING or (words[0] in _COUNT and len(words) > 1)
+
+
+def is_empty(value: Any) -> bool:
+    """Return true for null, blank text, and lists and objects that hold nothing else."""
+    waiting = [value]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, dict):
+            waiting += found.values()
+        elif isinstance(found, list):
+            waiting += found
+        elif found is not None and (not isinstance(found, str) or found.strip()):
+            return False
+    return True
+
+
+def unread(record: Record, read: Collection[str]) -> list[str]:
+    """Return the keys outside `read` that hold something and do not only describe."""
+    return [key for key in record if key not in read and not describes(key) and not is_empty(record[key])]
+
+
+def refuse_unread(message: Record, read: Collection[str]) -> None:
+    """Raise Malformed if a message holds content that would be lost; its `name` tells apart several who speak."""
+    for key in (*unread(message, read), "name"):
+        if not is_empty(message.get(key)):
+            refuse_key(message, key)
+
+
+def refuse_key(record: Record, key: str) -> None:
+    raise Malformed(
+        f"`{key}` must be empty or absent, as it is not read and would be lost, but is {show(record[key])}"
+        f"{of(record)}; if it only describes, name it in `data.ignore_keys`"
+    )
+
+
+def is_masked(message: Record, role: Role) -> bool:
+    """Return true for a message that is marked as not to be learnt.
+
+    Raises:
+        Malformed: if its marks are unclear, or ask for the learning of a turn that is no reply.
+    """
+    marks = _marks(message, MARKS)
+    if role != "assistant" and any(marks.values()):
+        key = next(key for key, mark in marks.items() if mark)
+        raise Malformed(f"`{key}` must be 0 or absent, as only assistant turns are learnt, but is on a {role} turn")
+    if len(set(marks.values())) > 1:
+        raise Malformed(f"{' and '.join(f'`{key}`' for key in marks)} must agree, but do not{of(message)}")
+    return role == "assistant" and not all(marks.values())
+
+
+def refuse_bad(record: Record) -> None:
+    """Raise Malformed if the whole record is marked as not to be learnt."""
+    for key, mark in _marks(record, RECORD_MARKS).items():
+        if not mark:
+            raise Malformed(
+                f"`{key}` must be true or absent, as every reply is learnt, but is {show(record[key])}{of(record)}"
+            )
+
+
+def _marks(record: Record, keys: Collection[str]) -> dict[str, bool]:
+    found = {}
+    for key in keys:
+        mark = record.get(key)
+        if mark is not None and not is_empty(mark):
+            if not isinstance(mark, int | float) or mark not in (0, 1):
+                raise Malformed(
+                    f"`{key}` must be 1 or true where it is to be learnt, 0 or false where not, but is "
+                    f"{show(mark)}{of(record)}"
+                )
+            found[key] = bool(mark)
+    return found
+
+
+def reason_to_drop(record: Record, filters: FilterSettings) -> str | None:
+    """Return the first reason, in the order of `REASONS`, for which the filters drop a record or message.
+
+    Raises:
+        Malformed: if what they read is no answer.
+    """
+    if value(record, "deleted", bool, "true, false or null", optional=True):
+        return "deleted"
+    language = language_of(record)
+    if filters.languages and language and language not in filters.languages:
+        return "wrong language"
+    reviewed = value(record, "review_result", bool, "true, false or null", optional=True)
+    return "not reviewed" if filters.reviewed_only and reviewed is False else None
+
+
+def language_of(record: Record) -> str | None:
+    keys = ("lang", "language")
+    found = (value(record, key, str, "a string or null", optional=True) for key in keys)
+    return next(filter(None, found), None)
