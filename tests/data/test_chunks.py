@@ -1,5 +1,7 @@
 """Chunks of stored trees hold all that fits, each message supervised once, and what does not fit is counted."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -152,3 +154,18 @@ def test_a_conversation_of_any_length_costs_less_than_twice_its_tokens(turns, to
     streams = [plan.stream(bin) for bin in plan.streams]
     assert sum(stream.num_tokens - stream.num_repeated for stream in streams) == tokens
     assert plan.repeated == chunks.repeated.sum() > 0.2 * tokens
+
+
+def test_masked_replies_of_a_long_conversation_are_context_in_every_window(tokenizer, tmp_path):
+    turns = []
+    for number in range(40):
+        turns.append({"role": "user", "content": f"How about tea number {number}?"})
+        turns.append({"role": "assistant", "content": f"Number {number} is good.", "loss": number % 3 > 0})
+    (tmp_path / "t.jsonl").write_text(json.dumps({"messages": turns}))
+    store = open_store(str(tmp_path / "t.jsonl"), FilterSettings(), tokenizer, tmp_path)
+    chunks = chunk([store], rows_of(store), ConversationTrees("once", 128, 256))
+    trees = [chunks.tree(index) for index in range(len(chunks))]
+    supervised = [message for tree in trees for message in tree.messages[tree.weights > 0].tolist()]
+    assert sorted(supervised) == [2 * number + 1 for number in range(40) if number % 3]
+    assert len(trees) > 5
+    assert any((tree.weights[tree.roles == ASSISTANT] == 0).any() for tree in trees)
