@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +44,7 @@ def failing_as(sentence: str) -> Iterator[None]:
 @contextmanager
 def synced(file: Path) -> Iterator[Path]:
     """Yield the name of a temporary file, which takes the name `file` once its content is on the disk."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary = _hidden(file, "tmp")
     with failing_as(f"{file} could not be written"):
         try:
             yield temporary
@@ -118,10 +119,9 @@ def complete_folder(folder: Path) -> Iterator[Path]:
     An older `folder` is replaced. A kill between the two renames leaves it under a hidden name, from which
     `restore_replaced` takes it back. A reader never meets half a folder.
     """
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = _hidden(folder, "tmp")
     with failing_as(f"{folder} could not be written"):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
     try:
         yield temporary
@@ -138,8 +138,7 @@ def complete_folder(folder: Path) -> Iterator[Path]:
 
 def _replace(folder: Path, new: Path) -> None:
     """Rename twice, as no system call replaces a folder; if the second fails, the first is taken back."""
-    discarded = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    shutil.rmtree(discarded, ignore_errors=True)
+    discarded = _hidden(folder, "old")
     os.rename(folder, discarded)
     try:
         os.rename(new, folder)
@@ -151,17 +150,21 @@ def _replace(folder: Path, new: Path) -> None:
 
 def discard(folder: Path) -> None:
     """Remove a folder; a kill in the middle leaves no part of it under its name."""
-    discarded = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    discarded = _hidden(folder, "tmp")
     with failing_as(f"{folder} could not be removed"):
-        shutil.rmtree(discarded, ignore_errors=True)
         os.rename(folder, discarded)
         shutil.rmtree(discarded)
+
+
+def _hidden(path: Path, ending: str) -> Path:
+    """Return a name beside `path` that no other process uses: ids of processes are the same in several containers."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.{ending}")
 
 
 def restore_replaced(parent: Path) -> None:
     """Give folders their name back that a process was replacing when it was killed, with nothing in their place."""
     for old in parent.glob(".*.old"):
-        name = re.fullmatch(r"\.(.+)\.\d+\.old", old.name)
+        name = re.fullmatch(r"\.(.+)\.[0-9a-f]+\.old", old.name)
         if name and not os.path.lexists(parent / name[1]):
             os.rename(old, parent / name[1])
 

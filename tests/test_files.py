@@ -20,6 +20,7 @@ from gpt2ft.files import (
     remove_leftovers,
     restore_replaced,
     sync_folder,
+    synced,
     write_json,
     write_safetensors,
     write_text,
@@ -164,6 +165,23 @@ def killed_while_replacing(target, monkeypatch):
 def write_anew(target):
     with complete_folder(target) as folder:
         (folder / "new").touch()
+
+
+def test_processes_of_the_same_number_in_two_containers_do_not_meet(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    with synced(tmp_path / "note") as ours:
+        ours.write_text("ours")
+        with synced(tmp_path / "note") as theirs:
+            theirs.write_text("theirs")
+        assert (tmp_path / "note").read_text() == "theirs"
+    assert (tmp_path / "note").read_text() == "ours"
+    with complete_folder(tmp_path / "run") as ours:
+        (ours / "a").touch()
+        with complete_folder(tmp_path / "run") as theirs:
+            (theirs / "b").touch()
+        assert names(tmp_path / "run") == ["b"]
+    assert names(tmp_path / "run") == ["a"]
+    assert names(tmp_path) == ["note", "run"]
 
 
 def test_a_folder_that_was_being_replaced_at_a_kill_is_given_back(tmp_path, monkeypatch):

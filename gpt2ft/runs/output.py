@@ -68,7 +68,7 @@ class Output:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / ".writable", "")
-            (self.folder / ".writable").unlink()
+            (self.folder / ".writable").unlink(missing_ok=True)
             self._lock.hold(self.folder)
             restore_replaced(self.checkpoints)
         except OSError as error:
