@@ -24,7 +24,7 @@ from gpt2ft.data.packing import build_stream
 from gpt2ft.data.token_tree import TokenTree, is_supervised
 from gpt2ft.errors import SettingsError
 from gpt2ft.inference.model import InferenceModel
-from gpt2ft.model.attention import FLEX_BLOCK, default_backend
+from gpt2ft.model.attention import FLEX_BLOCK
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.runs.inference_model import load_inference_model
 from gpt2ft.settings.scripts import ChatSettings
@@ -39,7 +39,7 @@ def load(model: str | None = None, precision: str = "auto") -> InferenceModel:
     """Load a run, a model folder, an adapter, a checkpoint or a published model; by default the newest finished run.
 
     Raises:
-        ModelError, NetworkError: if it cannot be had.
+        DeviceError, ModelError, NetworkError: if it cannot be had, or its GPU cannot be used.
     """
     return load_inference_model(ChatSettings(model=model, precision=precision), seed=0)
 
@@ -83,7 +83,8 @@ def reply_log_probs(model: InferenceModel, messages: Messages, replies: Sequence
         raise SettingsError(f"conversation and reply must fit the context of {context} tokens, but are {longest}")
     stream = _stream(tree)
     device = next(model.gpt2.parameters()).device
-    target_log_probs = TargetLogProbs(model.gpt2, len(model.tokenizer), default_backend(device, attention_dropout=0.0))
+    # Not flex, which would be compiled for each length that a conversation has.
+    target_log_probs = TargetLogProbs(model.gpt2, len(model.tokenizer), "segments")
     with torch.no_grad():
         log_probs = target_log_probs(stream.to(device))[: stream.num_supervised].double().cpu()
     node_of = np.repeat(np.arange(len(tree.lengths)), tree.lengths)[stream.supervised[: stream.num_supervised].numpy()]

@@ -17,7 +17,6 @@ OF_PYTHON = {"_exit", "_current_frames", "_actions"}
 # name -> where it must be: a module, and a class of it or an expression that must stand in its source
 USED = {
     "_get_default_store": ("torch.distributed.distributed_c10d", None),
-    "_set_pg_timeout": ("torch.distributed.distributed_c10d", None),
     "_world": ("torch.distributed.distributed_c10d", None),
     "_get_sequence_number_for_group": ("torch.distributed", "ProcessGroup"),
     "_rendezvous_handlers": ("torch.distributed.rendezvous", None),

@@ -9,10 +9,10 @@ import os
 import warnings
 from typing import Any, Literal
 
-import psutil
 import torch
 from torch import Tensor
 
+from gpt2ft.device import available_cores, choose_precision, on_cuda
 from gpt2ft.distributed import cpu, launch_checks, rendezvous, watchdog
 from gpt2ft.distributed.launch_checks import LaunchError, StrategyName
 from gpt2ft.distributed.launcher_arguments import is_launched
@@ -36,6 +36,8 @@ def start_accelerator(precision: str, micro_batches_per_step: int | None = None,
 
     # Torch and Accelerate warn of each other, and a user can do nothing about that.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|accelerate)\b")
+    # Vendors' images let float32 be rounded to TF32: the checks before step 1 would fail, and fp32 would not be fp32.
+    torch.set_float32_matmul_precision("highest")
     rendezvous.install()
     with rendezvous.joining():
         accelerator = _accelerator(launch_checks.strategy(), _precision(precision), accumulation)
@@ -54,7 +56,7 @@ def _accelerator(strategy: StrategyName, precision: Literal["no", "bf16"], accum
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
-    on_cpu = not launch_checks.on_cuda()
+    on_cpu = not on_cuda()
     if on_cpu and torch.cuda.is_available() and strategy != "ddp":
         raise LaunchError("FSDP and DeepSpeed train on the GPUs where there are some: leave ACCELERATE_USE_CPU out")
     # Without buffers a forward pass alone need not wait; and gradients, once added up, lie in DDP's buckets alone.
@@ -183,14 +185,7 @@ def raise_together(accelerator: Any, problem: OSError | None) -> None:
 
 
 def _precision(setting: str) -> Literal["no", "bf16"]:
-    """Return the precision in the words of Accelerate."""
-    if setting != "auto":
-        return {"fp32": "no", "bf16": "bf16"}[setting]
-    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    return "bf16" if launcher == "bf16" or launch_checks.on_cuda() else "no"
-
-
-def available_cores() -> int:
-    """Return the number of cores that this process may use; of all, where the system binds no process to some."""
-    process = psutil.Process()
-    return len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else os.cpu_count() or 1
+    """Return the precision in the words of Accelerate; where the setting is auto the launcher may ask for bf16."""
+    if setting == "auto" and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
+        setting = "bf16"
+    return "bf16" if choose_precision(setting) == "bf16" else "no"

@@ -9,6 +9,8 @@ import os
 import sys
 from typing import Any
 
+from gpt2ft.distributed.rendezvous import COLLECTIVE_TIMEOUT
+
 
 def prepare_for_fsdp() -> None:
     """Have Accelerate take FSDP's path, which it opens to several GPUs alone."""
@@ -28,7 +30,7 @@ def prepare_for_deepspeed() -> Any:
 
     os.environ.pop("ACCELERATE_USE_CPU", None)  # it would switch DeepSpeed off
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # the name in the package is another module's
-    return InitProcessGroupKwargs(backend="gloo")
+    return InitProcessGroupKwargs(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
 
 def _name_cpu_as_accelerator() -> None:

@@ -12,16 +12,17 @@ import os
 import re
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from gpt2ft.command_line import running_script
+from gpt2ft.device import check_gpu, on_cuda
 from gpt2ft.distributed.launcher_arguments import Launch, find_launch, known_keys
 from gpt2ft.errors import Gpt2ftError
 
 STARTED_WITHOUT_TORCHRUN = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 NAMES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "DeepSpeed ZeRO-2", "zero3": "DeepSpeed ZeRO-3"}
 SECTIONS = {"fsdp_config": "fsdp_", "deepspeed_config": "", "dynamo_config": "dynamo_"}  # prefixes that may be left out
+COMPILED = "attention is compiled anyway, and the rest would be again and again"
 OFF = "(?!(?:true|1|yes)$).*"
 # Of a launcher's settings: the variable, a pattern of what it may be, what must hold, and what to do if it does not.
 ALWAYS = (
@@ -29,6 +30,7 @@ ALWAYS = (
     ("ACCELERATE_USE_PARALLELISM_CONFIG", OFF, "`parallelism_config` must be left out", "it is not supported"),
     ("PJRT_DEVICE", "(?!tpu).*", "PJRT_DEVICE must be no TPU", "use GPUs, or PJRT_DEVICE=CPU"),
     ("ACCELERATE_MIXED_PRECISION", "no|bf16", "mixed_precision must be no or bf16", "use `--training.precision`"),
+    ("ACCELERATE_DYNAMO_BACKEND", "no", "dynamo_backend must be no", COMPILED),
 )
 FSDP = (
     ("FSDP_VERSION", "2", "fsdp_version must be 2", "set it in `fsdp_config`, by `--fsdp_version 2` or FSDP_VERSION=2"),
@@ -74,11 +76,13 @@ def check(micro_batches_per_step: int, world_size: int) -> None:
     Raises:
         LaunchError: if fewer processes would train together, if a setting would be ignored or must not be set, or if
             the processes cannot share a step's micro-batches equally.
+        DeviceError: if there is a GPU that cannot be used.
     """
     _check_started(world_size)
     launch = find_launch()
     if launch is not None:
         _check_config(launch)
+    _check_device(launch)
     _check_settings()
     _check_accumulation(micro_batches_per_step, world_size)
     if launch is not None and launch.processes not in (None, world_size):
@@ -134,10 +138,6 @@ def check_wrapped(strategy: StrategyName, model: nn.Module, processes: int) -> N
         )
 
 
-def on_cuda() -> bool:
-    return torch.cuda.is_available() and not _is_set("ACCELERATE_USE_CPU")
-
-
 # --- what the launcher has set --------------------------------------------------------------------------------------
 
 
@@ -159,6 +159,15 @@ def _check_started(world_size: int) -> None:
             f"{started} launchers were started by mpirun or srun, but each trains its own {world_size} processes: "
             f"start one on each machine, `torchrun --nnodes {started} --rdzv_backend c10d --rdzv_endpoint "
             f"FIRST_MACHINE:29500 --nproc_per_node {world_size} {running_script()}`"
+        )
+
+
+def _check_device(launch: Launch | None) -> None:
+    if launch is None or not launch.uses_cpu:
+        check_gpu()
+    elif on_cuda():  # the launcher tells its processes of `--cpu`, but not always of `use_cpu`
+        raise LaunchError(
+            "the launcher was told to use the CPU, but its processes would use the GPU: set ACCELERATE_USE_CPU=true"
         )
 
 
@@ -203,8 +212,11 @@ def _check_config(launch: Launch) -> None:
                 nearest = difflib.get_close_matches(full, known, n=1)
                 remedy = f"did you mean {nearest[0]}?" if nearest else "leave it out"
                 raise LaunchError(f"{launch.file}: accelerate ignores `{section}.{key}`, which is unknown: {remedy}")
-        kind = section.removesuffix("_config").upper()  # dynamo works with any
-        if keys and kind != "DYNAMO" and not _is_set(f"ACCELERATE_USE_{kind}"):
+        kind = section.removesuffix("_config").upper()
+        if kind == "DYNAMO":
+            if any(str(value).lower() not in ("no", "false") for value in keys.values()):
+                raise LaunchError(f"{launch.file}: `{section}` must be left out: {COMPILED}")
+        elif keys and not _is_set(f"ACCELERATE_USE_{kind}"):
             raise LaunchError(
                 f"{launch.file}: accelerate ignores `{section}`, as `distributed_type` is "
                 f"{launch.config['distributed_type'].value}: set that to {kind}, or leave the section out"

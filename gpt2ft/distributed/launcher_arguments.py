@@ -19,6 +19,7 @@ class Launch:
     processes: int | None  # to start, over all machines; None if it was not told
     file: str | None  # its config, if it read one
     config: dict[str, Any]
+    uses_cpu: bool = False
 
 
 def find_launch() -> Launch | None:
@@ -35,7 +36,8 @@ def find_launch() -> Launch | None:
         file = config_args.default_config_file
     config = vars(config_args.load_config_from_file(file)) if file is not None else {}
     processes = config.get("num_processes", -1) if told.num_processes is None else told.num_processes
-    return Launch(processes if processes > 0 else None, file, config)
+    uses_cpu = told.cpu or bool(config.get("use_cpu"))
+    return Launch(processes if processes > 0 else None, file, config, uses_cpu)
 
 
 def known_keys() -> list[str]:

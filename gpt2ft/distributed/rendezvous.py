@@ -19,12 +19,13 @@ from datetime import timedelta
 from threading import Timer
 from typing import Any, NoReturn
 
-from torch.distributed import PrefixStore, Store
+from torch.distributed import PrefixStore, Store, distributed_c10d
 
 from gpt2ft.distributed.launch_checks import LaunchError
 
 EXIT_CODE = 69  # of processes that end so that all can be started again: EX_UNAVAILABLE
 SECONDS_BETWEEN_LOOKS = 0.05
+COLLECTIVE_TIMEOUT = timedelta(days=7)  # whoever is slow but alive is waited for; the watchdog names the others
 
 
 def patience() -> float:
@@ -66,7 +67,12 @@ def joining() -> Iterator[None]:
 
 
 def install() -> None:
-    """Have every process group that is made from here on, by whatever library, begin with `meet`."""
+    """Have every process group that is made from here on, by whatever library, begin with `meet` and wait for long.
+
+    By default NCCL ends a process that has waited ten minutes in a collective, and DeepSpeed makes groups of its own.
+    """
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = COLLECTIVE_TIMEOUT
+    os.environ["DEEPSPEED_TIMEOUT"] = str(COLLECTIVE_TIMEOUT // timedelta(minutes=1))
     handlers = _handlers()
     original = handlers["env"]
     if getattr(original, "meets", False):
@@ -74,7 +80,7 @@ def install() -> None:
 
     def handler(url: str, **settings: Any) -> Iterator[tuple[Store, int, int]]:
         for store, rank, num_processes in original(url, **settings):
-            name = meet(store, rank, num_processes, settings.get("timeout", timedelta(minutes=30)))
+            name = meet(store, rank, num_processes, settings.get("timeout", COLLECTIVE_TIMEOUT))
             yield PrefixStore(name, store), rank, num_processes
 
     handler.meets = True

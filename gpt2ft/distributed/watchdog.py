@@ -15,7 +15,6 @@ import time
 from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from threading import Event, Thread, Timer, get_ident
 from traceback import walk_stack
 from typing import Any
@@ -41,7 +40,6 @@ def start(accelerator: Any) -> None:
         _watchdog = Watchdog(distributed_c10d._get_default_store().clone(), accelerator)
         _watchdog.store.set(_watchdog.keys[_watchdog.rank], _watchdog.beat())
         accelerator.wait_for_everyone()
-        distributed_c10d._set_pg_timeout(timedelta(days=7))  # collectives wait for whoever is slow but alive
         _watchdog.start()
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gpt2ft.inference.cache import KeyValueCache, side_by_side
 from gpt2ft.inference.sampling import Sampler, sample
+from gpt2ft.model.attention import sdpa_of_varying_shapes
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.logprobs import head_logits
 from gpt2ft.settings.sections import SamplingSettings
@@ -210,7 +211,7 @@ class Decoder:
         ids = [id for portion in portions.values() for id in portion]
         positions = [starts[slot] + i for slot, portion in portions.items() for i in range(len(portion))]
         tokens, positions = torch.tensor([ids, positions], device=self._suppressed.device)
-        with _evaluating(self.model):
+        with _evaluating(self.model), sdpa_of_varying_shapes():
             hidden = self.model(tokens, positions, side_by_side(attentions, sizes))  # [N, E]
         for slot, portion in portions.items():
             self._cached[slot] += portion

@@ -14,13 +14,17 @@ Shape letters: N tokens, H heads, D head width.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from gpt2ft.device import compiler_problem
+from gpt2ft.errors import SettingsError
 from gpt2ft.stream import Segment, block_kinds, segments, visible
 
 Backend = Literal["flex", "segments", "dense"]
@@ -29,9 +33,32 @@ Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # q, k, v [N, H, D]
 FLEX_BLOCK = 128
 
 
-def default_backend(device: torch.device, attention_dropout: float) -> Backend:
-    """The fastest backend: FlexAttention on CUDA, which has no dropout, else segments."""
-    return "flex" if device.type == "cuda" and not attention_dropout else "segments"
+def choose_backend(asked: str, device: torch.device, attention_dropout: float, setting: str) -> Backend:
+    """Return the backend asked for; `auto` is the fastest: FlexAttention on CUDA, which has no dropout, else segments.
+
+    Args:
+        setting: name of the setting, for the error.
+
+    Raises:
+        SettingsError: if FlexAttention, asked for or the fastest, cannot be compiled here.
+    """
+    fastest = "flex" if device.type == "cuda" and not attention_dropout else "segments"
+    backend = fastest if asked == "auto" else asked
+    problem = None
+    if backend == "flex":
+        problem = compiler_problem() if device.type == "cuda" else "on a CPU it has no backward pass"
+    if problem:
+        other = "dense" if device.type == "cuda" else "segments"
+        raise SettingsError(f"FlexAttention cannot be used here: {problem}; or pass `--{setting} {other}`")
+    return backend
+
+
+def sdpa_of_varying_shapes() -> AbstractContextManager:
+    """Have SDPA choose among kernels that take new shapes as they come.
+
+    cuDNN's, which PyTorch prefers on an H100, is planned anew for each length and keeps every plan.
+    """
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def attention_for(horizons: Tensor, num_tokens: int, backend: Backend, dropout: float = 0.0) -> Attention:
@@ -78,6 +105,7 @@ def segment_attention(horizons: Tensor, num_tokens: int, dropout: float = 0.0) -
 
     masks = [mask_for(segment) for segment in in_order]
 
+    @sdpa_of_varying_shapes()
     def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         queries, keys, values = (x.transpose(0, 1).split([*lengths, tail], dim=1) for x in (q, k, v))  # [H, n, D] each
         outputs = []
@@ -133,4 +161,5 @@ def _counts_and_columns(blocks: Tensor) -> tuple[Tensor, Tensor]:
 def _flex_kernel(device_type: str):
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False) if device_type == "cuda" else flex_attention
+    # fullgraph: past the limit of recompilations it would be computed N x N without a word.
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True) if device_type == "cuda" else flex_attention

@@ -19,7 +19,7 @@ from gpt2ft.data.packing import build_pairs, build_stream, number_replies, pack
 from gpt2ft.data.token_tree import ASSISTANT, TokenTree, counts, is_supervised, split
 from gpt2ft.distributed import watchdog
 from gpt2ft.distributed.accelerator import global_sum, loss_scale, on_device, precision_of, start_accelerator
-from gpt2ft.model.attention import default_backend
+from gpt2ft.model.attention import choose_backend
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.model.lora import apply_lora
@@ -45,6 +45,7 @@ def run(settings: BenchmarkSettings) -> None:
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = start_accelerator(settings.precision, settings.micro_batches * num_processes)
     device = accelerator.device
+    backend = choose_backend(settings.attention, device, 0.0, "attention")
     random = torch.Generator().manual_seed(seed_for(settings.seed, "weights"))
     gpt2 = GPT2(replace(published_config(settings.model), vocab_size=ROWS)).initialize(random)
     if settings.lora.rank:
@@ -52,7 +53,6 @@ def run(settings: BenchmarkSettings) -> None:
         cast_frozen(accelerator, gpt2)
     gpt2.activation_checkpointing = settings.activation_checkpointing
     gpt2.to(device)
-    backend = default_backend(device, 0.0) if settings.attention == "auto" else settings.attention
     model = TargetLogProbs(gpt2, VOCABULARY, backend)
     sizes = parameter_counts(gpt2)  # shards have none
     optimizer = adamw(gpt2, OptimizerSettings(), fused=device.type == "cuda")

@@ -17,7 +17,7 @@ from gpt2ft.distributed.agreement import check_agreement
 from gpt2ft.distributed.signals import SignalHandler
 from gpt2ft.errors import SettingsError
 from gpt2ft.files import write_json
-from gpt2ft.model.attention import default_backend
+from gpt2ft.model.attention import Backend, choose_backend
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.model.pretrained import ModelError
 from gpt2ft.objectives.dpo import DPO
@@ -34,6 +34,7 @@ from gpt2ft.training.reference_pass import attach_reference
 @watchdog.announce_end()
 def run(settings: EvaluateSettings) -> None:
     accelerator = start_accelerator(settings.precision)
+    _backend(settings, accelerator)  # refused, if it is, before anything is loaded
     loaded, folder = find_model(settings.model, settings.random_init)
     context = loaded.gpt2.config.n_positions
     max_length = settings.max_length or context
@@ -55,7 +56,7 @@ def run(settings: EvaluateSettings) -> None:
     if settings.pairs:
         text, figures = evaluate_preferences(settings, loaded, folder, plan, accelerator)
     else:
-        text, figures = evaluate_conversations(loaded, corpus, plan, accelerator)
+        text, figures = evaluate_conversations(settings, loaded, corpus, plan, accelerator)
     if not accelerator.is_main_process:
         return
     adherence = Adherence(settings.topic, answer(loaded, prompts, settings.max_new_tokens)) if prompts else None
@@ -82,9 +83,11 @@ def run(settings: EvaluateSettings) -> None:
 TextAndFigures = tuple[str, dict[str, Any]]  # for people, for the report
 
 
-def evaluate_conversations(loaded: LoadedModel, corpus: Corpus, plan: Plan, accelerator: Any) -> TextAndFigures:
+def evaluate_conversations(
+    settings: EvaluateSettings, loaded: LoadedModel, corpus: Corpus, plan: Plan, accelerator: Any
+) -> TextAndFigures:
     """Return the loss on every source and on all together."""
-    model = _on_device(loaded, accelerator)
+    model = _on_device(loaded, settings, accelerator)
     with autocast(accelerator):
         losses = evaluate_by_source(model, plan, loaded.tokenizer.byte_lengths(), accelerator)
     by_source = {store.source: loss for store, loss in zip(corpus.stores, losses, strict=True) if loss.tokens}
@@ -100,7 +103,7 @@ def evaluate_preferences(
     started_from, trained_beta = _reference(settings, loaded, folder)
     beta = settings.beta or trained_beta
     if started_from is not None:
-        model = _on_device(started_from, accelerator)
+        model = _on_device(started_from, settings, accelerator)
         store = store_for(started_from, model, accelerator, settings.cache)
         signals = SignalHandler()
         with signals.listening():
@@ -108,7 +111,7 @@ def evaluate_preferences(
         model.cpu()
     config = PreferenceSettings(loss="simpo" if started_from is None else "sigmoid", beta=beta)
     with autocast(accelerator):
-        means = evaluate_objective(_on_device(loaded, accelerator), plan, DPO(config), accelerator)
+        means = evaluate_objective(_on_device(loaded, settings, accelerator), plan, DPO(config), accelerator)
     chunks = plan.chunks
     lines = [
         f"pairs     {chunks.pairs.sum():,} of {chunks.replies.sum():,} replies to {len(chunks):,} prompts",
@@ -155,8 +158,12 @@ def _reference(
     return found, beta
 
 
-def _on_device(loaded: LoadedModel, accelerator: Any) -> TargetLogProbs:
-    backend = default_backend(accelerator.device, attention_dropout=0.0)
+def _backend(settings: EvaluateSettings, accelerator: Any) -> Backend:
+    return choose_backend(settings.attention, accelerator.device, 0.0, "attention")
+
+
+def _on_device(loaded: LoadedModel, settings: EvaluateSettings, accelerator: Any) -> TargetLogProbs:
+    backend = _backend(settings, accelerator)
     return TargetLogProbs(loaded.gpt2, len(loaded.tokenizer), backend).to(accelerator.device)
 
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from gpt2ft.device import available_cores, check_gpu, choose_precision, on_cuda
 from gpt2ft.inference.model import InferenceModel
 from gpt2ft.inference.prompt_format import ChatPromptFormat, prompt_format_for
 from gpt2ft.runs.loaded_model import find_model
@@ -14,12 +15,15 @@ def load_inference_model(settings: InferenceSettings, seed: int) -> InferenceMod
     Args:
         seed: of random weights, which get the chat template as if they had been trained with it.
     Raises:
+        DeviceError: if there is a GPU that cannot be used, or not in the precision that is asked for.
         ModelError, NetworkError: if it cannot be had.
     """
+    check_gpu()
+    precision = choose_precision(settings.precision)
+    torch.set_num_threads(min(torch.get_num_threads(), available_cores()))  # PyTorch knows nothing of quotas
     loaded, _ = find_model(settings.model, settings.random_init, seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    is_half = settings.precision == "bf16" or (settings.precision == "auto" and device == "cuda")
-    gpt2 = loaded.gpt2.to(device, torch.bfloat16 if is_half else torch.float32).eval()
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    gpt2 = loaded.gpt2.to("cuda" if on_cuda() else "cpu", dtype).eval()
     tokenizer = loaded.tokenizer
     prompt_format = ChatPromptFormat(tokenizer) if settings.random_init else prompt_format_for(tokenizer)
     source = f"random {settings.model}" if settings.random_init else loaded.source

@@ -1,11 +1,7 @@
 """Set-up of a run: model and data loaded, laid out in a plan, and checked before anything is trained."""
 
-import os
-import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from gpt2ft.data.augmentation import Augmentation
 from gpt2ft.data.chunks import ChunkingRule, chunk
@@ -14,7 +10,7 @@ from gpt2ft.data.plan import Plan
 from gpt2ft.distributed import launch_checks
 from gpt2ft.distributed.accelerator import precision_of
 from gpt2ft.errors import SettingsError
-from gpt2ft.model.attention import Backend, default_backend
+from gpt2ft.model.attention import Backend, choose_backend
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.runs.data_statistics import data_statistics
 from gpt2ft.runs.describe import Hardware, describe
@@ -40,6 +36,7 @@ class RunSetup:
     plan: Plan
     eval_plan: Plan | None
     steps: int
+    backend: Backend
 
     @property
     def is_main(self) -> bool:
@@ -59,6 +56,9 @@ def set_up(settings: RunSettings, task: "Task", accelerator: Any) -> RunSetup:
         SettingsError, ModelError, DataError: if the settings do not fit the model, or either cannot be had.
     """
     training = settings.training
+    backend = choose_backend(
+        settings.model.attention, accelerator.device, settings.model.attention_dropout, "model.attention"
+    )
     loaded = load_model(settings.model, training.seed)
     check_lengths(settings, loaded)
     if settings.lora.rank:
@@ -68,7 +68,7 @@ def set_up(settings: RunSettings, task: "Task", accelerator: Any) -> RunSetup:
     plan = plan_for(corpus, settings, rule, for_training=True)
     eval_plan = plan_for(held_out, settings, eval_rule, for_training=False) if held_out else None
     steps = training.steps or plan.steps
-    setup = RunSetup(settings, accelerator, loaded, corpus, held_out, plan, eval_plan, steps)
+    setup = RunSetup(settings, accelerator, loaded, corpus, held_out, plan, eval_plan, steps, backend)
     if setup.is_main:
         _print_plan(setup)
     return setup
@@ -118,24 +118,8 @@ def target_log_probs(setup: RunSetup) -> TargetLogProbs:
     """Return the model as training calls it, in float32 and on the device."""
     loaded, settings = setup.loaded, setup.settings
     loaded.gpt2.activation_checkpointing = settings.training.activation_checkpointing
-    model = TargetLogProbs(loaded.gpt2, len(loaded.tokenizer), backend_for(settings, setup.accelerator.device))
+    model = TargetLogProbs(loaded.gpt2, len(loaded.tokenizer), setup.backend)
     return model.to(setup.accelerator.device)
-
-
-def backend_for(settings: RunSettings, device: torch.device) -> Backend:
-    """Return the attention backend that the settings ask for, or the default of the device.
-
-    Raises:
-        SettingsError: if it cannot be compiled here.
-    """
-    chosen = settings.model.attention
-    backend = default_backend(device, settings.model.attention_dropout) if chosen == "auto" else chosen
-    compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
-    if backend == "flex" and device.type == "cuda" and not any(name and shutil.which(name) for name in compilers):
-        raise SettingsError(
-            "FlexAttention needs a C compiler on CUDA, but there is none: install gcc or pass `--model.attention dense`"
-        )
-    return backend
 
 
 def run_preflight_checks(setup: RunSetup, model: TargetLogProbs) -> None:

@@ -125,6 +125,8 @@ class EvaluateSettings(StreamSettings, CorpusSettings, FinishedModelSettings):
     """Most prompts to answer."""
     max_new_tokens: Positive = 100
     """Longest of those replies in tokens."""
+    attention: Literal["auto", "flex", "segments", "dense"] = "auto"
+    """Implementation of attention, as in training."""
     report: str | None = None
     """File for the figures; default report.json in the run or model folder, or here for a published name."""
 
@@ -173,7 +175,7 @@ class InferenceSettings(SamplingDefaults, FinishedModelSettings):
     max_new_tokens: Positive = 256
     """Longest reply in tokens."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto is bf16 on CUDA and fp32 on CPU."""
+    """auto is bf16 on GPUs that have it, and fp32 otherwise."""
 
 
 class ChatSettings(InferenceSettings):

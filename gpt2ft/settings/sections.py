@@ -162,7 +162,7 @@ class StreamSettings(Section):
     tokens_per_micro_batch: Positive = 8192
     """Tokens in one stream, the unit of one pass through the model."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: the launcher's unless that is "no", then bf16 on CUDA and fp32 on CPU."""
+    """auto: the launcher's unless that is "no", then bf16 on GPUs that have it, and fp32 otherwise."""
 
 
 class TrainingSettings(StreamSettings):

@@ -82,10 +82,9 @@ def check_isolation(model: TargetLogProbs, stream: TokenStream, paths: int = 4) 
     with torch.autocast(device.type, enabled=False):
         packed = model(stream.to(device)).cpu()
         differences = [0.0]
-        chosen = [int(stream.supervised[target]) for target in _spread(stream.num_supervised, paths)]
-        size = max((path_alone(stream, index)[0].num_tokens for index in chosen), default=0)
-        for index in chosen:
-            alone, indices = path_alone(stream, index, size)  # of one size, so that a compiled backend compiles once
+        for target in _spread(stream.num_supervised, paths):
+            # Of the same size, so that a compiled backend is tried as it will train, and compiles nothing more.
+            alone, indices = path_alone(stream, int(stream.supervised[target]), len(stream.tokens))
             expected = model(alone.to(device)).cpu()[: alone.num_supervised]
             differences.append(float((packed[indices] - expected).abs().max()))
     model.train(was_training)

@@ -64,6 +64,17 @@ def test_micro_batches_that_the_processes_cannot_share_equally(refusal, micro_ba
     assert tells(said, facts)
 
 
+def test_float32_is_not_rounded_to_tf32(start, monkeypatch):
+    """Where TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 is set, as in vendors' images, PyTorch starts like this."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        assert torch.get_float32_matmul_precision() == "high"
+        start(1)
+        assert not torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def test_the_launcher_has_no_say_in_accumulation(refusal, start):
     said = refusal(6, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")
     assert tells(said, "gradient_accumulation_steps ... is 4 ... 6 follow")

@@ -1,6 +1,7 @@
 """What a launcher may ask for, what it must leave to the recipe, and what it must have understood."""
 
 import os
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -40,7 +41,7 @@ def launched_with(monkeypatch):
         (FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "false", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp2"),
         (ZERO2, "zero2"),
         (ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "none"}, "zero3"),
-        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "ddp"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_DYNAMO_MODE": "default"}, "ddp"),
     ],
 )
 def test_what_a_launcher_may_ask_for(environment, strategy, launched_with):
@@ -78,6 +79,7 @@ def test_what_a_launcher_may_ask_for(environment, strategy, launched_with):
         (FSDP2 | {"FSDP_IGNORED_MODULES": "wte"}, ["fsdp_ignored_modules", "but is wte"]),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, ["MEGATRON_LM", "use MULTI_GPU or FSDP"]),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, ["`parallelism_config`", "not supported"]),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, ["dynamo_backend", "but is INDUCTOR", "compiled anyway"]),
         ({"PJRT_DEVICE": "TPU"}, ["PJRT_DEVICE", "TPU"]),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, ["mixed_precision", "no or bf16", "but is fp8"]),
     ],
@@ -134,6 +136,35 @@ def test_what_accelerate_would_ignore(config, said, launched_with, monkeypatch):
     launch = Launch(2, "conf.yaml", {"distributed_type": DistributedType.FSDP} | config)
     monkeypatch.setattr(launch_checks, "find_launch", lambda: launch)
     with pytest.raises(LaunchError, match=f"^conf.yaml: accelerate ignores {said}"):
+        launch_checks.check(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("section", "is_refused"),
+    [
+        ({"dynamo_backend": "INDUCTOR"}, True),
+        ({"dynamo_mode": "max-autotune"}, True),
+        ({"backend": "aot_eager", "use_dynamic": False}, True),
+        ({"dynamo_backend": "NO"}, False),
+        ({}, False),
+    ],
+)
+def test_a_model_that_accelerate_would_compile_too(section, is_refused, launched_with, monkeypatch):
+    launched_with()
+    launch = Launch(2, "conf.yaml", {"distributed_type": DistributedType.MULTI_GPU, "dynamo_config": section})
+    monkeypatch.setattr(launch_checks, "find_launch", lambda: launch)
+    with pytest.raises(LaunchError, match=r"conf.yaml: `dynamo_config`") if is_refused else nullcontext():
+        launch_checks.check(4, 2)
+
+
+def test_a_cpu_that_was_asked_for(launched_with, monkeypatch):
+    """A config's use_cpu reaches a process that is launched alone, and no other."""
+    launched_with()
+    monkeypatch.setattr(launch_checks, "find_launch", lambda: Launch(2, "conf.yaml", {}, uses_cpu=True))
+    monkeypatch.setattr(launch_checks, "check_gpu", lambda: pytest.fail("the CPU was asked for"))
+    launch_checks.check(4, 2)
+    monkeypatch.setattr(launch_checks, "on_cuda", lambda: True)
+    with pytest.raises(LaunchError, match="use the CPU, .* the GPU: set ACCELERATE_USE_CPU=true"):
         launch_checks.check(4, 2)
 
 

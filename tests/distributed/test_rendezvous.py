@@ -1,6 +1,7 @@
 """Processes that are started again meet each other, whatever dead ones have left; who never joins is not waited for."""
 
 import json
+import os
 import threading
 import time
 from datetime import timedelta
@@ -8,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from gpt2ft.distributed import rendezvous
-from gpt2ft.distributed.rendezvous import EXIT_CODE, joining, meet
+from gpt2ft.distributed.rendezvous import COLLECTIVE_TIMEOUT, EXIT_CODE, joining, meet
 
 TIMEOUT = timedelta(seconds=20)
 
@@ -42,6 +44,16 @@ def start(store, ranks, num_processes, found):
     for thread in threads:
         thread.start()
     return threads
+
+
+def test_groups_of_any_library_wait_as_long_as_the_watchdog_lets_them(monkeypatch):
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        monkeypatch.setattr(distributed_c10d, name, timedelta(minutes=10))
+    monkeypatch.setenv("DEEPSPEED_TIMEOUT", "10")
+    rendezvous.install()
+    for backend in ("nccl", "gloo"):
+        assert distributed_c10d._get_default_timeout(backend) == COLLECTIVE_TIMEOUT
+    assert timedelta(minutes=int(os.environ["DEEPSPEED_TIMEOUT"])) == COLLECTIVE_TIMEOUT
 
 
 def test_all_are_given_one_name_and_each_start_another(store, looks):

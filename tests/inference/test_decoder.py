@@ -8,6 +8,7 @@ import torch
 from continuing import PROMPTS, SAMPLED, STOP, VOCABULARY, continued, finished, suppressing, uncached
 from torch.testing import assert_close
 
+from gpt2ft.inference import cache
 from gpt2ft.inference.cache import GROWTH, KeyValueCache
 from gpt2ft.inference.decoder import Decoder
 from gpt2ft.inference.sampling import GREEDY
@@ -18,6 +19,26 @@ from gpt2ft.settings.sections import SamplingSettings
 @pytest.fixture(scope="module")
 def model(lively):
     return lively(64, 32)
+
+
+def test_attention_is_never_planned_anew_for_each_length(model, monkeypatch):
+    """By cuDNN, which an H100 prefers; prompts and single tokens."""
+    asked = []
+
+    def sdpa(*arguments, **settings):
+        asked.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return whole(*arguments, **settings)
+
+    whole = cache.scaled_dot_product_attention
+    monkeypatch.setattr(cache, "scaled_dot_product_attention", sdpa)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    decoder = Decoder(model, [STOP], suppressing(), 2)
+    decoder.join([1, 2, 3], GREEDY, 4)
+    decoder.step()
+    decoder.join([1, 2], GREEDY, 4)
+    decoder.step()
+    assert len(asked) > 2
+    assert not any(asked)
 
 
 class TestSchedule:

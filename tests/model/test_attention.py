@@ -3,13 +3,17 @@
 FlexAttention has no backward on the CPU, and there computes every block: what it would skip is read off its mask.
 """
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from facts import tells
 from torch.testing import assert_close
 
+from gpt2ft.errors import SettingsError
 from gpt2ft.model import attention
-from gpt2ft.model.attention import attention_for, default_backend
+from gpt2ft.model.attention import attention_for, choose_backend
 from gpt2ft.stream import block_kinds, segments, visible
 
 N, H, D = 256, 3, 8
@@ -164,10 +168,57 @@ class TestDropout:
             attention_for(torch.arange(1, 129), 0, "flex", dropout=0.1)
 
 
-def test_the_backend_follows_the_device():
-    assert default_backend(torch.device("cuda"), 0.0) == "flex"
-    assert default_backend(torch.device("cuda"), 0.1) == "segments"
-    assert default_backend(torch.device("cpu"), 0.0) == "segments"
+def test_the_backend_follows_the_device(monkeypatch):
+    monkeypatch.setattr(attention, "compiler_problem", lambda: None)
+    assert choose_backend("auto", torch.device("cuda"), 0.0, "attention") == "flex"
+    assert choose_backend("auto", torch.device("cuda"), 0.1, "attention") == "segments"
+    assert choose_backend("auto", torch.device("cpu"), 0.0, "attention") == "segments"
+    assert choose_backend("dense", torch.device("cuda"), 0.0, "attention") == "dense"
+
+
+@pytest.mark.parametrize("asked", ["auto", "flex"])
+def test_flex_that_cannot_be_compiled_is_refused(asked, monkeypatch):
+    monkeypatch.setattr(attention, "compiler_problem", lambda: "there is no C compiler: install gcc")
+    with pytest.raises(SettingsError) as refusal:
+        choose_backend(asked, torch.device("cuda"), 0.0, "model.attention")
+    assert tells(str(refusal.value), "no C compiler ... install gcc ... `--model.attention dense`")
+    assert choose_backend("dense", torch.device("cuda"), 0.0, "model.attention") == "dense"
+
+
+def test_flex_on_a_cpu_is_refused():
+    with pytest.raises(SettingsError) as refusal:
+        choose_backend("flex", torch.device("cpu"), 0.0, "attention")
+    assert tells(str(refusal.value), "FlexAttention ... CPU ... no backward pass ... `--attention segments`")
+
+
+def test_segments_are_never_planned_anew_for_each_length(monkeypatch):
+    """By cuDNN, which an H100 prefers."""
+    asked = []
+
+    def sdpa(*arguments, **settings):
+        asked.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return whole(*arguments, **settings)
+
+    whole = attention.scaled_dot_product_attention
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", sdpa)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    attention_for(deep_chain(), N - 4, "segments")(*heads(), layer=0)
+    assert asked
+    assert not any(asked)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_past_the_limit_of_recompilations_flex_is_an_error(monkeypatch):
+    """It would be computed N x N otherwise, without a word."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    kernel = attention._flex_kernel.__wrapped__("cuda")
+    monkeypatch.setattr(attention, "_flex_kernel", lambda device_type: kernel)
+    with torch._dynamo.config.patch(recompile_limit=1), torch.no_grad():
+        attention_for(torch.arange(1, 129), 0, "flex")(*torch.zeros(3, 128, H, D), layer=0)
+        with pytest.raises(FailOnRecompileLimitHit):
+            attention_for(torch.arange(1, 257), 0, "flex")(*torch.zeros(3, 256, H, D), layer=0)
 
 
 def test_an_unknown_backend_is_refused():

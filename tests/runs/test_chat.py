@@ -286,7 +286,7 @@ def handed_over(monkeypatch):
     def hand_over(**settings):
         met = []
         monkeypatch.setattr(chat, "talk", lambda *everything: met.extend(everything) or True)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
         chat.run(ChatSettings(**settings))
         session, history, completes, notice = met
         return SimpleNamespace(session=session, history=history, completes=completes, notice=notice)

@@ -235,6 +235,13 @@ class TestIsolation:
         with pytest.raises(PreflightError, match="does not isolate"):
             check_isolation(dense, broken)
 
+    def test_every_stream_has_the_size_of_those_in_training(self, model, stream):
+        """A compiled backend is tried as it will train, and compiles nothing more."""
+        sizes = []
+        model.gpt2.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+        check_isolation(model, stream)
+        assert sizes == [len(stream.tokens)] * 5
+
     def test_an_attention_that_ignores_horizons(self, model, stream, monkeypatch):
         from gpt2ft.model import attention, logprobs
 
