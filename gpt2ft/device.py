@@ -27,7 +27,7 @@ OLDEST_FOR_TRITON = (7, 0)  # compute capability
 
 
 class DeviceError(Gpt2ftError):
-    """A GPU that cannot be used, or not as it was asked to."""
+    """A GPU that is there and cannot be used."""
 
 
 # --- CPU or GPU -----------------------------------------------------------------------------------------------------
@@ -137,24 +137,18 @@ def _device() -> torch.device:
 def choose_precision(asked: str) -> Literal["fp32", "bf16"]:
     """Return the precision of matrix products; auto is bf16 on GPUs that have it, and fp32 otherwise.
 
-    Raises:
-        DeviceError: if bf16 is asked of a GPU without it, where it is emulated or does not compile.
+    A GPU without bf16 emulates it: that is done where it is asked for, and said.
     """
-    if asked == "fp32" or (asked == "auto" and not on_cuda()):
-        return "fp32"
-    if not on_cuda():
-        return "bf16"
+    if asked == "fp32" or not on_cuda():
+        return "bf16" if asked == "bf16" else "fp32"
     with torch.cuda.device(_device()):
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         name = torch.cuda.get_device_name()
-    if not has_bf16 and asked == "bf16":
-        raise DeviceError(
-            f"bf16 needs a GPU of compute capability 8.0 or newer, but {name} is older: choose the precision fp32 (and "
-            "`mixed_precision: no` in a config of Accelerate)"
-        )
+    chosen = "bf16" if has_bf16 or asked == "bf16" else "fp32"
     if not has_bf16 and is_first_on_machine():
-        print(f"warning: {name} has no bf16: computing in fp32, with twice the memory of activations", file=sys.stderr)
-    return "bf16" if has_bf16 else "fp32"
+        remedy = "which takes more memory" if chosen == "fp32" else "emulated: `precision fp32` should be faster"
+        print(f"warning: {name} has no bf16: computing in {chosen}, {remedy}", file=sys.stderr)
+    return chosen
 
 
 # --- compiling ------------------------------------------------------------------------------------------------------

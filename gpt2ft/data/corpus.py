@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +11,7 @@ from gpt2ft.data.chunks import Rows
 from gpt2ft.data.kinds import CONVERSATIONS, DataKind
 from gpt2ft.data.mixing import Keys, first_of_each, is_held_out, sampled
 from gpt2ft.data.reading import DataError
-from gpt2ft.data.sources import read_trees
+from gpt2ft.data.sources import Origin, read_trees
 from gpt2ft.data.store import TokenStore, open_store
 from gpt2ft.data.topic import Topic
 from gpt2ft.errors import SettingsError
@@ -49,7 +49,11 @@ class Corpus:
 
 
 def load_corpora(
-    settings: DataSettings, tokenizer: ChatTokenizer, seed: int = 0, kind: DataKind = CONVERSATIONS
+    settings: DataSettings,
+    tokenizer: ChatTokenizer,
+    seed: int = 0,
+    kind: DataKind = CONVERSATIONS,
+    digest: Callable[[Origin], str] | None = None,
 ) -> tuple[Corpus, Corpus | None]:
     """Return the training and the held-out data, by whole trees, none in both.
 
@@ -57,6 +61,7 @@ def load_corpora(
 
     Args:
         seed: of what a mixing weight leaves out or takes once more.
+        digest: as of `open_store`.
 
     Raises:
         DataError: if a source cannot be read or nothing is left to train on.
@@ -64,11 +69,11 @@ def load_corpora(
     """
     held_out, nothing = None, np.zeros(0, np.uint64)
     if settings.eval:
-        stores = _open_stores(settings.eval, settings, tokenizer, kind)
+        stores = _open_stores(settings.eval, settings, tokenizer, kind, digest)
         held_out = _unique(kind, stores, nothing, f"{kind.unit} met before")
     kept_back = held_out.conversations() if held_out else nothing
     reason = f"{kind.unit} met before" + (" or held out" if held_out else "")
-    corpus = _unique(kind, _open_stores(settings.train, settings, tokenizer, kind), kept_back, reason)
+    corpus = _unique(kind, _open_stores(settings.train, settings, tokenizer, kind, digest), kept_back, reason)
     if settings.eval_fraction:
         chosen = is_held_out(corpus.conversations(), settings.eval_fraction)
         held_out = replace(corpus, rows=corpus.rows[chosen], dropped=Counter(), has_own_sources=False)
@@ -101,12 +106,16 @@ def read_topic(source: str) -> Topic:
 
 
 def _open_stores(
-    sources: Sequence[str], settings: DataSettings, tokenizer: ChatTokenizer, kind: DataKind
+    sources: Sequence[str],
+    settings: DataSettings,
+    tokenizer: ChatTokenizer,
+    kind: DataKind,
+    digest: Callable[[Origin], str] | None,
 ) -> list[TokenStore]:
     topic = read_topic(settings.topic_replies) if settings.topic_replies else None
     names = [split_mixing_weight(source)[0] for source in sources]
     cache = cache_root(settings.cache)
-    return [open_store(name, settings.filters, tokenizer, cache, topic, kind) for name in names]
+    return [open_store(name, settings.filters, tokenizer, cache, topic, kind, digest) for name in names]
 
 
 def _unique(kind: DataKind, stores: list[TokenStore], kept_back: Keys, reason: str) -> Corpus:

@@ -122,6 +122,9 @@ class Files:
         return chain.from_iterable(read_file(file, columns) for file in self.files)
 
 
+Origin = HubSource | Files
+
+
 @dataclass(frozen=True)
 class Shard:
     """Some trees of a source, which any process can read alone."""
@@ -135,7 +138,7 @@ class Source:
     """One data source: its name, where it lies, and the kind of data it is read as."""
 
     name: str
-    origin: HubSource | Files
+    origin: Origin
     kind: DataKind = CONVERSATIONS
 
     @cached_property

@@ -8,6 +8,7 @@ determines the tokens: the data, the filters, the template and the tokenizer.
 import hashlib
 import json
 from bisect import bisect_right
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from gpt2ft.data.kinds import CONVERSATIONS, DataKind
 from gpt2ft.data.reading import DataError
-from gpt2ft.data.sources import open_source
+from gpt2ft.data.sources import Origin, open_source
 from gpt2ft.data.token_tree import TokenTree
 from gpt2ft.data.tokenise import STATISTICS, SourceStatistics, Tokenisation, build, is_complete
 from gpt2ft.data.topic import Topic
@@ -138,18 +139,20 @@ def open_store(
     cache: Path,
     topic: Topic | None = None,
     kind: DataKind = CONVERSATIONS,
+    digest: Callable[[Origin], str] | None = None,
 ) -> TokenStore:
     """Return the store of a source, from the cache or built now.
 
     Args:
         topic: its replies take the place of the source's own; of preferences, they are better than these.
+        digest: gives the digest of what the source holds; one process may do so for several.
 
     Raises:
         DataError: if the source cannot be read, or nothing of it is left to train on.
     """
     source = open_source(name, kind)
     try:
-        data = source.origin.digest()
+        data = digest(source.origin) if digest else source.origin.digest()
     except OSError as error:
         raise DataError(f"{name} cannot be read: {error}") from error
     determined_by = [FORMAT_VERSION, kind.name, data, filters.model_dump(), topic and topic.digest]

@@ -7,7 +7,8 @@
 
 import os
 import warnings
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from gpt2ft.distributed import cpu, launch_checks, rendezvous, watchdog
 from gpt2ft.distributed.launch_checks import LaunchError, StrategyName
 from gpt2ft.distributed.launcher_arguments import is_launched
 from gpt2ft.distributed.signals import end_with_parent
+from gpt2ft.errors import Gpt2ftError
+
+Result = TypeVar("Result")
 
 
 def start_accelerator(precision: str, micro_batches_per_step: int | None = None, deterministic: bool = False) -> Any:
@@ -169,6 +173,31 @@ def sum_and_any(accelerator: Any, values: Tensor, *flags: bool) -> tuple[Tensor,
         return values, list(flags)
     total = device_sum(accelerator, torch.cat([values, on_device(accelerator, *flags)]))
     return total[: len(values)], [number > 0 for number in total[len(values) :].tolist()]
+
+
+def once_a_machine(accelerator: Any, work: Callable[[], Result]) -> Result:
+    """Return what `work` gives the first process of each machine to those beside it; all processes call it together.
+
+    Each machine sees the disk for itself, but its processes need not all read the same gigabytes.
+
+    Raises:
+        Gpt2ftError, OSError: on all processes, if `work` does on any machine.
+    """
+    if accelerator.num_processes == 1:
+        return work()
+    from accelerate.utils import gather_object
+
+    found, problem = None, None
+    if accelerator.is_local_main_process:
+        try:
+            found = work()
+        except (Gpt2ftError, OSError) as error:
+            problem = error
+    everywhere = gather_object([(found, problem)])
+    for _, problem in everywhere:
+        if problem is not None:
+            raise problem
+    return everywhere[accelerator.process_index - accelerator.local_process_index][0]
 
 
 def raise_together(accelerator: Any, problem: OSError | None) -> None:

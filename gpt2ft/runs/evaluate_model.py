@@ -22,6 +22,7 @@ from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.model.pretrained import ModelError
 from gpt2ft.objectives.dpo import DPO
 from gpt2ft.runs.loaded_model import RECIPE, LoadedModel, find_model, load_model, read_run_settings
+from gpt2ft.runs.run_setup import digest_of_sources
 from gpt2ft.runs.samples import Sample, Turns, answer, held_out_prompts
 from gpt2ft.runs.train_dpo import store_for
 from gpt2ft.settings.parsing import refuse_problems
@@ -47,7 +48,7 @@ def run(settings: EvaluateSettings) -> None:
     rule: ChunkingRule = ConversationTrees("once", max_length, capacity)
     if settings.pairs:
         rule = PreferencePairs(settings.pairs, "pair", max_length, capacity)
-    corpus, _ = load_corpora(data, loaded.tokenizer, kind=rule.kind)
+    corpus, _ = load_corpora(data, loaded.tokenizer, kind=rule.kind, digest=digest_of_sources(accelerator))
     asked = settings.model_dump(exclude={"cache", "report"})
     check_agreement(accelerator, asked | {"data_content": corpus.content(), "initial_weights": loaded.digest})
     prompts = topic_prompts(loaded, corpus, settings) if settings.topic else []

@@ -15,7 +15,7 @@ def load_inference_model(settings: InferenceSettings, seed: int) -> InferenceMod
     Args:
         seed: of random weights, which get the chat template as if they had been trained with it.
     Raises:
-        DeviceError: if there is a GPU that cannot be used, or not in the precision that is asked for.
+        DeviceError: if there is a GPU that cannot be used.
         ModelError, NetworkError: if it cannot be had.
     """
     check_gpu()

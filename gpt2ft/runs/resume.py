@@ -7,7 +7,7 @@ from pathlib import Path
 from gpt2ft import checkpoint
 from gpt2ft.checkpoint import CheckpointError, TrainState
 from gpt2ft.distributed import launch_checks, watchdog
-from gpt2ft.distributed.accelerator import raise_together
+from gpt2ft.distributed.accelerator import once_a_machine, raise_together
 from gpt2ft.distributed.agreement import check_agreement
 from gpt2ft.errors import SettingsError
 from gpt2ft.model.logprobs import TargetLogProbs
@@ -42,7 +42,8 @@ def find_resume_point(setup: RunSetup, output: Output) -> ResumePoint:
 
 
 def _newest(setup: RunSetup, output: Output) -> ResumePoint:
-    found = checkpoint.find_newest(output.checkpoints, verbose=setup.is_main)
+    is_main = setup.is_main
+    found = once_a_machine(setup.accelerator, lambda: checkpoint.find_newest(output.checkpoints, verbose=is_main))
     if found is None:
         return ResumePoint(TrainState(), None)
     state, saved = checkpoint.read_state(found)

@@ -1,5 +1,6 @@
 """Set-up of a run: model and data loaded, laid out in a plan, and checked before anything is trained."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -7,8 +8,9 @@ from gpt2ft.data.augmentation import Augmentation
 from gpt2ft.data.chunks import ChunkingRule, chunk
 from gpt2ft.data.corpus import Corpus, load_corpora
 from gpt2ft.data.plan import Plan
+from gpt2ft.data.sources import Origin
 from gpt2ft.distributed import launch_checks
-from gpt2ft.distributed.accelerator import precision_of
+from gpt2ft.distributed.accelerator import once_a_machine, precision_of
 from gpt2ft.errors import SettingsError
 from gpt2ft.model.attention import Backend, choose_backend
 from gpt2ft.model.logprobs import TargetLogProbs
@@ -64,7 +66,8 @@ def set_up(settings: RunSettings, task: "Task", accelerator: Any) -> RunSetup:
     if settings.lora.rank:
         loaded = adapt(loaded, settings.lora, training.seed)
     rule, eval_rule = task.chunking(for_training=True), task.chunking(for_training=False)
-    corpus, held_out = load_corpora(settings.data, loaded.tokenizer, training.seed, rule.kind)
+    digest = digest_of_sources(accelerator)
+    corpus, held_out = load_corpora(settings.data, loaded.tokenizer, training.seed, rule.kind, digest)
     plan = plan_for(corpus, settings, rule, for_training=True)
     eval_plan = plan_for(held_out, settings, eval_rule, for_training=False) if held_out else None
     steps = training.steps or plan.steps
@@ -72,6 +75,11 @@ def set_up(settings: RunSettings, task: "Task", accelerator: Any) -> RunSetup:
     if setup.is_main:
         _print_plan(setup)
     return setup
+
+
+def digest_of_sources(accelerator: Any) -> Callable[[Origin], str]:
+    """Return the function that digests where a source comes from, once a machine."""
+    return lambda origin: once_a_machine(accelerator, origin.digest)
 
 
 def _print_plan(setup: RunSetup) -> None:

@@ -3,6 +3,7 @@
 import os
 from types import SimpleNamespace
 
+import accelerate.utils
 import numpy as np
 import pytest
 import torch
@@ -10,7 +11,8 @@ from accelerate.state import AcceleratorState, GradientState
 from facts import tells
 from processes import OF_LAUNCHERS
 
-from gpt2ft.distributed.accelerator import LaunchError, loss_scale, start_accelerator, sum_and_any
+from gpt2ft.checkpoint_verification import CheckpointError
+from gpt2ft.distributed.accelerator import LaunchError, loss_scale, once_a_machine, start_accelerator, sum_and_any
 
 # --- a launch ------------------------------------------------------------------------------------------------------
 
@@ -119,3 +121,39 @@ def test_the_loss_scale_undoes_what_others_divide_by():
     scales = [loss_scale(four, torch.tensor(normalizer, dtype=torch.float64)) for normalizer in (7.0, 0.0)]
     assert [float(scale) for scale in scales] == [float(np.float32(12 / 7)), 0.0]
     assert {scale.dtype for scale in scales} == {torch.float32}  # a float64 would make the loss one
+
+
+# --- what one process does for those beside it ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_rank(monkeypatch):
+    """on_rank(rank, others): `once_a_machine` on one of four processes of two machines; how often it worked."""
+
+    def on_rank(rank, others):
+        worked = []
+        accelerator = SimpleNamespace(
+            num_processes=4, process_index=rank, local_process_index=rank % 2, is_local_main_process=rank % 2 == 0
+        )
+        monkeypatch.setattr(accelerate.utils, "gather_object", lambda mine: others[:rank] + mine + others[rank + 1 :])
+        return once_a_machine(accelerator, lambda: worked.append(rank) or f"seen by {rank}"), len(worked)
+
+    return on_rank
+
+
+def test_the_first_of_each_machine_works_for_all_of_it(on_rank):
+    others = [("seen by 0", None), (None, None), ("seen by 2", None), (None, None)]
+    assert [on_rank(rank, others) for rank in range(4)] == [
+        ("seen by 0", 1), ("seen by 0", 0), ("seen by 2", 1), ("seen by 2", 0),
+    ]  # fmt: skip
+
+
+def test_what_fails_on_one_machine_fails_everywhere(on_rank):
+    others = [("seen by 0", None), (None, None), (None, CheckpointError("step-00000004 is damaged")), (None, None)]
+    for rank in (0, 1, 3):
+        with pytest.raises(CheckpointError, match="step-00000004"):
+            on_rank(rank, others)
+
+
+def test_a_process_that_trains_alone_does_it_itself():
+    assert once_a_machine(SimpleNamespace(num_processes=1), lambda: "seen") == "seen"

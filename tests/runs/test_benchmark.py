@@ -2,11 +2,28 @@
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
+from gpt2ft.errors import SettingsError
 from gpt2ft.objectives.dpo import DPO
+from gpt2ft.runs import benchmark, evaluate_model
 from gpt2ft.runs.benchmark import Streams
-from gpt2ft.settings.scripts import BenchmarkSettings
+from gpt2ft.settings.scripts import BenchmarkSettings, EvaluateSettings
 from gpt2ft.settings.sections import PreferenceSettings
+
+
+@pytest.mark.parametrize(
+    ("work", "settings"),
+    [
+        (benchmark, BenchmarkSettings(attention="flex")),
+        (evaluate_model, EvaluateSettings(model="no/such/model", data=("quickstart",), attention="flex")),
+    ],
+)
+def test_an_attention_that_does_not_work_here(work, settings, one_thread):
+    """Told before anything is loaded, as training does."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(SettingsError, match=r"FlexAttention .* CPU .* `--attention segments`"):
+        work.run(settings)
 
 
 @pytest.mark.parametrize("what", ["sft", "dpo"])

@@ -8,9 +8,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from facts import tells
 from processes import run
 
-from gpt2ft import checkpoint
+from gpt2ft import checkpoint, device
 from gpt2ft.settings.parsing import RECIPES, parse_recipe, to_yaml
 from gpt2ft.settings.scripts import SFTSettings
 
@@ -77,6 +79,23 @@ def nothing_looks_finished(run):
     for folder in (run / "checkpoints").glob("*"):
         assert folder.name.startswith("step-")
         checkpoint.verify(folder)
+
+
+# --- hardware -------------------------------------------------------------------------------------------------------
+
+
+def test_an_attention_that_cannot_train_here(failure, tmp_path):
+    """Told before anything is read."""
+    said = failure("--model.attention", "flex", "--data.train", str(tmp_path / "absent.jsonl"))
+    assert tells(said, "FlexAttention ... CPU ... `--model.attention segments`")
+
+
+def test_a_gpu_that_cannot_be_used(failure, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(device, "find_gpu", lambda is_for_cpus: "/dev/nvidia0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tells(failure(), "/dev/nvidia0 ... ACCELERATE_USE_CPU=true")
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
