@@ -52,12 +52,15 @@ def check_gpu() -> None:
     """
     if asks_for_cpu():
         return
-    gpu = None if on_cuda() else find_gpu(is_for_cpus=_is_for_cpus())
-    problem = _why_not_available() if gpu else _why_it_fails() if on_cuda() else ""
+    if on_cuda():
+        gpu, problem = torch.cuda.get_device_name(_device()), _why_it_fails()
+    else:
+        gpu = find_gpu(is_for_cpus=_is_for_cpus())
+        problem = gpu and _why_not_available()
     if problem:
         raise DeviceError(
-            f"this machine has a GPU ({gpu or torch.cuda.get_device_name()}), but PyTorch {torch.__version__} cannot "
-            f"use it: {problem}; or set ACCELERATE_USE_CPU=true to compute on the CPU"
+            f"this machine has a GPU ({gpu}), but PyTorch {torch.__version__} cannot use it: {problem}; or set "
+            "ACCELERATE_USE_CPU=true to compute on the CPU"
         )
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 # Read when torch is imported, here and in what the tests start: there is a test for each core, and those who wait for
-# others do not keep them from it.
-os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+# others do not keep them from it. A GPU is not used, and a run must not be refused for that.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
 TEST_DATA = Path(os.environ.get("GPT2FT_TEST_DATA", Path(__file__).parents[1] / "../shared/data"))
 LENGTH_OF_A_MESSAGE = 1000  # in hand-made trees token m * 1000 + i is token i of message m
 
