@@ -109,10 +109,10 @@ def _why_not_available() -> str:
     )
 
 
-def _driver() -> str | None:
+def _driver(root: Path = Path("/")) -> str | None:
     """Return the version of NVIDIA's kernel module, such as 535.54.03."""
     try:
-        found = re.search(r"Module\D*(\d+\.[\d.]+)", Path("/proc/driver/nvidia/version").read_text())
+        found = re.search(r"Module.*?(\d+\.[\d.]+)", (root / "proc/driver/nvidia/version").read_text())
     except OSError:
         return None
     return found and found[1]

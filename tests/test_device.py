@@ -94,6 +94,14 @@ class TestGPU:
         assert "More" not in str(refusal.value)
         assert refusal.value.exit_code == 2
 
+    @pytest.mark.parametrize("module", ["x86_64 Kernel Module  535.54.03", "Open Kernel Module for x86_64  535.54.03"])
+    def test_has_a_driver_of_some_version(self, module, tmp_path):
+        assert device._driver(tmp_path) is None
+        (tmp_path / "proc/driver/nvidia").mkdir(parents=True)
+        text = f"NVRM version: NVIDIA UNIX {module}  Tue Jun 6 2023\nGCC version:  gcc version 12.2.0\n"
+        (tmp_path / "proc/driver/nvidia/version").write_text(text)
+        assert device._driver(tmp_path) == "535.54.03"
+
     def test_that_is_available_but_counts_none(self, unusable_gpu, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
