@@ -216,7 +216,8 @@ def test_past_the_limit_of_recompilations_flex_is_an_error(monkeypatch):
     kernel = attention._flex_kernel.__wrapped__("cuda")
     monkeypatch.setattr(attention, "_flex_kernel", lambda device_type: kernel)
     with torch._dynamo.config.patch(recompile_limit=1), torch.no_grad():
-        attention_for(torch.arange(1, 129), 0, "flex")(*torch.zeros(3, 128, H, D), layer=0)
+        for horizons in (torch.arange(1, 129), torch.full((128,), 128)):  # of one size: compiled once
+            attention_for(horizons, 0, "flex")(*torch.zeros(3, 128, H, D), layer=0)
         with pytest.raises(FailOnRecompileLimitHit):
             attention_for(torch.arange(1, 257), 0, "flex")(*torch.zeros(3, 256, H, D), layer=0)
 
