@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "gpt2ft"
 OURS = {"_handle"}  # of another object of the same class
-OF_PYTHON = {"_exit", "_current_frames", "_actions"}
+OF_PYTHON = {"_exit", "_current_frames", "_actions", "_replace"}
 # name -> where it must be: a module, and a class of it or an expression that must stand in its source
 USED = {
     "_get_default_store": ("torch.distributed.distributed_c10d", None),
