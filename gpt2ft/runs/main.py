@@ -15,7 +15,7 @@ def run(work: Callable[[Any], None], settings: Any) -> None:
     stands still; 130 for Ctrl-C at any other time.
     """
     resumes = getattr(settings, "resume", None) == "auto"
-    again = "; the same command continues from the newest checkpoint" if resumes else ""
+    again = "; the same command continues from the newest checkpoint, if there is one" if resumes else ""
     try:
         work(settings)
     except Gpt2ftError as error:

@@ -7,6 +7,7 @@ from processes import run
 from gpt2ft import errors
 from gpt2ft.checkpoint_verification import CheckpointError
 from gpt2ft.data.reading import DataError
+from gpt2ft.device import DeviceError
 from gpt2ft.distributed.launch_checks import LaunchError
 from gpt2ft.distributed.signals import Preempted
 from gpt2ft.model.pretrained import ModelError
@@ -24,6 +25,7 @@ ENDS = [  # error, exit code, said by every process, says that the same command 
     (DataError, 2, False, False),
     (ModelError, 2, False, False),
     (LaunchError, 2, False, False),
+    (DeviceError, 2, False, False),
     (CheckpointError, 2, False, False),
     (PreflightError, 2, False, False),
     (ReferenceLogProbError, 2, False, False),
