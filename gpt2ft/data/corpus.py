@@ -85,7 +85,7 @@ def load_corpora(
     return _sampled(corpus, [split_mixing_weight(source)[1] for source in settings.train], seed), held_out
 
 
-def read_topic(source: str) -> Topic:
+def read_topic(source: str, ignore_keys: tuple[str, ...] = ()) -> Topic:
     """Read the replies of a topic: one a line of a .txt file, or all that any other data source supervises.
 
     Raises:
@@ -97,7 +97,8 @@ def read_topic(source: str) -> Topic:
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"`data.topic_replies` = {source} cannot be read: {error}") from error
     else:
-        messages = (message for tree in read_trees(source, FilterSettings()) for message in tree.messages)
+        filters = FilterSettings(ignore_keys=ignore_keys)
+        messages = (message for tree in read_trees(source, filters) for message in tree.messages)
         texts = [message.text for message in messages if message.is_supervised]
     replies = tuple(dict.fromkeys(text.strip() for text in texts if text.strip()))
     if not replies:
@@ -112,7 +113,7 @@ def _open_stores(
     kind: DataKind,
     digest: Callable[[Origin], str] | None,
 ) -> list[TokenStore]:
-    topic = read_topic(settings.topic_replies) if settings.topic_replies else None
+    topic = read_topic(settings.topic_replies, settings.ignore_keys) if settings.topic_replies else None
     names = [split_mixing_weight(source)[0] for source in sources]
     cache = cache_root(settings.cache)
     return [open_store(name, settings.filters, tokenizer, cache, topic, kind, digest) for name in names]

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
@@ -140,6 +140,7 @@ class Source:
     name: str
     origin: Origin
     kind: DataKind = CONVERSATIONS
+    ignore_keys: tuple[str, ...] = ()  # at every level of a record
 
     @cached_property
     def format(self) -> AnyFormat:
@@ -167,7 +168,9 @@ class Source:
         return self.format.name + (f" in {len(self.origin.files)} files" if several else "")
 
     def _blocks(self) -> Iterator[RecordBlock]:
-        return self.origin.blocks(partial(columns_to_read, formats=self.kind.formats))
+        columns = partial(columns_to_read, formats=self.kind.formats, ignored=self.ignore_keys)
+        for block in self.origin.blocks(columns):
+            yield replace(block, parse=partial(_without, self.ignore_keys, block.parse)) if self.ignore_keys else block
 
     def _records(self, context: ReadContext) -> Parsed:
         return chain.from_iterable(block.parse(context) for block in self._blocks())
@@ -209,13 +212,17 @@ def _first_trees(trees: Trees, counted: ReadContext, context: ReadContext) -> It
 
 def _of_format(block: RecordBlock, format: AnyFormat, context: ReadContext) -> Parsed:
     for where, record in block.parse(context):
-        if context.filters.ignore_keys:
-            _remove(record, context.filters.ignore_keys)
         if format.matches(record):
             yield where, record
         else:
             keys = ", ".join(map(show, record)) or "no keys"
             context.refuse(where, f"must be {format.name} like the first record, but holds {keys}")
+
+
+def _without(keys: Sequence[str], parse: Callable[[ReadContext], Parsed], context: ReadContext) -> Parsed:
+    for where, record in parse(context):
+        _remove(record, keys)
+        yield where, record
 
 
 def _remove(record: Record, keys: Sequence[str]) -> None:
@@ -231,7 +238,7 @@ def _remove(record: Record, keys: Sequence[str]) -> None:
             waiting += found
 
 
-def open_source(name: str, kind: DataKind = CONVERSATIONS) -> Source:
+def open_source(name: str, kind: DataKind = CONVERSATIONS, ignore_keys: tuple[str, ...] = ()) -> Source:
     """Return the source of that name.
 
     Raises:
@@ -239,13 +246,13 @@ def open_source(name: str, kind: DataKind = CONVERSATIONS) -> Source:
     """
     key, _, split = name.partition(":")
     if key in SOURCES:
-        return Source(name, _hub_split(name, SOURCES[key], split), kind)
+        return Source(name, _hub_split(name, SOURCES[key], split), kind, ignore_keys)
     if key in BUNDLED:
         if name not in BUNDLED:
             raise DataError(f"data source {name!r} must be one of {', '.join(BUNDLED)}")
-        return Source(name, Files(str(BUNDLED[name]), (BUNDLED[name],)), kind)
+        return Source(name, Files(str(BUNDLED[name]), (BUNDLED[name],)), kind, ignore_keys)
     path = user_path(name)
-    return Source(stem(path), Files(str(path), _files(name, path), path.is_dir()), kind)
+    return Source(stem(path), Files(str(path), _files(name, path), path.is_dir()), kind, ignore_keys)
 
 
 def read_trees(source: str, filters: FilterSettings) -> Iterator[MessageTree]:
@@ -254,7 +261,7 @@ def read_trees(source: str, filters: FilterSettings) -> Iterator[MessageTree]:
     Raises:
         DataError: at once if there is no such source; while iterating if its data are malformed.
     """
-    opened = open_source(source)
+    opened = open_source(source, ignore_keys=filters.ignore_keys)
     context = ReadContext(opened.name, filters)
     return chain.from_iterable(shard.trees(context) for shard in opened.shards(filters))
 

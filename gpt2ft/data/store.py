@@ -150,7 +150,7 @@ def open_store(
     Raises:
         DataError: if the source cannot be read, or nothing of it is left to train on.
     """
-    source = open_source(name, kind)
+    source = open_source(name, kind, filters.ignore_keys)
     try:
         data = digest(source.origin) if digest else source.origin.digest()
     except OSError as error:

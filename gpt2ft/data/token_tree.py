@@ -162,7 +162,7 @@ class _Windows:
 
     Each opens with the earliest user turn from which it repeats no more tokens than it adds; the last one of a branch
     may repeat more, as far as all of them have added more. So together they are less than twice the whole, of whatever
-    length. Here four turns fit, and the odd ones are replies:
+    length, but for a long system turn that each repeats. Here four turns fit, and the odd ones are replies:
 
         conversation   0 1 2 3 4 5 6 7 8 9
         windows        0 1 2 3

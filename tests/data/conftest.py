@@ -32,8 +32,13 @@ def read():
 
     def read(source, kind=CONVERSATIONS, **filters):
         in_memory = isinstance(source, list)
-        opened = Source("test", InMemory(source), kind) if in_memory else open_source(str(source), kind)
-        context = ReadContext(opened.name, FilterSettings(**filters))
+        settings = FilterSettings(**filters)
+        opened = (
+            Source("test", InMemory(source), kind, settings.ignore_keys)
+            if in_memory
+            else open_source(str(source), kind, settings.ignore_keys)
+        )
+        context = ReadContext(opened.name, settings)
         trees = [tree for shard in opened.shards(context.filters) for tree in shard.trees(context)]
         kept = sum(len(tree.messages) for tree in trees)
         assert kept + context.dropped.total() - context.dropped["malformed line"] == context.totals.messages

@@ -53,6 +53,9 @@ def test_replies_come_from_lines_or_from_any_data(tmp_path):
     assert read_topic(str(lines)) == TOPIC
     assert read_topic(str(chats)).replies == ("Tea.",)
     assert len(read_topic("quickstart:replies").replies) == 40
+    noted = tmp_path / "noted.jsonl"
+    noted.write_text(json.dumps({"prompt": "What?", "completion": "Tea.", "note": "x"}))
+    assert read_topic(str(noted), ("note",)).replies == ("Tea.",)
 
 
 def test_what_cannot_be_used_is_refused_by_name(tmp_path, tokenizer):

@@ -1,5 +1,7 @@
 """The layouts that data come in. A new one is a file here and its name in the tuples below."""
 
+from collections.abc import Collection
+
 from gpt2ft.data.formats import alpaca, dolly, messages, oasst, preferences, prompt_completion, text
 from gpt2ft.data.formats.keys import describes
 from gpt2ft.data.formats.layout import Format, refuse_preference
@@ -47,8 +49,11 @@ def detect(record: Record, formats: tuple[AnyFormat, ...] = CONVERSATION_FORMATS
     raise Malformed(f"must be {', '.join(format.name for format in formats)}, but holds {keys}")
 
 
-def columns_to_read(names: list[str], formats: tuple[AnyFormat, ...] = CONVERSATION_FORMATS) -> list[str]:
+def columns_to_read(
+    names: list[str], formats: tuple[AnyFormat, ...] = CONVERSATION_FORMATS, ignored: Collection[str] = ()
+) -> list[str]:
     """Return the columns of a table that its format reads, or must refuse: the rest may take long to read."""
+    names = [name for name in names if name not in ignored]
     try:
         format = detect(dict.fromkeys(names), formats)
     except Malformed:

@@ -2,7 +2,7 @@
 for all others. A key that no layout reads and that does not describe must be empty, or the record is refused."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -22,37 +22,41 @@ _DESCRIBING_WORDS = """
     id ids idx index indices uuid guid identifier hash md sha checksum fingerprint source sources origin dataset
     datasets corpus subset dump url urls uri path file filename title author authors annotator annotators contributor
     license licence version revision name names ip header
-    date dates datetime time timestamp at created updated year language languages lang locale country state
+    date dates datetime time timestamp at created updated added year language languages lang locale country state
     model models engine provider generator temperature
     category categories subcategory topic topics subtopic subject subjects domain genre type kind tag tags keyword
     keywords difficulty complexity
     score scores rating ratings rank ranks reward rewards margin quality similarity distance confidence probability
     perplexity toxicity toxic moderation detoxify redacted synthetic vote votes upvotes downvotes likes views
     count counts counter length lengths size turn
-    meta metadata attributes usage
+    meta metadata attributes usage level unnamed
 """
 _DESCRIBING = frozenset(_DESCRIBING_WORDS.split())
-_SHOWN = frozenset(
-    ("image", "images", "photo", "picture", "audio", "audios", "video", "videos", "document", "documents", "attachment")
-)
+_MEANING_WORDS = """
+    image images photo picture audio audios video videos document documents attachment
+    learn loss mask masked train trainable training kto
+"""
+_MEANING = frozenset(_MEANING_WORDS.split())
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 _PAIR = ("chosen", "rejected")
+_EMPTY = ("", "[]", "{}", "null")
 
 
 @lru_cache(4096)
 def describes(key: str) -> bool:
     """Return true for a key that only describes, by its last word (`prompt_id`, `createdAt`) or as a number of things.
 
-    Of `rating_chosen` and the like the word before is the last. The path of an image stands for the image.
+    Of `rating_chosen` and the like the word before is the last. The path of an image stands for the image, and what
+    speaks of training is a mark (`kto_tag`).
     """
     words = [word for word in map(str.lower, _WORD.findall(key)) if word not in _PAIR]
-    if not words or not _SHOWN.isdisjoint(words):
+    if not words or not _MEANING.isdisjoint(words):
         return False
     return words[-1] in _DESCRIBING or (words[0] in _COUNT and len(words) > 1)
 
 
 def is_empty(value: Any) -> bool:
-    """Return true for null, blank text, and lists and objects that hold nothing else."""
+    """Return true for null, blank text, and lists and objects that hold nothing else, also where text spells them."""
     waiting = [value]
     while waiting:
         found = waiting.pop()
@@ -60,7 +64,7 @@ def is_empty(value: Any) -> bool:
             waiting += found.values()
         elif isinstance(found, list):
             waiting += found
-        elif found is not None and (not isinstance(found, str) or found.strip()):
+        elif found is not None and (not isinstance(found, str) or found.strip() not in _EMPTY):
             return False
     return True
 
@@ -72,16 +76,17 @@ def unread(record: Record, read: Collection[str]) -> list[str]:
 
 def refuse_unread(message: Record, read: Collection[str]) -> None:
     """Raise Malformed if a message holds content that would be lost; its `name` tells apart several who speak."""
-    for key in (*unread(message, read), "name"):
-        if not is_empty(message.get(key)):
-            refuse_key(message, key)
+    refuse_keys(message, unread(message, read) + ([] if is_empty(message.get("name")) else ["name"]))
 
 
-def refuse_key(record: Record, key: str) -> None:
-    raise Malformed(
-        f"`{key}` must be empty or absent, as it is not read and would be lost, but is {show(record[key])}"
-        f"{of(record)}; if it only describes, name it in `data.ignore_keys`"
-    )
+def refuse_keys(record: Record, keys: Sequence[str]) -> None:
+    """Raise Malformed if there are any such keys, with all their names: they can then be ignored at once."""
+    if keys:
+        others = ", ".join(f"`{key}`" for key in keys[1:])
+        raise Malformed(
+            f"`{keys[0]}` must be empty or absent, as it is not read and would be lost, but is {show(record[keys[0]])}"
+            f"{of(record)}{others and f', and so with {others}'}; name in `data.ignore_keys` what only describes"
+        )
 
 
 def is_masked(message: Record, role: Role) -> bool:
@@ -99,9 +104,10 @@ def is_masked(message: Record, role: Role) -> bool:
     return role == "assistant" and not all(marks.values())
 
 
-def refuse_bad(record: Record) -> None:
-    """Raise Malformed if the whole record is marked as not to be learnt."""
-    for key, mark in _marks(record, RECORD_MARKS).items():
+def refuse_bad(record: Record, classes: Collection[str] = ()) -> None:
+    """Raise Malformed if the whole record is marked as not to be learnt; whole numbers in `classes` are no marks."""
+    marks = [key for key in RECORD_MARKS if key not in classes or type(record.get(key)) is not int]
+    for key, mark in _marks(record, marks).items():
         if not mark:
             raise Malformed(
                 f"`{key}` must be true or absent, as every reply is learnt, but is {show(record[key])}{of(record)}"

@@ -13,7 +13,7 @@ from functools import cached_property
 
 from gpt2ft.conversation import MessageTree, tidy
 from gpt2ft.data.formats.chat_messages import chat_messages
-from gpt2ft.data.formats.keys import READ_OF_ALL, reason_to_drop, refuse_bad, refuse_key, unread
+from gpt2ft.data.formats.keys import READ_OF_ALL, reason_to_drop, refuse_bad, refuse_keys, unread
 from gpt2ft.data.formats.turns import Turn, Turns, clean, content_id, messages_of
 from gpt2ft.data.reading import Malformed, ReadContext, Record, value
 
@@ -33,6 +33,7 @@ class Format:
     build: Callable[[Sequence[Transcript], ReadContext], MessageTree | None]  # counts what is dropped
     also: tuple[str, ...] = ()  # other keys that are read
     passed_over: tuple[str, ...] = ()  # keys of published data that describe the record or hold it once more
+    classes: tuple[str, ...] = ()  # marks whose whole numbers are classes
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -52,12 +53,11 @@ class Format:
         Raises:
             Malformed: if the record cannot be read, or holds what would be lost.
         """
-        refuse_bad(record)
+        refuse_bad(record, self.classes)
         found = [(_with_system_turn(record, turns), rank) for turns, rank in self.transcripts(record)]
         conversations = [turns for turns, _ in found]
-        for key in unread(record, self._known):
-            if not _repeats(record, key, conversations):
-                refuse_key(record, key)
+        unknown = unread(record, self._known)
+        refuse_keys(record, [key for key in unknown if not _repeats(record, key, conversations)])
         number = count_messages(conversations)
         context.totals.trees += 1
         context.totals.messages += number
@@ -74,7 +74,7 @@ def conversation(
 
     Args:
         turns: reads the turns of a record, or raises Malformed.
-        others: `also` and `passed_over` of Format.
+        others: `also`, `passed_over` and `classes` of Format.
     """
 
     def transcripts(record: Record) -> list[Transcript]:

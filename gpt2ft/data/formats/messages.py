@@ -6,7 +6,12 @@ from functools import partial
 from gpt2ft.data.formats.chat_messages import chat_messages
 from gpt2ft.data.formats.layout import conversation
 
-MESSAGES = conversation("`messages` conversations", partial(chat_messages, key="messages"), ("messages",))
+MESSAGES = conversation(
+    "`messages` conversations",
+    partial(chat_messages, key="messages"),
+    ("messages",),
+    passed_over=("parallel_tool_calls",),  # of OpenAI's fine-tuning: true or false, of tools that are refused
+)
 SHAREGPT = conversation(
     "ShareGPT `conversations`",
     partial(chat_messages, key="conversations"),

@@ -77,6 +77,7 @@ def _transcript(record: Record, key: str) -> Turns:
     turns = _turns(record, key, "assistant")
     if not turns:
         raise Malformed(f"`{key}` must hold messages, but is empty")
+    turns = [*_unmarked(turns[:-1]), turns[-1]]
     if all(turn.role == "assistant" for turn in turns):
         return [*_prompt(record, key), *turns]
     prompt = record.get("prompt")
@@ -103,9 +104,14 @@ def _turns(record: Record, key: str, role: Role) -> list[Turn]:
     return [Turn(_SPEAKERS[speaker], turn.strip()) for speaker, turn in zip(parts[::2], parts[1::2], strict=True)]
 
 
+def _unmarked(turns: Turns) -> list[Turn]:
+    """Return turns of a prompt, which is never learnt: their marks say nothing."""
+    return [turn._replace(masked=False) for turn in turns]
+
+
 def _opening(record: Record, key: str) -> list[Turn]:
     """Return the turns of a prompt."""
-    turns = _turns(record, key, "user")
+    turns = _unmarked(_turns(record, key, "user"))
     return turns[:-1] if turns[-1:] == [Turn("assistant", "")] else turns  # "\n\nAssistant:" opens the reply
 
 

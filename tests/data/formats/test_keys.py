@@ -104,6 +104,10 @@ PUBLISHED = {
             "redacted": False, "state": "Alberta", "country": "Canada", "hashed_ip": "a", "header": {"user-agent": "x"},
         },
     ),
+    "openai": (CONVERSATIONS, LAYOUTS["messages"] | {"parallel_tool_calls": False, "tools": "[]"}),
+    "written by pandas": (CONVERSATIONS, LAYOUTS["alpaca"] | {"__index_level_0__": 3, "Unnamed: 0": 3}),
+    "imdb": (CONVERSATIONS, LAYOUTS["text"] | {"label": 0}),
+    "ag_news": (CONVERSATIONS, LAYOUTS["text"] | {"label": 3}),
     "capybara": (CONVERSATIONS, {"source": "x", "conversation": [{"input": "Tea?", "output": "Yes."}]}),
     "wikipedia": (CONVERSATIONS, LAYOUTS["text"] | {"id": "1", "url": "https://x", "title": "Tea"}),
     "fineweb": (
@@ -178,7 +182,7 @@ def test_a_record_with_more_than_its_layout_reads_is_refused(kind, record, key, 
 
 
 @every_layout
-@pytest.mark.parametrize("nothing", [None, "", " \n", [], {}, [[]], {"a": None, "b": [""]}])
+@pytest.mark.parametrize("nothing", [None, "", " \n", [], {}, [[]], {"a": None, "b": [""]}, "[]", " {} "])
 def test_an_empty_key_says_nothing(kind, record, nothing, read):
     (tree,), context = read([record | {"reasoning_content": nothing, "tools": nothing}], kind=kind)
     assert tree.messages == read([record], kind=kind)[0][0].messages
@@ -215,7 +219,7 @@ every_message = pytest.mark.parametrize("layout", MESSAGES)
     [
         ("reasoning_content", "Hot."), ("tool_calls", [{"id": "1"}]), ("function_call", {"name": "x"}), ("name", "x"),
         ("images", ["x"]), ("train_detail", [{"begin_offset": 0}]), ("masked", True), ("mask", 0),
-        ("audio", {"id": "a"}), ("is_good", False),
+        ("audio", {"id": "a"}), ("is_good", False), ("kto_tag", False), ("train_turn", False), ("loss_type", "none"),
     ],
 )  # fmt: skip
 def test_a_message_with_more_than_its_text_is_refused(layout, key, content, read, error):
@@ -237,6 +241,20 @@ def test_keys_are_ignored_in_messages_as_well(read):
     assert len(read([record], ignore_keys=("reasoning", "note"))[0]) == 1
 
 
+def test_keys_are_ignored_before_the_layout_is_told(read, write, tmp_path):
+    rows = [COMPARED["pairs"] | {"prompt_id": "a", "messages": PAIR}]
+    for file in ("t.jsonl", "t.parquet"):
+        (tree,), _ = read(write(tmp_path / file, rows), ignore_keys=("chosen", "rejected"))
+        assert supervised([tree]) == [["Yes."]]
+    (tree,), _ = read([{"messages": [{"x": 1}], "conversations": [HUMAN, GPT]}], ignore_keys=("messages",))
+    assert supervised([tree]) == [["Yes."]]
+
+
+def test_all_keys_that_would_be_lost_are_named_at_once(error):
+    more = {"tools": [{"name": "x"}], "score": 1, "persona": "A pirate.", "prompt": "Tea?", "mask": 1}
+    assert tells(error([LAYOUTS["messages"] | more]), "test.jsonl:1: `tools` ... `persona`, `mask`")
+
+
 @pytest.mark.parametrize("beside", ["Tea?", "TEA?", " tea? ", PAIR, [ASKED], [GPT]])
 def test_what_repeats_a_turn_is_not_lost(beside, read, error):
     record = LAYOUTS["messages"] | {"prompt": beside}
@@ -251,7 +269,8 @@ def test_what_repeats_a_turn_is_not_lost(beside, read, error):
         ("id", True), ("prompt_id", True), ("promptId", True), ("PROMPT_ID", True), ("sha256", True),
         ("created_at", True), ("createdAt", True), ("fine-grained_score", True), ("rating_chosen", True),
         ("rejected-model", True),
-        ("num_turns", True), ("n_tokens", True), ("score_2", True),
+        ("num_turns", True), ("n_tokens", True), ("score_2", True), ("__index_level_0__", True), ("Unnamed: 0", True),
+        ("kto_tag", False), ("train_on_turn", False), ("loss_type", False), ("mask_source", False),
         ("chosen", False), ("rejected", False), ("num", False), ("id_card_text", False), ("loss", False),
         ("label", False), ("image_id", False),
         ("video_path", False), ("源", False), ("", False), ("3", False), ("valid", False),
@@ -333,11 +352,24 @@ def test_weights_of_a_stored_conversation(write, tokenizer, tmp_path):
 def test_a_record_that_is_not_to_be_learnt_is_refused(kind, record, mark, file, read, error, drops, write, tmp_path):
     for learnt in (True, 1, None):
         assert len(read([record | {mark: learnt}], kind=kind)[0]) == 1
-    for bad in (False, 0, 0.5, "bad", [1]):
+    is_class = mark == "label" and record == LAYOUTS["text"]
+    for bad in (False, 0.5, "bad", [1]) if is_class else (False, 0, 0.5, "bad", [1]):
         assert tells(error([record, record | {mark: bad}], kind=kind), f"test.jsonl:2: `{mark}`")
     rows = write(tmp_path / file, [record | {mark: good} for good in (True, False)])
     assert tells(error(rows, kind=kind), f"{rows}: ... `{mark}`" if file == "t.parquet" else f"{rows}:2: `{mark}`")
     assert drops(rows, kind=kind, on_error="skip") == {"malformed line": 1}
+
+
+def test_marks_in_a_prompt_that_is_not_learnt_say_nothing(read):
+    again = {"role": "user", "content": "Sure?"}
+    pair = {
+        "chosen": [ASKED, TOLD | {"loss": False}, again, TOLD],
+        "rejected": [ASKED, TOLD, again, TOLD | {"content": "No."}],
+    }
+    for record in (pair, pair | {"prompt": [ASKED, TOLD, again]}):
+        (tree,), context = read([record], kind=PREFERENCES)
+        assert [message.text for message in tree.messages] == ["Tea?", "Yes.", "Sure?", "Yes.", "No."]
+        assert not +context.dropped
 
 
 def test_a_reply_that_is_not_to_be_learnt_is_not_compared():
