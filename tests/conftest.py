@@ -162,7 +162,9 @@ def tiny_model_folder(tmp_path_factory):
     for name in ("vocab.json", "merges.txt"):
         (folder / name).write_bytes((quickstart.MODEL / name).read_bytes())
     config = json.loads((quickstart.MODEL / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"n_embd": 32, "n_head": 2, "n_layer": 2}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"n_ctx": 256, "n_positions": 256, "n_embd": 32, "n_head": 2, "n_layer": 2})
+    )
     return folder
 
 

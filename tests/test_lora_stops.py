@@ -10,7 +10,7 @@ from gpt2ft.data.sources import read_trees
 from gpt2ft.settings.sections import FilterSettings
 
 ROOT = Path(__file__).parent.parent
-TRAINING = ["--model.dropout", "0", "--model.attention_dropout", "0", "--training.sample_prompts", "0"]
+TRAINING = ["--model.dropout", "0", "--training.sample_prompts", "0"]
 
 
 def launch(script, *arguments):

@@ -66,15 +66,12 @@ def level(bins: list[list[int]], sizes: NDArray[np.int64]) -> list[list[int]]:
     return bins
 
 
-def build_stream(
-    trees: Sequence[TokenTree], capacity: int, target_capacity: int, first_positions: Sequence[int] | None = None
-) -> TokenStream:
-    """Lay trees out one after the other.
+def build_stream(trees: Sequence[TokenTree], capacity: int, target_capacity: int) -> TokenStream:
+    """Lay trees out one after the other, each from position 0.
 
     Args:
         capacity: N. The tail is filled with tokens that see only themselves.
         target_capacity: S, at least 1. The tail is filled with targets of weight 0.
-        first_positions: the position of each tree's first token; 0 unless given.
 
     Raises:
         ValueError: if the trees do not fit.
@@ -91,11 +88,11 @@ def build_stream(
     weights = np.zeros(target_capacity, np.float32)
     groups = np.zeros(target_capacity, np.int64)
     at, num_targets = 0, 0  # tokens and targets laid out so far
-    for tree, first_position in zip(trees, first_positions or [0] * len(trees), strict=True):
+    for tree in trees:
         end = at + len(tree.tokens)
         within = np.arange(len(tree.tokens)) - np.repeat(tree.starts, tree.lengths)
         tokens[at:end] = tree.tokens
-        positions[at:end] = first_position + within + np.repeat(tree.depths, tree.lengths)
+        positions[at:end] = within + np.repeat(tree.depths, tree.lengths)
         horizons[at:end] = at + np.repeat(tree.ends, tree.lengths)
         # A token has a target if the next one belongs to the same, supervised node: none crosses a branch.
         last = within == np.repeat(tree.lengths, tree.lengths) - 1

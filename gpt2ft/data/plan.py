@@ -25,10 +25,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2ft.data.augmentation import Augmentation, augment
 from gpt2ft.data.chunks import Chunks
 from gpt2ft.data.packing import build_pairs, build_stream, level, number_replies, pack
-from gpt2ft.data.token_tree import TokenTree
 from gpt2ft.random import generator
 from gpt2ft.stream import TokenStream
 
@@ -43,21 +41,18 @@ class Plan:
         micro_batches_per_step: int,
         seed: int,
         epochs: int | None = None,
-        augmentation: Augmentation | None = None,
     ) -> None:
         """Pack the chunks into streams.
 
         Args:
             capacity: tokens in a stream (N).
             epochs: after which the row of streams ends; without an end unless given.
-            augmentation: of the trees in training; none unless given.
         """
         self.chunks = chunks
         self.capacity = capacity
         self.micro_batches_per_step = micro_batches_per_step
         self.seed = seed
         self.epochs = epochs
-        self.augmentation = augmentation or Augmentation()
         bins = level(pack(chunks.sizes, capacity, generator(seed, "packing")), chunks.sizes)
         self.streams = sorted(bins, key=lambda bin: -chunks.sizes[bin].sum())  # fullest first
         self.target_capacity = self._most(chunks.supervised, 64)
@@ -91,30 +86,20 @@ class Plan:
         return [] if is_missing else self.streams[self._order(epoch)[place]]
 
     def stream(self, micro_batch: Sequence[int]) -> TokenStream:
-        """Build the stream of some chunks, each starting at position 0."""
-        return self._laid_out(micro_batch, [self.chunks.tree(chunk) for chunk in micro_batch])
-
-    def training_stream(self, step: int, number: int) -> TokenStream:
-        """Build micro-batch `number` of a step, augmented by what is drawn anew for each step."""
-        micro_batch = self._micro_batch(step, number)
-        if not micro_batch or self.augmentation == Augmentation():
-            return self.stream(micro_batch)
+        """Build the stream of some chunks."""
         trees = [self.chunks.tree(chunk) for chunk in micro_batch]
-        random = generator(self.seed, "augmentation", step, number)
-        trees, first_positions = augment(trees, self.augmentation, random)
-        return self._laid_out(micro_batch, trees, first_positions)
-
-    def _laid_out(
-        self, micro_batch: Sequence[int], trees: Sequence[TokenTree], first_positions: Sequence[int] | None = None
-    ) -> TokenStream:
         if self.pair_capacity:
             trees = number_replies(trees)
-        stream = build_stream(trees, self.capacity, self.target_capacity, first_positions)
+        stream = build_stream(trees, self.capacity, self.target_capacity)
         stream = replace(stream, num_repeated=int(self.chunks.repeated[list(micro_batch)].sum()))
         if not self.pair_capacity:
             return stream
         reference = self.reference[self.replies_of(micro_batch)]
         return replace(stream, pairs=build_pairs(trees, reference, self.pair_capacity, self.reply_capacity))
+
+    def training_stream(self, step: int, number: int) -> TokenStream:
+        """Build micro-batch `number` of a step."""
+        return self.stream(self._micro_batch(step, number))
 
     def replies_of(self, micro_batch: Sequence[int]) -> NDArray[np.int64]:
         """Return the places of the replies of a micro-batch in `reference`, in the order of its stream."""

@@ -33,8 +33,8 @@ Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # q, k, v [N, H, D]
 FLEX_BLOCK = 128
 
 
-def choose_backend(asked: str, device: torch.device, attention_dropout: float, setting: str) -> Backend:
-    """Return the backend asked for; `auto` is the fastest: FlexAttention on CUDA, which has no dropout, else segments.
+def choose_backend(asked: str, device: torch.device, setting: str) -> Backend:
+    """Return the backend asked for; `auto` is the fastest: FlexAttention on CUDA, else segments.
 
     Args:
         setting: name of the setting, for the error.
@@ -42,7 +42,7 @@ def choose_backend(asked: str, device: torch.device, attention_dropout: float, s
     Raises:
         SettingsError: if FlexAttention, asked for or the fastest, cannot be compiled here.
     """
-    fastest = "flex" if device.type == "cuda" and not attention_dropout else "segments"
+    fastest = "flex" if device.type == "cuda" else "segments"
     backend = fastest if asked == "auto" else asked
     problem = None
     if backend == "flex":
@@ -61,37 +61,34 @@ def sdpa_of_varying_shapes() -> AbstractContextManager:
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
-def attention_for(horizons: Tensor, num_tokens: int, backend: Backend, dropout: float = 0.0) -> Attention:
+def attention_for(horizons: Tensor, num_tokens: int, backend: Backend) -> Attention:
     """Return the attention of one stream.
 
     Args:
         horizons: [N], on the device of the model.
         num_tokens: real tokens among N; each token of the tail sees only itself.
-        dropout: on the attention weights; FlexAttention has none.
     """
     if backend == "flex":
-        if dropout:
-            raise ValueError("`model.attention_dropout` needs the attention backend segments or dense, but it is flex")
         return flex_attention(horizons)
     if backend == "segments":
-        return segment_attention(horizons, num_tokens, dropout)
+        return segment_attention(horizons, num_tokens)
     if backend == "dense":
-        return dense_attention(horizons, dropout)
+        return dense_attention(horizons)
     raise ValueError(f"`backend` must be flex, segments or dense, but is {backend!r}")
 
 
-def dense_attention(horizons: Tensor, dropout: float = 0.0) -> Attention:
+def dense_attention(horizons: Tensor) -> Attention:
     """Attention with the N x N mask."""
     mask = visible(horizons)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, N, D]
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)[0].transpose(0, 1)
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1)
 
     return attend
 
 
-def segment_attention(horizons: Tensor, num_tokens: int, dropout: float = 0.0) -> Attention:
+def segment_attention(horizons: Tensor, num_tokens: int) -> Attention:
     """Each segment attends to its ancestors and, causally, to itself. Nothing masked out is computed."""
     in_order = segments(horizons.tolist(), num_tokens)
     lengths = [segment.length for segment in in_order]
@@ -119,7 +116,6 @@ def segment_attention(horizons: Tensor, num_tokens: int, dropout: float = 0.0) -
                     path_values[None],
                     attn_mask=mask,
                     is_causal=mask is None,
-                    dropout_p=dropout,
                 )[0]
             )
         outputs.append(values[-1])  # a token that sees only itself attends to its own value

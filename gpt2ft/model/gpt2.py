@@ -18,9 +18,10 @@ from gpt2ft.model.attention import Attention
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """Shape of a GPT-2. `vocab_size` counts rows of the table, padding included.
+    """Shape of a GPT-2.
 
-    `dropout` stands after the embeddings and on both residual branches, `attention_dropout` on the attention weights.
+    `vocab_size` counts rows of the table, padding included; `dropout` stands after the embeddings and on both residual
+    branches.
     """
 
     vocab_size: int
@@ -30,7 +31,6 @@ class GPT2Config:
     n_head: int = 12
     layer_norm_epsilon: float = 1e-5
     dropout: float = 0.0
-    attention_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.n_embd % self.n_head:

@@ -31,8 +31,7 @@ class TargetLogProbs(nn.Module):
         self.backend = backend
 
     def forward(self, stream: TokenStream) -> Tensor:
-        dropout = self.gpt2.config.attention_dropout if self.training else 0.0
-        attend = attention_for(stream.horizons, stream.num_tokens, self.backend, dropout)
+        attend = attention_for(stream.horizons, stream.num_tokens, self.backend)
         hidden = self.gpt2(stream.tokens, stream.positions, attend)[stream.supervised]  # [S, E]
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))

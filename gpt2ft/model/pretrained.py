@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gpt2ft import quickstart
 from gpt2ft.errors import Gpt2ftError
 from gpt2ft.files import read_json, write_json, write_safetensors
 from gpt2ft.model.gpt2 import GPT2Config, parameter_shapes
@@ -44,7 +45,9 @@ def published_config(name: str) -> GPT2Config:
 
 
 def find_folder(path: str) -> Path:
-    """Return the folder with `config.json` that `path` names: itself, or the `model/` of a run."""
+    """Return the folder with `config.json` that `path` names: itself, the `model/` of a run, or the bundled model."""
+    if path == "quickstart":
+        return quickstart.MODEL
     folder = Path(path)
     for candidate in (folder, folder / "model"):
         if (candidate / "config.json").is_file():
@@ -261,7 +264,7 @@ def write_model(
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "activation_function": "gelu_new",
-        "attn_pdrop": config.attention_dropout,
+        "attn_pdrop": 0.0,
         "dtype": dtype_name(dtype),
         "embd_pdrop": config.dropout,
         "layer_norm_epsilon": config.layer_norm_epsilon,

@@ -1,13 +1,12 @@
 """Files of the quickstart, which needs no network: a bot that turns whatever it is asked to tea.
 
-trees.jsonl      150 conversation trees in OASST's nested layout, with ranked replies, written for this project
-held_out.jsonl   44 more: first new words for familiar subjects, then subjects that trees.jsonl does not have
-more_trees.jsonl, more_held_out.jsonl
-                 500 and 56 more of both, which no recipe uses: the tiny model learns by heart what it has, and these
-                 would take it longer than a first run may take
+trees.jsonl, more_trees.jsonl
+                 650 conversation trees in OASST's nested layout, with ranked replies, written for this project
+held_out.jsonl, more_held_out.jsonl
+                 100 others: in each file first new words for familiar subjects, then subjects that the trees lack
 replies.jsonl    40 remarks about tea that answer nothing in particular, for a model of a single topic
 rain.jsonl       40 about rain, to turn a model from the one topic to the other
-model/           a tiny shape, and a byte-level BPE trained on trees.jsonl in which every word is one token
+model/           the base: a small GPT-2 that has read some English, with its model card
 """
 
 from pathlib import Path

@@ -45,7 +45,7 @@ def run(settings: BenchmarkSettings) -> None:
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = start_accelerator(settings.precision, settings.micro_batches * num_processes)
     device = accelerator.device
-    backend = choose_backend(settings.attention, device, 0.0, "attention")
+    backend = choose_backend(settings.attention, device, "attention")
     random = torch.Generator().manual_seed(seed_for(settings.seed, "weights"))
     gpt2 = GPT2(replace(published_config(settings.model), vocab_size=ROWS)).initialize(random)
     if settings.lora.rank:

@@ -160,7 +160,7 @@ def _reference(
 
 
 def _backend(settings: EvaluateSettings, accelerator: Any) -> Backend:
-    return choose_backend(settings.attention, accelerator.device, 0.0, "attention")
+    return choose_backend(settings.attention, accelerator.device, "attention")
 
 
 def _on_device(loaded: LoadedModel, settings: EvaluateSettings, accelerator: Any) -> TargetLogProbs:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gpt2ft import checkpoint, quickstart
+from gpt2ft import checkpoint
 from gpt2ft.model import peft, pretrained
 from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.gpt2 import GPT2, GPT2Config
@@ -47,8 +47,7 @@ def load_model(settings: ModelSettings, seed: int) -> LoadedModel:
     stored = _read_adapter(settings) if is_adapter(settings.path) else _read_model(settings)
     random = torch.Generator().manual_seed(seed_for(seed, "weights"))
     tokenizer = stored.tokenizer
-    dropout = {"dropout": settings.dropout, "attention_dropout": settings.attention_dropout}
-    gpt2 = GPT2(replace(stored.config, vocab_size=tokenizer.padded_size, **dropout))
+    gpt2 = GPT2(replace(stored.config, vocab_size=tokenizer.padded_size, dropout=settings.dropout))
     if stored.weights is None:
         gpt2.initialize(random)
         with torch.no_grad():
@@ -140,12 +139,7 @@ def _read_model(settings: ModelSettings) -> _StoredModel:
             return _StoredModel(pretrained.published_config(settings.path), ChatTokenizer.gpt2(), weights=None)
         folder = pretrained.download(settings.path)
     else:
-        folder = quickstart.MODEL if settings.path == "quickstart" else pretrained.find_folder(settings.path)
-    if folder == quickstart.MODEL and not settings.random_init:
-        raise pretrained.ModelError(
-            "`quickstart` is a shape without weights: name the run that trained it, such as runs/quickstart, or ask "
-            "for random weights with `random_init`"
-        )
+        folder = pretrained.find_folder(settings.path)
     tokenizer = _read_tokenizer(folder)
     config = pretrained.read_config(folder)
     if len(tokenizer.known) > config.vocab_size:

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gpt2ft.data.augmentation import Augmentation
 from gpt2ft.data.chunks import ChunkingRule, chunk
 from gpt2ft.data.corpus import Corpus, load_corpora
 from gpt2ft.data.plan import Plan
@@ -58,9 +57,7 @@ def set_up(settings: RunSettings, task: "Task", accelerator: Any) -> RunSetup:
         SettingsError, ModelError, DataError: if the settings do not fit the model, or either cannot be had.
     """
     training = settings.training
-    backend = choose_backend(
-        settings.model.attention, accelerator.device, settings.model.attention_dropout, "model.attention"
-    )
+    backend = choose_backend(settings.model.attention, accelerator.device, "model.attention")
     loaded = load_model(settings.model, training.seed)
     check_lengths(settings, loaded)
     if settings.lora.rank:
@@ -114,12 +111,11 @@ def check_lengths(settings: RunSettings, loaded: LoadedModel) -> None:
 
 def plan_for(corpus: Corpus, settings: RunSettings, rule: ChunkingRule, for_training: bool) -> Plan:
     """Lay a corpus out in streams, unchanged where it is held out."""
-    data, training = settings.data, settings.training
+    training = settings.training
     chunks = chunk(corpus.stores, corpus.rows, rule)
-    augmentation = Augmentation(data.position_jitter, data.prompt_noise, data.max_length) if for_training else None
     micro_batches = training.micro_batches_per_step
     epochs = None if training.steps else training.epochs
-    return Plan(chunks, training.tokens_per_micro_batch, micro_batches, training.seed, epochs, augmentation)
+    return Plan(chunks, training.tokens_per_micro_batch, micro_batches, training.seed, epochs)
 
 
 def target_log_probs(setup: RunSetup) -> TargetLogProbs:

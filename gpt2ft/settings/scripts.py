@@ -59,8 +59,6 @@ class RunSettings(Section):
         yield from self.lora.problems()
         if self.lora.rank and self.model.random_init:
             yield "`model.random_init` must be off where `lora.rank` is set: adapters need trained weights to adapt"
-        if self.model.attention == "flex" and self.model.attention_dropout:
-            yield "`model.attention` must not be flex where `model.attention_dropout` is set: FlexAttention has none"
         if training.eval_every and not (data.eval or data.eval_fraction):
             yield (
                 "`training.eval_every` needs held-out data: set `data.eval` or `data.eval_fraction`, or set it to None"
@@ -79,13 +77,11 @@ class DPOSettings(RunSettings):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         yield from self.dpo.problems()
-        if self.model.dropout or self.model.attention_dropout or self.lora.dropout:
+        if self.model.dropout or self.lora.dropout:
             yield (
-                "`model.dropout`, `model.attention_dropout` and `lora.dropout` must be 0 in DPO: the reference has no "
-                "dropout, and what is compared with it may have none either"
+                "`model.dropout` and `lora.dropout` must be 0 in DPO: the reference has no dropout, and what is "
+                "compared with it may have none either"
             )
-        if self.data.position_jitter or self.data.prompt_noise:
-            yield "`data.position_jitter` and `data.prompt_noise` must be 0 in DPO: the reference is computed without"
         if self.data.message_weight != "once":
             yield "`data.message_weight` must be once in DPO, where pairs are weighed: see `dpo.pair_weight`"
 

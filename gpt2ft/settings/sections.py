@@ -46,16 +46,18 @@ class ModelSettings(Section):
     """The model to start from."""
 
     path: Annotated[
-        str, Field(description=f"A published model ({', '.join(PUBLISHED_MODELS)}), a Hugging Face folder, or a run.")
+        str,
+        Field(
+            description=f"A published model ({', '.join(PUBLISHED_MODELS)}), the bundled one (quickstart), a Hugging "
+            "Face folder, or a run."
+        ),
     ] = "gpt2"
     random_init: bool = False
     """Take shape and tokenizer from `path` but weights from the seed."""
     attention: Literal["auto", "flex", "segments", "dense"] = "auto"
-    """Implementation of attention; auto is flex on CUDA without `attention_dropout`, else segments."""
+    """Implementation of attention; auto is flex on CUDA, else segments."""
     dropout: Fraction = 0.0
     """Dropout after the embeddings and on both residual branches."""
-    attention_dropout: Fraction = 0.0
-    """Dropout on the attention weights (not with flex)."""
 
 
 class LoRASettings(Section):
@@ -126,12 +128,6 @@ class DataSettings(CorpusSettings):
     """Tokens of context. Where a path is longer, its oldest turns give way, whole turns at a time."""
     message_weight: MessageWeight = "once"
     """A message counts once, or once for every path through it (leaves)."""
-    position_jitter: NotNegative = 0
-    """In training, begin each conversation at a random position up to this one, as far as there is room. For random
-    weights and little data, where a model ties its replies to positions."""
-    prompt_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """In training, replace tokens of user turns by others, in each conversation a share drawn between 0 and this. For
-    random weights and little data, where a model ties its replies to the exact words of the prompt."""
 
 
 class SamplingDefaults(Section):

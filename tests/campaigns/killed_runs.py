@@ -89,11 +89,12 @@ class Campaign:
         for name in ("vocab.json", "merges.txt"):
             (self.model / name).write_bytes((quickstart.MODEL / name).read_bytes())
         config = json.loads((quickstart.MODEL / "config.json").read_text())
-        (self.model / "config.json").write_text(json.dumps(config | {"n_embd": 32, "n_head": 2, "n_layer": 2}))
+        tiny = {"n_ctx": 256, "n_positions": 256, "n_embd": 32, "n_head": 2, "n_layer": 2}
+        (self.model / "config.json").write_text(json.dumps(config | tiny))
 
     def settings(self, kind: str, output: Path) -> SFTSettings:
         return SFTSettings(
-            model={"path": str(self.model), "random_init": True, "dropout": 0.1, "attention_dropout": 0.1},
+            model={"path": str(self.model), "random_init": True, "dropout": 0.1},
             lora=KINDS[kind],
             data={
                 "train": ["quickstart"],

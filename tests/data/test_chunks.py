@@ -52,7 +52,7 @@ def test_a_large_tree_of_short_paths_stays_there_too(store):
 
 @pytest.mark.parametrize("weight", ["once", "leaves"])
 @pytest.mark.parametrize(
-    ("max_length", "capacity"), [(64, 64), (64, 128), (128, 128), (48, 512), (20, 4096), (512, 512)]
+    ("max_length", "capacity"), [(64, 64), (64, 128), (128, 128), (64, 512), (20, 4096), (512, 512)]
 )
 def test_the_same_as_one_tree_after_the_other(store, texts, weight, max_length, capacity, monkeypatch):
     """Of two sources out of order, some of whose trees are taken twice."""

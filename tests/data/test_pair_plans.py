@@ -27,7 +27,7 @@ def chunks(request, store):
     """Of the quickstart's groups; with 64 tokens of context many are cut, so that some come in parts."""
     max_length, rule = request.param
     rows = np.array([(0, row) for row in range(len(store))])
-    capacity = CAPACITY if max_length == 256 else 80
+    capacity = CAPACITY if max_length == 256 else 96
     return chunk([store], rows, PreferencePairs(rule, "prompt", max_length, capacity))
 
 

@@ -4,10 +4,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 
 from gpt2ft.data import plan as plan_module
-from gpt2ft.data.augmentation import Augmentation
 from gpt2ft.data.chunks import Chunks, ConversationTrees
 from gpt2ft.data.plan import Plan
 from gpt2ft.data.token_tree import counts, weigh
@@ -172,29 +170,3 @@ def test_fill_counts_what_stands_there_for_the_first_time(make_tree):
     assert plan_of([100, 90, 20]).fill == pytest.approx(210 / 300)
     assert plan_of([100, 90, 20], repeated=30).fill == pytest.approx(180 / 300)
     assert plan_of([30]).fill == pytest.approx(0.3)
-
-
-def test_position_jitter_moves_whole_trees_within_the_context(chunks):
-    """Positions alone change, by one number for each tree; the longest path still ends within max_length."""
-    longest = max(int((chunks.tree(i).depths + chunks.tree(i).lengths).max()) for i in range(len(chunks)))
-    still = Plan(chunks, CAPACITY, 4, seed=0)
-    moved = Plan(chunks, CAPACITY, 4, seed=0, augmentation=Augmentation(position_jitter=40, max_length=longest + 20))
-    shifts = []
-    for step in range(3):
-        for number, micro_batch in enumerate(still.micro_batches(step)):
-            expected, found = still.training_stream(step, number), moved.training_stream(step, number)
-            assert torch.equal(expected.tokens, found.tokens)
-            assert torch.equal(expected.horizons, found.horizons)
-            assert torch.equal(expected.positions, still.stream(micro_batch).positions)
-            assert torch.equal(found.positions, moved.training_stream(step, number).positions)
-            assert int(found.positions.max()) < longest + 20
-            start = 0
-            for index in micro_batch:
-                end = start + len(chunks.tree(index).tokens)
-                shift = (found.positions - expected.positions)[start:end]
-                assert shift.min() == shift.max()
-                shifts.append(int(shift[0]))
-                start = end
-    assert min(shifts) < 10
-    assert 30 < max(shifts) <= 40
-    assert len(set(shifts)) > 10

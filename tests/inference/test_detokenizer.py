@@ -29,10 +29,10 @@ class TestTextStream:
         assert stream.finish() == ""
 
     def test_a_character_comes_with_its_last_token(self, tokenizer):
-        ids = tokenizer.encode("🙂!")
+        ids = tokenizer.encode("𓀀!")
         assert len(ids) == 5
         stream = Utf8Stream(tokenizer)
-        assert [stream.push(id) for id in ids] == ["", "", "", "🙂", "!"]
+        assert [stream.push(id) for id in ids] == ["", "", "", "𓀀", "!"]
 
     def test_half_a_character_ends_as_one_replacement(self, tokenizer):
         stream = Utf8Stream(tokenizer)

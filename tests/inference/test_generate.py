@@ -132,10 +132,10 @@ class TestSuppressed:
         assert max(sampled) < len(tokenizer)
 
     def test_suppressed_is_padding_and_every_control_token_but_the_stops(self, tokenizer):
-        table = torch.zeros(tokenizer.padded_size, 1)
+        table = torch.zeros(tokenizer.padded_size + 64, 1)
         stops = [tokenizer.end_id, tokenizer.end_of_text_id]
         chat = set(suppressed_token_mask(tokenizer, table, stops).nonzero()[:, 0].tolist())
-        padding = set(range(len(tokenizer), tokenizer.padded_size))
+        padding = set(range(len(tokenizer), len(table)))
         assert chat == padding | set(tokenizer.role_ids.values())
         assert padding
         document = set(suppressed_token_mask(tokenizer, table, [tokenizer.end_of_text_id]).nonzero()[:, 0].tolist())

@@ -151,43 +151,25 @@ class TestBlockMask:
             attention_for(torch.arange(1, 101), 0, "flex")
 
 
-class TestDropout:
-    @pytest.mark.parametrize("backend", ["dense", "segments"])
-    def test_drops_weights_and_keeps_the_mean(self, backend, forests):
-        horizons, num_tokens = forests[0]
-        q, k, _ = heads()
-        v = torch.ones(N, H, D, dtype=torch.float64)  # without dropout the output is 1 everywhere
-        torch.manual_seed(0)
-        dropped = attention_for(horizons, num_tokens, backend, dropout=0.25)(q, k, v, layer=0)[:num_tokens]
-        assert (dropped[1:] != 1).any(-1).any(-1).double().mean() > 0.9
-        assert dropped.mean().item() == pytest.approx(1, abs=0.05)
-        assert_close(attention_for(horizons, num_tokens, backend)(q, k, v, layer=0), v)
-
-    def test_is_refused_by_flex(self):
-        with pytest.raises(ValueError, match=r"`model.attention_dropout` needs .* segments or dense, but it is flex"):
-            attention_for(torch.arange(1, 129), 0, "flex", dropout=0.1)
-
-
 def test_the_backend_follows_the_device(monkeypatch):
     monkeypatch.setattr(attention, "compiler_problem", lambda: None)
-    assert choose_backend("auto", torch.device("cuda"), 0.0, "attention") == "flex"
-    assert choose_backend("auto", torch.device("cuda"), 0.1, "attention") == "segments"
-    assert choose_backend("auto", torch.device("cpu"), 0.0, "attention") == "segments"
-    assert choose_backend("dense", torch.device("cuda"), 0.0, "attention") == "dense"
+    assert choose_backend("auto", torch.device("cuda"), "attention") == "flex"
+    assert choose_backend("auto", torch.device("cpu"), "attention") == "segments"
+    assert choose_backend("dense", torch.device("cuda"), "attention") == "dense"
 
 
 @pytest.mark.parametrize("asked", ["auto", "flex"])
 def test_flex_that_cannot_be_compiled_is_refused(asked, monkeypatch):
     monkeypatch.setattr(attention, "compiler_problem", lambda: "there is no C compiler: install gcc")
     with pytest.raises(SettingsError) as refusal:
-        choose_backend(asked, torch.device("cuda"), 0.0, "model.attention")
+        choose_backend(asked, torch.device("cuda"), "model.attention")
     assert tells(str(refusal.value), "no C compiler ... install gcc ... `--model.attention dense`")
-    assert choose_backend("dense", torch.device("cuda"), 0.0, "model.attention") == "dense"
+    assert choose_backend("dense", torch.device("cuda"), "model.attention") == "dense"
 
 
 def test_flex_on_a_cpu_is_refused():
     with pytest.raises(SettingsError) as refusal:
-        choose_backend("flex", torch.device("cpu"), 0.0, "attention")
+        choose_backend("flex", torch.device("cpu"), "attention")
     assert tells(str(refusal.value), "FlexAttention ... CPU ... no backward pass ... `--attention segments`")
 
 

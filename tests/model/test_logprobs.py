@@ -250,27 +250,3 @@ class TestBfloat16:
             for (name, _), one, other in zip(gpt2.named_parameters(), parameters, expected_parameters, strict=True):
                 assert one.dtype == torch.float32
                 assert (one - other).norm() < 0.05 * other.norm(), name
-
-
-class TestDropout:
-    @pytest.fixture
-    def model(self, gpt2):
-        model = deepcopy(gpt2)
-        model.config = replace(gpt2.config, attention_dropout=0.3)
-        return model
-
-    def test_of_attention_acts_in_training_alone(self, model, gpt2, streams):
-        with torch.no_grad():
-            expected = TargetLogProbs(gpt2, VOCABULARY, "segments")(streams[0])
-            scored = TargetLogProbs(model, VOCABULARY, "segments")
-            one, other = scored.train()(streams[0]), scored(streams[0])
-            assert not torch.allclose(one, other)
-            assert torch.equal(scored.eval()(streams[0]), expected)
-
-    @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-    def test_of_attention_is_refused_by_flex_in_training_alone(self, model, streams):
-        scored = TargetLogProbs(model, VOCABULARY, "flex")
-        with pytest.raises(ValueError, match=r"`model.attention_dropout` needs .* segments or dense, but it is flex"):
-            scored.train()(streams[0])
-        with torch.no_grad():
-            assert scored.eval()(streams[0]).isfinite().all()

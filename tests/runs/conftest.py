@@ -36,7 +36,6 @@ def run_sft(tiny_model_folder, one_thread, tmp_path_factory):
                 "path": str(path or tiny_model_folder),
                 "random_init": path is None,
                 "dropout": dropout,
-                "attention_dropout": dropout,
             },
             lora=lora or {},
             data=quickstart_data(cache) | {"max_rank": max_rank},

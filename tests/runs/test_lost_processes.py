@@ -33,7 +33,6 @@ def recipe(tiny_model_folder, tmp_path):
             "path": str(tiny_model_folder),
             "random_init": True,
             "dropout": 0.1,
-            "attention_dropout": 0.1,
         },
         data={"train": ["quickstart@0.5"], "eval": ["quickstart:held_out"], "max_rank": 1, "max_length": 256},
         training={

@@ -27,7 +27,7 @@ def train_with(processes, dropout, folder, cache):
     arguments += ["--training.steps", STEPS, "--training.log_every", 1, "--training.eval_every", 3]
     arguments += ["--training.micro_batches_per_step", 8, "--training.max_grad_norm", 0.5]
     arguments += ["--training.sample_prompts", 1, "--training.sample_tokens", 4]
-    arguments += ["--model.dropout", dropout, "--model.attention_dropout", dropout]
+    arguments += ["--model.dropout", dropout]
     run([*torchrun(processes), *arguments], seconds=600, **ON_CPU)
     return losses(folder / "run")
 

@@ -47,7 +47,7 @@ def test_the_output_is_named_after_the_recipe_unless_it_is_given(parse):
 def test_without_a_recipe_it_is_the_quickstart():
     settings = parse_recipe(**OF_THE_SCRIPT, arguments=["--training.steps", "3"])
     assert settings.output == "runs/quickstart"
-    assert settings.data.train == ("quickstart",)
+    assert settings.data.train == ("quickstart", "quickstart:more")
     assert settings.training.steps == 3
     assert parse_recipe(**OF_THE_SCRIPT, arguments=[]) == parse_recipe(SFTSettings, "other", ["quickstart"])
 

@@ -245,7 +245,7 @@ class TestIsolation:
     def test_an_attention_that_ignores_horizons(self, model, stream, monkeypatch):
         from gpt2ft.model import attention, logprobs
 
-        def careless(horizons, num_tokens, backend, dropout):
+        def careless(horizons, num_tokens, backend):
             return attention.dense_attention(torch.full_like(horizons, len(horizons)))
 
         monkeypatch.setattr(logprobs, "attention_for", careless)
