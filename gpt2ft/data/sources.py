@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -89,6 +90,7 @@ SOURCES = {
 }
 # In folders written by `save_to_disk`, and in clones of data sets on the hub.
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_SPLIT = re.compile(r"((?:train|test|validation|valid|val|dev|eval)(?:_[a-z]+)?)(?:-\d{5}-of-\d{5})?\.")
 BUNDLED = {
     "quickstart": quickstart.TREES,
     "quickstart:held_out": quickstart.HELD_OUT,
@@ -299,7 +301,7 @@ def _files_in(folder: Path) -> tuple[Path, ...]:
     """Return the data files of a folder: neither hidden ones, nor metadata, nor what `datasets` caches beside a table.
 
     Raises:
-        DataError: if a file is missing that the folder of a saved data set names.
+        DataError: if a file is missing that the folder of a saved data set names, or files are of several splits.
     """
     visible = [
         file for file in folder.rglob("*") if not any(part.startswith(".") for part in file.relative_to(folder).parts)
@@ -311,9 +313,21 @@ def _files_in(folder: Path) -> tuple[Path, ...]:
             if not file.is_file():
                 raise DataError(f"{file}: must be there, as {state.name} names it, but is missing")
         cached.update(set(state.parent.glob("*.arrow")) - saved if saved else ())
-    return tuple(
-        sorted(file for file in visible if _is_data(file) and file.name not in METADATA and file not in cached)
-    )
+    files = sorted(file for file in visible if _is_data(file) and file.name not in METADATA and file not in cached)
+    splits = sorted({_split(file) for file in files} - {""})
+    if len(splits) > 1:
+        raise DataError(
+            f"{folder}: must hold one split, but holds {', '.join(splits)}: name the folder or files of one"
+        )
+    return tuple(files)
+
+
+def _split(file: Path) -> str:
+    """Return the split that a file is of, as `datasets` names folders and the hub names files; "" for all others."""
+    if (file.parent.parent / "dataset_dict.json").is_file():
+        return file.parent.name
+    named = _SPLIT.match(file.name)
+    return named[1] if named else ""
 
 
 def _saved(state: Path) -> list[str]:

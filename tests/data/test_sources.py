@@ -147,7 +147,7 @@ class TestFolder:
         assert {tree.messages[1].text for tree in trees} == {"Yes."}
         assert not +context.dropped
         datasets.DatasetDict(train=rows, test=rows.select([4])).save_to_disk(tmp_path / "splits")
-        assert len(read(tmp_path / "splits")[0]) == 6
+        assert tells(error(tmp_path / "splits"), f"{tmp_path}/splits: ... one split ... test, train")
         assert [len(read(tmp_path / "splits" / split)[0]) for split in ("train", "test")] == [5, 1]
         (tmp_path / "saved" / "data-00001-of-00002.arrow").unlink()
         assert tells(error(tmp_path / "saved"), f"{tmp_path}/saved/data-00001-of-00002.arrow: ... missing")
@@ -163,6 +163,16 @@ class TestFolder:
         trees, context = read(tmp_path)
         assert [tree.messages[0].text for tree in trees] == ["Tea."]
         assert not +context.dropped
+
+    @pytest.mark.parametrize(
+        "names", ["train-00000-of-00001.parquet test-00000-of-00001.parquet", "a/train.jsonl a/dev.jsonl"]
+    )
+    def test_of_several_splits_it_is_refused(self, names, read, error, write, tmp_path):
+        """Else what is meant for a test would be trained on."""
+        _, test = (write(tmp_path / "all" / name, [{"text": "Tea."}]) for name in names.split())
+        assert tells(error(tmp_path / "all"), f"{tmp_path}/all: ... one split ... train")
+        test.rename(test.with_name("training-data.jsonl" if test.suffix == ".jsonl" else "more.parquet"))
+        assert len(read(tmp_path / "all")[0]) == 2
 
     def test_without_data_it_is_refused(self, error, tmp_path):
         (tmp_path / "t.txt").write_text("Tea.")
