@@ -35,6 +35,7 @@ from gpt2ft.training.reference_pass import attach_reference
 @watchdog.announce_end()
 def run(settings: EvaluateSettings) -> None:
     accelerator = start_accelerator(settings.precision)
+    check_agreement(accelerator, settings.model_dump(exclude={"cache", "report"}))
     _backend(settings, accelerator)  # refused, if it is, before anything is loaded
     loaded, folder = find_model(settings.model, settings.random_init)
     context = loaded.gpt2.config.n_positions
@@ -49,8 +50,7 @@ def run(settings: EvaluateSettings) -> None:
     if settings.pairs:
         rule = PreferencePairs(settings.pairs, "pair", max_length, capacity)
     corpus, _ = load_corpora(data, loaded.tokenizer, kind=rule.kind, digest=digest_of_sources(accelerator))
-    asked = settings.model_dump(exclude={"cache", "report"})
-    check_agreement(accelerator, asked | {"data_content": corpus.content(), "initial_weights": loaded.digest})
+    check_agreement(accelerator, {"data_content": corpus.content(), "initial_weights": loaded.digest})
     prompts = topic_prompts(loaded, corpus, settings) if settings.topic else []
     chunks = chunk(corpus.stores, corpus.rows, rule)
     plan = Plan(chunks, capacity, 1, seed=0)

@@ -5,7 +5,9 @@ import platform
 from typing import Any
 
 from gpt2ft.distributed.accelerator import precision_of
+from gpt2ft.distributed.agreement import check_agreement
 from gpt2ft.runs.run_setup import RunSetup
+from gpt2ft.settings.scripts import RunSettings
 
 
 def identity_of(setup: RunSetup) -> dict[str, Any]:
@@ -25,13 +27,19 @@ def identity_of(setup: RunSetup) -> dict[str, Any]:
     }
 
 
+def check_settings(accelerator: Any, settings: RunSettings) -> None:
+    """Check that all processes were told the same, before settings decide what they wait for each other for.
+
+    Raises:
+        LaunchError: on all of them, naming the first setting or version that differs.
+    """
+    told = settings.model_dump(mode="json", exclude={"output": True, "data": {"cache"}})  # folders of each machine
+    check_agreement(accelerator, told | {"versions": versions()})
+
+
 def facts_of(setup: RunSetup) -> dict[str, Any]:
-    """Return what all processes must share to train one run: the identity, all of `training`, the data, versions."""
-    return identity_of(setup) | {
-        "training": setup.settings.training.model_dump(mode="json"),
-        "data_content": [corpus.content() for corpus in setup.corpora()],
-        "versions": versions(),
-    }
+    """Return what all processes must have found alike to train one run: its identity and the data."""
+    return identity_of(setup) | {"data_content": [corpus.content() for corpus in setup.corpora()]}
 
 
 def versions() -> dict[str, str]:

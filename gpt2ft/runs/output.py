@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gpt2ft.distributed.accelerator import global_sum
 from gpt2ft.distributed.restarts import is_restart_of
 from gpt2ft.distributed.shared_folder import check_shared
 from gpt2ft.errors import SettingsError
@@ -28,6 +29,7 @@ class Output:
         self.best = self.folder / "best"
         self.adapter = self.folder / "adapter"
         self.start = self.folder / "start"
+        self.is_restart = False  # an earlier start of this very launch has begun the run that lies here
         self._lock = FolderLock()
 
     @property
@@ -35,7 +37,7 @@ class Output:
         return (self.model / "config.json").is_file()
 
     def is_of_this_launch(self) -> bool:
-        """Return True if an earlier start of this very launch has begun the run that lies here."""
+        """Return True if this process knows the run that lies here as one that its launch has begun."""
         try:
             manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -44,11 +46,11 @@ class Output:
 
     def is_finished_by_this_launch(self) -> bool:
         """Return True if there is nothing left to do for a restart that comes too late."""
-        return self.is_finished and self.is_of_this_launch()
+        return self.is_finished and self.is_restart
 
     def continues(self, settings: RunSettings) -> bool:
         """Return True if the run goes on from what lies here: by its settings, or because it is a restart."""
-        return settings.resume == "auto" or self.is_of_this_launch()
+        return settings.resume == "auto" or self.is_restart
 
     def claim(self, settings: RunSettings) -> None:
         """Check that this run may train here, and keep others out; nothing is moved or removed yet. Main process only.
@@ -125,6 +127,8 @@ def open_output(settings: RunSettings, accelerator: Any) -> Output:
         output.claim(settings)
     accelerator.wait_for_everyone()
     check_shared(accelerator, output.folder)
+    # A torchrun without an id is known on its own machine alone, and all must do the same.
+    output.is_restart = any(global_sum(accelerator, float(output.is_of_this_launch())))
     if output.is_finished_by_this_launch() and accelerator.is_main_process:
         print(f"finished  {output.model}, by an earlier start of this launch")
     return output

@@ -10,6 +10,7 @@ from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.objectives.objective import Objective
 from gpt2ft.runs.evaluation import Evaluator, HeldOutEvaluation
 from gpt2ft.runs.finish import finish
+from gpt2ft.runs.identity import check_settings
 from gpt2ft.runs.manifest import manifest_of
 from gpt2ft.runs.output import open_output
 from gpt2ft.runs.resume import checkpoint_writer, find_resume_point, prepare_strategy
@@ -49,6 +50,7 @@ def train(settings: RunSettings, task: Task) -> None:
     """
     training = settings.training
     accelerator = start_accelerator(training.precision, training.micro_batches_per_step, training.deterministic)
+    check_settings(accelerator, settings)
     output = open_output(settings, accelerator)
     if output.is_finished_by_this_launch():
         return
