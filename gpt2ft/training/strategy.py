@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gpt2ft.checkpoint import MOMENTS
 from gpt2ft.distributed import launch_checks
-from gpt2ft.distributed.accelerator import autocast, global_sum, is_deepspeed, precision_of
+from gpt2ft.distributed.accelerator import autocast, device_sum, is_deepspeed, precision_of
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.model.lora import cast_frozen_matrices, load_trainable_parameters, trainable_parameters
@@ -206,7 +206,7 @@ class ZeRO2:
         pass gives it, and our answer is given where DeepSpeed takes its decision in every one of them.
         """
         self._largest = torch.zeros((), device=accelerator.device)  # in size, of the step's gradients; NaN if one is
-        self._is_finite: bool | None = None  # unless DeepSpeed has asked
+        self._has_updated: bool | None = None  # unless DeepSpeed has asked
         decide = self._zero._update_scale
 
         def look(gradient: Tensor) -> None:
@@ -214,8 +214,9 @@ class ZeRO2:
             self._largest = torch.maximum(self._largest, largest)
 
         def decide_with_ours(overflow: bool) -> None:
-            self._is_finite = not any(global_sum(accelerator, float(not math.isfinite(self._largest))))
-            self._zero.overflow = overflow or not self._is_finite
+            found = device_sum(accelerator, (~self._largest.isfinite()).double())
+            self._zero.overflow = overflow or bool(found)
+            self._has_updated = not self._zero.overflow  # its own check sees norms that are too large for float32
             decide(self._zero.overflow)
 
         for parameter in trainable_parameters(self.gpt2).values():
@@ -224,11 +225,11 @@ class ZeRO2:
 
     def update(self) -> float:
         """Return the norm of the update that the last backward pass has made already; NaN if it has made none."""
-        is_finite, self._is_finite = self._is_finite, None
+        has_updated, self._has_updated = self._has_updated, None
         self._largest.zero_()
-        if is_finite is None:
+        if has_updated is None:
             raise PreflightError("this version of DeepSpeed updates weights unasked: install one that is supported")
-        return float(self.model.get_global_grad_norm()) if is_finite else math.nan
+        return float(self.model.get_global_grad_norm()) if has_updated else math.nan
 
     def full_model(self) -> GPT2 | None:
         from deepspeed.utils import safe_get_full_fp32_param

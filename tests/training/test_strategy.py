@@ -15,7 +15,7 @@ from gpt2ft.model.lora import apply_lora
 from gpt2ft.settings.sections import LoRASettings, OptimizerSettings
 from gpt2ft.training.optimizer import adamw
 from gpt2ft.training.preflight import PreflightError
-from gpt2ft.training.strategy import DDP, cast_frozen, prepare
+from gpt2ft.training.strategy import DDP, ZeRO3, cast_frozen, prepare
 
 MAX_GRAD_NORM = 0.5
 
@@ -147,3 +147,19 @@ def test_only_frozen_matrices_are_cast_and_not_under_deepspeed(precision, deepsp
         is_frozen_matrix = not parameter.requires_grad and parameter.ndim == 2 and name != "wpe.weight"
         dtypes[is_frozen_matrix].add(parameter.dtype)
     assert dtypes == {True: {torch.bfloat16 if is_cast else torch.float32}, False: {torch.float32}}
+
+
+@pytest.mark.parametrize(
+    ("overflow", "gradient", "updates"), [(False, 1.0, True), (True, 1.0, False), (False, math.nan, False)]
+)
+def test_under_zero_a_step_counts_only_if_deepspeed_has_made_it(overflow, gradient, updates, tiny_gpt2):
+    """It leaves steps out for reasons of its own too, and then still tells the norm of the one before."""
+    strategy = ZeRO3.__new__(ZeRO3)
+    strategy.gpt2, decisions = tiny_gpt2(64, 16), []
+    strategy.model = SimpleNamespace(get_global_grad_norm=lambda: 1.0)
+    strategy._zero = SimpleNamespace(overflow=overflow, _update_scale=decisions.append)
+    strategy._check_gradients(SimpleNamespace(device=torch.device("cpu"), num_processes=1))
+    (strategy.gpt2.wte.weight.sum() * gradient).backward()
+    strategy._zero._update_scale(overflow)
+    assert decisions == [strategy._zero.overflow] == [not updates]
+    assert math.isfinite(strategy.update()) is updates
