@@ -140,8 +140,11 @@ def _device() -> torch.device:
 def choose_precision(asked: str) -> Literal["fp32", "bf16"]:
     """Return the precision of matrix products; auto is bf16 on GPUs that have it, and fp32 otherwise.
 
-    A GPU without bf16 emulates it: that is done where it is asked for, and said.
+    A GPU without bf16 emulates it: that is done where it is asked for, and said. From here on no product in float32 is
+    rounded to TF32.
     """
+    # Vendors' images let it be: checks in float32 would fail, and fp32 would not be fp32.
+    torch.set_float32_matmul_precision("highest")
     if asked == "fp32" or not on_cuda():
         return "bf16" if asked == "bf16" else "fp32"
     with torch.cuda.device(_device()):

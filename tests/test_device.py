@@ -180,6 +180,16 @@ class TestPrecision:
         assert choose_precision("bf16") == "bf16"
         assert tells(capsys.readouterr().err, "Tesla T4 ... no bf16 ... emulated ... `precision fp32`")
 
+    @pytest.mark.parametrize("asked", ["auto", "fp32", "bf16"])
+    def test_float32_is_not_rounded_to_tf32(self, asked):
+        """Nor in chat and server, which start no accelerator."""
+        torch.set_float32_matmul_precision("high")  # as in vendors' images
+        try:
+            choose_precision(asked)
+            assert torch.get_float32_matmul_precision() == "highest"
+        finally:
+            torch.set_float32_matmul_precision("highest")
+
     def test_on_a_cpu(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert [choose_precision(asked) for asked in ("auto", "fp32", "bf16")] == ["fp32", "fp32", "bf16"]

@@ -40,8 +40,6 @@ def start_accelerator(precision: str, micro_batches_per_step: int | None = None,
 
     # Torch and Accelerate warn of each other, and a user can do nothing about that.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|accelerate)\b")
-    # Vendors' images let float32 be rounded to TF32: the checks before step 1 would fail, and fp32 would not be fp32.
-    torch.set_float32_matmul_precision("highest")
     rendezvous.install()
     with rendezvous.joining():
         accelerator = _accelerator(launch_checks.strategy(), _precision(precision), accumulation)
