@@ -95,7 +95,7 @@ def refuse_preference(record: Record) -> None:
     if all(record.get(key) is not None for key in _PREFERENCE):
         raise Malformed(
             "must be a conversation to learn from, but is a preference (`chosen` and `rejected`), which launch/dpo.py "
-            "trains on"
+            "trains on; name both in `data.ignore_keys` to learn what stands beside them"
         )
 
 

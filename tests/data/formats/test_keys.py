@@ -107,7 +107,6 @@ PUBLISHED = {
     "openai": (CONVERSATIONS, LAYOUTS["messages"] | {"parallel_tool_calls": False, "tools": "[]"}),
     "written by pandas": (CONVERSATIONS, LAYOUTS["alpaca"] | {"__index_level_0__": 3, "Unnamed: 0": 3}),
     "imdb": (CONVERSATIONS, LAYOUTS["text"] | {"label": 0}),
-    "ag_news": (CONVERSATIONS, LAYOUTS["text"] | {"label": 3}),
     "capybara": (CONVERSATIONS, {"source": "x", "conversation": [{"input": "Tea?", "output": "Yes."}]}),
     "wikipedia": (CONVERSATIONS, LAYOUTS["text"] | {"id": "1", "url": "https://x", "title": "Tea"}),
     "fineweb": (
@@ -361,15 +360,11 @@ def test_a_record_that_is_not_to_be_learnt_is_refused(kind, record, mark, file, 
 
 
 def test_marks_in_a_prompt_that_is_not_learnt_say_nothing(read):
-    again = {"role": "user", "content": "Sure?"}
-    pair = {
-        "chosen": [ASKED, TOLD | {"loss": False}, again, TOLD],
-        "rejected": [ASKED, TOLD, again, TOLD | {"content": "No."}],
-    }
-    for record in (pair, pair | {"prompt": [ASKED, TOLD, again]}):
-        (tree,), context = read([record], kind=PREFERENCES)
-        assert [message.text for message in tree.messages] == ["Tea?", "Yes.", "Sure?", "Yes.", "No."]
-        assert not +context.dropped
+    prompt, no = [ASKED, TOLD, ASKED], TOLD | {"content": "No."}
+    pair = {"chosen": [ASKED, TOLD | {"loss": False}, ASKED, TOLD], "rejected": [*prompt, no]}
+    for record in (pair, pair | {"prompt": prompt}):
+        (tree,), _ = read([record], kind=PREFERENCES)
+        assert [message.text for message in tree.messages] == ["Tea?", "Yes.", "Tea?", "Yes.", "No."]
 
 
 def test_a_reply_that_is_not_to_be_learnt_is_not_compared():
