@@ -141,7 +141,7 @@ class Runs:
             "model": (from_weights if adapts or compares else random) | dropout,
             "lora": (LORA | {"dropout": 0.0} if compares else LORA) if adapts else {},
             "data": {
-                "train": ["quickstart@0.28" if compares else "quickstart@0.44"],
+                "train": ["quickstart@0.28" if compares else "quickstart@0.4"],
                 "eval": [],
                 "eval_fraction": 0.05,
                 "max_length": 256,
