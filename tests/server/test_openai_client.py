@@ -239,6 +239,6 @@ def test_turns_that_do_not_fit_give_way_and_it_is_said(client, alone):
     kept = [(role, text.strip()) for role, text in turns[dropped:]]
     assert kept[0][0] == "user"
     assert reply.choices[0].message.content == alone(kept, 30, temperature=0)[0]
-    stream = client.chat.completions.create(model="tiny", messages=messages, max_tokens=1, stream=True)
+    stream = client.chat.completions.create(model="tiny", messages=messages, max_tokens=30, stream=True)
     assert next(iter(stream)).dropped_turns == dropped
     stream.close()
