@@ -90,12 +90,12 @@ class PreferenceTuning:
 
 
 def store_for(loaded: LoadedModel, model: TargetLogProbs, accelerator: Any, cache: str | None) -> ReferenceStore:
-    """Return the store for a model's log-probs, as computed on this device, in these dtypes and this precision."""
+    """Return the store for a model's log-probs, as computed on this device and in this precision."""
     computed_by = {
         "weights": loaded.digest,
         "tokenizer": loaded.tokenizer.digest,
         "template": template_digest(),
-        "dtypes": sorted({str(parameter.dtype) for parameter in model.parameters()}),
+        "rounds_frozen_matrices": not all(parameter.requires_grad for parameter in model.parameters()),
         "precision": precision_of(accelerator),
         "attention": model.backend,
         "device": accelerator.device.type,

@@ -78,10 +78,15 @@ def prepare(
 
 
 def cast_frozen(accelerator: Any, gpt2: GPT2) -> None:
-    """Cast frozen matrices to bf16 where they are multiplied in it: half the memory, the same products."""
-    # DeepSpeed holds all parameters in one type.
-    if precision_of(accelerator) == "bf16" and not is_deepspeed(accelerator):
+    """Cast frozen matrices to bf16 where they are multiplied in it: half the memory, the same products.
+
+    DeepSpeed holds all parameters in one type, so there they are only rounded, as embeddings are looked up in them too:
+    it is the same run.
+    """
+    if precision_of(accelerator) == "bf16":
         cast_frozen_matrices(gpt2, torch.bfloat16)
+        if is_deepspeed(accelerator):
+            cast_frozen_matrices(gpt2, torch.float32)
 
 
 class DDP:

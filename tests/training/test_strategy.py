@@ -136,17 +136,20 @@ AUTOCAST = SimpleNamespace(deepspeed_config={"torch_autocast": {"enabled": True}
 
 
 @pytest.mark.parametrize(
-    ("precision", "deepspeed", "is_cast"), [("bf16", None, True), ("no", None, False), ("no", AUTOCAST, False)]
+    ("precision", "deepspeed", "dtype"),
+    [("bf16", None, torch.bfloat16), ("no", None, torch.float32), ("no", AUTOCAST, torch.float32)],
 )
-def test_only_frozen_matrices_are_cast_and_not_under_deepspeed(precision, deepspeed, is_cast, tiny_gpt2):
+def test_frozen_matrices_alone_are_rounded_and_under_deepspeed_not_cast(precision, deepspeed, dtype, tiny_gpt2):
     gpt2 = tiny_gpt2(64, 16)
     apply_lora(gpt2, LoRASettings(rank=2, alpha=4.0), [60], torch.Generator().manual_seed(1))
+    before = {name: parameter.clone() for name, parameter in gpt2.named_parameters()}
     cast_frozen(SimpleNamespace(mixed_precision=precision, state=SimpleNamespace(deepspeed_plugin=deepspeed)), gpt2)
-    dtypes = {True: set(), False: set()}
+    is_rounded = precision == "bf16" or deepspeed is not None
     for name, parameter in gpt2.named_parameters():
         is_frozen_matrix = not parameter.requires_grad and parameter.ndim == 2 and name != "wpe.weight"
-        dtypes[is_frozen_matrix].add(parameter.dtype)
-    assert dtypes == {True: {torch.bfloat16 if is_cast else torch.float32}, False: {torch.float32}}
+        assert parameter.dtype == (dtype if is_frozen_matrix else torch.float32), name
+        expected = before[name].bfloat16().float() if is_frozen_matrix and is_rounded else before[name]
+        assert torch.equal(parameter.float(), expected), name
 
 
 @pytest.mark.parametrize(
