@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from small_gpt2 import SHAPE, TOKENS
 
 
 @pytest.fixture(scope="session")
@@ -73,6 +74,26 @@ def transformers_gpt2():
         return model
 
     return make
+
+
+@pytest.fixture(scope="module")
+def theirs(transformers_gpt2):
+    """Their small model."""
+    return transformers_gpt2(SHAPE)
+
+
+@pytest.fixture(scope="module")
+def expected(theirs):
+    """Its logits, [LENGTH, vocabulary]."""
+    with torch.no_grad():
+        return theirs(TOKENS[None]).logits[0]
+
+
+@pytest.fixture
+def folder(theirs, tmp_path):
+    """The same as `save_pretrained` leaves it."""
+    theirs.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
 
 
 @pytest.fixture(scope="session")

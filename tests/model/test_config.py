@@ -6,38 +6,10 @@ import re
 
 import pytest
 import torch
+from small_gpt2 import SHAPE, TOKENS, logits
 
-from gpt2ft.model.attention import attention_for
 from gpt2ft.model.gpt2 import GPT2Config
 from gpt2ft.model.pretrained import ModelError, read_config
-
-SHAPE = (60, 24, 16, 2, 2)  # vocab_size, n_positions, n_embd, n_layer, n_head
-LENGTH = 24
-TOKENS = torch.arange(LENGTH) * 7 % 60
-
-
-@torch.no_grad()
-def logits(model):
-    attend = attention_for(torch.full((LENGTH,), LENGTH), LENGTH, "dense")
-    return model.logits(model(TOKENS, torch.arange(LENGTH), attend))
-
-
-@pytest.fixture(scope="module")
-def theirs(transformers_gpt2):
-    return transformers_gpt2(SHAPE)
-
-
-@pytest.fixture(scope="module")
-def expected(theirs):
-    with torch.no_grad():
-        return theirs(TOKENS[None]).logits[0]
-
-
-@pytest.fixture
-def folder(theirs, tmp_path):
-    """As `save_pretrained` leaves it."""
-    theirs.save_pretrained(tmp_path / "saved")
-    return tmp_path / "saved"
 
 
 def reconfigure(folder, **values):
