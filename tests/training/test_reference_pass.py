@@ -159,7 +159,7 @@ def test_killed_again_and_again_and_finished_by_two_processes(kills, tokenizer, 
 
     write_folder(tmp_path / "model", dict(gpt2.named_parameters()), gpt2.config, tokenizer)
     recipe = ["quickstart-dpo", "--model.path", tmp_path / "model", "--training.tokens_per_micro_batch", 256]
-    recipe += ["--data.eval", "quickstart:held_out"]
+    recipe += ["--data.max_length", 256, "--data.eval", "quickstart:held_out"]
     script = "launch/reference.py"
     run(["python", script, *recipe, "--data.cache", tmp_path / "one"], **ON_CPU)
     cache = ["--data.cache", tmp_path / "two"]
