@@ -56,7 +56,7 @@ if __name__ == "__main__":
     settings = parse_recipe(DPOSettings, "quickstart-dpo", sys.argv[3:])
     moments = random.Random(seed)
     for _ in range(kills):
-        call = moments.randint(3, 14)
+        call = moments.randint(12, 40)
         child = os.fork()
         if child == 0:
             die_at(call)
