@@ -14,7 +14,7 @@ Nothing in it depends on a backend or a number of processes, and nothing of it i
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -126,8 +126,8 @@ def save(
     return folder
 
 
-def prune(root: Path, keep: int, best_step: int | None) -> None:
-    """Remove all checkpoints but the newest `keep` and the best.
+def prune(root: Path, keep: int, best_step: int | None, also: Collection[int] = ()) -> None:
+    """Remove all checkpoints but the newest `keep`, the best, and those of the steps `also`.
 
     The newest by step are kept, and the newest by time of writing: after a run has resumed from before a damaged
     checkpoint, new ones have an earlier step than that one, and must not be removed in its favour.
@@ -136,8 +136,9 @@ def prune(root: Path, keep: int, best_step: int | None) -> None:
         raise ValueError(f"`keep` must be at least 1, but is {keep}")
     found = folders(root)
     written = sorted(found, key=_written_at, reverse=True)
+    kept = {_name(step) for step in (best_step, *also)}
     for folder in found:
-        if folder not in found[:keep] and folder not in written[:keep] and folder.name != _name(best_step):
+        if folder not in found[:keep] and folder not in written[:keep] and folder.name not in kept:
             discard(folder)
 
 

@@ -4,6 +4,7 @@ Training, benchmark, evaluation, chat and server all ask here.
 """
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -195,6 +196,14 @@ def _c_compiler_problem() -> str | None:
         f"{compiler} cannot build a module for Python ({first}): install the headers of Python "
         f"{sysconfig.get_python_version()} and of C, on Debian `apt-get install python3-dev libc6-dev`"
     )
+
+
+def hardware() -> dict[str, str | int]:
+    """Return the kind of hardware that this process computes on, as far as bits depend on it."""
+    if on_cuda():
+        return {"device": torch.cuda.get_device_name(_device()), "cuda": str(torch.version.cuda)}
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return {"device": f"CPU, {platform.machine()}, {instructions}", "threads": torch.get_num_threads()}
 
 
 # --- cores ----------------------------------------------------------------------------------------------------------

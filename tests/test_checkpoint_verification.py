@@ -293,15 +293,15 @@ def names(root):
     return sorted(path.name for path in root.iterdir())
 
 
-def test_pruning_keeps_the_newest_and_the_best_and_what_is_not_its_own(tmp_path):
+def test_pruning_keeps_the_newest_the_best_those_for_verification_and_what_is_not_its_own(tmp_path):
     for step in range(1, 6):
         write(tmp_path, step)
     (tmp_path / "step-1").mkdir()
     (tmp_path / "step-00000001.bak").mkdir()
     (tmp_path / "step-00000000").symlink_to(tmp_path / "step-1")
     others = ["step-00000000", "step-00000001.bak", "step-1"]
-    checkpoint.prune(tmp_path, keep=2, best_step=1)
-    assert names(tmp_path) == sorted([*others, *(f"step-0000000{step}" for step in (1, 4, 5))])
+    checkpoint.prune(tmp_path, keep=2, best_step=1, also={3, 9})
+    assert names(tmp_path) == sorted([*others, *(f"step-0000000{step}" for step in (1, 3, 4, 5))])
     with pytest.raises(ValueError, match="`keep` must be at least 1, but is 0"):
         checkpoint.prune(tmp_path, keep=0, best_step=None)
 

@@ -8,6 +8,7 @@ preferences      PreferencePairs (see pairs.py)       shortened at its prompt or
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -148,6 +149,15 @@ class Chunks:
     def is_cut(self) -> NDArray[np.bool_]:
         """[n] true where a chunk is a part of its tree."""
         return self.parts >= 0
+
+    @cached_property
+    def pieces(self) -> NDArray[np.uint64]:
+        """[n, 4] what each chunk is, wherever the same data are read: key of its tree, part, tokens, targets."""
+        keys = np.zeros(len(self.rows), np.uint64)
+        for number, store in enumerate(self.stores):
+            here = self.rows[:, 0] == number
+            keys[here] = store.keys()[self.rows[here, 1]]
+        return np.stack([keys, *(values.astype(np.uint64) for values in (self.parts, *self.counts[:, :2].T))], axis=1)
 
     def tree(self, number: int) -> TokenTree:
         """Return the tree of a chunk; the groups of its nodes are the number of its store."""

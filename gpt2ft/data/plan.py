@@ -14,9 +14,10 @@ last step of the last epoch is short. Micro-batches missing there are empty stre
 A step never takes more than an epoch: where all data make up fewer streams than a step has micro-batches, the others
 are empty.
 
-The loop uses three members of it: `micro_batches_per_step`, `ends_epoch` and `training_stream`.
+The loop uses four members of it: `micro_batches_per_step`, `ends_epoch`, `training_stream` and `digest`.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -60,6 +61,7 @@ class Plan:
         self._first_replies = np.cumsum(chunks.replies) - chunks.replies  # [n] of each chunk, among all
         self.reference = np.full(int(chunks.replies.sum()), np.nan)  # log-prob of each reply, once it is known
         self.streams_per_step = min(micro_batches_per_step, len(self.streams))
+        self._digested = 0, hashlib.sha256()  # steps, and the pieces of all of them
         self._order = lru_cache(2)(self._drawn_order)  # a step and the next may stand in two epochs
 
     def _most(self, numbers: NDArray[np.int64], multiple: int) -> int:
@@ -100,6 +102,16 @@ class Plan:
     def training_stream(self, step: int, number: int) -> TokenStream:
         """Build micro-batch `number` of a step."""
         return self.stream(self._micro_batch(step, number))
+
+    def digest(self, steps: int) -> str:
+        """Return a digest of all that the first `steps` steps train on: which pieces, in which streams and order."""
+        done, digest = self._digested if self._digested[0] <= steps else (0, hashlib.sha256())
+        for step in range(done, steps):
+            for micro_batch in self.micro_batches(step):
+                digest.update(len(micro_batch).to_bytes(8, "little"))
+                digest.update(self.chunks.pieces[micro_batch].astype("<u8").tobytes())
+        self._digested = steps, digest
+        return digest.hexdigest()[:16]
 
     def replies_of(self, micro_batch: Sequence[int]) -> NDArray[np.int64]:
         """Return the places of the replies of a micro-batch in `reference`, in the order of its stream."""

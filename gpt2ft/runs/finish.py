@@ -18,6 +18,7 @@ from gpt2ft.runs.output import Output
 from gpt2ft.runs.run_setup import RunSetup
 from gpt2ft.settings.scripts import DPOSettings, RunSettings
 from gpt2ft.training.strategy import Strategy
+from gpt2ft.training.tracking import line_digests
 
 
 def finish(
@@ -27,7 +28,7 @@ def finish(
     model = strategy.full_model()
     if model is None:
         return
-    output.write_manifest(manifest | {"finished": asdict(state)})
+    output.write_manifest(manifest | {"finished": asdict(state), "metrics": line_digests(output.metrics)})
     export(output, setup.settings, replace(setup.loaded, gpt2=model), state)
     print(transcript)
     print(f"finished: {output.model}")

@@ -1,19 +1,22 @@
-"""Manifest of a run: everything about it that its recipe does not say."""
+"""Manifest of a run: what it was made of, and where."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from gpt2ft.command_line import full_command
+from gpt2ft.device import hardware
 from gpt2ft.distributed import launch_checks
 from gpt2ft.distributed.accelerator import precision_of
 from gpt2ft.distributed.restarts import launch
 from gpt2ft.runs.describe import dropped, shares
 from gpt2ft.runs.identity import identity_of, versions
 from gpt2ft.runs.run_setup import RunSetup
+from gpt2ft.text.template import template_digest
 
 
 def manifest_of(setup: RunSetup, attention: str) -> dict[str, Any]:
-    """Return everything about a run that its recipe does not say: command, versions, data, plan.
+    """Return everything about a run: command, settings, versions, hardware, data, plan.
 
     Args:
         attention: the backend in use.
@@ -22,9 +25,10 @@ def manifest_of(setup: RunSetup, attention: str) -> dict[str, Any]:
     return {
         "command": full_command(),
         "launch": launch(),
-        "versions": versions(),
-        "processes": setup.accelerator.num_processes,
-        "strategy": launch_checks.strategy(),
+        **environment(setup.accelerator),
+        "settings": setup.settings.model_dump(mode="json"),
+        "template": template_digest(),
+        "tokenizer": setup.loaded.tokenizer.digest,
         "precision": precision_of(setup.accelerator),
         "attention": attention,
         "identity": identity_of(setup),
@@ -39,3 +43,23 @@ def manifest_of(setup: RunSetup, attention: str) -> dict[str, Any]:
             "supervised": plan.supervised,
         },
     }
+
+
+def environment(accelerator: Any) -> dict[str, Any]:
+    """Return what bits depend on beside settings and data."""
+    return {
+        "versions": versions(),
+        "processes": accelerator.num_processes,
+        "strategy": launch_checks.strategy(),
+        "hardware": hardware(),
+    }
+
+
+def starts_until(earlier: Mapping[str, Any], step: int, accelerator: Any) -> list[dict[str, Any]]:
+    """Return each start of a run with the step it went on from, this one last.
+
+    Args:
+        earlier: the manifest as the start before has left it. What it did after `step` is done again.
+    """
+    kept = [start for start in earlier.get("starts", []) if start["step"] < step]
+    return [*kept, {"step": step} | environment(accelerator)]

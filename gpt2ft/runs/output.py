@@ -25,6 +25,7 @@ class Output:
     def __init__(self, path: str) -> None:
         self.folder = Path(path)
         self.checkpoints = self.folder / "checkpoints"
+        self.metrics = self.folder / "metrics.jsonl"
         self.model = self.folder / "model"
         self.best = self.folder / "best"
         self.adapter = self.folder / "adapter"
@@ -38,11 +39,7 @@ class Output:
 
     def is_of_this_launch(self) -> bool:
         """Return True if this process knows the run that lies here as one that its launch has begun."""
-        try:
-            manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        return is_restart_of(manifest.get("launch", {}))
+        return is_restart_of(self.read_manifest().get("launch", {}))
 
     def is_finished_by_this_launch(self) -> bool:
         """Return True if there is nothing left to do for a restart that comes too late."""
@@ -94,6 +91,14 @@ class Output:
         remove_leftovers(self.checkpoints)
         write_text(self.folder / RECIPE, to_yaml(settings.model_copy(update={"resume": "auto"})))
         self.write_manifest(manifest)
+
+    def read_manifest(self) -> dict[str, Any]:
+        """Return what `write_manifest` wrote; nothing where it cannot be read."""
+        try:
+            manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return manifest if isinstance(manifest, dict) else {}
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         write_json(self.folder / "manifest.json", manifest)

@@ -92,7 +92,8 @@ def prepare_strategy(setup: RunSetup, model: TargetLogProbs, resume_point: Resum
 
 def checkpoint_writer(setup: RunSetup, output: Output, strategy: Strategy) -> Callable[[TrainState], None]:
     """Return a function that saves a state with the current weights and moments; all processes call it together."""
-    identity = identity_of(setup)
+    identity, training = identity_of(setup), setup.settings.training
+    for_verification = training.steps_to_keep(setup.steps)
 
     def save(state: TrainState) -> None:
         watchdog.mark_progress("saving")  # one call may write a large file
@@ -100,7 +101,7 @@ def checkpoint_writer(setup: RunSetup, output: Output, strategy: Strategy) -> Ca
         if model is not None:
             try:
                 checkpoint.save(output.checkpoints, trainable_parameters(model), moments, state, identity)
-                checkpoint.prune(output.checkpoints, setup.settings.training.keep_checkpoints, state.best_step)
+                checkpoint.prune(output.checkpoints, training.keep_checkpoints, state.best_step, for_verification)
             except OSError as error:
                 problem = error
         raise_together(setup.accelerator, problem)

@@ -11,7 +11,7 @@ from gpt2ft.objectives.objective import Objective
 from gpt2ft.runs.evaluation import Evaluator, HeldOutEvaluation
 from gpt2ft.runs.finish import finish
 from gpt2ft.runs.identity import check_settings
-from gpt2ft.runs.manifest import manifest_of
+from gpt2ft.runs.manifest import manifest_of, starts_until
 from gpt2ft.runs.output import open_output
 from gpt2ft.runs.resume import checkpoint_writer, find_resume_point, prepare_strategy
 from gpt2ft.runs.run_setup import RunSetup, cast_to_precision, run_preflight_checks, set_up, target_log_probs
@@ -68,7 +68,8 @@ def train(settings: RunSettings, task: Task) -> None:
     prompts = sample_prompts(setup.held_out, setup.loaded, training) if setup.is_main else []
     samples_at_start = task.samples_at_start(setup, prompts)
     strategy = prepare_strategy(setup, model, resume_point)
-    manifest = manifest_of(setup, model.backend) | reference
+    starts = starts_until(output.read_manifest(), resume_point.state.step, accelerator)
+    manifest = manifest_of(setup, model.backend) | reference | {"starts": starts}
     output.begin(settings, manifest, accelerator)
     tracker = Tracker(
         output.folder, resume_point.state, setup.steps, settings.model_dump(mode="json"), active=setup.is_main

@@ -181,6 +181,8 @@ class TrainingSettings(StreamSettings):
     always saves."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """Number of newest checkpoints to keep, besides the best."""
+    keep_for_verification: NotNegative = 0
+    """Number of checkpoints to save and keep at equal distances over the run: steps from which it can be verified."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm."""
     max_skipped_steps: Positive = 10
@@ -193,6 +195,11 @@ class TrainingSettings(StreamSettings):
     """Held-out prompts answered at each evaluation."""
     sample_tokens: Positive = 128
     """Longest sample reply."""
+
+    def steps_to_keep(self, steps: int) -> set[int]:
+        """Return the steps of a run of `steps` whose checkpoints `keep_for_verification` keeps."""
+        parts = self.keep_for_verification + 1
+        return {steps * part // parts for part in range(1, parts)} - {0}
 
 
 class OptimizerSettings(Section):

@@ -102,7 +102,7 @@ def fit(inputs: LoopInputs, state: TrainState) -> TrainState:
             save_and_stop(inputs, state, sums)
         # Evaluated first, so that the checkpoint knows the result and whether it is the best.
         state = evaluate_if_due(inputs, state, sums)
-        if is_due(inputs, state.step, save_every(inputs)) or is_time or state.best_step == state.step:
+        if is_save_due(inputs, state.step) or is_time or state.best_step == state.step:
             saved_at = save(inputs, state, sums)
     return state
 
@@ -111,7 +111,7 @@ def log_metrics(inputs: LoopInputs, state: TrainState, sums: MetricSums, rate: f
     """Log the means since the last call, on the main process."""
     metrics, seconds_per_step = sums.take()
     metrics |= {"learning_rate": rate, "skipped_steps": state.step - state.updates}
-    metrics = {f"train/{name}": value for name, value in metrics.items()}
+    metrics = {f"train/{name}": value for name, value in metrics.items()} | {"data": inputs.batches.digest(state.step)}
     inputs.tracker.log(state.step, metrics)
     inputs.tracker.show(state.step, metrics, seconds_per_step * (inputs.steps - state.step))
 
@@ -156,9 +156,10 @@ def stop_if_diverged(inputs: LoopInputs, state: TrainState) -> None:
         )
 
 
-def save_every(inputs: LoopInputs) -> int | None:
-    """Return the number of steps from one checkpoint to the next; by default they follow each evaluation."""
-    return inputs.training.save_every or inputs.training.eval_every
+def is_save_due(inputs: LoopInputs, step: int) -> bool:
+    """Return True every `save_every` steps, by default after each evaluation, and where a checkpoint is to be kept."""
+    every = inputs.training.save_every or inputs.training.eval_every
+    return is_due(inputs, step, every) or step in inputs.training.steps_to_keep(inputs.steps)
 
 
 def is_time_to_save(inputs: LoopInputs, saved_at: float) -> bool:
@@ -172,5 +173,4 @@ def is_due(inputs: LoopInputs, step: int, every: int | None) -> bool:
     Args:
         every: None for whenever an epoch ends.
     """
-    ends = step % every == 0 if every else inputs.batches.ends_epoch(step)
-    return ends or step == inputs.steps
+    return step == inputs.steps or (step % every == 0 if every else inputs.batches.ends_epoch(step))

@@ -22,6 +22,9 @@ class BatchSource(Protocol):
     def ends_epoch(self, step: int) -> bool:
         """Return True if an epoch has ended within the last of `step` steps."""
 
+    def digest(self, steps: int) -> str:
+        """Return a digest of all that the first `steps` steps train on."""
+
     def training_stream(self, step: int, number: int) -> TokenStream:
         """Return micro-batch `number` of a step, on the CPU. Called from a thread."""
 

@@ -1,5 +1,6 @@
 """Progress and metrics of a run: a progress bar or lines, metrics.jsonl and TensorBoard. Main process only."""
 
+import hashlib
 import json
 import math
 import sys
@@ -42,15 +43,16 @@ class Tracker:
         if self.active:
             self._bar.update()
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def log(self, step: int, metrics: dict[str, float | str]) -> None:
         """Write an object to metrics.jsonl and scalars to TensorBoard. In JSON, null stands for what is not finite."""
         if not self.active:
             return
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._metrics.write(json.dumps({"step": step} | finite) + "\n")
+        line = {"step": step} | {name: as_json(value) for name, value in metrics.items()}
+        self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
         for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+            if not isinstance(value, str):
+                self._board.add_scalar(name, value, step)
 
     def show(self, step: int, metrics: dict[str, float], seconds_left: float) -> None:
         """Show the newest training metrics, beside the bar in a terminal and as a line elsewhere."""
@@ -82,6 +84,16 @@ class Tracker:
             self._bar.close()
             self._metrics.close()
             self._board.close()
+
+
+def as_json(value: float | str) -> float | str | None:
+    """Return a value as it stands in metrics.jsonl."""
+    return value if isinstance(value, str) or math.isfinite(value) else None
+
+
+def line_digests(metrics: Path) -> list[str]:
+    """Return a digest of each line of metrics.jsonl."""
+    return [hashlib.sha256(line).hexdigest()[:16] for line in metrics.read_bytes().splitlines()]
 
 
 def _keep_known(metrics: Path, state: TrainState) -> None:

@@ -1,6 +1,7 @@
 """The plan is a pure function of data, settings, seed and epoch: of nothing else, so of no number of processes."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,6 +23,9 @@ class Held:
 
     def tree(self, row, group):
         return self.trees[row]
+
+    def keys(self):
+        return np.arange(1, len(self.trees) + 1, dtype=np.uint64)
 
 
 def chunks_of(trees, repeated=0):
@@ -170,3 +174,17 @@ def test_fill_counts_what_stands_there_for_the_first_time(make_tree):
     assert plan_of([100, 90, 20]).fill == pytest.approx(210 / 300)
     assert plan_of([100, 90, 20], repeated=30).fill == pytest.approx(180 / 300)
     assert plan_of([30]).fill == pytest.approx(0.3)
+
+
+def test_the_digest_tells_what_has_been_trained_on(chunks):
+    """Whichever steps were asked for before; and it differs as soon as a stream, their order or a piece does."""
+    plan, again = (Plan(chunks, CAPACITY, 3, 0) for _ in range(2))
+    found = [plan.digest(step) for step in range(9)]
+    assert len(set(found)) == 9
+    assert [again.digest(step) for step in (8, 2, 5)] == [found[8], found[2], found[5]]
+    assert Plan(chunks, CAPACITY, 3, seed=1).digest(1) != found[1]
+    longer = chunks.counts.copy()
+    longer[plan.micro_batches(4)[2][0], 1] += 1  # one target more
+    other = Plan(replace(chunks, counts=longer), CAPACITY, 3, 0)
+    other.streams = plan.streams
+    assert [other.digest(step) == found[step] for step in range(9)] == [True] * 5 + [False] * 4

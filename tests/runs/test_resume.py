@@ -50,6 +50,23 @@ def test_a_run_stopped_after_any_step_ends_in_the_same_bits(
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert all_lines(tmp_path / "run") == all_lines(uninterrupted)
+    starts = json.loads((tmp_path / "run" / "manifest.json").read_text())["starts"]
+    went_on_from = {1: [], 2: [], 3: [2], 4: [3], 5: [4], 6: [4]}[stop_after]
+    assert [start["step"] for start in starts] == [0, *went_on_from]
+    assert all(start["processes"] == 1 and "threads" in start["hardware"] for start in starts)
+
+
+def test_each_line_tells_what_was_trained_on_until_then(uninterrupted, run_sft, tmp_path):
+    """Equal in two runs for as long as they are trained on the same."""
+    run_sft(tmp_path / "run", steps=3, seed=1)
+    run_sft(tmp_path / "short", steps=3, learning_rate=1e-3, log_every=2)
+    of_line, other, short = (
+        {line["step"]: line["data"] for line in all_lines(folder) if "data" in line}
+        for folder in (uninterrupted, tmp_path / "run", tmp_path / "short")
+    )
+    assert len(set(of_line.values())) == STEPS
+    assert short == {step: of_line[step] for step in (2, 3)}
+    assert not set(other.values()) & set(of_line.values())
 
 
 def test_a_finished_run_says_so(uninterrupted, run_sft):

@@ -24,6 +24,7 @@ from gpt2ft.checkpoint import TrainState
 from gpt2ft.distributed.signals import Preempted, SignalHandler
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.objectives.sft import SFT
+from gpt2ft.settings.sections import TrainingSettings
 from gpt2ft.training.evaluate import EvaluationInterrupted
 from gpt2ft.training.fit import TrainingDiverged, fit, is_due
 from gpt2ft.training.metric_sums import MetricSums
@@ -188,6 +189,15 @@ def test_an_evaluation_that_is_cut_short_is_made_up_for_by_the_next_start(make_r
     assert diary.events == ["log 1", "log 2", "save 2"]
     fit(inputs, TrainState(step=2, updates=2))
     assert diary.events[3:] == ["evaluate 2", "log 3", "log 4", "evaluate 4", "log 5", "log 6", "evaluate 6", "save 6"]
+
+
+def test_checkpoints_for_verification_stand_at_equal_distances(make_run):
+    inputs, diary = make_run(eval_every=100, save_every=100, log_every=100, keep_for_verification=2)
+    fit(inputs, TrainState())
+    assert [event for event in diary.events if "save" in event] == ["save 2", "save 4", "save 6"]
+    assert TrainingSettings(keep_for_verification=3).steps_to_keep(10) == {2, 5, 7}
+    assert TrainingSettings(keep_for_verification=9).steps_to_keep(2) == {1}
+    assert TrainingSettings().steps_to_keep(10) == set()
 
 
 def test_what_was_evaluated_is_not_evaluated_again(make_run):

@@ -47,6 +47,9 @@ class PairBatches:
     def ends_epoch(self, step):
         return False
 
+    def digest(self, steps):
+        return f"{steps:016x}"
+
     def training_stream(self, step, number):
         trees = number_replies(self.trees)
         return replace(build_stream(trees, 64, 64), pairs=build_pairs(trees, -np.arange(10.0, 13.0), 8, 8))

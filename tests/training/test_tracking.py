@@ -86,12 +86,14 @@ def test_tensorboard_has_the_same_numbers_and_the_texts(open_tracker, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     tracker = open_tracker()
-    tracker.log(10, {"train/loss": 0.5})
+    tracker.log(10, {"train/loss": 0.5, "data": "0f"})
     tracker.log_text(10, "samples/0", "Tea is hot.")
     tracker.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(10, 0.5)]
+    assert events.Tags()["scalars"] == ["train/loss"]
+    assert lines(tmp_path) == [{"step": 10, "train/loss": 0.5, "data": "0f"}]
     (text,) = events.Tensors("samples/0/text_summary")
     assert (text.step, text.tensor_proto.string_val[0]) == (10, b"Tea is hot.")
     (settings,) = events.Tensors("settings/text_summary")
