@@ -47,19 +47,22 @@ class HeldOut(TypedDict, total=False):
 
 
 class Heart(TypedDict, total=False):
-    """Share of n-grams of words in replies that stand in the training data too."""
+    """Share of the n-grams of words in a model's replies that stand in the training data of the compared runs.
+
+    What the first model says of them by itself is the measure of what is said anyway.
+    """
 
     grams_8: Metric
     grams_13: Metric
 
 
 class Overlap(TypedDict, total=False):
-    """Held-out conversations that the training data of a model hold too."""
+    """Held-out conversations that the training data of the compared runs hold too."""
 
     conversations: int  # held out
     exact: int  # with a reply that stands in the training data word for word
     near: int  # with a reply like one there: Jaccard similarity of its 5-grams of words about 0.8 or more
-    near_needs: str  # instead of `near`: a sentence that says what to install
+    problems: list[str]  # sentences: what is not measured, and what to install or to bring back
 
 
 class Facts(TypedDict, total=False):
@@ -86,10 +89,9 @@ class ModelReport(TypedDict, total=False):
     held_out: HeldOut
     plain_text: dict[str, Loss]  # by the name of the text
     replies: dict[str, Metric]  # see replies.METRICS
-    preferences: dict[str, Any]  # see losses.preferences: accuracy, margin, both_fall, longer ...
+    preferences: dict[str, Any]  # see the made-up report: what the loss is called stands in "objective"
     topic: dict[str, Any]  # words, prompts, on_topic, stopped
     learnt_by_heart: Heart
-    overlap: Overlap
     training: Facts
 
 
@@ -119,6 +121,7 @@ class Report(TypedDict, total=False):
     data: dict[str, str | int]  # digests of the held-out data, and the number of conversations
     people: dict[str, Metric]  # the metrics of replies, of those that people wrote in the held-out data
     left_out: int  # messages that do not fit the context
+    overlap: Overlap
     settings_that_differ: dict[str, list[Any]]  # by name, the value of each run, None for what is no run
     precision: str
     max_length: int

@@ -60,7 +60,6 @@ def made_up_report() -> Report:
         2.4,
         0.9,
         learnt_by_heart={"grams_8": estimate(0.05, count=2000), "grams_13": estimate(0.01, count=1800)},
-        overlap={"conversations": 100, "exact": 2, "near": 5},
         training={
             "sources": [{"source": "quickstart", "conversations": 150, "tokens": 20_000, "supervised": 12_000}],
             "dropped": {"no reply": 3},
@@ -105,6 +104,7 @@ def made_up_report() -> Report:
         "data": {"quickstart:held_out": "12ab" * 8, "conversations": 100},
         "people": replies(1.0, 0.01),
         "left_out": 0,
+        "overlap": {"conversations": 100, "exact": 2, "near": 5, "problems": ["near copies need datasketch"]},
         "settings_that_differ": {"optimizer.learning_rate": [None, 5e-4, 1e-5], "dpo.beta": [None, None, 0.1]},
         "precision": "no",
         "max_length": 1024,
