@@ -9,7 +9,7 @@ import numpy as np
 
 from gpt2ft.data.chunks import Rows
 from gpt2ft.data.kinds import CONVERSATIONS, DataKind
-from gpt2ft.data.mixing import Keys, first_of_each, is_held_out, sampled
+from gpt2ft.data.mixing import Keys, first_of_each, is_held_out, is_held_out_by_itself, sampled
 from gpt2ft.data.reading import DataError
 from gpt2ft.data.sources import Origin, read_trees
 from gpt2ft.data.store import TokenStore, open_store
@@ -74,12 +74,14 @@ def load_corpora(
     kept_back = held_out.conversations() if held_out else nothing
     reason = f"{kind.unit} met before" + (" or held out" if held_out else "")
     corpus = _unique(kind, _open_stores(settings.train, settings, tokenizer, kind, digest), kept_back, reason)
-    if settings.eval_fraction:
-        chosen = is_held_out(corpus.conversations(), settings.eval_fraction)
-        held_out = replace(corpus, rows=corpus.rows[chosen], dropped=Counter(), has_own_sources=False)
-        corpus = replace(corpus, rows=corpus.rows[~chosen])
-        if not len(held_out.rows):
-            raise SettingsError(f"`data.eval_fraction` = {settings.eval_fraction} holds no conversation out: raise it")
+    if settings.holds_out and not settings.eval:
+        fraction, keys = settings.eval_fraction, corpus.conversations()
+        chosen = is_held_out_by_itself(keys) if fraction is None else is_held_out(keys, fraction)
+        if fraction is not None and not chosen.any():
+            raise SettingsError(f"`data.eval_fraction` = {fraction} holds no conversation out: raise it")
+        if chosen.any():
+            held_out = replace(corpus, rows=corpus.rows[chosen], dropped=Counter(), has_own_sources=False)
+            corpus = replace(corpus, rows=corpus.rows[~chosen])
     if not len(corpus.rows):
         raise DataError("no conversation is left to train on: all of them are held out")
     return _sampled(corpus, [split_mixing_weight(source)[1] for source in settings.train], seed), held_out

@@ -10,6 +10,8 @@ from gpt2ft.random import seed_for
 
 Keys = NDArray[np.uint64]
 
+LEAST_TO_HOLD_OUT = 10  # conversations: of fewer, none is held out by itself
+
 
 def first_of_each(keys: Keys, seen: Keys) -> NDArray[np.bool_]:
     """Return true for the trees that are met here for the first time, and are not in `seen`."""
@@ -21,6 +23,17 @@ def first_of_each(keys: Keys, seen: Keys) -> NDArray[np.bool_]:
 def is_held_out(keys: Keys, fraction: float) -> NDArray[np.bool_]:
     """Return true for the trees to hold out, the same answer for a tree in every run and every file."""
     return _numbers(keys, seed_for(0, "held out")) < fraction
+
+
+def is_held_out_by_itself(keys: Keys) -> NDArray[np.bool_]:
+    """Return true for the trees to hold out where no share is given: about a twentieth, one conversation at least.
+
+    Few conversations are all needed for training, and none is held out.
+    """
+    if len(np.unique(keys)) < LEAST_TO_HOLD_OUT:
+        return np.zeros(len(keys), bool)
+    numbers = _numbers(keys, seed_for(0, "held out"))
+    return numbers < max(0.05, np.nextafter(numbers.min(), 1))
 
 
 def sampled(keys: Keys, weight: float, seed: int) -> NDArray[np.int64]:

@@ -14,6 +14,8 @@ last step of the last epoch is short. Micro-batches missing there are empty stre
 A step never takes more than an epoch: where all data make up fewer streams than a step has micro-batches, the others
 are empty.
 
+Empty micro-batches come last in a step, so that all processes can leave them out together (training/prefetch.py).
+
 The loop uses four members of it: `micro_batches_per_step`, `ends_epoch`, `training_stream` and `digest`.
 """
 
@@ -33,7 +35,10 @@ from gpt2ft.stream import TokenStream
 
 
 class Plan:
-    """Streams by step and micro-batch, all of the same shapes: N and S, and of preferences P and R (see stream.py)."""
+    """Streams by step and micro-batch, all of the same shapes: N and S, and of preferences P and R (see stream.py).
+
+    N is what the fullest stream needs, so small data are not mostly empty computation.
+    """
 
     def __init__(
         self,
@@ -42,27 +47,34 @@ class Plan:
         micro_batches_per_step: int,
         seed: int,
         epochs: int | None = None,
+        min_steps: int = 0,
     ) -> None:
         """Pack the chunks into streams.
 
         Args:
-            capacity: tokens in a stream (N).
+            capacity: most tokens in a stream.
             epochs: after which the row of streams ends; without an end unless given.
+            min_steps: add as many epochs as make up this many steps.
         """
         self.chunks = chunks
-        self.capacity = capacity
         self.micro_batches_per_step = micro_batches_per_step
         self.seed = seed
-        self.epochs = epochs
         bins = level(pack(chunks.sizes, capacity, generator(seed, "packing")), chunks.sizes)
         self.streams = sorted(bins, key=lambda bin: -chunks.sizes[bin].sum())  # fullest first
+        self.capacity = min(capacity, self._most(chunks.sizes, 128))
         self.target_capacity = self._most(chunks.supervised, 64)
         self.pair_capacity, self.reply_capacity = self._most(chunks.pairs, 8), self._most(chunks.replies, 8)
         self._first_replies = np.cumsum(chunks.replies) - chunks.replies  # [n] of each chunk, among all
         self.reference = np.full(int(chunks.replies.sum()), np.nan)  # log-prob of each reply, once it is known
         self.streams_per_step = min(micro_batches_per_step, len(self.streams))
+        enough = math.ceil(min_steps * self.streams_per_step / len(self.streams))
+        self.epochs = None if epochs is None else max(epochs, enough)
         self._digested = 0, hashlib.sha256()  # steps, and the pieces of all of them
         self._order = lru_cache(2)(self._drawn_order)  # a step and the next may stand in two epochs
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return len(self.streams) / self.streams_per_step
 
     def _most(self, numbers: NDArray[np.int64], multiple: int) -> int:
         """Return the largest sum over the chunks of a stream, rounded up."""

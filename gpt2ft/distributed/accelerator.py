@@ -147,6 +147,12 @@ def loss_scale(accelerator: Any, normalizer: Tensor) -> Tensor:
     return torch.where(normalizer > 0, divided_by / normalizer, 0.0).float()
 
 
+def count_as_done(accelerator: Any, micro_batches: int) -> None:
+    """Have Accelerate count micro-batches that no process computes: it updates after a fixed number of them."""
+    if micro_batches:
+        accelerator.step += micro_batches
+
+
 def on_device(accelerator: Any, *numbers: float) -> Tensor:
     """Return numbers as float64 on the device, without waiting for it."""
     is_cuda = accelerator.device.type == "cuda"  # a copy of pinned memory does not block

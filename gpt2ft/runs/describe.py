@@ -8,16 +8,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gpt2ft.data.corpus import Corpus
+from gpt2ft.data.mixing import LEAST_TO_HOLD_OUT
 from gpt2ft.data.plan import Plan
 from gpt2ft.data.reading import listed
 from gpt2ft.distributed.launch_checks import NAMES, StrategyName
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.logprobs import CHUNK
+from gpt2ft.settings.sections import TrainingSettings
 
 if TYPE_CHECKING:
     from gpt2ft.runs.run_setup import RunSetup
 
 GIB = 2**30
+FEW_STEPS = 15  # fewer leave a model much as it was
+ENOUGH_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,9 @@ def describe(setup: "RunSetup", hardware: Hardware) -> str:
     ]
     if held_out is not None and eval_plan is not None:
         lines += _data_lines("held out", held_out, eval_plan)
-    steps_per_epoch = len(plan.streams) / plan.streams_per_step
-    epochs = plan.epochs or steps / steps_per_epoch
+    elif setup.settings.data.holds_out:
+        lines.append(f"held out  nothing: fewer than {LEAST_TO_HOLD_OUT} conversations are too few to spare one")
+    epochs = plan.epochs or steps / plan.steps_per_epoch
     lines.append(streams_line(plan))
     if plan.pair_capacity:
         pairs, tokens_if_unpacked = int(plan.chunks.pairs.sum()), int(plan.chunks.tokens_if_unpacked.sum())
@@ -65,12 +70,22 @@ def describe(setup: "RunSetup", hardware: Hardware) -> str:
             f"own they would be {tokens_if_unpacked:,} tokens, {tokens_if_unpacked / plan.tokens:.1f} times as many"
         )
     lines.append(
-        f"training  {steps:,} steps of {plan.micro_batches_per_step} x {plan.capacity:,} tokens, "
-        f"{f'{steps_per_epoch:,.1f}'.removesuffix('.0')} to an epoch, {epochs:,.3g} epochs"
+        f"training  {steps:,} steps of {plan.streams_per_step} x {plan.capacity:,} tokens, "
+        f"{f'{plan.steps_per_epoch:,.1f}'.removesuffix('.0')} to an epoch, {epochs:,.3g} epochs, "
+        f"learning rate {setup.settings.optimizer.learning_rate:.2g}"
     )
+    if steps < FEW_STEPS:
+        lines.append(f"warning   {few_steps_warning(steps, setup.settings.training)}")
     lines.append(f"devices   {hardware}")
     lines.append(f"memory    about {memory_estimate(loaded.gpt2, plan.capacity, hardware) / GIB:.1f} GiB per device")
     return "\n".join(lines)
+
+
+def few_steps_warning(steps: int, training: TrainingSettings) -> str:
+    """Return a sentence that says so few steps change little, and which setting asks for more."""
+    setting = "min_steps" if training.steps is None else "steps"
+    plural = "" if steps == 1 else "s"
+    return f"{steps} step{plural} will change the model little: for more, --training.{setting} {ENOUGH_STEPS}"
 
 
 def streams_line(plan: Plan) -> str:

@@ -78,7 +78,8 @@ def prepare_strategy(setup: RunSetup, model: TargetLogProbs, resume_point: Resum
             ) from error
     optimizer = adamw(model.gpt2, settings.optimizer, fused=accelerator.device.type == "cuda")
     is_sharded = launch_checks.strategy() != "ddp"
-    advice = memory_advice(settings.training, settings.data.max_length, bool(settings.lora.rank), is_sharded)
+    streams = settings.training.model_copy(update={"tokens_per_micro_batch": setup.plan.capacity})
+    advice = memory_advice(streams, settings.data.max_length, bool(settings.lora.rank), is_sharded)
     with explain_out_of_memory(advice):
         strategy = prepare(accelerator, model, optimizer, settings.training.max_grad_norm)
         peak = probe_memory(strategy, accelerator, setup.plan.stream(setup.plan.streams[0]))

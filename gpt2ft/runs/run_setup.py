@@ -115,7 +115,8 @@ def plan_for(corpus: Corpus, settings: RunSettings, rule: ChunkingRule, for_trai
     chunks = chunk(corpus.stores, corpus.rows, rule)
     micro_batches = training.micro_batches_per_step
     epochs = None if training.steps else training.epochs
-    return Plan(chunks, training.tokens_per_micro_batch, micro_batches, training.seed, epochs)
+    tokens = training.tokens_per_micro_batch
+    return Plan(chunks, tokens, micro_batches, training.seed, epochs, training.min_steps)
 
 
 def target_log_probs(setup: RunSetup) -> TargetLogProbs:

@@ -59,7 +59,7 @@ class RunSettings(Section):
         yield from self.lora.problems()
         if self.lora.rank and self.model.random_init:
             yield "`model.random_init` must be off where `lora.rank` is set: adapters need trained weights to adapt"
-        if training.eval_every and not (data.eval or data.eval_fraction):
+        if training.eval_every and not data.holds_out:
             yield (
                 "`training.eval_every` needs held-out data: set `data.eval` or `data.eval_fraction`, or set it to None"
             )

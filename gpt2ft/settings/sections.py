@@ -122,12 +122,18 @@ class DataSettings(CorpusSettings):
     twice."""
     eval: tuple[str, ...] = ()
     """Held-out data, named like `train`. Conversations found in both are dropped from `train`."""
-    eval_fraction: Fraction = 0.0
-    """Without `eval`: the share of whole trees to hold out of `train`."""
+    eval_fraction: Fraction | None = 0.0
+    """Without `eval`: the share of whole trees to hold out of `train`. None: about a twentieth, one conversation at
+    least, but nothing of fewer than ten."""
     max_length: Positive = 1024
     """Tokens of context. Where a path is longer, its oldest turns give way, whole turns at a time."""
     message_weight: MessageWeight = "once"
     """A message counts once, or once for every path through it (leaves)."""
+
+    @property
+    def holds_out(self) -> bool:
+        """True if there are held-out data, unless too few to spare any."""
+        return bool(self.eval) or self.eval_fraction != 0
 
 
 class SamplingDefaults(Section):
@@ -156,7 +162,7 @@ class StreamSettings(Section):
     """Streams of tokens and the precision of computing on them."""
 
     tokens_per_micro_batch: Positive = 8192
-    """Tokens in one stream, the unit of one pass through the model."""
+    """Most tokens in one stream, the unit of one pass through the model."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: the launcher's unless that is "no", then bf16 on GPUs that have it, and fp32 otherwise."""
 
@@ -165,9 +171,11 @@ class TrainingSettings(StreamSettings):
     """Length of the run, batches, evaluation and checkpoints."""
 
     steps: Positive | None = None
-    """Optimizer steps; overrides `epochs`."""
+    """Optimizer steps; overrides `epochs` and `min_steps`."""
     epochs: Positive = 1
     """Passes over the data. The last step is short where they end within it."""
+    min_steps: NotNegative = 0
+    """Small data: where `epochs` are fewer steps than this, as many passes as make up this many."""
     micro_batches_per_step: Positive = 8
     """Streams in one optimizer step over all processes. Accumulation is this divided by the processes."""
     seed: NotNegative = 0

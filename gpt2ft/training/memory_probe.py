@@ -78,7 +78,7 @@ def memory_advice(training: TrainingSettings, longest: int, uses_lora: bool, is_
     """
     tokens, micro_batches = training.tokens_per_micro_batch, training.micro_batches_per_step
     ways = []
-    if tokens % 2 == 0 and tokens // 2 >= longest:
+    if tokens % 256 == 0 and tokens // 2 >= longest:
         ways.append(
             f"--training.tokens_per_micro_batch {tokens // 2} --training.micro_batches_per_step {2 * micro_batches} "
             "(a step keeps its size)"

@@ -6,6 +6,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from gpt2ft.distributed.accelerator import count_as_done
 from gpt2ft.objectives.objective import Objective
 from gpt2ft.stream import TokenStream
 
@@ -26,7 +27,7 @@ class BatchSource(Protocol):
         """Return a digest of all that the first `steps` steps train on."""
 
     def training_stream(self, step: int, number: int) -> TokenStream:
-        """Return micro-batch `number` of a step, on the CPU. Called from a thread."""
+        """Return micro-batch `number` of a step, on the CPU; the empty ones are its last. Called from a thread."""
 
 
 def step_streams(
@@ -35,17 +36,26 @@ def step_streams(
     """Yield (step, (normalizer, tokens), [(micro-batch number, stream on the device), ...]) of this process.
 
     Rank r of R takes the micro-batches r, r + R, r + 2R ... of each step: the same steps on any number of processes.
+    Those that are empty on all of them are left out.
     """
-    numbers = range(accelerator.process_index, batches.micro_batches_per_step, accelerator.num_processes)
+    rank = accelerator.process_index
+    numbers = range(rank, batches.micro_batches_per_step, accelerator.num_processes)
 
     def build(step: int) -> tuple[tuple[int, tuple[float, int]], Streams]:
-        streams = [batches.training_stream(step, number) for number in numbers]
+        streams = []
+        for number in numbers:
+            stream = batches.training_stream(step, number)
+            # The first process has the first number of R: if that is empty, so are those of the others.
+            if streams and not stream.num_tokens and not batches.training_stream(step, number - rank).num_tokens:
+                break
+            streams.append(stream)
         normalizer = sum(map(objective.normalizer, streams))
         tokens = sum(stream.num_tokens - stream.num_repeated for stream in streams)
         return (step, (normalizer, tokens)), streams
 
     for (step, counts), streams in build_ahead(build, steps, accelerator.device):
-        yield step, counts, list(zip(numbers, streams, strict=True))
+        count_as_done(accelerator, len(numbers) - len(streams))
+        yield step, counts, list(zip(numbers, streams, strict=False))
 
 
 def build_ahead(

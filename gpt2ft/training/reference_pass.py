@@ -211,6 +211,8 @@ def compute_start(model: nn.Module, plan: Plan, step: int, objective: Objective,
     model.train()
     for number in range(accelerator.process_index, plan.micro_batches_per_step, accelerator.num_processes):
         built = plan.training_stream(step, number)
+        if not built.num_tokens:
+            continue
         stream = built.to(accelerator.device)
         with autocast(accelerator):
             log_probs = model(stream)

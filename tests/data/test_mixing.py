@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2ft.data.mixing import first_of_each, is_held_out, sampled
+from gpt2ft.data.mixing import LEAST_TO_HOLD_OUT, first_of_each, is_held_out, is_held_out_by_itself, sampled
 from gpt2ft.random import seed_for
 
 KEYS = np.random.default_rng(0).integers(0, 2**64, 10_001, dtype=np.uint64)
@@ -35,6 +35,25 @@ def test_numbers_are_those_of_splitmix64():
     for number in numbers:
         assert is_held_out(keys, number).tolist() == (numbers < number).tolist()
         assert is_held_out(keys, np.nextafter(number, 1)).tolist() == (numbers <= number).tolist()
+
+
+@pytest.mark.parametrize("number", [LEAST_TO_HOLD_OUT, 20, 40, 10_001])
+def test_what_is_held_out_by_itself_is_about_a_twentieth_and_one_conversation_at_least(number):
+    keys = KEYS[-number:]
+    chosen = is_held_out_by_itself(keys)
+    assert chosen.any()
+    assert chosen.sum() <= max(1, 0.12 * number)
+    assert set(keys[is_held_out(keys, 0.05)]) <= set(keys[chosen])  # the same ones in every file
+    order = np.random.default_rng(1).permutation(number)
+    assert set(keys[order][is_held_out_by_itself(keys[order])]) == set(keys[chosen])
+
+
+def test_of_few_conversations_none_is_held_out_by_itself():
+    """However many rows they are."""
+    assert not is_held_out_by_itself(KEYS[: LEAST_TO_HOLD_OUT - 1].repeat(5)).any()
+    assert not is_held_out_by_itself(KEYS[:0]).any()
+    twice = KEYS[:LEAST_TO_HOLD_OUT].repeat(2)
+    assert set(twice[is_held_out_by_itself(twice)]).isdisjoint(twice[~is_held_out_by_itself(twice)])
 
 
 few_keys = st.lists(st.integers(0, 12), max_size=20).map(lambda keys: np.array(keys, np.uint64))

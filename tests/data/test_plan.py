@@ -117,6 +117,27 @@ def test_a_step_takes_no_stream_twice(chunks):
         assert plan.ends_epoch(step + 1)
 
 
+def test_a_stream_is_no_longer_than_the_fullest_needs(make_tree):
+    def plan_of(sizes):
+        trees = [weigh(make_tree(("user", 2, -1), ("assistant", size - 2, 0)), "once") for size in sizes]
+        return Plan(chunks_of(trees), capacity=8192, micro_batches_per_step=8, seed=0, epochs=2)
+
+    small = plan_of([20] * 50)  # 1,000 tokens
+    assert (small.capacity, len(small.streams), small.steps) == (1024, 1, 2)
+    assert len(small.training_stream(0, 0).tokens) == 1024
+    assert plan_of([100] * 100).capacity == 5120  # two streams, level with each other
+    assert plan_of([128] * 64).capacity == 8192
+
+
+@pytest.mark.parametrize(("streams", "per_step", "min_steps", "epochs"), [(5, 2, 0, 3), (5, 2, 20, 8), (2, 8, 50, 50)])
+def test_small_data_are_passed_over_until_there_are_enough_steps(make_tree, streams, per_step, min_steps, epochs):
+    trees = [weigh(make_tree(("user", 2, -1), ("assistant", 98, 0)), "once") for _ in range(streams)]
+    plan = Plan(chunks_of(trees), 128, per_step, seed=0, epochs=3, min_steps=min_steps)
+    assert (len(plan.streams), plan.epochs) == (streams, epochs)
+    assert plan.steps >= max(min_steps, 3 * plan.steps_per_epoch)
+    assert Plan(chunks_of(trees), 128, per_step, seed=0, min_steps=min_steps).steps is None
+
+
 def test_two_plans_are_the_same_plan(chunks):
     one, other = (Plan(chunks, CAPACITY, 4, seed=7) for _ in range(2))
     backwards = [other.micro_batches(step) for step in reversed(range(100))]

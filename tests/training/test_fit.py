@@ -18,9 +18,11 @@ from small_loop import (
     WithMetrics,
     assert_equal,
     weights,
+    without_speed,
 )
 
 from gpt2ft.checkpoint import TrainState
+from gpt2ft.data.packing import build_stream
 from gpt2ft.distributed.signals import Preempted, SignalHandler
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.objectives.sft import SFT
@@ -109,6 +111,56 @@ def test_each_rank_has_its_own_micro_batches(make_run):
             assert counts[0] == sum(stream.num_supervised for _, stream in streams)
             assert counts[1] == sum(stream.num_tokens for _, stream in streams)
     assert taken == [(4, 0, [0, 2]), (5, 0, [0, 2]), (4, 1, [1]), (5, 1, [1])]
+
+
+class SomeEmpty:
+    """Batches whose steps hold 1, 2, 3, 1, 2, 3 streams that are not empty."""
+
+    micro_batches_per_step = MICRO_BATCHES
+
+    def __init__(self, batches, empty_tokens=0):
+        self.batches, self.empty_tokens = batches, empty_tokens
+
+    def ends_epoch(self, step):
+        return False
+
+    def digest(self, steps):
+        return ""
+
+    def training_stream(self, step, number):
+        if number <= step % MICRO_BATCHES:
+            return self.batches.training_stream(step, number)
+        return replace(build_stream([], 64, 64), num_tokens=self.empty_tokens)
+
+
+def test_empty_micro_batches_are_left_out_and_change_no_bit(make_run):
+    def run(empty_tokens):
+        inputs, diary = make_run(dropout=0.3)
+        passes = []
+        inputs.strategy.model.register_forward_hook(lambda *_: passes.append(None))
+        state = fit(replace(inputs, batches=SomeEmpty(inputs.batches, empty_tokens)), TrainState())
+        assert state.updates == STEPS
+        return inputs, without_speed(diary.metrics), len(passes)
+
+    inputs, metrics, passes = run(empty_tokens=0)
+    computed, their_metrics, all_passes = run(empty_tokens=1)  # nothing supervised, but something to compute
+    assert (passes, all_passes) == (12, STEPS * MICRO_BATCHES)
+    assert_equal(weights(inputs), weights(computed))
+    assert [line["train/loss"] for line in metrics.values()] == [line["train/loss"] for line in their_metrics.values()]
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_a_process_computes_an_empty_stream_only_where_another_has_a_full_one(make_run, processes):
+    inputs, _ = make_run()
+    batches = SomeEmpty(inputs.batches)
+    rounds = {step: -(-(step % MICRO_BATCHES + 1) // processes) for step in range(STEPS)}
+    for rank in range(processes):
+        process = SimpleNamespace(process_index=rank, num_processes=processes, device=torch.device("cpu"), step=0)
+        mine = len(range(rank, MICRO_BATCHES, processes))
+        for step, _, streams in step_streams(process, SFT(), batches, range(STEPS)):
+            assert len(streams) == min(rounds[step], mine)
+            process.step += len(streams)
+            assert process.step == (step + 1) * mine  # whatever is left out: Accelerate updates after so many
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

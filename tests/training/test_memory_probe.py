@@ -68,6 +68,7 @@ def test_what_does_not_fit_is_said_with_a_way_out(strategy, stream, accelerator,
         (4096, False, False, False, {"2048", "16", CHECKPOINTING, "--lora.rank", "fsdp2.yaml"}),
         (4096, True, True, True, {"2048", "16"}),
         (2046, False, False, True, {CHECKPOINTING, "--lora.rank"}),  # half of it holds no conversation of 1024
+        (2176, False, False, True, {CHECKPOINTING, "--lora.rank"}),  # half of it is no multiple of 128
         (1024, False, True, True, {CHECKPOINTING}),
         (1024, True, True, False, {"fsdp2.yaml"}),
         (1024, True, True, True, {"smaller model"}),
