@@ -33,6 +33,7 @@ from gpt2ft.checkpoint_verification import (
     shown,
 )
 from gpt2ft.files import complete_folder, discard, write_json, write_safetensors
+from gpt2ft.wording import counted
 
 FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -165,7 +166,9 @@ def find_newest(root: Path, verbose: bool) -> Path | None:
             if verbose:
                 print(f"warning: {error}; trying the checkpoint before it", file=sys.stderr)
     if entries:
-        raise CheckpointError(f"none of the {len(entries)} checkpoints in {root} is whole: pass `--resume never`")
+        raise CheckpointError(
+            f"of {counted(len(entries), 'checkpoint')} in {root} none is whole: pass `--resume never`"
+        )
     return None
 
 

@@ -259,7 +259,7 @@ def test_the_one_before_is_taken_and_without_one_the_run_does_not_start_anew(spo
     assert told.endswith("; trying the checkpoint before it\n")
     assert told.count("\n") == 1
     shutil.rmtree(older)
-    with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints in .* is whole: pass `--resume never`"):
+    with pytest.raises(CheckpointError, match=r"of 1 checkpoint in .* none is whole: pass `--resume never`"):
         checkpoint.find_newest(tmp_path, verbose=False)
 
 

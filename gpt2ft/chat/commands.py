@@ -16,6 +16,7 @@ from gpt2ft.files import user_path, write_text
 from gpt2ft.inference.prompt_format import Turn
 from gpt2ft.settings.parsing import explain
 from gpt2ft.settings.sections import SamplingSettings
+from gpt2ft.wording import counted
 
 
 class Screen(Protocol):
@@ -79,7 +80,7 @@ class Chat:
             oldest = f"{last.dropped_turns} oldest turns no longer fit" if many else "oldest turn no longer fits"
             self.screen.notice(f"[the {oldest} the context]")
         if last.finish == "length":
-            self.screen.notice(f"[cut off after {last.tokens} tokens; /set max_new_tokens allows more]")
+            self.screen.notice(f"[cut off after {counted(last.tokens, 'token')}; /set max_new_tokens allows more]")
         elif last.finish == "context":
             self.screen.notice("[cut off: the context is full]")
         elif last.finish == "interrupted":
@@ -111,7 +112,7 @@ class Chat:
     def undo(self, _: str) -> None:
         self.session.undo()
         turns = len(self.session.turns)
-        self.screen.notice(f"the last exchange is taken back; {turns} turns remain")
+        self.screen.notice(f"the last exchange is taken back; {counted(turns, 'turn')} left")
 
     def retry(self, _: str) -> None:
         self.session.retry()

@@ -30,6 +30,7 @@ from gpt2ft.chat.session import Session
 from gpt2ft.inference.prompt_format import Turn
 from gpt2ft.settings.sections import SamplingSettings
 from gpt2ft.text.display import escape_control_characters
+from gpt2ft.wording import counted
 
 
 def talk(session: Session, history: Path, completes: bool, notice: str = "") -> bool:
@@ -219,7 +220,7 @@ class TerminalScreen:
         session, last = self.session, self.session.last
         parts = []
         if last:
-            parts.append(f"{last.tokens} tokens, {last.tokens_per_second:,.0f} tokens/s")
+            parts.append(f"{counted(last.tokens, 'token')}, {last.tokens_per_second:,.0f} tokens/s")
             parts.append(f"context {last.prompt_tokens + last.tokens:,}/{session.model.n_positions:,}")
         usual = SamplingSettings().model_dump()
         changed = {key: value for key, value in session.sampling.model_dump().items() if value != usual[key]}

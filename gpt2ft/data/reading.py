@@ -127,7 +127,7 @@ def of(record: Record) -> str:
 
 def listed(reasons: Mapping[str, int]) -> str:
     """Write counts by reason in one line."""
-    return ", ".join(f"{number:,} {reason}" for reason, number in reasons.items())
+    return ", ".join(f"{reason} {number:,}" for reason, number in reasons.items())
 
 
 def show(value: Any) -> str:

@@ -8,6 +8,7 @@ from gpt2ft.conversation import Role
 from gpt2ft.text.context import kept_turns
 from gpt2ft.text.template import render_prompt, render_turn
 from gpt2ft.text.tokenizer import ChatTokenizer
+from gpt2ft.wording import counted
 
 Turn = tuple[Role, str]
 
@@ -107,7 +108,9 @@ def chat_prompt(prompt_format: PromptFormat, turns: Sequence[Turn], limit: int) 
         beside = f" beside the system text of {lengths[0]}" if first else ""
         last = max((turn for turn, (role, _) in enumerate(turns) if role == "user"), default=first)
         fitting = max(0, room - sum(lengths[:first]))
-        raise TooLong(f"a message must have at most {fitting} tokens{beside}, but this one has {sum(lengths[last:])}")
+        raise TooLong(
+            f"a message must have at most {counted(fitting, 'token')}{beside}, but this one has {sum(lengths[last:])}"
+        )
     return Prompt(
         [*(id for turn in kept for id in rendered[turn]), *prompt_format.generation_prompt], len(turns) - len(kept)
     )
@@ -121,5 +124,5 @@ def text_prompt(tokenizer: ChatTokenizer, text: str, limit: int) -> Prompt:
     """
     ids = tokenizer.encode(text) or [tokenizer.end_of_text_id]
     if len(ids) > limit:
-        raise TooLong(f"the text must have at most {limit} tokens, but has {len(ids)}")
+        raise TooLong(f"the text must have at most {counted(limit, 'token')}, but has {len(ids)}")
     return Prompt(ids)

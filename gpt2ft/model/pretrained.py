@@ -18,6 +18,7 @@ from gpt2ft.errors import Gpt2ftError
 from gpt2ft.files import read_json, write_json, write_safetensors
 from gpt2ft.model.gpt2 import GPT2Config, parameter_shapes
 from gpt2ft.settings.choices import PUBLISHED_MODELS
+from gpt2ft.wording import counted
 
 HF_PREFIX = "transformer."  # of every parameter but the head, in files of transformers
 HEAD = "lm_head.weight"
@@ -167,7 +168,7 @@ def read_weights(folder: Path, config: GPT2Config) -> dict[str, Tensor]:
     head = weights.pop(HEAD, None)
     missing = sorted(shapes.keys() - weights.keys())
     if missing:
-        raise ModelError(f"{folder} lacks {len(missing)} parameters, the first is `{missing[0]}`")
+        raise ModelError(f"{folder} lacks {counted(len(missing), 'parameter')}, the first is `{missing[0]}`")
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise ModelError(f"{folder}: `{name}` holds values that are not finite")

@@ -11,14 +11,16 @@ from gpt2ft.data.corpus import Corpus
 from gpt2ft.data.plan import Plan
 from gpt2ft.text.display import escape_control_characters
 from gpt2ft.text.tokenizer import ChatTokenizer
+from gpt2ft.wording import counted
 
+FIGURES_FROM = 30  # column
 MOST_EXAMPLES = 5  # of duplicates, and of messages that leak
 
 
 def data_statistics(corpus: Corpus, held_out: Corpus | None, plan: Plan, tokenizer: ChatTokenizer) -> str:
     """Return lengths, depths, branching, duplicates, and the messages that held-out and training data share."""
     nodes = _nodes_of(corpus)
-    lines = ["", f"{'':<26}{'least':>8}{'median':>8}{'90 %':>8}{'most':>8}"]
+    lines = ["", f"{'':<{FIGURES_FROM}}{'least':>8}{'median':>8}{'90 %':>8}{'most':>8}"]
     for name, values in {
         "tokens per conversation": nodes.sums(nodes.lengths),
         "tokens per message": nodes.lengths,
@@ -29,9 +31,11 @@ def data_statistics(corpus: Corpus, held_out: Corpus | None, plan: Plan, tokeniz
     }.items():
         if len(values):
             least, middle, high, most = np.percentile(values, (0, 50, 90, 100), method="nearest").astype(int).tolist()
-            lines.append(f"{name:<26}{least:>8,}{middle:>8,}{high:>8,}{most:>8,}")
+            lines.append(f"{name:<{FIGURES_FROM}}{least:>8,}{middle:>8,}{high:>8,}{most:>8,}")
     cut = int(plan.chunks.sizes[plan.chunks.is_cut].sum())
-    lines.append(f"cut to fit                {cut:,} tokens of {plan.tokens:,}, {plan.repeated:,} of them repeated")
+    lines.append(
+        f"{'cut to fit':<{FIGURES_FROM}}{counted(cut, 'token')} of {plan.tokens:,}, {plan.repeated:,} of them repeated"
+    )
     lines += _duplicates(nodes, tokenizer)
     if held_out is not None:
         lines += _overlap(nodes, _nodes_of(held_out), tokenizer)
@@ -124,10 +128,9 @@ def _duplicates(nodes: _Nodes, tokenizer: ChatTokenizer) -> Iterator[str]:
     conversations = np.add.reduceat(mixed, nodes.firsts)
     supervised = np.flatnonzero(nodes.supervised)
     _, firsts, times = np.unique(nodes.digests[supervised], return_index=True, return_counts=True)
-    yield (
-        f"duplicates                {len(conversations) - len(np.unique(conversations)):,} conversations and "
-        f"{len(supervised) - len(firsts):,} supervised messages are word for word as another"
-    )
+    whole = counted(len(conversations) - len(np.unique(conversations)), "conversation")
+    messages = counted(len(supervised) - len(firsts), "supervised message")
+    yield f"{'duplicates':<{FIGURES_FROM}}{whole} and {messages} are word for word as another"
     for number in np.argsort(-times, kind="stable")[:MOST_EXAMPLES].tolist():
         if times[number] > 1:
             yield f"  {times[number]:,} times {_quoted(nodes.text(int(supervised[firsts[number]]), tokenizer))}"
@@ -135,11 +138,12 @@ def _duplicates(nodes: _Nodes, tokenizer: ChatTokenizer) -> Iterator[str]:
 
 def _overlap(train: _Nodes, held_out: _Nodes, tokenizer: ChatTokenizer) -> Iterator[str]:
     """Messages that are held out, and yet occur in training in other conversations."""
-    groups = {"first turns": _is_first, "supervised messages": lambda nodes: nodes.supervised}
+    groups = {"first turn": _is_first, "supervised message": lambda nodes: nodes.supervised}
     for name, choose in groups.items():
         there, here = np.flatnonzero(choose(train)), np.flatnonzero(choose(held_out))
         leaking = here[np.isin(held_out.digests[here], train.digests[there])]
-        yield f"overlap                   {len(leaking):,} of {len(here):,} held-out {name} also occur in training"
+        of_all = f"{len(leaking):,} of {counted(len(here), f'held-out {name}')}"
+        yield f"{'overlap':<{FIGURES_FROM}}{of_all} also in training"
         for message in leaking[:MOST_EXAMPLES].tolist():
             same = int(there[train.digests[there] == held_out.digests[message]][0])
             places = f"{held_out.place(message)} and {train.place(same)}"

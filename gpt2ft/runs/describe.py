@@ -1,4 +1,4 @@
-"""Plan of a run in a few lines for people."""
+"""Plan of a run in a few rows for people."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from gpt2ft.distributed.launch_checks import NAMES, StrategyName
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.logprobs import CHUNK
 from gpt2ft.settings.sections import TrainingSettings
+from gpt2ft.wording import counted
 
 if TYPE_CHECKING:
     from gpt2ft.runs.run_setup import RunSetup
@@ -45,55 +46,61 @@ class Hardware:
         return f"{self.processes} x {self.device}{sharing}, {'bf16' if self.bf16 else 'fp32'}"
 
 
-def describe(setup: "RunSetup", hardware: Hardware) -> str:
-    """Return model, data, what was dropped and why, and the steps to come."""
+def describe(setup: "RunSetup", hardware: Hardware) -> Iterator[tuple[str, str]]:
+    """Yield model, data, what was dropped and why, and the steps to come: rows of a label and a text."""
     loaded, plan, held_out, eval_plan = setup.loaded, setup.plan, setup.held_out, setup.eval_plan
-    corpus, steps = setup.corpus, setup.steps
     config = loaded.gpt2.config
     trained, parameters = parameter_counts(loaded.gpt2)
-    lines = [
-        f"model     {loaded.source}: {parameters / 1e6:.1f}M parameters, {config.n_layer} layers x {config.n_embd}, "
+    yield (
+        "model",
+        f"{loaded.source}: {parameters / 1e6:.1f}M parameters, {counted(config.n_layer, 'layer')} x {config.n_embd}, "
         f"{len(loaded.tokenizer):,} tokens, context {config.n_positions:,}",
-        *([f"trained   {trained:,} parameters, {trained / parameters:.2%} of all"] if trained < parameters else []),
-        *_data_lines("train", corpus, plan),
-    ]
+    )
+    if trained < parameters:
+        yield "trained", f"{trained:,} parameters, {trained / parameters:.2%} of all"
+    yield from _data_rows("train", setup.corpus, plan)
     if held_out is not None and eval_plan is not None:
-        lines += _data_lines("held out", held_out, eval_plan)
+        yield from _data_rows("held out", held_out, eval_plan)
     elif setup.settings.data.holds_out:
-        lines.append(f"held out  nothing: fewer than {LEAST_TO_HOLD_OUT} conversations are too few to spare one")
-    epochs = plan.epochs or steps / plan.steps_per_epoch
-    lines.append(streams_line(plan))
+        yield "held out", f"nothing: fewer than {LEAST_TO_HOLD_OUT} conversations are too few to spare one"
+    yield "streams", describe_streams(plan)
     if plan.pair_capacity:
         pairs, tokens_if_unpacked = int(plan.chunks.pairs.sum()), int(plan.chunks.tokens_if_unpacked.sum())
-        lines.append(
-            f"pairs     {pairs:,} of {int(plan.chunks.replies.sum()):,} replies; as {2 * pairs:,} sequences of their "
-            f"own they would be {tokens_if_unpacked:,} tokens, {tokens_if_unpacked / plan.tokens:.1f} times as many"
+        yield (
+            "pairs",
+            f"{pairs:,} of {counted(int(plan.chunks.replies.sum()), 'reply', 'replies')}; as {2 * pairs:,} sequences "
+            f"of their own they would be {tokens_if_unpacked:,} tokens, {tokens_if_unpacked / plan.tokens:.1f} times "
+            "as many",
         )
-    lines.append(
-        f"training  {steps:,} steps of {plan.streams_per_step} x {plan.capacity:,} tokens, "
-        f"{f'{plan.steps_per_epoch:,.1f}'.removesuffix('.0')} to an epoch, {epochs:,.3g} epochs, "
-        f"learning rate {setup.settings.optimizer.learning_rate:.2g}"
-    )
-    if steps < FEW_STEPS:
-        lines.append(f"warning   {few_steps_warning(steps, setup.settings.training)}")
-    lines.append(f"devices   {hardware}")
-    lines.append(f"memory    about {memory_estimate(loaded.gpt2, plan.capacity, hardware) / GIB:.1f} GiB per device")
-    return "\n".join(lines)
+    yield "training", describe_steps(plan, setup.steps, setup.settings.optimizer.learning_rate)
+    if setup.steps < FEW_STEPS:
+        yield "warning", few_steps_warning(setup.steps, setup.settings.training)
+    yield "devices", str(hardware)
+    yield "memory", f"about {memory_estimate(loaded.gpt2, plan.capacity, hardware) / GIB:.1f} GiB per device"
 
 
 def few_steps_warning(steps: int, training: TrainingSettings) -> str:
     """Return a sentence that says so few steps change little, and which setting asks for more."""
     setting = "min_steps" if training.steps is None else "steps"
-    plural = "" if steps == 1 else "s"
-    return f"{steps} step{plural} will change the model little: for more, --training.{setting} {ENOUGH_STEPS}"
+    return f"{counted(steps, 'step')} will change the model little: for more, --training.{setting} {ENOUGH_STEPS}"
 
 
-def streams_line(plan: Plan) -> str:
+def describe_streams(plan: Plan) -> str:
     """Return how full the streams are, and of what."""
     repeated = f", {plan.repeated / plan.tokens:.1%} are repeated as context" if plan.repeated else ""
     return (
-        f"streams   {len(plan.streams):,} of {plan.capacity:,} tokens, {plan.fill:.1%} full; "
+        f"{len(plan.streams):,} of {counted(plan.capacity, 'token')}, {plan.fill:.1%} full; "
         f"{plan.supervised / plan.tokens:.0%} of the tokens are supervised{repeated}"
+    )
+
+
+def describe_steps(plan: Plan, steps: int, learning_rate: float) -> str:
+    """Return how many steps there are, how large they are, and how many make an epoch."""
+    epochs = plan.epochs or steps / plan.steps_per_epoch
+    return (
+        f"{counted(steps, 'step')} of {plan.streams_per_step} x {counted(plan.capacity, 'token')}, "
+        f"{f'{plan.steps_per_epoch:,.1f}'.removesuffix('.0')} to an epoch, "
+        f"{epochs:,.3g} {'epoch' if epochs == 1 else 'epochs'}, learning rate {learning_rate:.2g}"
     )
 
 
@@ -157,15 +164,14 @@ class SourceShare:
 
     def __str__(self) -> str:
         weight = f" x {self.mixing_weight:g}" if self.mixing_weight != 1 else ""
-        read = "" if self.messages_read is None else f"; {self.messages_read:,} messages read"
-        used = (
-            f"{self.pairs:,} pairs of replies to {self.conversations:,} prompts in {self.conversations_read:,}"
-            if self.pairs
-            else f"{self.conversations:,} of {self.conversations_read:,}"
-        )
+        read = "" if self.messages_read is None else f"; {counted(self.messages_read, 'message')} read"
+        used = f"{self.conversations:,} of"
+        if self.pairs:
+            prompts = counted(self.conversations, "prompt")
+            used = f"{counted(self.pairs, 'pair')} of replies to {prompts} in"
         return (
-            f"{self.source}{weight} ({self.format}): {used} "
-            f"conversations, {self.tokens:,} tokens, {self.supervised:,} supervised{read}"
+            f"{self.source}{weight} ({self.format}): {used} {counted(self.conversations_read, 'conversation')}, "
+            f"{counted(self.tokens, 'token')}, {self.supervised:,} supervised{read}"
         )
 
 
@@ -191,13 +197,13 @@ def shares(corpus: Corpus, plan: Plan) -> list[SourceShare]:
     return found
 
 
-def _data_lines(label: str, corpus: Corpus, plan: Plan) -> Iterator[str]:
-    """Yield a line for each source and one for what it dropped, then one for what corpus and context left out."""
+def _data_rows(label: str, corpus: Corpus, plan: Plan) -> Iterator[tuple[str, str]]:
+    """Yield a row for each source and one for what it dropped, then one for what corpus and context left out."""
     for share in shares(corpus, plan):
-        yield f"{label:<9} {share}"
+        yield label, str(share)
         label = ""
         if share.dropped:
-            yield f"{'':<9} dropped: {listed(share.dropped)}"
+            yield "", f"dropped: {listed(share.dropped)}"
     reasons = +(corpus.dropped + plan.chunks.left_out)
     if reasons:
-        yield f"{'':<9} left out: {listed(reasons)}"
+        yield "", f"left out: {listed(reasons)}"

@@ -63,7 +63,7 @@ def run(settings: EvaluateSettings) -> None:
     adherence = Adherence(settings.topic, answer(loaded, prompts, settings.max_new_tokens)) if prompts else None
     print(text)
     if chunks.left_out:
-        print(f"not in these figures: {listed(chunks.left_out)} of {max_length} tokens")
+        print(f"not in these figures, in a context of {max_length:,}: {listed(chunks.left_out)}")
     if adherence:
         print(adherence)
     report = {

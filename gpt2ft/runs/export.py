@@ -33,6 +33,7 @@ from gpt2ft.runs.loaded_model import (
 from gpt2ft.settings.choices import PUBLISHED_MODELS
 from gpt2ft.settings.scripts import ExportSettings, RunSettings
 from gpt2ft.text.chat_tokens import END
+from gpt2ft.text.display import print_row
 from gpt2ft.text.template import CHAT_TEMPLATE, OLLAMA_TEMPLATE
 from gpt2ft.text.tokenizer import ChatTokenizer
 from gpt2ft.text.tokenizer_export import save_tokenizer
@@ -56,7 +57,7 @@ def run(settings: ExportSettings) -> None:
     if settings.format == "gguf" and importlib.util.find_spec("gguf") is None:
         raise SettingsError("`format` = gguf needs the package gguf: pip install -e '.[gguf]'")
     {"hf": _export_folder, "adapter": _export_adapter, "gguf": _export_gguf}[settings.format](settings, output)
-    print(f"exported  {output}, read back and compared")
+    print_row("exported", f"{output}, read back and compared")
 
 
 def _export_folder(settings: ExportSettings, output: Path) -> None:

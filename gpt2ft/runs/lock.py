@@ -13,6 +13,7 @@ from weakref import WeakSet
 from filelock import lock_descriptor
 
 from gpt2ft.errors import SettingsError
+from gpt2ft.text.display import print_row
 
 NAME = ".lock"
 SECONDS_FOR_ANOTHER_MACHINE = 120.0  # file servers take a while to give up the locks of a machine that is gone
@@ -78,7 +79,7 @@ def _wait_for(handle: int, folder: Path) -> None:
     host, process = _holder(handle)
     is_elsewhere = host not in ("", socket.gethostname())
     if is_elsewhere:
-        print(f"waiting   for the run in {folder} on {host} to end, or to be given up", flush=True)
+        print_row("waiting", f"for the run in {folder} on {host} to end, or to be given up")
     deadline = time.monotonic() + (SECONDS_FOR_ANOTHER_MACHINE if is_elsewhere else 0.0)
     while not lock_descriptor(handle, blocking=False):
         if time.monotonic() >= deadline:

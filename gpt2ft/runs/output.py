@@ -14,6 +14,7 @@ from gpt2ft.runs.lock import NAME as LOCK
 from gpt2ft.runs.lock import FolderLock
 from gpt2ft.settings.parsing import to_yaml
 from gpt2ft.settings.scripts import RunSettings
+from gpt2ft.text.display import print_row
 
 
 class Output:
@@ -135,5 +136,5 @@ def open_output(settings: RunSettings, accelerator: Any) -> Output:
     # A torchrun without an id is known on its own machine alone, and all must do the same.
     output.is_restart = any(global_sum(accelerator, float(output.is_of_this_launch())))
     if output.is_finished_by_this_launch() and accelerator.is_main_process:
-        print(f"finished  {output.model}, by an earlier start of this launch")
+        print_row("finished", f"{output.model}, by an earlier start of this launch")
     return output

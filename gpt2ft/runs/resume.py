@@ -15,6 +15,7 @@ from gpt2ft.model.lora import load_trainable_parameters, trainable_parameters
 from gpt2ft.runs.identity import facts_of, identity_of
 from gpt2ft.runs.output import Output
 from gpt2ft.runs.run_setup import RunSetup
+from gpt2ft.text.display import print_row
 from gpt2ft.training.memory_probe import explain_out_of_memory, memory_advice, probe_memory
 from gpt2ft.training.optimizer import adamw
 from gpt2ft.training.strategy import Strategy, prepare
@@ -54,7 +55,7 @@ def _newest(setup: RunSetup, output: Output) -> ResumePoint:
             "restore it, or pass `--resume never` to train anew"
         )
     if setup.is_main:
-        print(f"resuming  {found}", flush=True)
+        print_row("resuming", str(found))
     return ResumePoint(state, found)
 
 
@@ -85,7 +86,7 @@ def prepare_strategy(setup: RunSetup, model: TargetLogProbs, resume_point: Resum
         peak = probe_memory(strategy, accelerator, setup.plan.stream(setup.plan.streams[0]))
     if setup.is_main:
         each = " on each process" if accelerator.num_processes > 1 else ""
-        print(f"probed    the largest stream, peak memory {peak / 2**30:.2f} GiB{each}", flush=True)
+        print_row("probed", f"the largest stream, peak memory {peak / 2**30:.2f} GiB{each}")
     moments = checkpoint.read_moments(resume_point.checkpoint) if resume_point.checkpoint and state.updates else None
     strategy.load_moments(moments, state.updates)
     return strategy

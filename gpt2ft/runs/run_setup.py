@@ -13,11 +13,12 @@ from gpt2ft.distributed.accelerator import once_a_machine, precision_of
 from gpt2ft.errors import SettingsError
 from gpt2ft.model.attention import Backend, choose_backend
 from gpt2ft.model.logprobs import TargetLogProbs
-from gpt2ft.runs.data_statistics import data_statistics
+from gpt2ft.runs.data_statistics import FIGURES_FROM, data_statistics
 from gpt2ft.runs.describe import Hardware, describe
 from gpt2ft.runs.loaded_model import LoadedModel, adapt, load_model
 from gpt2ft.runs.show_examples import show_examples, terminal_width
 from gpt2ft.settings.scripts import RunSettings
+from gpt2ft.text.display import fit, print_row
 from gpt2ft.training import preflight
 from gpt2ft.training.strategy import cast_frozen
 
@@ -88,11 +89,13 @@ def _print_plan(setup: RunSetup) -> None:
         bf16=precision_of(accelerator) == "bf16",
         activation_checkpointing=settings.training.activation_checkpointing,
     )
-    print(describe(setup, hardware), flush=True)
+    for label, text in describe(setup, hardware):
+        print_row(label, text)
     if settings.show:
         print(show_examples(setup.plan, tokenizer, settings.show, width=terminal_width()))
     if settings.dry_run:
-        print(data_statistics(setup.corpus, setup.held_out, setup.plan, tokenizer))
+        statistics = data_statistics(setup.corpus, setup.held_out, setup.plan, tokenizer)
+        print(*(fit(line, FIGURES_FROM) for line in statistics.splitlines()), sep="\n")
 
 
 def check_lengths(settings: RunSettings, loaded: LoadedModel) -> None:
@@ -150,7 +153,8 @@ def run_preflight_checks(setup: RunSetup, model: TargetLogProbs) -> None:
     worst = preflight.check_isolation(model, plan.stream(plan.micro_batches(0)[0]))
     if setup.is_main:
         isolation = f"packed = alone within {worst:.1g} ({model.backend} attention)"
-        print(f"checked   {turns} supervised turns all stop; {isolation}", flush=True)
+        stops = "1 supervised turn stops" if turns == 1 else f"{turns:,} supervised turns all stop"
+        print_row("checked", f"{stops}; {isolation}")
 
 
 def cast_to_precision(setup: RunSetup, in_float32: TargetLogProbs) -> TargetLogProbs:

@@ -4,7 +4,6 @@ They are read off a finished stream, so what is shown is what is computed: its t
 every target. The tree gives nothing but the places where turns begin.
 """
 
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,8 +16,9 @@ from gpt2ft.conversation import ROLES
 from gpt2ft.data.plan import Plan
 from gpt2ft.data.token_tree import TokenTree
 from gpt2ft.stream import TokenStream
-from gpt2ft.text.display import escape_control_characters
+from gpt2ft.text.display import escape_control_characters, uses_colour
 from gpt2ft.text.tokenizer import ChatTokenizer
+from gpt2ft.wording import counted
 
 # What a token looks like: (supervised, every other token) -> the terminal's colour. Two shades show where one ends.
 _COLOURS = {(True, 0): "32", (True, 1): "92", (False, 0): "2", (False, 1): "2;3"}
@@ -37,12 +37,12 @@ def show_examples(plan: Plan, tokenizer: ChatTokenizer, number: int, width: int,
             stands between the signs » and «.
     """
     if colour is None:
-        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        colour = uses_colour(sys.stdout)
     texts = []
     for example in _examples(plan, number):
         texts.append("\n".join(_drawn(example, tokenizer, width, colour)))
     if len(texts) < number:
-        texts.append(f"there are no more than these {len(texts):,}")
+        texts.append(f"there are no more: {counted(len(texts), 'example')} in all")
     legend = "what is supervised is " + ("green" if colour else "between » and «")
     return "\n\n".join(["", *texts, legend, ""])
 
@@ -73,7 +73,7 @@ def _examples(plan: Plan, number: int) -> Iterator[_Example]:
             source = plan.chunks.stores[store]
             title = (
                 f"example {number - left + 1}: {source.source}, conversation {source.id(row)}, "
-                f"{len(tree.tokens):,} tokens, {tree.num_supervised:,} supervised; "
+                f"{counted(len(tree.tokens), 'token')}, {tree.num_supervised:,} supervised; "
                 f"step {step + 1}, stream {micro_batch + 1}, from token {start:,}"
             )
             yield _Example(title, tree, stream, start, weights)
@@ -108,7 +108,7 @@ def _about(example: _Example, role: str, tokens: range) -> str:
     positions = example.stream.positions[tokens.start : tokens.stop].tolist()
     weights = {float(weight) for weight in example.weights[tokens.start : tokens.stop] if weight}
     weight = f", weight {' and '.join(f'{w:g}' for w in sorted(weights))}" if weights else ", not supervised"
-    return f"{role}: {len(tokens):,} tokens, positions {positions[0]:,} to {positions[-1]:,}{weight}"
+    return f"{role}: {counted(len(tokens), 'token')}, positions {positions[0]:,} to {positions[-1]:,}{weight}"
 
 
 Piece = tuple[str, bool]  # the text of a token, whether it is supervised

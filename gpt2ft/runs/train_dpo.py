@@ -26,10 +26,12 @@ from gpt2ft.runs.run_setup import RunSetup
 from gpt2ft.runs.samples import Sample, Turns, answer
 from gpt2ft.runs.train import train
 from gpt2ft.settings.scripts import DPOSettings
+from gpt2ft.text.display import print_row
 from gpt2ft.text.template import template_digest
 from gpt2ft.training import reference_pass
 from gpt2ft.training.evaluate import evaluate_objective
 from gpt2ft.training.reference_store import ReferenceStore
+from gpt2ft.wording import counted
 
 
 @watchdog.announce_end()
@@ -59,7 +61,8 @@ class PreferenceTuning:
         computed = reference_pass.attach_reference(plans, store, model, setup.accelerator, signals)
         replies = sum(len(plan.reference) for plan in plans)
         if setup.accelerator.is_main_process:
-            print(f"reference {replies:,} replies, {computed:,} of them computed now; {store.folder}", flush=True)
+            now = f"{computed:,} of them computed now"
+            print_row("reference", f"{counted(replies, 'reply', 'replies')}, {now}; {store.folder}")
         return {"reference": {"folder": str(store.folder), "computed_by": store.computed_by, "replies": replies}}
 
     def check_start(self, setup: RunSetup, model: TargetLogProbs, step: int) -> None:
@@ -71,7 +74,7 @@ class PreferenceTuning:
         reference_pass.check_start(start, expected, store)
         if setup.accelerator.is_main_process:
             loss = "" if expected is None else f", loss {expected:.4f}"
-            print(f"checked   the start is the reference within {start.worst:.1g} nats/token{loss}", flush=True)
+            print_row("checked", f"the start is the reference within {start.worst:.1g} nats/token{loss}")
 
     def samples_at_start(self, setup: RunSetup, prompts: list[Turns]) -> list[Sample]:
         with autocast(setup.accelerator):

@@ -19,6 +19,7 @@ from gpt2ft.inference.decoder import Decoder, StepResult
 from gpt2ft.inference.sampling import GREEDY
 from gpt2ft.server.errors import ApiError, internal, log_failure, overloaded, unavailable
 from gpt2ft.server.reply import Reply
+from gpt2ft.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ class Engine:
         with self._changed:
             self.refuse_if_unavailable()
             if self.num_unfinished >= self._capacity:
-                raise overloaded(f"{self.num_unfinished} requests are being served or wait: try again later", 5)
+                raise overloaded(f"{counted(self.num_unfinished, 'request')} in work or waiting: try again later", 5)
             reply.deadline = monotonic() + self._request_timeout
             self._waiting.append(reply)
             self._changed.notify()

@@ -295,7 +295,7 @@ def source_problems(sources: Sequence[str], key: str, weighted: bool = False) ->
     """
     names = [split_mixing_weight(source)[0] for source in sources]
     for name in sorted({name for name in names if names.count(name) > 1}):
-        yield f"`{key}` must name each data source once, but names {name} {names.count(name)} times"
+        yield f"`{key}` must name each data source once, but {name} stands there {names.count(name)} times"
     for source in sources:
         name, weight = split_mixing_weight(source)
         if not weighted and name != source:

@@ -1,4 +1,12 @@
-"""Text for people to look at."""
+"""Text for people to look at: in colour and as wide as a terminal, plain and unbroken elsewhere."""
+
+import os
+import shutil
+import sys
+import textwrap
+from typing import TextIO
+
+LABEL_WIDTH = 10
 
 # Control characters but newline and tab: those of ASCII, delete, and the eight-bit ones that terminals obey too.
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
@@ -7,3 +15,24 @@ _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if
 def escape_control_characters(text: str) -> str:
     r"""Return `text` with its control characters spelled out, `\x1b` for escape, so that no text drives a terminal."""
     return text.translate(_ESCAPES)
+
+
+def uses_colour(stream: TextIO) -> bool:
+    """Return True if a stream is a terminal that shows colours, and nobody has asked for none."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def fit(line: str, indent: int) -> str:
+    """Return a line for stdout: broken between words, with a hanging indent, where that is a terminal."""
+    if not sys.stdout.isatty():
+        return line
+    width = max(40, shutil.get_terminal_size().columns)
+    return textwrap.fill(line, width, subsequent_indent=" " * indent, break_on_hyphens=False)
+
+
+def print_row(label: str, text: str) -> None:
+    """Print a row of the table that a run opens with."""
+    line = fit(f"{label:<{LABEL_WIDTH}}{escape_control_characters(text)}", LABEL_WIDTH)
+    if uses_colour(sys.stdout):
+        line = f"\x1b[1;36m{line[:LABEL_WIDTH]}\x1b[0m{line[LABEL_WIDTH:]}"
+    print(line, flush=True)

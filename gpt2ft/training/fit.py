@@ -31,6 +31,7 @@ from gpt2ft.training.optimizer import learning_rate, set_learning_rate
 from gpt2ft.training.prefetch import BatchSource, step_streams
 from gpt2ft.training.strategy import Strategy
 from gpt2ft.training.tracking import Tracker
+from gpt2ft.wording import counted
 
 SECONDS_BETWEEN_SAVES = 30 * 60.0  # unless `save_every` is set
 
@@ -151,7 +152,7 @@ def stop_if_diverged(inputs: LoopInputs, state: TrainState) -> None:
     """Raise TrainingDiverged after too many steps in a row without a finite gradient."""
     if state.skipped_in_a_row >= inputs.training.max_skipped_steps:
         raise TrainingDiverged(
-            f"the gradient was not finite in {state.skipped_in_a_row} steps in a row, the last was step "
+            f"the gradient was not finite in {counted(state.skipped_in_a_row, 'step')} in a row, the last was step "
             f"{state.step - 1}: lower `optimizer.learning_rate` or look at the data of these steps"
         )
 

@@ -162,7 +162,7 @@ class _ReferencePass:
                 self.store.write(unwritten)
                 unwritten, last_shard = [], time.monotonic()
                 if silent and accelerator.is_main_process:
-                    print(f"reference {number:,}/{len(rounds):,} streams", flush=True)
+                    print(f"reference stream {number:,}/{len(rounds):,}", flush=True)
         watchdog.mark_progress("writing the reference")
         if unwritten:
             self.store.write(unwritten)

@@ -83,7 +83,7 @@ class Campaign:
             found, _ = search(self.run)
             self.problems.append(f"{kind} {number}: with nothing whole, {found} was used")
         except CheckpointError as error:
-            if not str(error).startswith("none of the 1 checkpoints in") or "\n" in str(error):
+            if not str(error).startswith("of 1 checkpoint in") or "\n" in str(error):
                 self.problems.append(f"{kind} {number}: ended with {error}")
         except Exception as error:
             self.problems.append(f"{kind} {number}: {type(error).__name__}: {error}")

@@ -293,7 +293,7 @@ class TestPreferences:
 
     def test_nothing_to_compare_is_refused_by_what_was_dropped(self, compare, tmp_path):
         (tmp_path / "chats.jsonl").write_text(json.dumps({"prompt": "Tea?", "completion": "Yes."}))
-        with pytest.raises(DataError, match=r"chats\.jsonl .* no replies .* dropped: 1 in no pair"):
+        with pytest.raises(DataError, match=r"chats\.jsonl .* no replies .* dropped: in no pair 1"):
             compare(train=(str(tmp_path / "chats.jsonl"),))
         with pytest.raises(DataError, match="held out"):
             compare(train=("quickstart",), eval=(str(quickstart.TREES),))

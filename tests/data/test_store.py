@@ -224,7 +224,7 @@ def test_the_statistics_of_real_data_add_up(name, read, test_data, gpt2_tokenize
 def test_nothing_to_train_on_is_refused(tokenizer, write, tmp_path):
     file = str(write(tmp_path / "a.jsonl", [message("a", role="prompter"), message("b", "a", deleted=True)]))
     for _ in range(2):
-        with pytest.raises(DataError, match=r"a\.jsonl .* dropped: 1 deleted, 1 no reply"):
+        with pytest.raises(DataError, match=r"a\.jsonl .* dropped: deleted 1, no reply 1"):
             open_store(file, KEEP_ALL, tokenizer, tmp_path)
         assert finished(tmp_path) == []
 

@@ -119,7 +119,7 @@ def test_nothing_to_train_on_is_reported_by_each(tmp_path):
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found, _ = build_at_once(3, str(tmp_path / "t.jsonl"), tmp_path)
     assert len(set(found)) == 1
-    assert tells(found[0], f"{tmp_path}/t.jsonl ... dropped: 50 no reply")
+    assert tells(found[0], f"{tmp_path}/t.jsonl ... dropped: no reply 50")
     assert not any(map(tokenise.is_complete, (tmp_path / "trees").iterdir()))
 
 

@@ -135,7 +135,7 @@ class TestAgainstOwn:
         }  # fmt: skip
         assert (store.statistics.read, store.statistics.kept) == (3 * 4, 3)
         only = str(write(tmp_path / "b.jsonl", rows[:1]))
-        with pytest.raises(DataError, match=r"no replies .* dropped: .* 1 same text as a better"):
+        with pytest.raises(DataError, match=r"no replies .* dropped: .*same text as a better reply 1"):
             open_store(only, FilterSettings(), tokenizer, tmp_path, Topic(("Tea.",)), kind=PREFERENCES)
 
     def test_of_preferences_the_chosen_reply_is_the_datas_own(self, tokenizer, write, tmp_path):

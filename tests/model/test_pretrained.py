@@ -117,7 +117,7 @@ def with_one_value(tensors, name, value):
 
 BIAS = "transformer.h.1.mlp.c_fc.bias"
 TENSORS = {
-    "missing": (lambda t: without(t, BIAS), "lacks 1 parameters, the first is `h.1.mlp.c_fc.bias`"),
+    "missing": (lambda t: without(t, BIAS), "lacks 1 parameter, the first is `h.1.mlp.c_fc.bias`"),
     "unknown": (
         lambda t: t | {"transformer.h.2.ln_1.weight": torch.ones(16)},
         "`transformer.h.2.ln_1.weight` is not a parameter of this GPT-2",

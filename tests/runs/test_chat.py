@@ -154,7 +154,7 @@ def test_undo_and_retry_change_what_is_remembered(begun, tmp_path):
     after = saved(begun, tmp_path / "after.jsonl")
     assert after[:3] == before[:3]
     assert after[3] != before[3]
-    assert "2 turns remain" in begun.enter("/undo")
+    assert "2 turns left" in begun.enter("/undo")
     assert saved(begun, tmp_path / "undone.jsonl") == before[:2]
 
 

@@ -1,10 +1,15 @@
 """What a run is said to need before it starts."""
 
+import re
+
 import pytest
 
+from gpt2ft.data.chunks import ConversationTrees, chunk
+from gpt2ft.data.corpus import load_corpora
+from gpt2ft.data.plan import Plan
 from gpt2ft.model.lora import apply_lora
-from gpt2ft.runs.describe import Hardware, memory_estimate
-from gpt2ft.settings.sections import LoRASettings
+from gpt2ft.runs.describe import Hardware, describe_steps, memory_estimate, shares
+from gpt2ft.settings.sections import DataSettings, LoRASettings
 
 
 def estimate(gpt2, strategy="ddp", processes=4, bf16=False, activation_checkpointing=True):
@@ -43,3 +48,15 @@ def one_generator():
 def test_devices_are_named():
     assert str(Hardware(2, "cpu", "ddp", False, False)) == "2 x cpu, fp32"
     assert str(Hardware(8, "cuda", "fsdp2", True, False)) == "8 x cuda, FSDP2, bf16"
+
+
+def test_one_of_a_thing_is_not_called_many(tokenizer, cache, tmp_path):
+    """A single conversation gives one stream and, in one epoch, one step."""
+    file = tmp_path / "one.jsonl"
+    file.write_text('{"prompt": "What is tea?", "completion": "A drink."}\n')
+    corpus, _ = load_corpora(DataSettings(train=(str(file),), cache=str(cache)), tokenizer)
+    plan = Plan(chunk(corpus.stores, corpus.rows, ConversationTrees("once", 128, 128)), 128, 1, seed=0, epochs=1)
+    said = f"{describe_steps(plan, plan.steps, 1e-3)}; {shares(corpus, plan)[0]}"
+    assert said.startswith("1 step of 1 x 128 tokens, 1 to an epoch, 1 epoch, learning rate 0.001;")
+    assert "1 of 1 conversation," in said
+    assert not re.search(r"\b1 \w+s\b", said)

@@ -10,7 +10,7 @@ from gpt2ft.data.chunks import ConversationTrees, chunk
 from gpt2ft.data.corpus import load_corpora
 from gpt2ft.data.plan import Plan
 from gpt2ft.runs.data_statistics import data_statistics
-from gpt2ft.runs.describe import streams_line
+from gpt2ft.runs.describe import describe_streams
 from gpt2ft.runs.show_examples import show_examples
 from gpt2ft.settings.sections import DataSettings
 
@@ -98,7 +98,7 @@ def test_figures_are_those_of_a_plain_count(plan_of, tokenizer):
         line = next(line for line in text.splitlines() if line.startswith(name))
         figures = np.percentile(values, (0, 50, 90, 100), method="nearest").astype(int).tolist()
         assert [int(word.replace(",", "")) for word in line.removeprefix(name).split()] == figures
-    assert "0 of 44 held-out first turns also occur in training" in text
+    assert "0 of 44 held-out first turns also in training" in text
 
 
 def test_the_plan_tells_the_share_of_repeated_tokens(plan_of, tokenizer, tmp_path):
@@ -106,8 +106,8 @@ def test_the_plan_tells_the_share_of_repeated_tokens(plan_of, tokenizer, tmp_pat
     _, _, plan = plan_of(train=(chats(tmp_path / "long.jsonl", turns),))
     share = sum(plan.stream(bin).num_repeated for bin in plan.streams) / plan.tokens
     assert 0.2 < share < 0.5
-    assert streams_line(plan).endswith(f"supervised, {share:.1%} are repeated as context")
-    assert streams_line(plan_of(train=("quickstart",))[2]).endswith("of the tokens are supervised")
+    assert describe_streams(plan).endswith(f"supervised, {share:.1%} are repeated as context")
+    assert describe_streams(plan_of(train=("quickstart",))[2]).endswith("of the tokens are supervised")
 
 
 def test_duplicates_and_leaks_are_counted_and_shown(plan_of, tokenizer, tmp_path):
@@ -120,11 +120,11 @@ def test_duplicates_and_leaks_are_counted_and_shown(plan_of, tokenizer, tmp_path
     flat.write_text("".join(json.dumps(row) + "\n" for row in rows))
     held_out = chats(tmp_path / "held.jsonl", ("Ask a.", "Other."), ("New.", "Tea."), ("New too.", "New."))
     text = data_statistics(*plan_of(train=(f"{flat}@2",), eval=(held_out,)), tokenizer)
-    assert "1 conversations and 2 supervised messages are word for word as another" in text
+    assert "1 conversation and 2 supervised messages are word for word as another" in text
     assert '3 times "Tea."' in text
-    assert "1 of 3 held-out first turns also occur in training" in text
+    assert "1 of 3 held-out first turns also in training" in text
     assert re.search(rf'"Ask a\." in {held_out} \w+ and {flat} a0', text)
-    assert "1 of 3 held-out supervised messages also occur in training" in text
+    assert "1 of 3 held-out supervised messages also in training" in text
 
 
 def test_a_very_deep_conversation(plan_of, tokenizer, tmp_path):
@@ -139,7 +139,7 @@ def test_a_long_talk_stays_in_its_column(plan_of, tokenizer, tmp_path):
     text = show_examples(plan_of(train=(talk,))[2], tokenizer, 9, width=60, colour=False)
     heads = [line for line in text.splitlines() if "positions" in line]
     assert [line[:3] for line in heads] == ["├─ "] * 11 + ["└─ "]
-    assert "there are no more than these 1" in text
+    assert "no more: 1 example in all" in text
 
 
 def test_a_reply_that_leaks_from_a_plain_text_is_found(plan_of, tokenizer, tmp_path):
@@ -147,5 +147,5 @@ def test_a_reply_that_leaks_from_a_plain_text_is_found(plan_of, tokenizer, tmp_p
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("Tea leaks.", "Tea does not.")))
     held_out = chats(tmp_path / "held.jsonl", ("Does tea leak?", "Tea leaks."))
     text = data_statistics(*plan_of(train=(str(texts),), eval=(held_out,)), tokenizer)
-    assert "1 of 1 held-out supervised messages also occur in training" in text
+    assert "1 of 1 held-out supervised message also in training" in text
     assert f'"Tea leaks." in {held_out}' in text

@@ -1,8 +1,11 @@
 """Text on screens: control characters are spelled out, and everything else is left as it is."""
 
+import re
+import sys
+
 import pytest
 
-from gpt2ft.text.display import escape_control_characters
+from gpt2ft.text.display import LABEL_WIDTH, escape_control_characters, print_row
 
 
 @pytest.mark.parametrize(
@@ -17,3 +20,50 @@ def test_nothing_that_is_left_drives_a_terminal():
     assert {character for character in shown if not character.isprintable()} == {"\t", "\n", "\xa0", "\xad"}
     for text in ("What is tea?\n\tA hot drink.", "Thé, お茶 🍵", ""):
         assert escape_control_characters(text) == text
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """terminal(columns): stdout is one that wide."""
+
+    def make(columns):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.delenv("NO_COLOR", raising=False)
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+
+    return make
+
+
+LONG = "a source (OASST trees): 150 of 150 conversations, 17,493 tokens, 14,475 supervised; 1,011 messages read"
+
+
+@pytest.mark.parametrize("columns", [80, 160])
+def test_rows_fit_a_terminal_with_a_hanging_indent(columns, terminal, capsys):
+    terminal(columns)
+    print_row("train", LONG)
+    print_row("", LONG)
+    lines = re.sub("\x1b\\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    assert len(lines) == (4 if columns == 80 else 2)
+    assert max(map(len, lines)) <= columns
+    assert all(line.startswith(" " * LABEL_WIDTH) != line.startswith("train") for line in lines)
+    assert " ".join(line[LABEL_WIDTH:] for line in lines) == f"{LONG} {LONG}"
+
+
+def test_labels_are_coloured_where_colours_are_shown(terminal, capsys, monkeypatch):
+    terminal(80)
+    print_row("model", "\x1b[2Jtea")
+    shown = capsys.readouterr().out
+    assert re.search("\x1b\\[[0-9;]+mmodel", shown)
+    assert "\\x1b[2Jtea" in shown
+    for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            print_row("model", "tea")
+            assert capsys.readouterr().out == "model     tea\n"
+
+
+def test_without_a_terminal_a_row_is_a_line(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    print_row("train", LONG)
+    assert capsys.readouterr().out == f"train     {LONG}\n"

@@ -13,7 +13,7 @@ def test_a_refusal_is_shown_and_can_be_tried_again(visit, new_visit, server):
     other.start("A long one.")
     other.expect_texts("A long one.", "Long")
     visit.say("What is tea?")
-    expect(visit.trouble).to_contain_text("1 requests are being served or wait: try again later Try again in 5 s.")
+    expect(visit.trouble).to_contain_text("1 request in work or waiting: try again later Try again in 5 s.")
     gate.open()
     other.expect_texts("A long one.", "Long.")
     expect(other.send).to_be_visible()
