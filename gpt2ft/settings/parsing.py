@@ -2,9 +2,9 @@
 
     accelerate launch launch/sft.py [RECIPE] [--section.key value ...]
 
-RECIPE is the name of a file in launch/recipes or a path to one. All problems of one source are reported together, an
-unknown setting with the nearest known one. tyro knows the grammar of the command line and writes the help; pydantic
-checks the values of both sources. Nothing here imports torch.
+RECIPE is the name of a file in launch/recipes or a path to one, and may build on another (layers.py). All problems of
+one source are reported together, an unknown setting with the nearest known one. tyro knows the grammar of the command
+line and writes the help; pydantic checks the values of both sources. Nothing here imports torch.
 """
 
 import difflib
@@ -23,6 +23,7 @@ from tyro import constructors
 
 from gpt2ft.command_line import program_name
 from gpt2ft.errors import SettingsError, fail, is_first_on_machine
+from gpt2ft.settings.layers import over
 from gpt2ft.settings.sections import RENAMED, Section
 
 _CLONE = Path(__file__).resolve().parents[2] / "launch" / "recipes"
@@ -49,7 +50,10 @@ def parse_recipe(kind: type[Settings], default_recipe: str, arguments: Sequence[
         arguments = list(arguments)
         recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else default_recipe
         file = _recipe_file(recipe)
-        settings = parse_flags(kind, arguments, read_recipe(kind, file), recipe=file.stem)
+        below = read_recipe(kind, file)
+        settings = parse_flags(kind, arguments, below, recipe=file.stem)
+        sections = over(below.model_dump(exclude_unset=True), _given(settings, arguments))
+        settings = kind.model_validate(settings.model_dump() | sections)
         if getattr(settings, "output", "") is None:
             settings = settings.model_copy(update={"output": f"runs/{file.stem}"})
         refuse_problems(settings.problems())
@@ -114,13 +118,39 @@ def read_recipe(kind: type[Settings], file: Path) -> Settings:
     Raises:
         SettingsError: naming the file and every key that does not fit.
     """
-    values = read_sections(file)
+    values = read_layers(file)
     if "dpo" in values and "dpo" not in kind.model_fields:
         raise SettingsError(f"{file} is a recipe for launch/reference.py and launch/dpo.py: it has a section `dpo`")
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         raise SettingsError("\n".join(explain(kind, str(file), error))) from error
+
+
+def read_layers(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return what a recipe holds, over the one that it names as its `base`, unchecked.
+
+    Args:
+        above: the recipes that build on this one.
+
+    Raises:
+        SettingsError: if one of them cannot be read, does not exist or leads back to a recipe above.
+    """
+    values = read_sections(file)
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise SettingsError(f"{file}: `base` must be the name or the path of a recipe, but is {base!r}")
+    try:
+        below = _recipe_file(str(file.parent / base) if _is_path(base) else base)
+    except SettingsError as error:
+        raise SettingsError(f"{file}: `base`: {error}") from error
+    chain = (*above, file)
+    if any(below.samefile(other) for other in chain):
+        names = ", then ".join(map(str, (*chain[1:], below)))
+        raise SettingsError(f"{chain[0]}: `base` must not lead back to a recipe above it, but leads to {names}")
+    return over(read_layers(below, chain), values)
 
 
 def read_sections(file: Path) -> dict[str, Any]:
@@ -145,8 +175,12 @@ def to_yaml(settings: Section) -> str:
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def _is_path(recipe: str) -> bool:
+    return recipe.endswith((".yaml", ".yml")) or "/" in recipe
+
+
 def _recipe_file(recipe: str) -> Path:
-    if recipe.endswith((".yaml", ".yml")) or "/" in recipe:
+    if _is_path(recipe):
         if Path(recipe).is_file():
             return Path(recipe)
         raise SettingsError(f"the recipe {recipe} does not exist")
@@ -204,6 +238,16 @@ def _shown(default: Any) -> list[str]:
     if isinstance(default, tuple):
         return list(default)
     return [str(default).lower() if isinstance(default, bool) else str(default)]
+
+
+def _given(settings: Section, arguments: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the settings that the command line names, by section."""
+    given: dict[str, dict[str, Any]] = {}
+    for word in arguments:
+        section, _, name = word.removeprefix("--").partition("=")[0].replace("-", "_").partition(".")
+        if word.startswith("--") and name:
+            given.setdefault(section, {})[name] = getattr(getattr(settings, section), name)
+    return given
 
 
 def _unknown_words(kind: type[Section], words: Sequence[str]) -> Iterator[str]:
