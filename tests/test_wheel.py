@@ -38,6 +38,7 @@ def installed(tmp_path_factory):
     names = zipfile.ZipFile(wheel).namelist()
     assert "gpt2ft/recipes/quickstart.yaml" in names
     assert "gpt2ft/server/page/index.html" in names
+    assert "gpt2ft/report/page.html" in names
     venv.create(folder / "environment", with_pip=True)
     bin = folder / "environment" / "bin"
     run([bin / "pip", "install", "-q", "--no-deps", wheel], PYTHONPATH=None, seconds=300)

@@ -1,0 +1,100 @@
+"""A report as Markdown and as one page of HTML. Replies and names are hostile: whatever they hold is shown as text."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from gpt2ft.report.curves import curves
+from gpt2ft.report.schema import Reply, Report
+from gpt2ft.report.table import Table, tables
+from gpt2ft.text.display import escape_control_characters
+
+CURVES_NEED = "The curves of the runs need matplotlib: pip install 'gpt2ft[report]'"
+LEGEND = (
+    "Differences are from the first model. A star: chance alone does not explain it. Beside a figure stands what 95 of "
+    "100 samples like this one give; after \N{GREEK CAPITAL LETTER DELTA}, the same for the difference."
+)
+
+
+def html(report: Report) -> str:
+    """Return a page that needs no network, no script and no other file; the same report gives the same bytes."""
+    from jinja2 import Environment, FileSystemLoader
+    from markupsafe import Markup
+
+    try:
+        drawn = [(title, Markup(svg)) for title, svg in curves(report)]
+        missing = ""
+    except ImportError:
+        drawn, missing = [], CURVES_NEED
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        finalize=lambda value: shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
+    )  # fmt: skip
+    page = environment.get_template("page.html")
+    return page.render(report=report, tables=tables(report), curves=drawn, missing=missing, legend=LEGEND, note=note)
+
+
+def markdown(report: Report) -> str:
+    """Return the report without its curves; replies stand in fenced blocks, which nothing in them can end."""
+    return "\n".join(_lines(report))
+
+
+def note(reply: Reply | None) -> str:
+    """Return what must be said of a reply besides its words."""
+    if reply is None:
+        return "no reply: the model has failed"
+    empty = "" if reply["text"].strip() else "empty"
+    return ", ".join(filter(None, [empty, "" if reply["stopped"] else "cut off"]))
+
+
+def shown(text: str) -> str:
+    """Return text that can be written and looked at: control characters spelled out, halves of surrogates replaced."""
+    return escape_control_characters(text).encode("utf-8", "replace").decode("utf-8")
+
+
+def _inline(text: str) -> str:
+    """Return text that means nothing in Markdown."""
+    return re.sub(r"([\\`*_\[\]<>|&~#!])", r"\\\1", " ".join(shown(text).split()))
+
+
+def _fenced(text: str) -> list[str]:
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [f"{fence}text", shown(text), fence, ""]
+
+
+def _lines(report: Report) -> Iterator[str]:
+    names = [_inline(model["name"]) for model in report["models"]]
+    yield from (f"# {', '.join(names)}", "")
+    yield from (f"- **{_inline(warning)}**" for warning in report.get("warnings", ()))
+    yield ""
+    for number, conversation in enumerate(report.get("conversations", ()), start=1):
+        yield from (f"## Conversation {number}", "")
+        for turn in conversation["turns"]:
+            yield from ("The user:", "", *_fenced(turn["user"]))
+            for name, reply in zip(names, turn["replies"], strict=True):
+                remark = note(reply)
+                yield from (f"{name}{f' ({remark})' if remark else ''}:", "")
+                yield from _fenced(reply["text"]) if reply and reply["text"].strip() else ()
+    yield from (LEGEND, "")
+    for table in tables(report):
+        yield from _table(table)
+    yield from ("## To get this again", "", *_fenced("\n".join(report.get("commands", ()))))
+    for model in report["models"]:
+        digests = [f"{key} {model[key]}" for key in ("weights", "tokenizer") if key in model]
+        yield f"- {_inline(model['name'])}: {_inline(', '.join([model['model'], *digests]))}"
+    facts = report.get("data", {}) | report.get("versions", {})
+    keys = ("seed", "precision", "max_length", "left_out")
+    facts |= {key: report[key] for key in keys if key in report}
+    yield from (f"- {_inline(f'{key}: {value}')}" for key, value in facts.items())
+    yield ""
+
+
+def _table(table: Table) -> Iterator[str]:
+    yield from (f"## {_inline(table.title)}", "", *([_inline(table.note), ""] if table.note else ()))
+    yield "| |" + "".join(f" {_inline(name)} |" for name in table.columns)
+    yield "|---|" + "---:|" * len(table.columns)
+    for label, cells in table.rows:
+        texts = [f"{c.value} {c.difference} {f'({c.interval})' if c.interval else ''}" if c else "" for c in cells]
+        yield f"| {_inline(label)} |" + "".join(f" {_inline(text)} |" for text in texts)
+    yield ""

@@ -1,0 +1,81 @@
+"""Tables: figures, differences and intervals as they stand in the report, and lines that fit the terminal."""
+
+import copy
+
+import pytest
+from report.made_up import estimate, loss, made_up_report, model
+
+from gpt2ft.report.table import as_terminal, in_short, tables
+
+
+def cells(table, label):
+    return dict(table.rows)[label]
+
+
+@pytest.fixture
+def report():
+    return copy.deepcopy(made_up_report())
+
+
+def test_a_cell_holds_value_difference_and_its_interval(report):
+    base, tuned, failed = cells(in_short(report), "held-out loss, nats/token")
+    assert (base.value, base.difference) == ("2.900", "")
+    assert (tuned.value, tuned.difference, tuned.verdict) == ("2.400", "-0.500*", "better")
+    assert "-0.520 to -0.480" in tuned.interval
+    assert failed is None
+
+
+def test_a_share_is_clear_only_where_the_intervals_have_nothing_in_common(report):
+    _, tuned, _ = cells(in_short(report), "ends by itself, %")
+    assert (tuned.value, tuned.interval, tuned.difference, tuned.verdict) == ("90", "88 to 92", "+80*", "better")
+    report["models"][0]["replies"]["ends_by_itself"] = estimate(0.87, count=30)
+    _, tuned, _ = cells(in_short(report), "ends by itself, %")
+    assert (tuned.difference, tuned.verdict) == ("+3.0", "")
+
+
+def test_a_difference_whose_interval_holds_zero_has_no_star(report):
+    report["models"][1]["held_out"]["difference"]["nats_per_token"] = estimate(0.01)
+    _, tuned, _ = cells(in_short(report), "held-out loss, nats/token")
+    assert (tuned.difference, tuned.verdict) == ("+0.010", "")
+
+
+def test_losses_per_token_are_not_compared_between_vocabularies(report):
+    report["models"][1]["tokenizer"] = "b" * 64
+    assert cells(in_short(report), "held-out loss, nats/token")[1].difference == ""
+    assert cells(in_short(report), "held-out loss, bits/byte")[1].difference == "-0.180*"
+    assert "Held-out loss, bits/byte" in [table.title for table in tables(report)]
+
+
+def test_every_table_has_a_cell_for_every_model(report):
+    found = list(tables(report))
+    assert len(found) == 8
+    for table in found:
+        assert {len(row) for _, row in table.rows} == {len(table.columns)}
+    [replies] = [table for table in found if table.columns[-1] == "people"]
+    assert cells(replies, "ends by itself, %")[-1].value == "100"
+
+
+NAMES = [
+    ["quickstart"],
+    ["base", "sft", "dpo"],
+    [f"a-very-long-name-of-a-folder/with/more/{n}/checkpoints/step-00000100/model-that-goes-on-{n}" for n in range(5)],
+    [f"m{number}" for number in range(12)],
+    ["\x1b[31mred\n| row", "ordinary"],
+]
+
+
+@pytest.mark.parametrize("names", NAMES, ids=lambda names: f"{len(names)}-{len(names[0])}")
+def test_the_terminal_table_fits_a_hundred_columns(report, names):
+    report["models"] = [model(name, 2.9, 0.1) for name in names]
+    report["models"][-1]["held_out"]["total"] = loss(123.0)  # a perplexity of 54 digits
+    lines = as_terminal(report).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert sum(line.startswith("held-out loss, nats/token") for line in lines) >= 1
+    assert "\x1b" not in "".join(lines)
+
+
+def test_five_models_stand_beside_each_other(report):
+    report["models"] = [model(f"runs/a-long-name-{n}", 2.9, 0.1) for n in range(5)]
+    text = as_terminal(report)
+    assert text.count("held-out perplexity") == 1
+    assert all(f"[{n + 1}] runs/a-long-name-{n}" in text for n in range(5))
