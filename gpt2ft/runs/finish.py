@@ -1,9 +1,12 @@
 """End of a run: exported models, sample replies, and the commands to go on with."""
 
+import json
+import math
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -31,9 +34,31 @@ def finish(
     output.write_manifest(manifest | {"finished": asdict(state), "metrics": line_digests(output.metrics)})
     export(output, setup.settings, replace(setup.loaded, gpt2=model), state)
     print(transcript)
+    if comparison := compared_with_start(output.metrics):
+        print(comparison)
     print(f"finished: {output.model}")
     for command in next_commands(setup.settings, setup.loaded, output):
         print(f"next: {command}")
+
+
+def compared_with_start(metrics: Path) -> str | None:
+    """Return a line on the first and the last evaluation of a run, None where it has not two.
+
+    Args:
+        metrics: metrics.jsonl, which a run keeps when it is resumed.
+    """
+    logged = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    evaluations = [line for line in logged if "eval/loss" in line]
+    if len(evaluations) < 2:
+        return None
+    start, end = (
+        {name: math.nan if value is None else value for name, value in evaluations[i].items()} for i in (0, -1)
+    )
+    steps = f"from step {start['step']} to step {end['step']}"
+    line = f"{steps}: held-out loss {start['eval/loss']:.4f} -> {end['eval/loss']:.4f}"
+    if "eval/stopped" in start and "eval/stopped" in end:
+        line += f", sample replies that end by themselves {start['eval/stopped']:.0%} -> {end['eval/stopped']:.0%}"
+    return line
 
 
 def export(output: Output, settings: RunSettings, loaded: LoadedModel, state: TrainState) -> None:

@@ -40,12 +40,13 @@ def uninterrupted(run_sft, tmp_path_factory):
 
 @pytest.mark.parametrize("stop_after", [3, 6, *(pytest.param(step, marks=pytest.mark.long) for step in (1, 2, 4, 5))])
 def test_a_run_stopped_after_any_step_ends_in_the_same_bits(
-    stop_after, uninterrupted, run_sft, stopped_after, tmp_path
+    stop_after, uninterrupted, run_sft, stopped_after, tmp_path, capsys
 ):
     """With dropout on, over epoch ends, saving every second step: so also from work that is done again."""
     with stopped_after(stop_after):
         run_sft(tmp_path / "run", steps=STEPS)
     run_sft(tmp_path / "run", steps=STEPS)
+    assert f"from step 0 to step {STEPS}: held-out loss " in capsys.readouterr().out
     expected, found = weights(uninterrupted), weights(tmp_path / "run")
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)

@@ -1,0 +1,44 @@
+"""The line at the end of a run on how it compares with its start."""
+
+import json
+
+import pytest
+
+from gpt2ft.runs.finish import compared_with_start
+
+LINES = [
+    {"step": 0, "eval/loss": 5.3324, "eval/stopped": 0.0},
+    {"step": 20, "train/loss": 4.8, "train/learning_rate": 1e-3},
+    {"step": 90, "eval/loss": 3.9203, "eval/stopped": 1 / 3},
+    {"step": 100, "train/loss": 3.5},
+    {"step": 266, "eval/loss": 3.8357, "eval/stopped": 1.0},
+]
+
+
+@pytest.fixture
+def compare(tmp_path):
+    def compare(lines):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return compared_with_start(tmp_path / "metrics.jsonl")
+
+    return compare
+
+
+def test_the_last_evaluation_is_compared_with_the_first(compare):
+    line = compare(LINES)
+    for fact in ("step 0 to step 266", "held-out loss 5.3324 -> 3.8357", "0% -> 100%"):
+        assert fact in line
+
+
+def test_a_run_without_sample_replies_says_nothing_of_them(compare):
+    lines = [{name: value for name, value in line.items() if name != "eval/stopped"} for line in LINES]
+    assert compare(lines).endswith("5.3324 -> 3.8357")
+
+
+@pytest.mark.parametrize("lines", [[], LINES[1:2], LINES[:2]])
+def test_a_run_that_has_not_evaluated_twice_says_nothing(compare, lines):
+    assert compare(lines) is None
+
+
+def test_a_loss_that_is_not_finite_is_said_to_be(compare):
+    assert "5.3324 -> nan" in compare([*LINES[:4], {"step": 266, "eval/loss": None, "eval/stopped": 0.0}])
