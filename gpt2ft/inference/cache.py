@@ -67,6 +67,12 @@ class KeyValueCache:
 
         return attend
 
+    def copy(self, source: int, slot: int, num_tokens: int) -> None:
+        """Have a slot begin with the keys and values of another's first tokens."""
+        self.make_room(num_tokens)
+        for tensor in (*self.keys, *self.values):
+            tensor[slot, :, :num_tokens] = tensor[source, :, :num_tokens]
+
     def forget(self, slot: int) -> None:
         """Fill a slot with zeros: values that are masked must be finite all the same, as 0 times NaN is NaN."""
         for tensor in (*self.keys, *self.values):

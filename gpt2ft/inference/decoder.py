@@ -58,8 +58,8 @@ class Decoder:
     """Continues up to `num_sequences` sequences together.
 
     A sequence takes a slot with `join` and keeps it until `leave`, also when it has ended. Its keys and values stay
-    cached: of a later one that begins in the same way, only the rest is read. Each sequence gets the tokens that it
-    would get alone, up to the rounding of the model's dtype.
+    cached: of a later one that begins in the same way, in whatever slot, only the rest is read. Each sequence gets the
+    tokens that it would get alone, up to the rounding of the model's dtype.
 
     The weights must stay as and where they are while a decoder lives. Training mode is left as it is found.
 
@@ -137,8 +137,7 @@ class Decoder:
         assert own_stop_ids <= self._stop_ids, f"{stop_ids} must be among {self._stop_ids}"
         context = list(prompt_ids[:-1])  # at least the last id is read again: its hidden state is needed
         slot = self._free_slot(context)
-        start = _num_shared(self._cached[slot], context)
-        del self._cached[slot][start:]
+        start = self._reuse(slot, context)
         content_ids = [id for id in prompt_ids if id not in self._control_ids]
         remaining = min(max_new_tokens, self.model.config.n_positions - len(prompt_ids))
         sampler, unread = Sampler(sampling, content_ids), list(prompt_ids[start:])
@@ -179,6 +178,19 @@ class Decoder:
                 f"all {len(self._sequences)} slots are taken: one sequence must leave before another joins"
             )
         return max(free, key=lambda slot: (_num_shared(self._cached[slot], context), -len(self._cached[slot])))
+
+    def _reuse(self, slot: int, context: list[int]) -> int:
+        """Keep as much of `context` as any slot holds; the number of tokens that this slot then need not read."""
+        start = _num_shared(self._cached[slot], context)
+        fullest = max(range(len(self._cached)), key=lambda other: _num_shared(self._cached[other], context))
+        shared = _num_shared(self._cached[fullest], context)
+        if shared > start and (holder := self._sequences[fullest]) is not None and not holder.is_finite:
+            shared = start  # its logits are not known yet, or were not finite
+        if shared > start:
+            self._cache.copy(fullest, slot, shared)
+            start = shared
+        self._cached[slot] = context[:start]
+        return start
 
     def _portions(self) -> dict[int, list[int]]:
         """The ids that the next pass reads, by slot: first a chunk of the prompts, then single ids, slots ascending.

@@ -123,6 +123,21 @@ class TestPrefix:
         ids, finish = finished(decoder, slot)
         assert ([first.id, *ids], finish) == finished(fresh, fresh.join(again, SAMPLED, 8))
 
+    def test_what_another_slot_holds_is_not_read_again(self, model, count_read):
+        prompt = [1, 2, 3, 4, 5, 6, 8, 9, 10, 11]
+        decoder = Decoder(model, [], suppressing(), 3)
+        first = decoder.join(prompt, SAMPLED, 6)
+        decoder.step()  # its prompt is read, and it goes on
+        read = count_read(model)
+        others = [decoder.join(ids, GREEDY, 6) for ids in (prompt, [*prompt, 50, 51])]
+        replies = {slot: [] for slot in (first, *others)}
+        while steps := decoder.step():
+            for slot, id, _ in steps:
+                replies[slot].append(id)
+        assert read[0] == 1 + 1 + 2  # a token of the first, the last of the same prompt, and what the third adds
+        for slot, ids in zip(others, (prompt, [*prompt, 50, 51]), strict=True):
+            assert replies[slot] == uncached(model, ids, 6, suppressing()).ids
+
     def test_a_sequence_goes_where_most_of_it_is_cached(self, model):
         decoder = Decoder(model, [], suppressing(), 3)
         prompts = [[1] * 9, [2] * 9, [3] * 9]
