@@ -16,7 +16,7 @@ are empty.
 
 Empty micro-batches come last in a step, so that all processes can leave them out together (training/prefetch.py).
 
-The loop uses four members of it: `micro_batches_per_step`, `ends_epoch`, `training_stream` and `digest`.
+The loop uses four members of it: `micro_batches_per_step`, `ends_epoch`, `training_stream` and `position`.
 """
 
 import hashlib
@@ -124,6 +124,17 @@ class Plan:
                 digest.update(self.chunks.pieces[micro_batch].astype("<u8").tobytes())
         self._digested = steps, digest
         return digest.hexdigest()[:16]
+
+    def position(self, steps: int) -> dict[str, float | str]:
+        """Return how far the first `steps` steps go: epochs, tokens (repeated context left out), the `digest`."""
+        streams = steps * self.streams_per_step
+        if self.epochs is not None:
+            streams = min(streams, self.epochs * len(self.streams))  # the last step may be short
+        epoch, place = divmod(streams, len(self.streams))
+        begun = [chunk for stream in self._order(epoch)[:place] for chunk in self.streams[stream]]
+        once = self.chunks.sizes - self.chunks.repeated
+        tokens = epoch * int(once.sum()) + int(once[begun].sum())
+        return {"epoch": streams / len(self.streams), "tokens_seen": tokens, "data": self.digest(steps)}
 
     def replies_of(self, micro_batch: Sequence[int]) -> NDArray[np.int64]:
         """Return the places of the replies of a micro-batch in `reference`, in the order of its stream."""

@@ -65,7 +65,8 @@ class HeldOutEvaluation:
         samples = self.generate_samples()
         stopped = {"stopped": sum(sample.stopped for sample in samples) / len(samples)} if samples else {}
         metrics = result.metrics | stopped
-        self.tracker.log(step, {f"eval/{name}": value for name, value in metrics.items()})
+        metrics = {f"eval/{name}": value for name, value in metrics.items()}
+        self.tracker.log(step, metrics | self.setup.plan.position(step))
         self.tracker.print_line(f"step {step}: {result.line}")
         for number, text in enumerate(sample_texts(samples, self.samples_at_start)):
             self.tracker.log_text(step, f"samples/{number}", text)

@@ -29,7 +29,7 @@ def manifest_of(setup: RunSetup, attention: str) -> dict[str, Any]:
         "settings": setup.settings.model_dump(mode="json"),
         "template": template_digest(),
         "tokenizer": setup.loaded.tokenizer.digest,
-        "precision": precision_of(setup.accelerator),
+        "precision": "bf16" if precision_of(setup.accelerator) == "bf16" else "fp32",
         "attention": attention,
         "identity": identity_of(setup),
         "sources": [asdict(share) for share in shares(setup.corpus, plan)],
@@ -47,10 +47,11 @@ def manifest_of(setup: RunSetup, attention: str) -> dict[str, Any]:
 
 def environment(accelerator: Any) -> dict[str, Any]:
     """Return what bits depend on beside settings and data."""
+    strategy = launch_checks.strategy()
     return {
         "versions": versions(),
         "processes": accelerator.num_processes,
-        "strategy": launch_checks.strategy(),
+        "strategy": "single process" if strategy == "ddp" and accelerator.num_processes == 1 else strategy,
         "hardware": hardware(),
     }
 

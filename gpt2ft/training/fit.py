@@ -112,7 +112,7 @@ def log_metrics(inputs: LoopInputs, state: TrainState, sums: MetricSums, rate: f
     """Log the means since the last call, on the main process."""
     metrics, seconds_per_step = sums.take()
     metrics |= {"learning_rate": rate, "skipped_steps": state.step - state.updates}
-    metrics = {f"train/{name}": value for name, value in metrics.items()} | {"data": inputs.batches.digest(state.step)}
+    metrics = {f"train/{name}": value for name, value in metrics.items()} | inputs.batches.position(state.step)
     inputs.tracker.log(state.step, metrics)
     inputs.tracker.show(state.step, metrics, seconds_per_step * (inputs.steps - state.step))
 

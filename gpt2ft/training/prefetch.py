@@ -23,8 +23,8 @@ class BatchSource(Protocol):
     def ends_epoch(self, step: int) -> bool:
         """Return True if an epoch has ended within the last of `step` steps."""
 
-    def digest(self, steps: int) -> str:
-        """Return a digest of all that the first `steps` steps train on."""
+    def position(self, steps: int) -> dict[str, float | str]:
+        """Return how far the first `steps` steps go in the data, and a digest of all that they train on."""
 
     def training_stream(self, step: int, number: int) -> TokenStream:
         """Return micro-batch `number` of a step, on the CPU; the empty ones are its last. Called from a thread."""

@@ -4,11 +4,17 @@ import hashlib
 import json
 import math
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from gpt2ft.checkpoint import TrainState
 from gpt2ft.files import write_text
+from gpt2ft.text.display import fit, uses_colour
+
+BAR = "step {n_fmt}/{total_fmt} {bar} {percentage:3.0f}%, {remaining} left{postfix}"
+LINES_LEFT = 20  # over a run, above the bar
+INDENT = 4  # of a line too long for the terminal
 
 
 class Tracker:
@@ -32,11 +38,11 @@ class Tracker:
         self._metrics = open(metrics, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         self._board = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
         self._board.add_text("settings", "```\n" + json.dumps(settings, indent=2) + "\n```", start)
-        self._is_terminal = sys.stderr.isatty()
         self._bar = tqdm(
-            total=steps, initial=start, unit="step", desc="training", disable=not self._is_terminal, dynamic_ncols=True
-        )
-        self._steps = steps
+            total=steps, initial=start, bar_format=BAR, disable=not sys.stderr.isatty(), dynamic_ncols=True,
+            colour="cyan" if uses_colour(sys.stderr) else None,
+        )  # fmt: skip
+        self._steps, self._left_at = steps, start
 
     def advance(self) -> None:
         """Move the progress bar by one step."""
@@ -47,25 +53,26 @@ class Tracker:
         """Write an object to metrics.jsonl and scalars to TensorBoard. In JSON, null stands for what is not finite."""
         if not self.active:
             return
-        line = {"step": step} | {name: as_json(value) for name, value in metrics.items()}
+        now = {"step": step, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+        line = now | {name: as_json(value) for name, value in metrics.items()}
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
         for name, value in metrics.items():
-            if not isinstance(value, str):
+            if "/" in name:  # the others are positions, not metrics
                 self._board.add_scalar(name, value, step)
 
     def show(self, step: int, metrics: dict[str, float], seconds_left: float) -> None:
-        """Show the newest training metrics, beside the bar in a terminal and as a line elsewhere."""
+        """Show the newest training metrics as a line; in a terminal beside the bar, and now and then as a line too."""
         if not self.active:
             return
-        loss, speed = f"{metrics['train/loss']:.4f}", f"{metrics['train/tokens_per_second']:,.0f}"
-        if self._is_terminal:
-            self._bar.set_postfix_str(f"loss {loss}, {speed} tokens/s")
-        else:
-            left = f"{int(seconds_left // 60)}:{int(seconds_left % 60):02d} left"
-            print(
-                f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {loss}  {speed} tokens/s  {left}", flush=True
-            )
+        loss, speed = f"loss {metrics['train/loss']:.4f}", f"{metrics['train/tokens_per_second']:,.0f} tokens/s"
+        self._bar.set_postfix_str(f"{loss}, {speed}", refresh=False)
+        shares_terminal = sys.stdout.isatty() and not self._bar.disable
+        if shares_terminal and (step - self._left_at) * LINES_LEFT < self._steps and step < self._steps:
+            return
+        self._left_at = step
+        left = self._bar.format_interval(seconds_left)
+        self.print_line(f"step {step:>{len(str(self._steps))}}/{self._steps}  {loss}  {speed}  {left} left")
 
     def log_text(self, step: int, name: str, text: str) -> None:
         """Write a text to TensorBoard."""
@@ -76,7 +83,7 @@ class Tracker:
         """Print a line above the bar."""
         if self.active:
             self._bar.clear()
-            print(line, flush=True)
+            print(fit(line, INDENT), flush=True)
             self._bar.refresh()
 
     def close(self) -> None:

@@ -225,9 +225,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def logged(run: Path) -> list[dict]:
-    """All that was logged, in its order, but how fast it was."""
+    """All that was logged, in its order, but when and how fast."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "train/tokens_per_second"} for line in lines]
+    return [
+        {key: value for key, value in line.items() if key not in ("time", "train/tokens_per_second")} for line in lines
+    ]
 
 
 def check_whole(run: Path, steps: int) -> None:

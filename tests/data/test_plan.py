@@ -209,3 +209,21 @@ def test_the_digest_tells_what_has_been_trained_on(chunks):
     other = Plan(replace(chunks, counts=longer), CAPACITY, 3, 0)
     other.streams = plan.streams
     assert [other.digest(step) == found[step] for step in range(9)] == [True] * 5 + [False] * 4
+
+
+@pytest.mark.parametrize("epochs", [2, None])
+def test_the_position_counts_what_the_steps_train_on(chunks, epochs):
+    plan = Plan(chunks, CAPACITY, 3, 0, epochs)
+    seen = streams = 0
+    assert plan.position(0)["tokens_seen"] == plan.position(0)["epoch"] == 0
+    for step in range(plan.steps or 30):
+        for number in range(3):
+            stream = plan.training_stream(step, number)
+            seen += stream.num_tokens - stream.num_repeated
+            streams += bool(stream.num_tokens)
+        position = plan.position(step + 1)
+        assert position["tokens_seen"] == seen
+        assert position["epoch"] == streams / len(plan.streams)
+    assert streams > len(plan.streams)
+    if epochs:
+        assert position["epoch"] == 2

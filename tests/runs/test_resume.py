@@ -26,9 +26,9 @@ def training_lines(folder):
 
 
 def all_lines(folder):
-    """In their order, without the speed."""
+    """In their order, without time and speed."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: line[name] for name in line if name != "train/tokens_per_second"} for line in lines]
+    return [{name: line[name] for name in line if name not in ("time", "train/tokens_per_second")} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +62,25 @@ def test_each_line_tells_what_was_trained_on_until_then(uninterrupted, run_sft, 
     run_sft(tmp_path / "run", steps=3, seed=1)
     run_sft(tmp_path / "short", steps=3, learning_rate=1e-3, log_every=2)
     of_line, other, short = (
-        {line["step"]: line["data"] for line in all_lines(folder) if "data" in line}
+        {line["step"]: line["data"] for line in all_lines(folder) if "train/loss" in line}
         for folder in (uninterrupted, tmp_path / "run", tmp_path / "short")
     )
     assert len(set(of_line.values())) == STEPS
     assert short == {step: of_line[step] for step in (2, 3)}
     assert not set(other.values()) & set(of_line.values())
+
+
+def test_every_line_has_its_time_and_how_far_the_run_is(uninterrupted):
+    lines = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
+    streams = json.loads((uninterrupted / "manifest.json").read_text())["plan"]["streams"]
+    assert [line["epoch"] for line in lines] == [line["step"] * 6 / streams for line in lines]
+    assert lines[-1]["epoch"] > 2
+    seen = [line["tokens_seen"] for line in lines]
+    assert seen == sorted(seen)
+    assert seen[0] == 0 < seen[1]
+    assert all("time" in line for line in lines)
+    manifest = json.loads((uninterrupted / "manifest.json").read_text())
+    assert (manifest["strategy"], manifest["precision"]) == ("single process", "fp32")
 
 
 def test_a_finished_run_says_so(uninterrupted, run_sft):

@@ -124,8 +124,8 @@ class SomeEmpty:
     def ends_epoch(self, step):
         return False
 
-    def digest(self, steps):
-        return ""
+    def position(self, steps):
+        return {}
 
     def training_stream(self, step, number):
         if number <= step % MICRO_BATCHES:

@@ -2,9 +2,13 @@
 
 import json
 import math
+import re
+import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import tqdm
 
 from gpt2ft.checkpoint import TrainState
 from gpt2ft.training.tracking import Tracker
@@ -26,7 +30,9 @@ def open_tracker(tmp_path):
 
 
 def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """Without their times."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: line[name] for name in line if name != "time"} for line in found]
 
 
 def steps(folder):
@@ -106,7 +112,7 @@ def test_without_a_terminal_progress_is_lines(open_tracker, capsys):
     tracker.show(50, {"train/loss": 5.12345, "train/tokens_per_second": 9226.6}, seconds_left=75.9)
     tracker.print_line("step 50: held-out loss 5.2")
     printed = capsys.readouterr()
-    assert printed.out == "step  50/200  loss 5.1235  9,227 tokens/s  1:15 left\nstep 50: held-out loss 5.2\n"
+    assert printed.out == "step  50/200  loss 5.1235  9,227 tokens/s  01:15 left\nstep 50: held-out loss 5.2\n"
     assert printed.err == ""
 
 
@@ -120,3 +126,53 @@ def test_other_processes_than_the_main_one_write_and_print_nothing(open_tracker,
     tracker.close()
     assert list(Path(tmp_path).iterdir()) == []
     assert capsys.readouterr() == ("", "")
+
+
+METRICS = {"train/loss": 5.12345, "train/tokens_per_second": 9226.6}
+
+
+def test_a_line_says_when_it_was_written(open_tracker, tmp_path):
+    open_tracker().log(1, METRICS)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert abs((datetime.now(UTC) - datetime.fromisoformat(line["time"])).total_seconds()) < 60
+
+
+@pytest.fixture
+def on_terminal(monkeypatch):
+    """on_terminal("stdout", "stderr"): these are 80 columns wide."""
+
+    def make(*names):
+        monkeypatch.setenv("COLUMNS", "80")
+        monkeypatch.setattr(tqdm.std, "_screen_shape_wrapper", lambda: lambda _: (80, 40))
+        for name in names:
+            monkeypatch.setattr(getattr(sys, name), "isatty", lambda: True, raising=False)
+
+    return make
+
+
+def test_a_terminal_has_a_bar_and_a_line_is_left_now_and_then(on_terminal, open_tracker, capsys):
+    on_terminal("stdout", "stderr")
+    tracker = open_tracker()
+    for step in range(1, 201):
+        tracker.advance()
+        tracker.show(step, METRICS, seconds_left=75.9)
+    tracker.close()
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert [line.split()[1] for line in lines] == [f"{step}/200" for step in range(10, 201, 10)]
+    assert all("loss 5.1235" in line for line in lines)
+    bars = [re.sub("\x1b\\[[0-9;]*[A-Za-z]", "", bar).strip() for bar in printed.err.split("\r")]
+    bar = [bar for bar in bars if "loss" in bar][-1]
+    assert re.search("█{15,}.*%, .* left, loss 5.1235, 9,227 tokens/s", bar)
+    assert max(map(len, bars)) <= 80
+
+
+def test_a_log_has_every_line_though_the_bar_is_on_a_terminal(on_terminal, open_tracker, capsys):
+    on_terminal("stderr")
+    tracker = open_tracker()
+    for step in (1, 2, 3):
+        tracker.show(step, METRICS, seconds_left=1.0)
+    out = capsys.readouterr().out
+    assert out.count("\n") == 3
+    assert "\x1b" not in out
+    assert "\r" not in out
