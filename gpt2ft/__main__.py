@@ -5,12 +5,14 @@ accelerate launch -m gpt2ft sft [RECIPE] ...
 """
 
 import importlib
+import importlib.metadata
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from gpt2ft.errors import fail
-from gpt2ft.settings.parsing import nearest_name, parse_recipe, parse_script
+from gpt2ft.settings.help import overview
+from gpt2ft.settings.parsing import end_with, parse_recipe, parse_script
 from gpt2ft.settings.scripts import (
     BenchmarkSettings,
     ChatSettings,
@@ -21,42 +23,75 @@ from gpt2ft.settings.scripts import (
     SFTSettings,
 )
 from gpt2ft.settings.sections import Section
+from gpt2ft.settings.suggestions import nearest_name
 
 
 class Script(NamedTuple):
     """One script.
 
     Attributes:
+        purpose: of the script, for its help.
         module: in gpt2ft.runs; it is imported once the settings are known to be sound.
         recipe: the default; None for scripts without recipes.
         positional: the setting that the first argument gives without its name, in scripts without recipes.
     """
 
     settings: type[Section]
+    purpose: str
     module: str
     recipe: str | None = None
     positional: str = "model"
 
 
 SCRIPTS = {
-    "sft": Script(SFTSettings, "train_sft", recipe="quickstart"),
-    "reference": Script(DPOSettings, "compute_reference", recipe="quickstart-dpo"),
-    "dpo": Script(DPOSettings, "train_dpo", recipe="quickstart-dpo"),
-    "evaluate": Script(EvaluateSettings, "evaluate_model"),
-    "chat": Script(ChatSettings, "chat"),
-    "serve": Script(ServeSettings, "serve"),
-    "export": Script(ExportSettings, "export"),
-    "benchmark": Script(BenchmarkSettings, "benchmark", positional="what"),
+    "sft": Script(
+        SFTSettings, "Fine-tunes GPT-2 on conversations, all weights or LoRA.", "train_sft", recipe="quickstart"
+    ),
+    "reference": Script(
+        DPOSettings,
+        "Computes the reference log-probs of a preference recipe, which dpo then finds; it trains nothing.",
+        "compute_reference",
+        recipe="quickstart-dpo",
+    ),
+    "dpo": Script(
+        DPOSettings,
+        "Tunes a chat model on preferences, against the log-probs that reference has computed, or computes them first.",
+        "train_dpo",
+        recipe="quickstart-dpo",
+    ),
+    "evaluate": Script(
+        EvaluateSettings,
+        "Scores a model on held-out data: nats per token, perplexity, bits per byte; of preferences the accuracy.",
+        "evaluate_model",
+    ),
+    "chat": Script(ChatSettings, "Talks with a model in the terminal, or answers each line of a pipe.", "chat"),
+    "serve": Script(
+        ServeSettings,
+        "Serves a model to programs that speak OpenAI's API, and a page to talk with it in a browser. Settings of "
+        "replies hold where a request says nothing else.",
+        "serve",
+    ),
+    "export": Script(
+        ExportSettings, "Writes a model for other programs, reads it back and compares it with the model.", "export"
+    ),
+    "benchmark": Script(
+        BenchmarkSettings,
+        "Measures training on made-up conversations: tokens/s, peak memory, time per phase. WHAT is sft or dpo.",
+        "benchmark",
+        positional="what",
+    ),
 }
 
 
 def run_script(name: str, arguments: Sequence[str]) -> None:
     """Read the settings of a script, then run it; exit with a sentence and a code if either fails."""
     script = SCRIPTS[name]
+    if "--version" in arguments:
+        end_with(f"gpt2ft {importlib.metadata.version('gpt2ft')}")
     if script.recipe is not None:
-        settings = parse_recipe(script.settings, script.recipe, arguments)
+        settings = parse_recipe(script.settings, script.recipe, arguments, script.purpose)
     else:
-        settings = parse_script(script.settings, script.positional, arguments)
+        settings = parse_script(script.settings, script.positional, arguments, script.purpose)
     from gpt2ft.runs import main
 
     main.run(importlib.import_module(f"gpt2ft.runs.{script.module}").run, settings)
@@ -65,12 +100,14 @@ def run_script(name: str, arguments: Sequence[str]) -> None:
 def main() -> None:
     """Run the script that the first word of the command line names."""
     words = sys.argv[1:]
-    if words[:1] in ([], ["-h"], ["--help"]):
-        print(f"usage: gpt2ft {{{','.join(SCRIPTS)}}} ...\n\n`gpt2ft SCRIPT --help` lists the settings of a script.")
+    if words[:1] == ["--version"]:
+        run_script("sft", words)
+    elif words[:1] in ([], ["-h"], ["--help"]):
+        end_with(overview({name: script.purpose for name, script in SCRIPTS.items()}))
     elif words[0] in SCRIPTS:
         run_script(words[0], words[1:])
     else:
-        meant = nearest_name(words[0], list(SCRIPTS))
+        meant = nearest_name(words[0], SCRIPTS)
         fail(f"there is no script {words[0]!r}{meant}; there are: {', '.join(SCRIPTS)}")
 
 

@@ -34,6 +34,11 @@ class NetworkError(Gpt2ftError):
     """A file that is in no cache and could not be downloaded."""
 
 
+def reason(error: Exception) -> str:
+    """Return why something failed, without the path that the sentence around it names already."""
+    return (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
+
+
 def is_first_on_machine() -> bool:
     """Return True in the first process on each machine, which alone reports what all have met."""
     return os.environ.get("LOCAL_RANK", "0") == "0"

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from gpt2ft.chat.session import Session
 from gpt2ft.files import user_path, write_text
 from gpt2ft.inference.prompt_format import Turn
-from gpt2ft.settings.parsing import explain
+from gpt2ft.settings.refusals import explain
 from gpt2ft.settings.sections import SamplingSettings
 from gpt2ft.wording import counted
 

@@ -17,7 +17,7 @@ from gpt2ft.model.gpt2 import GPT2, GPT2Config
 from gpt2ft.model.lora import apply_lora, is_adapted, load_trainable_parameters, merged_weights
 from gpt2ft.random import seed_for
 from gpt2ft.settings.choices import PUBLISHED_MODELS
-from gpt2ft.settings.parsing import read_recipe, read_sections
+from gpt2ft.settings.recipes import read_recipe, read_sections
 from gpt2ft.settings.scripts import DPOSettings, RunSettings, SFTSettings
 from gpt2ft.settings.sections import LoRASettings, ModelSettings
 from gpt2ft.text.tokenizer import ChatTokenizer

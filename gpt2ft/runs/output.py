@@ -12,7 +12,7 @@ from gpt2ft.files import remove_leftovers, restore_replaced, write_json, write_t
 from gpt2ft.runs.loaded_model import RECIPE
 from gpt2ft.runs.lock import NAME as LOCK
 from gpt2ft.runs.lock import FolderLock
-from gpt2ft.settings.parsing import to_yaml
+from gpt2ft.settings.recipes import to_yaml
 from gpt2ft.settings.scripts import RunSettings
 from gpt2ft.text.display import print_row
 

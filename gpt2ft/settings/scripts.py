@@ -1,7 +1,7 @@
 """The settings of each script: sections put together, and what must hold between them."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -28,6 +28,20 @@ from gpt2ft.settings.sections import (
 class RunSettings(Section):
     """Settings of every training run."""
 
+    most_used: ClassVar = (
+        "data.train",
+        "data.eval",
+        "model.path",
+        "output",
+        "training.epochs",
+        "training.steps",
+        "optimizer.learning_rate",
+        "training.tokens_per_micro_batch",
+        "training.micro_batches_per_step",
+        "lora.rank",
+        "dry_run",
+        "show",
+    )
     model: ModelSettings = ModelSettings()
     lora: LoRASettings = LoRASettings()
     data: DataSettings = DataSettings()
@@ -72,6 +86,7 @@ class SFTSettings(RunSettings):
 class DPOSettings(RunSettings):
     """Tunes a chat model on preferences, against reference log-probs that are computed once and kept."""
 
+    most_used: ClassVar = ("dpo.loss", "dpo.beta", *RunSettings.most_used[:5], *RunSettings.most_used[-5:])
     dpo: PreferenceSettings = PreferenceSettings()
 
     def problems(self) -> Iterator[str]:
@@ -105,6 +120,17 @@ class EvaluateSettings(StreamSettings, CorpusSettings, FinishedModelSettings):
     The figures do not depend on the length of a stream.
     """
 
+    most_used: ClassVar = (
+        "data",
+        "model",
+        "max_rank",
+        "languages",
+        "pairs",
+        "reference",
+        "topic",
+        "report",
+        "precision",
+    )
     data: tuple[str, ...]
     """Held-out data: hub names such as oasst1:validation, `quickstart:held_out`, or files."""
     max_length: Positive | None = None
@@ -214,6 +240,16 @@ class ServeSettings(InferenceSettings):
     Settings of replies hold where a request says nothing else.
     """
 
+    most_used: ClassVar = (
+        "model",
+        "host",
+        "port",
+        "api_key_file",
+        "temperature",
+        "max_new_tokens",
+        "model_name",
+        "slots",
+    )
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
     """Higher is more varied, lower more predictable; 0 always takes the likeliest token."""
     max_tokens: Positive | None = None

@@ -7,9 +7,9 @@ setting is its help on the command line.
 import os
 import re
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gpt2ft.settings.choices import LORA_TARGETS, PREFERENCE_LOSSES, PUBLISHED_MODELS
 
@@ -33,13 +33,52 @@ RENAMED = {  # old name -> new name, with their sections: the old one is refused
 
 
 class Section(BaseModel):
+    """Some settings.
+
+    Attributes:
+        most_used: dotted names of the settings that help shows first.
+    """
+
+    most_used: ClassVar[tuple[str, ...]] = ()
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_meant(cls, values: Any) -> Any:
+        """Read a single value as a list of one, `none` as no value, and a section without settings as its defaults."""
+        if not isinstance(values, dict):
+            return values
+        kinds = {name: field.annotation for name, field in cls.model_fields.items()}
+        return {name: _meant(kinds[name], value) if name in kinds else value for name, value in values.items()}
+
     def problems(self) -> Iterator[str]:
         """Yield each contradiction between settings as one sentence."""
         return iter(())
+
+
+def is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
+def _meant(kind: Any, value: Any) -> Any:
+    if is_section(kind):
+        return {} if value is None else value
+    if get_origin(kind) is tuple:
+        return (value,) if isinstance(value, str | int | float) else value
+    if isinstance(value, str) and value.lower() == "none" and type(None) in get_args(kind):
+        return None
+    if isinstance(value, bool) and {int, float} & _types(kind):
+        return str(value).lower()  # else true would be 1
+    return value
+
+
+def _types(kind: Any) -> set[Any]:
+    """Return the types that a value may have, without limits."""
+    if get_origin(kind) is Annotated:
+        return _types(get_args(kind)[0])
+    return {one for part in get_args(kind) for one in _types(part)} or {kind}
 
 
 class ModelSettings(Section):

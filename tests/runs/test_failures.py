@@ -13,7 +13,8 @@ from facts import tells
 from processes import run
 
 from gpt2ft import checkpoint, device
-from gpt2ft.settings.parsing import RECIPES, parse_recipe, to_yaml
+from gpt2ft.settings.parsing import parse_recipe
+from gpt2ft.settings.recipes import RECIPES, to_yaml
 from gpt2ft.settings.scripts import SFTSettings
 
 TREES = (RECIPES.parents[1] / "gpt2ft" / "quickstart" / "trees.jsonl").read_text(encoding="utf-8").splitlines()

@@ -14,7 +14,7 @@ import pytest
 from processes import ON_CPU, free_port, torchrun
 from safetensors.torch import load_file
 
-from gpt2ft.settings.parsing import to_yaml
+from gpt2ft.settings.recipes import to_yaml
 from gpt2ft.settings.scripts import SFTSettings
 
 STEPS = 7  # evaluation after 3, 6 and 7, saving after every second

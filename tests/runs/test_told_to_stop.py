@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from gpt2ft import checkpoint
 from gpt2ft.data.plan import Plan
 from gpt2ft.distributed.signals import Preempted
-from gpt2ft.settings.parsing import to_yaml
+from gpt2ft.settings.recipes import to_yaml
 from gpt2ft.settings.scripts import SFTSettings
 from gpt2ft.training.tracking import Tracker
 

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from gpt2ft.settings.parsing import RECIPES
+from gpt2ft.settings.recipes import RECIPES
 
 
 def sleeps():

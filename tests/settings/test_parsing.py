@@ -1,10 +1,21 @@
 """The order in which sources of settings win; all that is wrong in one is said at once, by name, with exit code 2."""
 
+import re
+
 import pytest
 
 from gpt2ft.errors import SettingsError
-from gpt2ft.settings.parsing import RECIPES, parse_recipe, parse_script, read_recipe, to_yaml
-from gpt2ft.settings.scripts import BenchmarkSettings, ChatSettings, EvaluateSettings, ServeSettings, SFTSettings
+from gpt2ft.settings.parsing import parse_recipe, parse_script
+from gpt2ft.settings.recipes import RECIPES, read_recipe, to_yaml
+from gpt2ft.settings.scripts import (
+    BenchmarkSettings,
+    ChatSettings,
+    DPOSettings,
+    EvaluateSettings,
+    ExportSettings,
+    ServeSettings,
+    SFTSettings,
+)
 from gpt2ft.settings.sections import RENAMED
 
 OF_THE_SCRIPT = {"kind": SFTSettings, "default_recipe": "quickstart"}
@@ -57,6 +68,31 @@ def test_a_script_without_recipes_takes_its_first_argument_bare():
     assert parse_script(EvaluateSettings, "model", ["runs/a", "--data", "b"]).model == "runs/a"
     assert parse_script(EvaluateSettings, "model", ["--data", "b"]).model is None
     assert parse_script(BenchmarkSettings, "what", ["sft", "--steps", "2"]).steps == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["runs/a", "--seed", "3", "--random_init"],
+        ["--seed", "3", "runs/a", "--random_init"],
+        ["--seed", "3", "--random_init", "runs/a"],
+        ["--random_init", "--seed=3", "runs/a"],
+        ["--random_init", "true", "--seed", "3", "runs/a"],
+        ["--random_init", "--seed", "3", "--model", "runs/a"],
+    ],
+)
+def test_a_word_without_a_setting_may_stand_anywhere(words):
+    settings = parse_script(ChatSettings, "model", words)
+    assert (settings.model, settings.seed, settings.random_init) == ("runs/a", 3, True)
+
+
+def test_a_recipe_may_stand_anywhere_but_at_the_end_of_a_list(refused):
+    for words in (["single-topic", "--dry_run"], ["--dry_run", "single-topic"], ["--show", "1", "single-topic"]):
+        assert parse_recipe(**OF_THE_SCRIPT, arguments=words).output == "runs/single-topic"
+    (said,) = refused(parse_recipe, **OF_THE_SCRIPT, arguments=["--data.train", "a.jsonl", "single-topic"])
+    assert "`single-topic`" in said
+    assert "`data.train`" in said
+    assert parse_recipe(**OF_THE_SCRIPT, arguments=["--data.train", "quickstart"]).data.train == ("quickstart",)
 
 
 def test_the_resolved_recipe_gives_the_same_settings(parse, tmp_path):
@@ -121,6 +157,16 @@ def test_lists(parse):
     assert settings.data.languages == ("en", "de")
     assert parse("--data.eval", recipe="data: {train: [a], eval: [b]}\n").data.eval == ()
     assert parse("--data.train", "None").data.train == ("None",)
+    assert parse("--data.train", "b", "--show", "1", "--data.train=c").data.train == ("b", "c")
+
+
+@pytest.mark.parametrize("written", ["b", "[b]", "\n  - b"])
+def test_a_single_value_is_a_list_of_one(parse, written):
+    assert parse(recipe=f"data:\n train: {written}\n").data.train == ("b",)
+
+
+def test_a_section_without_settings_has_its_defaults(parse):
+    assert parse(recipe="data: {train: [a]}\nlora:\n  # rank: 8\ntraining: {steps: none}\n").lora == SFTSettings().lora
 
 
 def test_a_value_may_look_like_a_setting_after_an_equals_sign():
@@ -161,9 +207,9 @@ optimizer: {learning_rate: -1}
 def test_a_name_that_yaml_reads_as_something_else_is_refused(problems):
     """Norway's language code, unquoted, and a folder that is a number."""
     said = problems(recipe="data: {train: [a], languages: [no]}\noutput: 2024\n")
-    assert keys(said) == ["data.languages.0", "output"]
-    assert said[0].endswith("but is False")
-    assert said[1].endswith("but is 2024")
+    assert keys(said) == ["data.languages", "output"]
+    assert said[0].endswith("holds false: write it in quotes")
+    assert said[1].endswith("is 2024: write it in quotes")
 
 
 def test_a_key_like_no_other_is_named_without_a_guess(problems):
@@ -178,14 +224,15 @@ def test_a_key_like_no_other_is_named_without_a_guess(problems):
         ("a: [", "not valid YAML"),
         ("a: 1\n\tb: 2", "not valid YAML"),
         ("!!python/object/apply:os.getcwd []", "not valid YAML"),
-        ("", "NoneType"),
-        ("- a", "list"),
+        ("", "is empty"),
+        ("- a", "['a']"),
         ("training: 3", "`training`"),
-        ("data: {train: a}", "`data.train`"),
+        ("data: {train: {a: b}}", "`data.train`"),
         ("optimizer: {learning_rate: .nan}", "`optimizer.learning_rate`"),
         ("optimizer: {learning_rate: .inf}", "`optimizer.learning_rate`"),
         ("1: 2", "`1`"),
-        ("dpo: {beta: 1}", "launch/dpo.py"),
+        ("dpo: {beta: 1}", "gpt2ft dpo"),
+        ("compute_environment: LOCAL_MACHINE", "--config_file"),
     ],
 )
 def test_a_broken_recipe_is_named_in_one_line(problems, recipe, said):
@@ -203,7 +250,49 @@ def test_a_recipe_that_is_not_text(refused, tmp_path):
 def test_an_unknown_recipe_is_answered_with_the_nearest_and_all(refused):
     (said,) = refused(parse_recipe, SFTSettings, "", ["quikstart"])
     assert "'quikstart' (did you mean `quickstart`?)" in said
-    assert all(file.stem in said for file in RECIPES.glob("*.yaml"))
+    assert all((file.stem in said) == ("dpo" not in file.stem) for file in RECIPES.glob("*.yaml"))
+
+
+def test_what_is_no_recipe_is_named_as_what_it_is(refused, tmp_path):
+    run, data, binary = tmp_path / "run", tmp_path / "mine.jsonl", tmp_path / "folder"
+    run.mkdir()
+    binary.mkdir()
+    (run / "recipe.yaml").write_text("data: {train: [a]}\n")
+    data.write_text("{}\n")
+    for word, expected in {
+        run: f"{run}/recipe.yaml is its recipe",
+        data: f"`--data.train {data}`",
+        binary: "is a folder",
+        "gpt2": "`--model.path gpt2`",
+        f"{run}/recipes.yaml": f"(did you mean `{run}/recipe.yaml`?)",
+    }.items():
+        (said,) = refused(parse_recipe, **OF_THE_SCRIPT, arguments=[str(word)])
+        assert expected in said
+
+
+def test_a_recipe_of_the_other_kind_is_named_as_such(refused):
+    (said,) = refused(parse_recipe, **OF_THE_SCRIPT, arguments=["quickstart-dpo"])
+    assert "`gpt2ft reference` and `gpt2ft dpo`" in said
+    (said,) = refused(parse_recipe, DPOSettings, "quickstart-dpo", ["quickstart"])
+    assert "`gpt2ft sft`" in said
+
+
+@pytest.mark.parametrize(
+    ("recipe", "line", "shown"),
+    [
+        ("a: [1, 2", 1, "open at its end"),
+        ("data:\n  train: [a]\n\tmax_length: 3\n", 3, "not with tabs"),
+        ("data:\n  train: a: b\n", 2, "`train: a: b`"),
+        ("training:\n  epochs: 3\n epochs: 4\n", 3, "`epochs: 4`"),
+        ("a: !!python/name:os.getcwd x\n", 1, "stand in quotes"),
+        ("a: 'b\n", 2, "open at its end"),
+    ],
+)
+def test_what_is_no_yaml_is_said_by_line_and_in_our_words(problems, recipe, line, shown):
+    (said,) = problems(recipe=recipe)
+    assert f"line {line}" in said
+    assert shown in said
+    assert not re.search(r"<|token|scalar|block|mapping|constructor|unicode", said.partition("mine.yaml")[2])
 
 
 @pytest.mark.parametrize("name", ["absent.yaml", "some/where", "absent.yml"])
@@ -262,6 +351,25 @@ def test_a_value_that_does_not_fit(problems, words):
 def test_a_word_too_many(problems, refused):
     assert keys(problems("another")) == ["another"]
     assert keys(refused(parse_script, ChatSettings, "model", ["runs/a", "runs/b"])) == ["model"]
+
+
+def test_a_setting_without_its_dashes_or_with_long_ones(parse, refused):
+    assert parse("—training.steps", "3").training.steps == 3
+    (said,) = refused(parse_recipe, **OF_THE_SCRIPT, arguments=["training.steps=3"])
+    assert "`--training.steps=3`" in said
+
+
+def test_a_model_that_is_given_twice(refused):
+    (said,) = refused(parse_script, ChatSettings, "model", ["runs/a", "--model", "runs/b"])
+    assert keys([said]) == ["model"]
+    assert "runs/a" in said
+    assert "runs/b" in said
+
+
+def test_what_must_be_given_is_named_with_its_choices(refused):
+    said = refused(parse_script, ExportSettings, "model", [])
+    assert keys(said) == ["format", "output"]
+    assert "hf, adapter or gguf" in said[0]
 
 
 def test_settings_that_must_be_given_are_all_named(refused):

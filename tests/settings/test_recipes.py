@@ -2,7 +2,8 @@
 
 import pytest
 
-from gpt2ft.settings.parsing import parse_recipe, read_recipe, to_yaml
+from gpt2ft.settings.parsing import parse_recipe
+from gpt2ft.settings.recipes import read_recipe, to_yaml
 from gpt2ft.settings.scripts import DPOSettings, SFTSettings
 
 

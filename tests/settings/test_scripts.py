@@ -3,7 +3,8 @@
 import pytest
 from processes import run
 
-from gpt2ft.settings.parsing import RECIPES, parse_recipe, parse_script
+from gpt2ft.settings.parsing import parse_recipe, parse_script
+from gpt2ft.settings.recipes import RECIPES
 from gpt2ft.settings.scripts import (
     BenchmarkSettings,
     ChatSettings,

@@ -1,0 +1,138 @@
+"""Refusals of settings in one grammar: "`key` must be A, but is B", whatever the value and wherever it stands."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, is_dataclass
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from gpt2ft.settings.sections import RENAMED, Section, is_section
+from gpt2ft.settings.suggestions import setting_meant
+
+MISSING = object()  # the value of a setting that is named and given none
+LIMITS = {"gt": "above", "ge": "of at least", "lt": "below", "le": "at most"}
+
+
+def explain(kind: type[Section], source: str, error: ValidationError) -> Iterator[str]:
+    """Yield each fault once, as a sentence.
+
+    Args:
+        source: of the settings, as a person would look for it: a file, or the command line.
+    """
+    said = set()
+    for problem in error.errors(include_url=False):
+        path, field = _find(kind, problem["loc"])
+        key = ".".join(path)
+        if field is None:
+            sentence = no_setting(kind, key)
+        elif problem["type"] == "missing":
+            sentence = f"`{key}` must be given: {_meaning(field)}"
+        elif problem["type"] == "value_error":
+            sentence = f"`{key}` {problem['ctx']['error']}"
+        else:
+            sentence = f"`{key}` must be {_requirement(field)}, but {_found(problem, path)}"
+        if sentence not in said:
+            said.add(sentence)
+            yield f"{source}: {sentence}"
+
+
+def no_setting(kind: type[Section], name: str) -> str:
+    """Say that there is no setting of this name, and which may be meant."""
+    known = [*names_of(kind)]
+    if RENAMED.get(name) in known:
+        return f"the setting `{name}` is called `{RENAMED[name]}` now"
+    if is_section(getattr(kind.model_fields.get(name), "annotation", None)):
+        return f"`{name}` is a section, not a setting{setting_meant(name, known)}"
+    return f"there is no setting `{name}`{setting_meant(name, [*kind.model_fields, *known])}"
+
+
+def names_of(kind: type[Section], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted name of every setting."""
+    for name, field in kind.model_fields.items():
+        if is_section(field.annotation):
+            yield from names_of(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def field_of(kind: type[Section], name: str) -> FieldInfo:
+    """Return the setting of a dotted name."""
+    *sections, last = name.split(".")
+    for section in sections:
+        kind = kind.model_fields[section].annotation
+    return kind.model_fields[last]
+
+
+def shown(value: Any) -> str:
+    """Return a value as it would be written, on one line and not too long."""
+    if value is MISSING:
+        text = "missing"
+    elif value is None:
+        text = "empty"
+    elif isinstance(value, bool):
+        text = str(value).lower()
+    elif isinstance(value, dict):
+        text = "a section"
+    elif isinstance(value, list | tuple):
+        text = f"[{', '.join('[...]' if isinstance(item, list) else shown(item) for item in value[:9])}]"
+    else:
+        text = f"{value:g}" if isinstance(value, float) else repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def requirement(kind: Any, limits: tuple[Any, ...] = ()) -> str:
+    """Return what a value of a setting must be, in words."""
+    if get_origin(kind) is Annotated:
+        kind, *notes = get_args(kind)
+        return requirement(kind, tuple(limit for note in notes for limit in getattr(note, "metadata", [note])))
+    if get_origin(kind) in (Union, UnionType):
+        *kinds, last = (part for part in get_args(kind) if part is not type(None))
+        words = ", ".join([*(requirement(part, limits) for part in kinds), requirement(last, limits)])
+        return f"{words}, or none"
+    if get_origin(kind) is Literal:
+        return f"one of {_either(get_args(kind))}"
+    if get_origin(kind) is tuple:
+        item = get_args(kind)[0]
+        return f"a list of {_either(get_args(item), 'and') if get_origin(item) is Literal else 'words'}"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    ends = {name: end for limit in limits if is_dataclass(limit) for name, end in asdict(limit).items()}
+    bounds = " and ".join(f"{LIMITS[name]} {end:g}" for name, end in ends.items() if name in LIMITS)
+    return f"{words.get(kind, 'a section with settings of its own')} {bounds}".strip()
+
+
+def _requirement(field: FieldInfo) -> str:
+    return requirement(field.annotation, tuple(field.metadata))
+
+
+def _meaning(field: FieldInfo) -> str:
+    """Return the choices of a setting that is missing, else the first sentence of its help."""
+    if get_origin(field.annotation) is Literal:
+        return _requirement(field)
+    first = " ".join((field.description or "").split()).partition(". ")[0].rstrip(".")
+    return first[:1].lower() + first[1:]
+
+
+def _find(kind: type[Section], place: tuple[Any, ...]) -> tuple[list[str], FieldInfo | None]:
+    """Return the names on the way to a fault, up to the setting it belongs to, and that setting if there is one."""
+    path, field = [], None
+    for part in map(str, place):
+        path.append(part)
+        field = kind.model_fields.get(part)
+        if field is None or not is_section(field.annotation):
+            break
+        kind = field.annotation
+    return path, field
+
+
+def _found(problem: Any, path: list[str]) -> str:
+    is_item = len(problem["loc"]) > len(path)
+    found = f"{'holds' if is_item else 'is'} {shown(problem['input'])}"
+    needs_quotes = problem["type"] == "string_type" and isinstance(problem["input"], (bool, int, float))
+    return f"{found}: write it in quotes" if needs_quotes else found
+
+
+def _either(choices: tuple[Any, ...], conjunction: str = "or") -> str:
+    *others, last = map(str, choices)
+    return f"{', '.join(others)} {conjunction} {last}" if others else last

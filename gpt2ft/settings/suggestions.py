@@ -1,0 +1,86 @@
+"""Names that are meant by names that do not exist: by meaning, then by spelling; a wrong guess is worse than none."""
+
+import difflib
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
+
+from gpt2ft.settings.field_names import FIELD_NAMES, FieldName
+
+MOST_GUESSES = 3
+LEAST_LIKENESS = 0.8
+
+
+def setting_meant(name: str, known: Sequence[str]) -> str:
+    """Return ` (did you mean `x`?)` for a setting that does not exist; empty if nobody could tell.
+
+    Args:
+        known: the dotted names of all settings.
+    """
+    field_name = _by_meaning(name)
+    meant = [setting for setting in (field_name.settings if field_name else ()) if setting in known]
+    if field_name and (meant or not field_name.settings):
+        return did_you_mean(meant, field_name.note)
+    return did_you_mean(_elsewhere(name, known) or _most_like(name, known, _setting_likeness))
+
+
+def did_you_mean(names: Collection[str], note: str = "") -> str:
+    """Return a question for these names, and a note where there is one; empty if there is neither."""
+    question = f"did you mean {' or '.join(f'`{name}`' for name in names)}?" if names else ""
+    words = " ".join(part for part in (question, note) if part)
+    return f" ({words})" if words else ""
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """Return ` (did you mean `x`?)` for the known names that are spelled most like `name`; empty if none is."""
+    return did_you_mean(_most_like(name, known, _likeness))
+
+
+def nearest_path(path: str | Path, others: Iterable[str | Path]) -> str:
+    """Return the same for files and folders, by their own names and not by where they lie."""
+    by_name = {Path(other).name: str(other) for other in others}
+    return did_you_mean([by_name[name] for name in _most_like(Path(path).name, by_name, _file_likeness)])
+
+
+def _most_like(name: str, known: Iterable[str], likeness: Callable[[str, str], float]) -> list[str]:
+    scores = {other: likeness(name, other) for other in known}
+    best = max(scores.values(), default=0.0)
+    return [other for other in scores if scores[other] == best][:MOST_GUESSES] if best >= LEAST_LIKENESS else []
+
+
+def _by_meaning(name: str) -> FieldName | None:
+    section, _, last = name.rpartition(".")
+    within = f"{section.rpartition('.')[2]}.{last}"
+    return FIELD_NAMES.get(_plain(within)) or FIELD_NAMES.get(_plain(last))
+
+
+def _elsewhere(name: str, known: Sequence[str]) -> list[str]:
+    """Return the settings of that very name in other sections, or written with other lines between the words."""
+    last = _plain(name.rpartition(".")[2])
+    return [other for other in known if _plain(other.rpartition(".")[2]) == last][:MOST_GUESSES]
+
+
+def _setting_likeness(name: str, other: str) -> float:
+    """Return how alike the least alike parts of two settings are; a section may be left out."""
+    parts, others = name.split("."), other.split(".")
+    others = others[-len(parts) :]
+    return min(map(_likeness, parts, others)) if len(parts) == len(others) else 0.0
+
+
+def _file_likeness(name: str, other: str) -> float:
+    """Return how alike two names of files are without their endings, which must be alike too or not be there."""
+    parts, others = name.split(".", 1), other.split(".", 1)
+    return min(_likeness(part, another) for part, another in zip(parts, others, strict=False))
+
+
+def _likeness(word: str, other: str) -> float:
+    """Return how alike two words are, from 0 to 1."""
+    word, other = _plain(word), _plain(other)
+    if word == other:
+        return 1.0
+    if len(word) >= 3 and (sorted(word) == sorted(other) or other.startswith(word)):
+        return 0.9
+    return difflib.SequenceMatcher(None, word, other).ratio()
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")
