@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from gpt2ft.errors import fail
-from gpt2ft.settings.help import overview
 from gpt2ft.settings.parsing import end_with, parse_recipe, parse_script
 from gpt2ft.settings.scripts import (
     BenchmarkSettings,
@@ -23,7 +22,6 @@ from gpt2ft.settings.scripts import (
     SFTSettings,
 )
 from gpt2ft.settings.sections import Section
-from gpt2ft.settings.suggestions import nearest_name
 
 
 class Script(NamedTuple):
@@ -103,10 +101,14 @@ def main() -> None:
     if words[:1] == ["--version"]:
         run_script("sft", words)
     elif words[:1] in ([], ["-h"], ["--help"]):
+        from gpt2ft.settings.help import overview
+
         end_with(overview({name: script.purpose for name, script in SCRIPTS.items()}))
     elif words[0] in SCRIPTS:
         run_script(words[0], words[1:])
     else:
+        from gpt2ft.settings.suggestions import nearest_name
+
         meant = nearest_name(words[0], SCRIPTS)
         fail(f"there is no script {words[0]!r}{meant}; there are: {', '.join(SCRIPTS)}")
 

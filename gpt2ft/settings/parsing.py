@@ -15,7 +15,6 @@ from typing import Any, TypeVar, get_origin
 from pydantic import ValidationError
 
 from gpt2ft.errors import SettingsError, fail, is_first_on_machine
-from gpt2ft.settings.help import Usage, help_text
 from gpt2ft.settings.layers import over
 from gpt2ft.settings.recipes import ENDINGS, find_recipe, list_recipes, read_recipe
 from gpt2ft.settings.refusals import MISSING, explain, field_of, names_of, no_setting
@@ -42,6 +41,8 @@ def parse_recipe(
         file = find_recipe(kind, words.loose[0] if words.loose else default_recipe)
         defaults = read_recipe(kind, file)
         if wants_help(arguments):
+            from gpt2ft.settings.help import Usage, help_text
+
             usage = Usage(kind, purpose, "RECIPE", default_recipe, defaults, file.stem, tuple(list_recipes(kind)))
             end_with(help_text(usage))
         problems = [f"command line: `{word}` belongs to no setting" for word in words.loose[1:]]
@@ -66,6 +67,8 @@ def parse_script(
     """
     try:
         if wants_help(arguments):
+            from gpt2ft.settings.help import Usage, help_text
+
             end_with(help_text(Usage(kind, purpose, positional.upper())))
         takes_many = _is_list(kind, positional)
         words = sort_words(kind, arguments, most_loose=len(arguments) if takes_many else 1)

@@ -13,7 +13,6 @@ from gpt2ft.settings.choices import PUBLISHED_MODELS
 from gpt2ft.settings.layers import over
 from gpt2ft.settings.refusals import explain, shown
 from gpt2ft.settings.sections import Section
-from gpt2ft.settings.suggestions import nearest_name, nearest_path
 
 _CLONE = Path(__file__).resolve().parents[2] / "launch" / "recipes"
 RECIPES = _CLONE if _CLONE.is_dir() else Path(__file__).resolve().parents[1] / "recipes"  # of an installed package
@@ -31,21 +30,29 @@ def find_recipe(kind: type[Section], recipe: str) -> Path:
     file, named = Path(recipe), RECIPES / f"{recipe}.yaml"
     if "/" not in recipe and named.is_file():
         return named
+    if file.is_file() and file.suffix.lower() in (*ENDINGS, ""):
+        return file
+    raise SettingsError(_no_recipe(kind, recipe))
+
+
+def _no_recipe(kind: type[Section], recipe: str) -> str:
+    """Say that there is no such recipe, and what is meant, or what it is that is named."""
+    from gpt2ft.settings.suggestions import nearest_name, nearest_path
+
+    file = Path(recipe)
     if (file / "recipe.yaml").is_file():
-        raise SettingsError(f"{recipe} is a run and not a recipe: {file / 'recipe.yaml'} is its recipe")
+        return f"{recipe} is a run and not a recipe: {file / 'recipe.yaml'} is its recipe"
     if file.is_dir():
-        raise SettingsError(f"{recipe} is a folder and not a recipe, which is a file that ends in .yaml")
+        return f"{recipe} is a folder and not a recipe, which is a file that ends in .yaml"
     if file.is_file():
-        if file.suffix.lower() in (*ENDINGS, ""):
-            return file
-        raise SettingsError(f"{recipe} is not a recipe, which ends in .yaml; data are given by `--data.train {recipe}`")
+        return f"{recipe} is not a recipe, which ends in .yaml; data are given by `--data.train {recipe}`"
     if recipe in PUBLISHED_MODELS:
-        raise SettingsError(f"{recipe} is a model and not a recipe: give it by `--model.path {recipe}`")
+        return f"{recipe} is a model and not a recipe: give it by `--model.path {recipe}`"
     if _is_path(recipe):
         beside = [other for other in sorted(file.parent.glob("*")) if other.suffix in ENDINGS]
-        raise SettingsError(f"the recipe {recipe} does not exist{nearest_path(recipe, beside)}")
+        return f"the recipe {recipe} does not exist{nearest_path(recipe, beside)}"
     names = [name for name, _ in list_recipes(kind)]
-    raise SettingsError(f"there is no recipe {recipe!r}{nearest_name(recipe, names)}; there are: {', '.join(names)}")
+    return f"there is no recipe {recipe!r}{nearest_name(recipe, names)}; there are: {', '.join(names)}"
 
 
 def list_recipes(kind: type[Section]) -> Iterator[tuple[str, str]]:

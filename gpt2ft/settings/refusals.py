@@ -9,7 +9,6 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from gpt2ft.settings.sections import RENAMED, Section, is_section
-from gpt2ft.settings.suggestions import setting_meant
 
 MISSING = object()  # the value of a setting that is named and given none
 LIMITS = {"gt": "above", "ge": "of at least", "lt": "below", "le": "at most"}
@@ -40,6 +39,8 @@ def explain(kind: type[Section], source: str, error: ValidationError) -> Iterato
 
 def no_setting(kind: type[Section], name: str) -> str:
     """Say that there is no setting of this name, and which may be meant."""
+    from gpt2ft.settings.suggestions import setting_meant
+
     known = [*names_of(kind)]
     if RENAMED.get(name) in known:
         return f"the setting `{name}` is called `{RENAMED[name]}` now"

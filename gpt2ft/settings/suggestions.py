@@ -1,10 +1,13 @@
-"""Names that are meant by names that do not exist: by meaning, then by spelling; a wrong guess is worse than none."""
+"""Names that are meant by names that do not exist: by meaning, then by spelling; a wrong guess is worse than none.
+
+Imported where a mistake has been made, and so by no script that runs.
+"""
 
 import difflib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
-from gpt2ft.settings.field_names import FIELD_NAMES, FieldName
+from gpt2ft.settings.field_names import FIELD_NAMES
 
 MOST_GUESSES = 3
 LEAST_LIKENESS = 0.8
@@ -16,7 +19,9 @@ def setting_meant(name: str, known: Sequence[str]) -> str:
     Args:
         known: the dotted names of all settings.
     """
-    field_name = _by_meaning(name)
+    section, _, last = name.rpartition(".")
+    within = f"{section.rpartition('.')[2]}.{last}"
+    field_name = FIELD_NAMES.get(_plain(within)) or FIELD_NAMES.get(_plain(last))
     meant = [setting for setting in (field_name.settings if field_name else ()) if setting in known]
     if field_name and (meant or not field_name.settings):
         return did_you_mean(meant, field_name.note)
@@ -45,12 +50,6 @@ def _most_like(name: str, known: Iterable[str], likeness: Callable[[str, str], f
     scores = {other: likeness(name, other) for other in known}
     best = max(scores.values(), default=0.0)
     return [other for other in scores if scores[other] == best][:MOST_GUESSES] if best >= LEAST_LIKENESS else []
-
-
-def _by_meaning(name: str) -> FieldName | None:
-    section, _, last = name.rpartition(".")
-    within = f"{section.rpartition('.')[2]}.{last}"
-    return FIELD_NAMES.get(_plain(within)) or FIELD_NAMES.get(_plain(last))
 
 
 def _elsewhere(name: str, known: Sequence[str]) -> list[str]:
