@@ -14,7 +14,6 @@ from pydantic import ValidationError
 from gpt2ft.chat.session import Session
 from gpt2ft.files import user_path, write_text
 from gpt2ft.inference.prompt_format import Turn
-from gpt2ft.settings.refusals import explain
 from gpt2ft.settings.sections import SamplingSettings
 from gpt2ft.wording import counted
 
@@ -205,6 +204,8 @@ def _within_ranges(values: dict[str, Any]) -> SamplingSettings:
     try:
         return SamplingSettings(**values)
     except ValidationError as error:
+        from gpt2ft.settings.refusals import explain
+
         raise ValueError("\n".join(explain(SamplingSettings, "/set", error))) from error
 
 

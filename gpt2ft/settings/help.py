@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from gpt2ft.command_line import program_name
-from gpt2ft.settings.refusals import field_of, names_of
-from gpt2ft.settings.sections import Section, is_section
+from gpt2ft.settings.sections import Section, field_of, is_section, names_of
 
 WIDEST_TEXT = 100  # columns; longer lines are hard to read
 LISTS = "NAME ... takes several words, and none where none follows."

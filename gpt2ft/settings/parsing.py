@@ -17,8 +17,7 @@ from pydantic import ValidationError
 from gpt2ft.errors import SettingsError, fail, is_first_on_machine
 from gpt2ft.settings.layers import over
 from gpt2ft.settings.recipes import ENDINGS, find_recipe, list_recipes, read_recipe
-from gpt2ft.settings.refusals import MISSING, explain, field_of, names_of, no_setting
-from gpt2ft.settings.sections import Section
+from gpt2ft.settings.sections import Section, field_of, names_of
 
 Settings = TypeVar("Settings", bound=Section)
 Values = dict[str, Any]  # of settings, still to be checked
@@ -103,6 +102,13 @@ def end_with(text: str) -> None:
 # --- the command line -----------------------------------------------------------------------------------------------
 
 
+class Missing:
+    """The value of a setting that is named and given none."""
+
+    def __str__(self) -> str:
+        return "missing"
+
+
 @dataclass(frozen=True)
 class Words:
     """Command line, sorted.
@@ -160,14 +166,23 @@ def with_values(
     Raises:
         SettingsError: with `problems`, every setting that does not exist and every value that does not fit.
     """
-    problems = [*problems, *(f"command line: {no_setting(kind, name)}" for name in words.unknown)]
+    problems = [*problems, *_unknown_settings(kind, words.unknown)]
     below = {} if defaults is None else defaults.model_dump(exclude_unset=True)
     try:
         settings = kind.model_validate(below | over(below, _by_section(words.values)))
     except ValidationError as error:
+        from gpt2ft.settings.refusals import explain
+
         problems += explain(kind, "command line", error)
     refuse_problems(problems)
     return settings
+
+
+def _unknown_settings(kind: type[Section], unknown: Sequence[str]) -> Iterator[str]:
+    for name in unknown:
+        from gpt2ft.settings.refusals import no_setting
+
+        yield f"command line: {no_setting(kind, name)}"
 
 
 def _by_section(values: Values) -> Values:
@@ -206,7 +221,7 @@ def _value(kind: type[Section], name: str, words: list[str]) -> Any:
     if _is_list(kind, name):
         return tuple(words)
     if not words:
-        return True if field_of(kind, name).annotation is bool else MISSING
+        return True if field_of(kind, name).annotation is bool else Missing()
     return words[0] if len(words) == 1 else words
 
 

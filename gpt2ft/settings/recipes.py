@@ -9,9 +9,7 @@ from pydantic import ValidationError
 
 from gpt2ft.command_line import words_to_start
 from gpt2ft.errors import SettingsError, reason
-from gpt2ft.settings.choices import PUBLISHED_MODELS
 from gpt2ft.settings.layers import over
-from gpt2ft.settings.refusals import explain, shown
 from gpt2ft.settings.sections import Section
 
 _CLONE = Path(__file__).resolve().parents[2] / "launch" / "recipes"
@@ -32,27 +30,9 @@ def find_recipe(kind: type[Section], recipe: str) -> Path:
         return named
     if file.is_file() and file.suffix.lower() in (*ENDINGS, ""):
         return file
-    raise SettingsError(_no_recipe(kind, recipe))
+    from gpt2ft.settings.refusals import no_recipe
 
-
-def _no_recipe(kind: type[Section], recipe: str) -> str:
-    """Say that there is no such recipe, and what is meant, or what it is that is named."""
-    from gpt2ft.settings.suggestions import nearest_name, nearest_path
-
-    file = Path(recipe)
-    if (file / "recipe.yaml").is_file():
-        return f"{recipe} is a run and not a recipe: {file / 'recipe.yaml'} is its recipe"
-    if file.is_dir():
-        return f"{recipe} is a folder and not a recipe, which is a file that ends in .yaml"
-    if file.is_file():
-        return f"{recipe} is not a recipe, which ends in .yaml; data are given by `--data.train {recipe}`"
-    if recipe in PUBLISHED_MODELS:
-        return f"{recipe} is a model and not a recipe: give it by `--model.path {recipe}`"
-    if _is_path(recipe):
-        beside = [other for other in sorted(file.parent.glob("*")) if other.suffix in ENDINGS]
-        return f"the recipe {recipe} does not exist{nearest_path(recipe, beside)}"
-    names = [name for name, _ in list_recipes(kind)]
-    return f"there is no recipe {recipe!r}{nearest_name(recipe, names)}; there are: {', '.join(names)}"
+    raise SettingsError(no_recipe(kind, recipe))
 
 
 def list_recipes(kind: type[Section]) -> Iterator[tuple[str, str]]:
@@ -83,6 +63,8 @@ def read_recipe(kind: type[Settings], file: Path) -> Settings:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
+        from gpt2ft.settings.refusals import explain
+
         raise SettingsError("\n".join(explain(kind, str(file), error))) from error
 
 
@@ -100,9 +82,11 @@ def read_layers(kind: type[Section], file: Path, above: tuple[Path, ...] = ()) -
     if base is None:
         return values
     if not isinstance(base, str):
+        from gpt2ft.settings.refusals import shown
+
         raise SettingsError(f"{file}: `base` must be the name or the path of a recipe, but is {shown(base)}")
     try:
-        below = find_recipe(kind, str(file.parent / base) if _is_path(base) else base)
+        below = find_recipe(kind, str(file.parent / base) if is_path(base) else base)
     except SettingsError as error:
         raise SettingsError(f"{file}: `base`: {error}") from error
     chain = (*above, file)
@@ -112,7 +96,7 @@ def read_layers(kind: type[Section], file: Path, above: tuple[Path, ...] = ()) -
     return over(read_layers(kind, below, chain), values)
 
 
-def _is_path(recipe: str) -> bool:
+def is_path(recipe: str) -> bool:
     return recipe.endswith(ENDINGS) or "/" in recipe
 
 
@@ -129,29 +113,15 @@ def read_sections(file: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise SettingsError(f"{file} must be text in UTF-8, but is not") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise SettingsError(f"{file} is not valid YAML{_place(file, error)}") from error
+        from gpt2ft.settings.refusals import no_yaml
+
+        raise SettingsError(no_yaml(file, error)) from error
     if not isinstance(values, dict):
+        from gpt2ft.settings.refusals import shown
+
         found = "is empty" if values is None else f"holds {shown(values)}"
         raise SettingsError(f"{file} must hold settings by section, as `training: {{epochs: 3}}`, but {found}")
     return values
-
-
-def _place(file: Path, error: Exception) -> str:
-    """Say where YAML ends to be YAML, with the line and its usual fault."""
-    mark = getattr(error, "problem_mark", None)
-    if mark is None:
-        return ": a key, a date or a character in it cannot be read"
-    lines = file.read_text(encoding="utf-8").splitlines()
-    line = lines[mark.line] if mark.line < len(lines) else ""
-    if mark.line >= len(lines) - 1 and not line[mark.column :].strip():
-        return f": a bracket or a quote is open at its end, in line {mark.line + 1}"
-    if "\t" in line[: mark.column + 1]:
-        fault = "indent with spaces, not with tabs"
-    elif "!" in line:
-        fault = "words that begin with ! stand in quotes"
-    else:
-        fault = "look for indentation, brackets and quotes, here and in the line above"
-    return f" in line {mark.line + 1}, `{line.strip()}`: {fault}"
 
 
 def _check_kind(kind: type[Section], file: Path, values: dict[str, Any]) -> None:

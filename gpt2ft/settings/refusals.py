@@ -1,16 +1,22 @@
-"""Refusals of settings in one grammar: "`key` must be A, but is B", whatever the value and wherever it stands."""
+"""Refusals of settings in one grammar: "`key` must be A, but is B", whatever the value and wherever it stands.
+
+Imported where a mistake has been made, and so by no script that runs.
+"""
 
 from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from gpt2ft.settings.sections import RENAMED, Section, is_section
+from gpt2ft.settings.choices import PUBLISHED_MODELS
+from gpt2ft.settings.recipes import ENDINGS, is_path, list_recipes
+from gpt2ft.settings.sections import RENAMED, Section, is_section, names_of
+from gpt2ft.settings.suggestions import nearest_name, nearest_path, setting_meant
 
-MISSING = object()  # the value of a setting that is named and given none
 LIMITS = {"gt": "above", "ge": "of at least", "lt": "below", "le": "at most"}
 
 
@@ -39,8 +45,6 @@ def explain(kind: type[Section], source: str, error: ValidationError) -> Iterato
 
 def no_setting(kind: type[Section], name: str) -> str:
     """Say that there is no setting of this name, and which may be meant."""
-    from gpt2ft.settings.suggestions import setting_meant
-
     known = [*names_of(kind)]
     if RENAMED.get(name) in known:
         return f"the setting `{name}` is called `{RENAMED[name]}` now"
@@ -49,28 +53,45 @@ def no_setting(kind: type[Section], name: str) -> str:
     return f"there is no setting `{name}`{setting_meant(name, [*kind.model_fields, *known])}"
 
 
-def names_of(kind: type[Section], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted name of every setting."""
-    for name, field in kind.model_fields.items():
-        if is_section(field.annotation):
-            yield from names_of(field.annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
+def no_recipe(kind: type[Section], recipe: str) -> str:
+    """Say that there is no such recipe, and what is meant, or what it is that is named."""
+    file = Path(recipe)
+    if (file / "recipe.yaml").is_file():
+        return f"{recipe} is a run and not a recipe: {file / 'recipe.yaml'} is its recipe"
+    if file.is_dir():
+        return f"{recipe} is a folder and not a recipe, which is a file that ends in .yaml"
+    if file.is_file():
+        return f"{recipe} is not a recipe, which ends in .yaml; data are given by `--data.train {recipe}`"
+    if recipe in PUBLISHED_MODELS:
+        return f"{recipe} is a model and not a recipe: give it by `--model.path {recipe}`"
+    if is_path(recipe):
+        beside = [other for other in sorted(file.parent.glob("*")) if other.suffix in ENDINGS]
+        return f"the recipe {recipe} does not exist{nearest_path(recipe, beside)}"
+    names = [name for name, _ in list_recipes(kind)]
+    return f"there is no recipe {recipe!r}{nearest_name(recipe, names)}; there are: {', '.join(names)}"
 
 
-def field_of(kind: type[Section], name: str) -> FieldInfo:
-    """Return the setting of a dotted name."""
-    *sections, last = name.split(".")
-    for section in sections:
-        kind = kind.model_fields[section].annotation
-    return kind.model_fields[last]
+def no_yaml(file: Path, error: Exception) -> str:
+    """Say where a file ends to be YAML, with the line and its usual fault."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return f"{file} is not valid YAML: a key, a date or a character in it cannot be read"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    line = lines[mark.line] if mark.line < len(lines) else ""
+    if mark.line >= len(lines) - 1 and not line[mark.column :].strip():
+        return f"{file} is not valid YAML: a bracket or a quote is open at its end, in line {mark.line + 1}"
+    if "\t" in line[: mark.column + 1]:
+        fault = "indent with spaces, not with tabs"
+    elif "!" in line:
+        fault = "words that begin with ! stand in quotes"
+    else:
+        fault = "look for indentation, brackets and quotes, here and in the line above"
+    return f"{file} is not valid YAML in line {mark.line + 1}, `{line.strip()}`: {fault}"
 
 
 def shown(value: Any) -> str:
     """Return a value as it would be written, on one line and not too long."""
-    if value is MISSING:
-        text = "missing"
-    elif value is None:
+    if value is None:
         text = "empty"
     elif isinstance(value, bool):
         text = str(value).lower()

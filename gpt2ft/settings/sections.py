@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
 
 from gpt2ft.settings.choices import LORA_TARGETS, PREFERENCE_LOSSES, PUBLISHED_MODELS
 
@@ -60,6 +61,23 @@ class Section(BaseModel):
 
 def is_section(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Section)
+
+
+def names_of(kind: type[Section], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted name of every setting."""
+    for name, field in kind.model_fields.items():
+        if is_section(field.annotation):
+            yield from names_of(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def field_of(kind: type[Section], name: str) -> FieldInfo:
+    """Return the setting of a dotted name."""
+    *sections, last = name.split(".")
+    for section in sections:
+        kind = kind.model_fields[section].annotation
+    return kind.model_fields[last]
 
 
 def _meant(kind: Any, value: Any) -> Any:

@@ -8,9 +8,10 @@ import yaml
 from pydantic import ValidationError
 
 from gpt2ft.__main__ import SCRIPTS
-from gpt2ft.settings.parsing import parse_script
-from gpt2ft.settings.refusals import MISSING, explain, field_of, names_of
+from gpt2ft.settings.parsing import Missing, parse_script
+from gpt2ft.settings.refusals import explain
 from gpt2ft.settings.scripts import ChatSettings
+from gpt2ft.settings.sections import field_of, names_of
 
 # Of pydantic, Python and YAML; `(default)`, `float32` and the like are choices of settings.
 INTERNALS = re.compile(
@@ -19,7 +20,7 @@ INTERNALS = re.compile(
 )
 WRONG = [
     None, True, False, -1, 0.5, 10**400, -1e300, float("nan"), float("inf"), "", "text", "1.5.2", " ",
-    [], [[]], ["a", 1], [None], {}, {"a": 1}, {1: 2}, datetime.date(2024, 1, 1), MISSING, b"ab", {"a", "b"}, 3 + 4j,
+    [], [[]], ["a", 1], [None], {}, {"a": 1}, {1: 2}, datetime.date(2024, 1, 1), Missing(), b"ab", {"a", "b"}, 3 + 4j,
 ]  # fmt: skip
 ITSELF: list = []
 ITSELF.append(ITSELF)
