@@ -18,6 +18,7 @@ from gpt2ft.settings.scripts import (
     DPOSettings,
     EvaluateSettings,
     ExportSettings,
+    SampleSettings,
     ServeSettings,
     SFTSettings,
 )
@@ -61,6 +62,11 @@ SCRIPTS = {
         EvaluateSettings,
         "Scores a model on held-out data: nats per token, perplexity, bits per byte; of preferences the accuracy.",
         "evaluate_model",
+    ),
+    "sample": Script(
+        SampleSettings,
+        "Makes preferences without a judge: samples replies to prompts and ranks them by faults that can be checked.",
+        "sample_replies",
     ),
     "chat": Script(ChatSettings, "Talks with a model in the terminal, or answers each line of a pipe.", "chat"),
     "serve": Script(

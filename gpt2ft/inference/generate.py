@@ -18,25 +18,30 @@ class Completion:
 
 
 def generate(
-    decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: SamplingSettings = GREEDY
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: SamplingSettings | Sequence[SamplingSettings] = GREEDY,
 ) -> list[Completion]:
     """Continue each prompt until a stop token, `max_new_tokens` or the end of the context.
 
     Args:
         decoder: all of whose slots are free; as many prompts as it has slots are continued together.
+        sampling: of all, or of each.
 
     Raises:
         ValueError: before anything is computed, if a prompt cannot be continued; and if logits are not finite.
     """
     for prompt in prompts:
         decoder.check(prompt, max_new_tokens)
+    samplings = [sampling] * len(prompts) if isinstance(sampling, SamplingSettings) else sampling
     completions = [Completion([], stopped=False) for _ in prompts]
     waiting = deque(range(len(prompts)))
     numbers: dict[int, int] = {}  # slot -> number of the prompt
     while waiting or numbers:
         while waiting and decoder.num_free:
             number = waiting.popleft()
-            numbers[decoder.join(prompts[number], sampling, max_new_tokens)] = number
+            numbers[decoder.join(prompts[number], samplings[number], max_new_tokens)] = number
         for slot, id, finish_reason in decoder.step():
             refuse_broken(finish_reason, decoder.model)
             completion = completions[numbers[slot]]

@@ -126,3 +126,15 @@ def text_prompt(tokenizer: ChatTokenizer, text: str, limit: int) -> Prompt:
     if len(ids) > limit:
         raise TooLong(f"the text must have at most {counted(limit, 'token')}, but has {len(ids)}")
     return Prompt(ids)
+
+
+def reply_text(
+    tokenizer: ChatTokenizer, prompt_format: PromptFormat, ids: Sequence[int], stopped: bool
+) -> tuple[str, bool]:
+    """Return the text of a whole reply up to what ends it, and True if something did."""
+    text = tokenizer.decode(list(ids))
+    text = text.lstrip() if prompt_format.strips_leading_space else text
+    for stop in prompt_format.stop_strings:
+        text, found, _ = text.partition(stop)
+        stopped = stopped or bool(found)
+    return text, stopped

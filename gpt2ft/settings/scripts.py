@@ -8,6 +8,7 @@ from pydantic import Field
 from gpt2ft.settings.sections import (
     CorpusSettings,
     DataSettings,
+    FilterSettings,
     LoRASettings,
     ModelSettings,
     NotNegative,
@@ -198,6 +199,58 @@ class InferenceSettings(SamplingDefaults, FinishedModelSettings):
     """Longest reply in tokens."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto is bf16 on GPUs that have it, and fp32 otherwise."""
+
+
+class SampleSettings(InferenceSettings, FilterSettings):
+    """Makes preferences without a judge: samples replies to prompts and ranks them by the faults that can be checked.
+
+    A reply is at fault if it does not stop, repeats itself, writes the user's turn, copies the prompt, does not do what
+    the prompt asks in words that can be checked, or breaks one of the rules below. The fewer faults, the better.
+    """
+
+    data: tuple[str, ...]
+    """Prompts: any data source, of which each user turn is one with all above it, or a .txt with one a line."""
+    output: str
+    """File to write, .jsonl, which must not exist yet: `prompt`, `chosen`, `rejected`."""
+    replies: Annotated[int, Field(ge=1)] = 8
+    """Replies to each prompt."""
+    num_prompts: Positive | None = None
+    """Most prompts, the first ones; default all."""
+    pairs: PairRule = "best_worst"
+    """Replies that make a pair: each with every worse one (all), the best with the worst, or with the next worse."""
+    best: bool = False
+    """Rejection sampling: write the best reply to each prompt, if it has no fault, as a conversation for SFT."""
+    topic: tuple[str, ...] = ()
+    """A reply must hold one of these words."""
+    check: tuple[str, ...] = ()
+    """Instructions that every reply must obey, given or not: "in one sentence", "do not use the word tea"."""
+    min_words: NotNegative = 0
+    """Words that a reply must have."""
+    max_words: Positive | None = None
+    """Most words that a reply may have."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Higher is more varied: replies that are all alike make no pairs."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Choose among the likeliest tokens that together are this probable; 1 samples from the model as it is."""
+    max_new_tokens: Positive = 100
+    """Longest reply in tokens; one that has not ended by then does not stop."""
+    seed: NotNegative = 0
+    """The same seed gives the same file."""
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        yield from source_problems(self.data, "data")
+        if not self.data:
+            yield "`data` must name at least one data source, but is empty"
+        if self.replies < 2 and not self.best:
+            yield "`replies` must be at least 2 where pairs are made of them, but is 1"
+        if self.temperature == 0 and self.replies > 1:
+            yield "`temperature` must be above 0 where `replies` is: all replies to a prompt would be the same"
+        if self.max_words is not None and self.max_words < self.min_words:
+            yield f"`max_words` must be at least `min_words` = {self.min_words}, but is {self.max_words}"
+        for word in self.topic:
+            if not word.strip() or len(word.split()) > 1:
+                yield f"`topic` must be single words, but holds {word!r}"
 
 
 class ChatSettings(InferenceSettings):
