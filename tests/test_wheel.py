@@ -37,7 +37,8 @@ def installed(tmp_path_factory):
     [wheel] = folder.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "gpt2ft/recipes/quickstart.yaml" in names
-    assert "gpt2ft/server/page/index.html" in names
+    assert {"gpt2ft/server/page/index.html", "gpt2ft/server/page/markdown-it/markdown-it.js"} <= {*names}
+    assert any(name.endswith("licenses/gpt2ft/server/page/markdown-it/LICENSE") for name in names)
     assert "gpt2ft/report/page.html" in names
     venv.create(folder / "environment", with_pip=True)
     bin = folder / "environment" / "bin"

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import NamedTuple
 
 from gpt2ft.inference.decoder import FinishReason
@@ -57,10 +58,21 @@ class Reply:
     deadline: float = 0.0
     is_abandoned: bool = False
     _texts: deque[str] = field(default_factory=deque)
+    _first_came: float = 0.0  # of the clock that only tells durations, as of the next
+    _last_came: float = 0.0
 
     @property
     def has_ended(self) -> bool:
         return self.finish_reason is not None or self.failure is not None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens after the first by the time after it: not how long the reply waited, nor how its pieces travelled.
+
+        None of fewer than two tokens.
+        """
+        seconds = self._last_came - self._first_came
+        return (self.num_tokens - 1) / seconds if seconds > 0 else None
 
     def take(self) -> Delta:
         """Return what has come since the last call."""
@@ -74,6 +86,8 @@ class Reply:
         detokenizer = self.request.detokenizer
         if id is not None:
             self.num_tokens += 1
+            self._last_came = perf_counter()
+            self._first_came = self._first_came or self._last_came
             self._add(detokenizer.push(id))
             finish_reason = "stop" if detokenizer.is_stopped else finish_reason
         if finish_reason is not None:

@@ -22,7 +22,9 @@ def create(settings: ServeSettings, inference_model: InferenceModel, name: str, 
     """
     engine = _engine(settings, inference_model)
     page = read_page()
-    converter, model = RequestConverter(inference_model, settings), ServedModel.now(name, inference_model.digest)
+    converter = RequestConverter(inference_model, settings)
+    limits = {"max_tokens": converter.most_tokens}
+    model = ServedModel.now(name, inference_model.digest, converter.defaults, limits)
     app = routes.create_app(engine, converter, model, page)
     hosts = tuple(host for host in map(host_of, (settings.host, *settings.allowed_hosts)) if host)
     open_paths = frozenset({routes.HEALTH, routes.READY, *page})

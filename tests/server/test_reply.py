@@ -36,6 +36,18 @@ def test_text_collects_until_it_is_taken(reply, tokenizer):
     assert (reply.num_tokens, reply.num_wakes, reply.has_ended) == (len(ids), len(ids), False)
 
 
+def test_the_speed_is_that_of_the_tokens_after_the_first(reply, tokenizer, monkeypatch):
+    reply, times = reply(), iter((10.0, 10.5, 12.0))
+    monkeypatch.setattr("gpt2ft.server.reply.perf_counter", lambda: next(times))
+    first, *rest = tokenizer.encode("A hot drink")
+    reply.push(first, None)
+    assert reply.tokens_per_second is None
+    for id in rest:
+        reply.push(id, None)
+    reply.push(None, "stop")  # which is no token
+    assert reply.tokens_per_second == 2 / 2.0
+
+
 def test_half_a_character_wakes_nobody_and_comes_with_the_end(reply, tokenizer):
     reply = reply()
     first, *rest = tokenizer.encode("🙂")

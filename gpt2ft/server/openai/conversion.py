@@ -11,7 +11,7 @@ from gpt2ft.server.errors import invalid
 from gpt2ft.server.openai.requests import BaseRequest, ChatMessage, ChatRequest, CompletionRequest
 from gpt2ft.server.reply import GenerationRequest
 from gpt2ft.settings.scripts import ServeSettings
-from gpt2ft.settings.sections import SamplingSettings
+from gpt2ft.settings.sections import SamplingDefaults, SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,17 @@ class RequestConverter:
 
     model: InferenceModel
     settings: ServeSettings
+
+    @property
+    def defaults(self) -> dict[str, float]:
+        """The parameters where a request says nothing."""
+        sampling = self.settings.model_dump(include=set(SamplingDefaults.model_fields))
+        return sampling | {"max_tokens": min(self.settings.max_new_tokens, self.most_tokens)}
+
+    @property
+    def most_tokens(self) -> int:
+        """The largest `max_tokens` of a request."""
+        return self.settings.max_tokens or self.model.n_positions
 
     def chat(self, request: ChatRequest) -> GenerationRequest:
         """Raises ApiError if the messages make no conversation, or not one that fits."""
@@ -58,11 +69,10 @@ class RequestConverter:
             raise invalid("`max_tokens` and `max_completion_tokens` must not both be given", "max_tokens")
         name = "max_tokens" if max_completion_tokens is None else "max_completion_tokens"
         given = request.max_tokens if max_completion_tokens is None else max_completion_tokens
-        most = self.settings.max_tokens or self.model.n_positions
         if given is None:
-            return min(self.settings.max_new_tokens, most)
-        if given > most:
-            raise invalid(f"`{name}` must be at most {most}, but is {given}", name)
+            return int(self.defaults["max_tokens"])
+        if given > self.most_tokens:
+            raise invalid(f"`{name}` must be at most {self.most_tokens}, but is {given}", name)
         return given
 
 

@@ -6,6 +6,7 @@
 import json
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,15 +25,19 @@ class ServedModel:
     Args:
         fingerprint: of its weights.
         created: when it was loaded, in seconds since 1970.
+        defaults: what holds where a request says nothing, by the names of its parameters.
+        limits: the most that it may ask for, likewise.
     """
 
     name: str
     fingerprint: str
     created: int
+    defaults: Mapping[str, float]
+    limits: Mapping[str, float]
 
     @classmethod
-    def now(cls, name: str, digest: str) -> "ServedModel":
-        return cls(name, f"fp_{digest[:10]}", int(time.time()))
+    def now(cls, name: str, digest: str, defaults: Mapping[str, float], limits: Mapping[str, float]) -> "ServedModel":
+        return cls(name, f"fp_{digest[:10]}", int(time.time()), defaults, limits)
 
     def refuse_another(self, name: str | None) -> None:
         """Raise ApiError if a request names another model; one that names none means this one."""
@@ -40,14 +45,16 @@ class ServedModel:
             raise ApiError(404, f"there is no such model here: this is `{self.name}`", "model_not_found", "model")
 
     def describe(self) -> Json:
-        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "gpt2ft"}
+        """Return the model in OpenAI's shape; `defaults` and `limits` are our own."""
+        openai = {"id": self.name, "object": "model", "created": self.created, "owned_by": "gpt2ft"}
+        return openai | {"defaults": self.defaults, "limits": self.limits}
 
 
 @dataclass(frozen=True)
 class OpenAIResponseBuilder:
     """Writes one reply, whole or in chunks, with what all its chunks repeat.
 
-    `dropped_turns`, the number of oldest turns that did not fit the context, is our own.
+    `dropped_turns`, the number of oldest turns that did not fit the context, and `tokens_per_second` are our own.
     """
 
     kind: Kind
@@ -71,6 +78,7 @@ class OpenAIResponseBuilder:
                 "choices": [_choice(content, reply.finish_reason)],
                 "usage": _usage(reply),
                 "dropped_turns": reply.request.prompt.dropped_turns,
+                **_speed(reply),
             }
         )
 
@@ -88,7 +96,7 @@ class OpenAIResponseBuilder:
         if delta.failure:
             chunks.append(error_object(delta.failure))
         if delta.finish_reason:
-            chunks.append(self._chunk({}, delta.finish_reason))
+            chunks.append(self._chunk({}, delta.finish_reason) | _speed(reply))
             if self.includes_usage:
                 chunks.append(self._object(is_chunk=True) | {"choices": [], "usage": _usage(reply)})
         return [*map(dumped, chunks), *([b"[DONE]"] if delta.finish_reason else [])]
@@ -116,6 +124,10 @@ def _choice(content: Json, finish_reason: FinishReason | None) -> Json:
 def _usage(reply: Reply) -> Json:
     prompt, completion = len(reply.request.prompt.ids), reply.num_tokens
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def _speed(reply: Reply) -> Json:
+    return {"tokens_per_second": reply.tokens_per_second and round(reply.tokens_per_second, 2)}
 
 
 def error_object(error: ApiError) -> Json:

@@ -1,11 +1,19 @@
 // The server, which speaks OpenAI's API.
 
+// 401: with a key; 404: the server may have another model by now; 408, 425, 429: later.
+const CHANCES = [401, 404, 408, 425, 429];
+
 /** What the server, or the way to it, had to say against a request. */
 export class ServerError extends Error {
   /** @param {string} message @param {number} [status]  of the HTTP response, 0 if there was none */
   constructor(message, status = 0) {
     super(message);
     this.status = status;
+  }
+
+  /** Whether the same request would be refused again: it asks for what cannot be. */
+  get isFinal() {
+    return this.status >= 400 && this.status < 500 && !CHANCES.includes(this.status);
   }
 
   get needsKey() {
@@ -19,21 +27,29 @@ export class ServerError extends Error {
  * @property {string} text
  * @property {"stop" | "length" | null} finish
  * @property {number} [tokens]
+ * @property {number} [tokensPerSecond]  as the server measured them; none of fewer than two tokens
  * @property {number} [droppedTurns]
  */
 
 /**
- * The name of the model that the server has.
+ * The model that the server has.
+ * @typedef {object} Model
+ * @property {string} name
+ * @property {Record<string, number>} defaults  what holds where a request says nothing
+ * @property {Record<string, number>} limits  the most that it may ask for
+ */
+
+/**
  * @param {string | null} key
  * @param {AbortSignal} [signal]
- * @returns {Promise<string>}
+ * @returns {Promise<Model>}
  */
 export async function fetchModel(key, signal) {
   const response = await request("/v1/models", key, { signal });
   const answer = await response.json().catch(nothing);
-  const name = answer?.data?.[0]?.id;
+  const { id: name, defaults = {}, limits = {} } = answer?.data?.[0] ?? {};
   if (typeof name !== "string") throw new ServerError("The server does not name its model.");
-  return name;
+  return { name, defaults, limits };
 }
 
 /**
@@ -70,6 +86,7 @@ function piece(chunk) {
     text: choice?.delta?.content ?? "",
     finish: choice?.finish_reason ?? null,
     tokens: chunk.usage?.completion_tokens,
+    tokensPerSecond: chunk.tokens_per_second ?? undefined,
     droppedTurns: chunk.dropped_turns,
   };
 }

@@ -11,8 +11,8 @@
  * How a reply ended.
  * @typedef {object} Outcome
  * @property {"stop" | "length" | "stopped" | "failed"} finish  by itself, at a limit, by the person, by an error
- * @property {number} tokens  about as many, where the reply did not come to its end
- * @property {number} tokensPerSecond  as they arrived here; 0 if there were too few to tell
+ * @property {number} tokens  0 if the reply did not come to its end, where the server says how many
+ * @property {number} tokensPerSecond  as the server measured them, likewise
  * @property {number} droppedTurns  how many of the oldest turns the model did not see
  */
 
@@ -22,6 +22,7 @@
  * @property {string} text
  * @property {number} parent  the place of the turn before it in the list of turns, -1 if there is none
  * @property {Outcome} [outcome]  of a reply that has ended
+ * @property {string} [refusal]  of a message that the server cannot reply to, as it and the settings are
  */
 
 /**
@@ -30,6 +31,9 @@
  * @property {string} system  no system turn if empty
  * @property {number} [temperature]
  * @property {number} [top_p]
+ * @property {number} [top_k]
+ * @property {number} [min_p]
+ * @property {number} [repetition_penalty]
  * @property {number} [max_tokens]
  * @property {number} [seed]
  */
@@ -38,7 +42,9 @@ const FINISHES = ["stop", "length", "stopped", "failed"];
 const MOST_TURNS = 200; // of a request
 const MOST_BYTES = 200_000;
 
-export const SAMPLING = /** @type {const} */ (["temperature", "top_p", "max_tokens", "seed"]);
+export const SAMPLING = /** @type {const} */ (
+  ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "seed"]
+);
 
 export class Conversation {
   /** @param {Settings} [settings] */
@@ -161,10 +167,11 @@ function numTooOld(said) {
 const size = (message) => new TextEncoder().encode(JSON.stringify(message)).length;
 
 /** @param {Turn} turn @param {number} place */
-function isTurn({ role, text, parent, outcome }, place) {
+function isTurn({ role, text, parent, outcome, refusal }, place) {
   const numbers = outcome && [outcome.tokens, outcome.tokensPerSecond, outcome.droppedTurns];
   return (
     (role === "user" || role === "assistant") && typeof text === "string" && isPlace(parent, place) &&
+    (refusal === undefined || typeof refusal === "string") &&
     (outcome === undefined || (FINISHES.includes(outcome.finish) && numbers.every(Number.isFinite)))
   );
 }

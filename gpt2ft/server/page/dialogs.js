@@ -1,4 +1,4 @@
-// What opens over the page: the settings, and the list of earlier conversations.
+// What opens over the page: the settings, and the history.
 
 import { SAMPLING } from "./conversation.js";
 import { copyOf } from "./transcript.js";
@@ -7,12 +7,13 @@ import { copyOf } from "./transcript.js";
 /** @typedef {import("./conversation.js").Settings} Settings */
 
 /**
- * Lets the person change the settings. A value out of its range keeps the dialog open, as browsers do with forms;
- * whatever closes it but "Apply" changes nothing.
+ * Lets the person change the settings. Fields show what holds, which is the server's default unless it was changed. A
+ * value out of its range keeps the dialog open, as browsers do with forms; whatever closes it but "Apply" changes nothing.
  * @param {() => Settings} current
+ * @param {() => Pick<import("./api.js").Model, "defaults" | "limits">} server
  * @param {(settings: Settings) => void} apply
  */
-export function connectSettings(current, apply) {
+export function connectSettings(current, server, apply) {
   const dialog = dialogWithId("settings");
   const form = dialog.querySelector("form");
   /** @param {string} name */
@@ -20,40 +21,45 @@ export function connectSettings(current, apply) {
 
   document.getElementById("open-settings").addEventListener("click", () => {
     const settings = current();
+    const { defaults, limits } = server();
     field("system").value = settings.system;
-    SAMPLING.forEach((name) => (field(name).value = String(settings[name] ?? "")));
+    for (const name of SAMPLING) {
+      if (name in defaults) field(name).placeholder = String(defaults[name]); // seen where a field is emptied
+      if (name in limits) field(name).max = String(limits[name]);
+      field(name).value = String(settings[name] ?? defaults[name] ?? "");
+    }
     dialog.returnValue = "";
     dialog.showModal();
   });
   form.querySelector(".cancel").addEventListener("click", () => dialog.close());
   dialog.addEventListener("close", () => {
     if (dialog.returnValue !== "apply") return;
-    const given = SAMPLING.filter((name) => field(name).value !== "");
+    const given = SAMPLING.filter((name) => !["", field(name).placeholder].includes(field(name).value));
     const sampling = Object.fromEntries(given.map((name) => [name, field(name).valueAsNumber]));
     apply({ system: field("system").value, ...sampling });
   });
 }
 
 /**
- * Lists the conversations that this browser keeps.
+ * Lists the conversations that this browser keeps: the history.
  * @param {() => Conversation[]} list
  * @param {() => string} currentId
  * @param {(id: string) => void} open
  * @param {(id: string) => Promise<void>} remove
  */
-export function connectEarlier(list, currentId, open, remove) {
-  const dialog = dialogWithId("earlier");
+export function connectHistory(list, currentId, open, remove) {
+  const dialog = dialogWithId("history");
   const entries = dialog.querySelector("ul");
 
   const show = () => {
     const conversations = list();
-    document.getElementById("none-earlier").hidden = conversations.length > 0;
+    document.getElementById("no-history").hidden = conversations.length > 0;
     entries.replaceChildren(...conversations.map(entry));
   };
 
   /** @param {Conversation} conversation */
   const entry = ({ id, title, changed }) => {
-    const element = copyOf("earlier-template");
+    const element = copyOf("history-template");
     const button = element.querySelector(".open");
     const time = element.querySelector("time");
     const deletion = /** @type {HTMLButtonElement} */ (element.querySelector(".delete"));
@@ -74,7 +80,7 @@ export function connectEarlier(list, currentId, open, remove) {
     return element;
   };
 
-  document.getElementById("open-earlier").addEventListener("click", () => {
+  document.getElementById("open-history").addEventListener("click", () => {
     show();
     dialog.showModal();
   });

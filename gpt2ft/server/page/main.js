@@ -2,7 +2,7 @@
 
 import { fetchModel, ServerError, streamReply } from "./api.js";
 import { Conversation } from "./conversation.js";
-import { connectEarlier, connectSettings } from "./dialogs.js";
+import { connectHistory, connectSettings } from "./dialogs.js";
 import { Reply } from "./reply.js";
 import { followEnd } from "./scrolling.js";
 import * as storage from "./storage.js";
@@ -23,7 +23,8 @@ class Chat {
       copy: (text) => this.copy(text),
     });
     this.end = followEnd(element("to-end"));
-    this.model = "";
+    /** @type {import("./api.js").Model} without a name as long as it is not known */
+    this.model = { name: "", defaults: {}, limits: {} };
     /** @type {{ controller: AbortController, done: Promise<void> } | null} the reply under way */
     this.underway = null;
     this.saving = 0; // a timer
@@ -83,6 +84,7 @@ class Chat {
   /** @param {import("./conversation.js").Settings} settings */
   configure(settings) {
     this.conversation.settings = settings;
+    this.conversation.turns.forEach((turn) => delete turn.refusal); // with others it may be no more
     this.save();
     this.show();
   }
@@ -106,6 +108,7 @@ class Chat {
     const { conversation } = this;
     const before = conversation.last;
     conversation.last = parent;
+    delete conversation.turns[parent].refusal;
     const reply = new Reply(conversation);
     this.#begin();
     let problem = null;
@@ -117,14 +120,17 @@ class Chat {
       reply.end(error.name === "AbortError" ? "stopped" : "failed");
     }
     if (reply.place < 0) conversation.last = before;
-    if (problem instanceof ServerError) this.model = ""; // it may come back with another one
+    if (problem instanceof ServerError) {
+      this.model.name = ""; // it may come back with another one
+      if (problem.isFinal) conversation.turns[parent].refusal = problem.message;
+    }
     this.#finish(reply, problem, parent);
   }
 
   /** @param {Reply} reply @param {AbortSignal} signal */
   async *#pieces(reply, signal) {
-    if (!this.model) await this.#fetchModel(signal);
-    yield* streamReply({ model: this.model, ...reply.request }, storage.loadKey(), signal);
+    if (!this.model.name) await this.#fetchModel(signal);
+    yield* streamReply({ model: this.model.name, ...reply.request }, storage.loadKey(), signal);
   }
 
   #begin() {
@@ -147,10 +153,7 @@ class Chat {
     }
     if (reply.place < 0) return;
     const { last } = this.transcript;
-    last.grow(reply.turn, () => {
-      if (!reply.turn.outcome) last.showNote(`about ${reply.outcome.tokens} tokens`);
-      this.end.keepUp();
-    });
+    last.grow(reply.turn, () => this.end.keepUp());
     this.#saveSoon();
   }
 
@@ -163,7 +166,7 @@ class Chat {
     this.save();
     this.show();
     if (problem && problem.name !== "AbortError") this.#showTrouble(problem, () => this.ask(parent));
-    else if (reply.place >= 0) announce(`Reply: ${reply.turn.text}`);
+    else if (reply.place >= 0) announce(`Reply: ${this.transcript.last.said}`);
     this.end.keepUp();
   }
 
@@ -178,7 +181,9 @@ class Chat {
     element("system").querySelector("p").textContent = conversation.settings.system;
     element("trouble").hidden = true;
     if (conversation.awaitsReply && !this.underway) {
-      this.#showTrouble(new Error("There is no reply yet."), () => this.ask(conversation.last));
+      const { refusal } = conversation.turns[conversation.last];
+      const problem = refusal ? new ServerError(refusal, 400) : new Error("There is no reply yet.");
+      this.#showTrouble(problem, () => this.ask(conversation.last));
     }
   }
 
@@ -188,7 +193,7 @@ class Chat {
     element("trouble").querySelector("p").textContent = problem.message;
     element("trouble").hidden = false;
     element("key-form").hidden = !needsKey;
-    element("ask-again").hidden = needsKey;
+    element("ask-again").hidden = needsKey || (problem instanceof ServerError && problem.isFinal);
     element("ask-again").onclick = tryAgain;
     element("key-form").onsubmit = (/** @type {SubmitEvent} */ event) => {
       event.preventDefault();
@@ -203,8 +208,7 @@ class Chat {
   /** @param {AbortSignal} [signal] */
   async #fetchModel(signal) {
     this.model = await fetchModel(storage.loadKey(), signal);
-    element("model").textContent = this.model;
-    document.title = this.model;
+    element("model").textContent = document.title = this.model.name;
   }
 
   /** Makes the server's acquaintance when the page opens. */
@@ -238,7 +242,7 @@ class Chat {
 }
 
 const STORAGE_TROUBLE =
-  "This browser keeps no more: a reload loses what is said now. Deleting earlier conversations makes room.";
+  "This browser keeps no more: a reload loses what is said now. Deleting conversations in the history makes room.";
 
 /** One button both sends and stops, so that the focus on it is never lost. @param {"Send" | "Stop"} name */
 function showSendAs(name) {
@@ -289,8 +293,12 @@ function connectPage(chat) {
     if (event.key === "Escape" && !document.querySelector("dialog[open]")) chat.stop();
   });
   element("new").addEventListener("click", () => chat.open(new Conversation(chat.conversation.settings)));
-  connectSettings(() => chat.conversation.settings, (settings) => chat.configure(settings));
-  connectEarlier(
+  connectSettings(
+    () => chat.conversation.settings,
+    () => chat.model,
+    (settings) => chat.configure(settings),
+  );
+  connectHistory(
     storage.list,
     () => chat.conversation.id,
     (id) => chat.open(storage.load(id) ?? new Conversation()),

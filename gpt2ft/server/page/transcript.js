@@ -1,6 +1,8 @@
 // The turns on the screen. A reply under way only ever touches the end of its own text, so a long conversation costs
 // no more per token than a short one.
 
+import { MarkdownView } from "./markdown.js";
+
 /** @typedef {import("./conversation.js").Conversation} Conversation */
 /** @typedef {import("./conversation.js").Turn} Turn */
 /** @typedef {import("./conversation.js").Outcome} Outcome */
@@ -63,7 +65,8 @@ class TurnView {
     this.element = copyOf("turn-template");
     this.element.classList.add(role);
     this.find("h2").textContent = role === "user" ? "You" : "Reply";
-    this.text = this.find(".text").appendChild(document.createTextNode(""));
+    this.text = ""; // as it was written
+    this.view = role === "user" ? new PlainView(this.find(".text")) : new MarkdownView(this.find(".text"));
     this.isGrowing = false;
     this.versions = [place];
     this.#connect(role, actions);
@@ -81,7 +84,7 @@ class TurnView {
     this.find(".retry")?.addEventListener("click", () => retry(this.place));
     this.find(".previous").addEventListener("click", () => choose(this.#beside(-1)));
     this.find(".next").addEventListener("click", () => choose(this.#beside(1)));
-    this.find(".copy").addEventListener("click", () => copy(this.text.data));
+    this.find(".copy").addEventListener("click", () => copy(this.text));
     this.find(".copy").hidden = !navigator.clipboard; // plain HTTP to another machine has none
   }
 
@@ -93,7 +96,7 @@ class TurnView {
   /** Touches only what has changed. @param {Turn} turn @param {number[]} versions  the places of all of this turn */
   show(turn, versions) {
     this.versions = versions;
-    if (this.text.data !== turn.text) this.text.data = turn.text;
+    this.#showText(turn.text);
     this.showNote(turn.role === "assistant" ? noteOn(turn) : "");
     const number = versions.indexOf(this.place) + 1;
     const state = `${number} of ${versions.length}`;
@@ -102,6 +105,18 @@ class TurnView {
     this.find(".versions").hidden = versions.length === 1;
     /** @type {HTMLButtonElement} */ (this.find(".previous")).disabled = number === 1;
     /** @type {HTMLButtonElement} */ (this.find(".next")).disabled = number === versions.length;
+  }
+
+  /** @param {string} text */
+  #showText(text) {
+    if (this.text === text) return;
+    this.text = text;
+    this.view.show(text);
+  }
+
+  /** What is to be heard of it. */
+  get said() {
+    return this.find(".text").innerText;
   }
 
   /** @param {string} note */
@@ -117,7 +132,7 @@ class TurnView {
     this.isGrowing = true;
     requestAnimationFrame(() => {
       this.isGrowing = false;
-      this.text.appendData(turn.text.slice(this.text.length));
+      this.#showText(turn.text);
       whenShown();
     });
   }
@@ -137,7 +152,7 @@ class TurnView {
       close();
       send(text);
     };
-    field.value = this.text.data;
+    field.value = this.text;
     field.addEventListener("keydown", (event) => {
       if (event.key === "Escape") {
         event.stopPropagation(); // it is no call to stop a reply
@@ -159,6 +174,19 @@ class TurnView {
   }
 }
 
+/** A text as it is: what people write. */
+class PlainView {
+  /** @param {HTMLElement} element */
+  constructor(element) {
+    this.element = element;
+  }
+
+  /** @param {string} text */
+  show(text) {
+    this.element.textContent = text;
+  }
+}
+
 /** Whether a key sends what is typed, and is not part of typing it. @param {KeyboardEvent} event */
 export function isSend(event) {
   const isComposing = event.isComposing || event.keyCode === 229; // Safari's Enter that ends a composition
@@ -176,11 +204,11 @@ function noteOn({ text, outcome }) {
   if (!outcome) return "not complete";
   const { finish, tokens, tokensPerSecond, droppedTurns } = outcome;
   const count = `${tokens} ${tokens === 1 ? "token" : "tokens"}`;
-  const counts = { stop: count, length: `cut off after ${count}`, stopped: `about ${count}`, failed: `about ${count}` };
+  const isCut = finish === "length";
   const oldest = droppedTurns === 1 ? "the oldest turn" : `the ${droppedTurns} oldest turns`;
   const parts = [
     !text && finish === "stop" && "the model said nothing",
-    tokens && counts[finish],
+    tokens && (isCut ? `cut off after ${count}` : count),
     tokensPerSecond && `${tokensPerSecond.toFixed(tokensPerSecond < 10 ? 1 : 0)} tokens/s`,
     finish === "stopped" && "stopped",
     finish === "failed" && "broken off",

@@ -131,3 +131,13 @@ def test_stop_strings_end_the_text(convert, inference_model):
         detokenizer = convert(request).detokenizer
         text = "".join(detokenizer.push(id) for id in inference_model.tokenizer.encode("A hot kettle boils."))
         assert (text, detokenizer.is_stopped) == ("A hot ", True)
+
+
+def test_clients_are_told_what_holds_where_a_request_says_nothing(convert, inference_model):
+    settings = ServeSettings(top_k=7, temperature=1.5, max_new_tokens=9)
+    converter = RequestConverter(inference_model, settings)
+    sampling = {"temperature": 1.5, "top_k": 7, "top_p": 0.9, "min_p": 0.0, "repetition_penalty": 1.0}
+    assert converter.defaults == sampling | {"max_tokens": 9}
+    assert converter.most_tokens == inference_model.n_positions
+    request = convert(chat(), **settings.model_dump(exclude_unset=True))
+    assert (request.sampling, request.max_new_tokens) == (SamplingSettings(**sampling), 9)

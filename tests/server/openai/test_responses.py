@@ -9,7 +9,7 @@ from gpt2ft.server.errors import ApiError, internal, invalid, overloaded, unavai
 from gpt2ft.server.openai.responses import OpenAIResponseBuilder, ServedModel, render_error
 from gpt2ft.server.reply import Delta, GenerationRequest, Reply
 
-MODEL = ServedModel("tea", "fp_0", 5)
+MODEL = ServedModel("tea", "fp_0", 5, {}, {})
 USAGE = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
 
 
@@ -17,7 +17,8 @@ USAGE = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
 def reply():
     """Four tokens behind a prompt of three, from which two turns were dropped."""
     request = GenerationRequest(Prompt([1, 2, 3], dropped_turns=2), None, 9, (), None)
-    return Reply(request, wake=lambda: None, num_tokens=4, finish_reason="stop")
+    times = {"_first_came": 1.0, "_last_came": 2.5}
+    return Reply(request, wake=lambda: None, num_tokens=4, finish_reason="stop", **times)
 
 
 def builder(kind="chat", **more):
@@ -30,6 +31,7 @@ def read(events):
 
 def test_a_whole_reply(reply):
     fixed = {"created": 8, "model": "tea", "system_fingerprint": "fp_0", "usage": USAGE, "dropped_turns": 2}
+    fixed["tokens_per_second"] = 2.0
     ending = {"index": 0, "logprobs": None, "finish_reason": "stop"}
     assert json.loads(builder().whole(reply, "Tëa")) == fixed | {
         "id": "chatcmpl-u",
@@ -60,6 +62,7 @@ def test_a_stream_of_chat(reply):
     text, end = read(chunks)
     assert (text["choices"][0]["delta"], end["choices"][0]["delta"]) == ({"content": "cup"}, {})
     assert [each["choices"][0]["finish_reason"] for each in (text, end)] == [None, "length"]
+    assert ("tokens_per_second" in text, end["tokens_per_second"]) == (False, 2.0)
     assert done == b"[DONE]"
 
 
@@ -99,9 +102,11 @@ def test_errors(error, kind, param, code):
 
 
 def test_the_model():
-    model = ServedModel.now("tea", "0123456789abcdef")
+    defaults, limits = {"temperature": 0.5}, {"max_tokens": 7}
+    model = ServedModel.now("tea", "0123456789abcdef", defaults, limits)
     assert model.fingerprint == "fp_0123456789"
-    assert model.describe() == {"id": "tea", "object": "model", "created": model.created, "owned_by": "gpt2ft"}
+    openai = {"id": "tea", "object": "model", "created": model.created, "owned_by": "gpt2ft"}
+    assert model.describe() == openai | {"defaults": defaults, "limits": limits}
     model.refuse_another(None)
     model.refuse_another("tea")
     with pytest.raises(ApiError) as error:

@@ -96,17 +96,18 @@ def test_nothing_that_axe_knows_to_be_a_barrier(visit, server):
 
     look()
     visit.configure(system="Be brief.")
-    for text in ("A drink.", "A leaf."):
+    markdown = "# Tea\n\n> A *leaf* of [tea](https://tea.invalid).\n\n1. `hot`\n\n```\ncold\n```\n\n|a|b|\n|-|-|\n|c|d|"
+    for text in ("A drink.", markdown):
         server.will_say(text)
     visit.say("What is tea?")
     visit.button("Retry").click()
-    visit.expect_texts("What is tea?", "A leaf.")
+    expect(visit.turns.last.locator("table")).to_be_visible()
     visit.answer_once(status=401, body=json.dumps({"error": {"message": "A key, please."}}))
     visit.say("And now?")
     visit.button("Edit", 0).click()
     look()
     visit.tab.keyboard.press("Escape")
-    for name in ("Earlier", "Settings"):
+    for name in ("History", "Settings"):
         visit.tab.get_by_role("button", name=name).click()
         look()
         visit.tab.keyboard.press("Escape")
@@ -124,7 +125,8 @@ def test_a_phone_never_scrolls_sideways(visit, server):
     visit.tab.reload()
     overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
     visit.configure(system="s" * 300)
-    server.will_say("w" * 300, finish="length")
+    wide = "w" * 300
+    server.will_say(f"{wide}\n\n```\n{wide}\n```\n\n|{wide}|b|c|d|\n|-|-|-|-|\n|a|b|c|{wide}|", finish="length")
     visit.say("W" * 90 + "\n" + "word " * 10)
     visit.answer_once(status=500, body=json.dumps({"error": {"message": "e" * 300}}))
     visit.button("Retry").click()
@@ -135,13 +137,32 @@ def test_a_phone_never_scrolls_sideways(visit, server):
     expect(visit.tab.get_by_label("API key")).to_be_visible()
     visit.button("Edit", 0).click()
     assert visit.tab.evaluate(overflow) == 0
-    for name in ("Earlier", "Settings"):
+    for name in ("History", "Settings"):
         visit.tab.get_by_role("button", name=name).click()
         dialog = visit.tab.get_by_role("dialog")
         assert dialog.evaluate("dialog => dialog.scrollWidth - dialog.clientWidth") == 0
         assert visit.tab.evaluate(overflow) == 0
         visit.tab.keyboard.press("Escape")
     expect(visit.send).to_be_in_viewport()
+
+
+def test_what_is_short_is_one_line_on_a_phone(visit):
+    visit.tab.set_viewport_size(PHONE)
+    visit.tab.route("**/v1/models", lambda route: route.fulfill(status=401, body="{}"))
+    visit.tab.reload()
+    for line in ("#keys", "#key-hint", "#new", "#open-history", "#open-settings"):
+        expect(visit.tab.locator(line)).to_be_visible()
+        lines, width, room = visit.tab.locator(line).evaluate(
+            """(line) => {
+              const text = document.createRange();
+              text.selectNodeContents(line);
+              const boxes = [...text.getClientRects()];
+              const middles = boxes.map(({ top, bottom }) => Math.round((top + bottom) / 2));
+              return [new Set(middles).size, text.getBoundingClientRect().width, line.clientWidth];
+            }"""
+        )
+        assert lines == 1
+        assert width <= room
 
 
 def test_motion_only_where_it_is_welcome(visit, server):

@@ -1,6 +1,8 @@
-"""Whatever is said is text."""
+"""Whatever is said is text, and what a reply says in Markdown becomes nothing but harmless elements."""
 
 import json
+
+import pytest
 
 from .visit import expect
 
@@ -34,17 +36,129 @@ PAYLOADS = [
 ]
 
 
+# Replies in Markdown, the elements that they become, and where their links lead.
+MARKDOWN = [
+    ("[click](javascript:alert(1))", "p", []),
+    ("[click](JavaScript:alert(1)) [click](&#106;avascript:alert(1)) [click](java\tscript:alert(1))", "p", []),
+    ("[click](\x01javascript:alert(1)) [click](<javascript:alert(1)>) <javascript:alert(1)>", "p", []),
+    ("[click](vbscript:x) [click](data:text/html,<script>alert(1)</script>) [click](file:///etc/passwd)", "p", []),
+    ("[click](blob:x) [click](//evil.invalid) [click](/v1/models) [click](#x) [click]()", "p", []),
+    ("[click][x]\n\n[x]: javascript:alert(1)\n\n[y]: https://evil.invalid", "p p p", []),
+    ("[click](https://evil.invalid/?q=1 'onclick=alert(1)')", "p a", ["https://evil.invalid/?q=1"]),
+    (
+        '[click](https://evil.invalid/"onmouseover="alert(1))',
+        "p a",
+        ["https://evil.invalid/%22onmouseover=%22alert(1)"],
+    ),
+    ("<https://evil.invalid> <who@evil.invalid>", "p a a", ["https://evil.invalid", "mailto:who@evil.invalid"]),
+    ("![tea](https://evil.invalid/pixel.png)", "p a", ["https://evil.invalid/pixel.png"]),
+    (
+        "![](https://evil.invalid/<script>) ![x](data:image/svg+xml,<svg/onload=alert(1)>)",
+        "p a",
+        ["https://evil.invalid/%3Cscript%3E"],
+    ),
+    ("[![tea](https://evil.invalid/a)](https://evil.invalid/b)", "p a", ["https://evil.invalid/b"]),
+    ("[<img src=x onerror=alert(1)>](https://evil.invalid)", "p a", ["https://evil.invalid"]),
+    ("**<b>bold</b>** *<svg onload=alert(1)>*", "p strong em", []),
+    ("```html onload=alert(1)\n<script>alert(1)</script>\n```", "pre code", []),
+    ("`<script>alert(1)</script>` ``<b>``", "p code code", []),
+    ("    <script>alert(1)</script>", "pre code", []),
+    ("> <iframe src=javascript:alert(1)>\n\n- <style>* { display: none }</style>", "blockquote p ul li", []),
+    ("# <script>alert(1)</script>\n\n<b>x</b>\n===", "h3 h3", []),
+    ("|<b>a</b>|b|\n|:-:|-|\n|<img src=x onerror=alert(1)>|~~c~~|", "table thead tr th th tbody tr td td s", []),
+    ("<div\n\n**a**\n\n</div>\n\n<!-- **b** -->\n\n<?php **c** ?>", "p p strong p p strong p strong", []),
+    ("9. a\n10. b\n\n---", "ol li li hr", []),
+]
+ATTRIBUTES = {
+    "a": {"href", "title", "target", "rel"}, "ol": {"start"}, "pre": {"tabindex"}, "th": {"style"}, "td": {"style"},
+}  # fmt: skip
+
+
+def elements(visit, turn):
+    """Return (name, attributes) of each element in the text of a turn."""
+    return (
+        visit.turns.nth(turn)
+        .locator(".text")
+        .evaluate(
+            """(text) => [...text.querySelectorAll("*")].map(({ localName, attributes }) =>
+          [localName, Object.fromEntries([...attributes].map(({ name, value }) => [name, value]))])"""
+        )
+    )
+
+
 def test_whatever_is_said_is_shown_as_text(visit, server):
-    for text in ("A person says this.", *PAYLOADS):
+    for text in PAYLOADS:
         server.will_say(text)
         visit.say(text)
-    said = [text for payload in PAYLOADS for text in (payload, payload)]
-    assert visit.texts()[2:] == said
-    visit.tab.reload()
-    assert visit.texts()[2:] == said
-    shape = "(turn) => [...turn.querySelectorAll('*')].map((element) => element.localName).join()"
-    turns = f"[...document.querySelectorAll('#turns > li')].map({shape})"
-    assert len(set(visit.tab.evaluate(turns))) == 1  # whatever they say
+    for _ in ("as it came", "as it was kept"):
+        assert visit.texts()[::2] == PAYLOADS
+        for turn, payload in enumerate(PAYLOADS):
+            assert elements(visit, 2 * turn) == []
+            replied = elements(visit, 2 * turn + 1)
+            assert {name for name, _ in replied} <= {"p", "strong", "a"}
+            assert all(name == "a" or not attributes for name, attributes in replied)
+            if not set("*_[&\0") & set(payload) and "\n\n" not in payload:
+                assert visit.texts()[2 * turn + 1] == payload
+        visit.tab.reload()
+
+
+@pytest.mark.parametrize("pieces", ["whole", "by_character"])
+def test_markdown_becomes_elements_from_a_fixed_list(visit, server, pieces):
+    for text, _, _ in MARKDOWN:
+        server.will_say(*([text] if pieces == "whole" else text))
+        visit.say("And?")
+    for turn, (text, names, links) in enumerate(MARKDOWN):
+        found = elements(visit, 2 * turn + 1)
+        assert " ".join(name for name, _ in found) == names, text
+        assert [attributes["href"] for name, attributes in found if name == "a"] == links, text
+        for name, attributes in found:
+            assert {*attributes} <= ATTRIBUTES.get(name, set())
+            if name == "a":
+                assert (attributes["target"], attributes["title"]) == ("_blank", attributes["href"])
+                assert "noopener" in attributes["rel"]
+
+
+BOMBS = {
+    "emphasis": "*a **a " * 4000 + "a** a*" * 4000,
+    "open emphasis": "*a_" * 10_000,
+    "nested emphasis": "**x *" * 5000 + "y" + "* x**" * 5000,
+    "strikes": "~~a~" * 8000,
+    "brackets": "[" * 15_000 + "a" + "]" * 15_000,
+    "links": "[a](<b" * 6000,
+    "quotes": "> " * 10_000 + "a",
+    "lists": "- " * 10_000 + "a",
+    "deeper lists": "\n".join("  " * depth + "- a" for depth in range(150)),
+    "table": "|a" * 5000 + "\n" + "|-" * 5000 + "\n" + "|a" * 5000,
+    "code": "".join("e" + "`" * number for number in range(200)),
+    "tags": "<a " * 10_000,
+    "comments": "<!--" * 8000,
+    "entities": "&" * 30_000,
+    "a stop": "a." * 15_000 + "@",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_of_markdown_costs_little_and_loses_no_text(visit, name):
+    seconds, depth, text = visit.tab.evaluate(
+        """async (bomb) => {
+          const { MarkdownView } = await import("/markdown.js");
+          const element = document.createElement("div");
+          const began = performance.now();
+          new MarkdownView(element).show(bomb);
+          let deepest = 0;
+          for (const leaf of element.querySelectorAll("*")) {
+            let depth = 0;
+            for (let above = leaf; above !== element; above = above.parentElement) depth += 1;
+            deepest = Math.max(deepest, depth);
+          }
+          return [(performance.now() - began) / 1000, deepest, element.textContent];
+        }""",
+        BOMBS[name],
+    )
+    assert seconds < 5
+    assert depth <= 21
+    for letter in "axy":
+        assert text.count(letter) == BOMBS[name].count(letter) or name == "code"
 
 
 def test_markup_in_all_other_places_is_text_too(visit, server):
@@ -58,10 +172,10 @@ def test_markup_in_all_other_places_is_text_too(visit, server):
     visit.tab.reload()
     visit.button("Edit").click()
     visit.tab.keyboard.press("Escape")
-    visit.tab.get_by_role("button", name="Earlier").click()
+    visit.tab.get_by_role("button", name="History").click()
     expect(visit.tab.get_by_role("heading", name="alert(1)").first).to_be_visible()
     found = visit.tab.evaluate("[...document.querySelectorAll('*')].map((element) => element.localName)")
-    assert not set(found) & {"img", "iframe", "object", "embed", "base", "svg", "style", "details", "a", "b"}
+    assert not set(found) & {"img", "iframe", "object", "embed", "base", "svg", "style", "details", "b"}
     assert visit.tab.evaluate("document.scripts.length") == 2
 
 

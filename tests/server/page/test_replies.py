@@ -1,5 +1,6 @@
 """Replies, and other versions of them."""
 
+import json
 import re
 
 import pytest
@@ -19,6 +20,45 @@ def test_a_reply_is_seen_while_it_is_being_said(visit, server):
     expect(visit.send).to_be_visible()
     expect(visit.turns.last).to_contain_text(re.compile(r"\d tokens · [\d.]+ tokens/s"))
     expect(visit.tab.get_by_role("heading", name="scripted")).to_be_visible()
+
+
+def test_the_speed_is_the_one_that_the_server_measured(visit):
+    """However its pieces came: through a proxy they may come all at once."""
+    pieces = [{"choices": [{"index": 0, "delta": {"content": text}}]} for text in ("A", " hot", " drink")]
+    end = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], "tokens_per_second": 7.5}
+    usage = {"choices": [], "usage": {"completion_tokens": 3}}
+    for told, note in (
+        (end, "3 tokens · 7.5 tokens/s"),
+        (end | {"tokens_per_second": None}, "3 tokens"),
+        (end | {"tokens_per_second": 31.4}, "3 tokens · 31 tokens/s"),
+    ):
+        chunks = (json.dumps(chunk) for chunk in (*pieces, told, usage))
+        visit.answer_once(body="".join(f"data: {chunk}\n\n" for chunk in (*chunks, "[DONE]")))
+        visit.say("What is tea?")
+        expect(visit.turns.last.locator(".note")).to_have_text(note)
+
+
+def test_a_reply_in_markdown_only_grows_at_its_end(visit, server):
+    gate = Gate()
+    server.will_say("# Tea\n\n- hot\n- *cold*\n\nAnd **no", gate, "w**:\n\n```\nkettle\n```")
+    visit.start("What is tea?")
+    text = visit.turns.last.locator(".text")
+    expect(text.locator("li em")).to_have_text("cold")
+    expect(text.locator("> p")).to_have_text("And **no")
+    visit.tab.evaluate("document.querySelectorAll('.assistant .text > *').forEach((block) => (block.wasThere = true))")
+    gate.open()
+    expect(text.locator("> pre > code")).to_have_text("kettle")
+    expect(text.locator("> p > strong")).to_have_text("now")
+    kept = text.evaluate("(text) => [...text.children].map((block) => [block.localName, block.wasThere ?? false])")
+    assert kept == [["h3", True], ["ul", True], ["p", False], ["pre", False]]
+    expect(visit.send).to_be_visible()
+    expect(visit.tab.locator("#status")).to_contain_text("And now:")  # what a screen reader says
+
+
+def test_what_a_person_writes_is_shown_as_it_is(visit, server):
+    server.will_say("*Well.*")
+    visit.say("*What* is <tea>?\n- hot")
+    assert visit.texts() == ["*What* is <tea>?\n- hot", "Well."]
 
 
 def test_a_request_holds_the_conversation_and_only_what_was_set(visit, server):
@@ -97,11 +137,11 @@ def test_what_is_typed_amid_a_reply_waits(visit, server):
 
 def test_a_turn_can_be_copied(visit, server):
     visit.tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    server.will_say("A <b>drink</b>.")
+    server.will_say("A **<b>drink</b>**.")
     visit.say("What is tea?")
     visit.button("Copy").click()
     expect(visit.tab.get_by_text("Copied")).to_have_count(1)
-    assert visit.tab.evaluate("navigator.clipboard.readText()") == "A <b>drink</b>."
+    assert visit.tab.evaluate("navigator.clipboard.readText()") == "A **<b>drink</b>**."
 
 
 def test_an_empty_reply_says_so(visit, server):
@@ -177,12 +217,12 @@ def test_a_new_conversation_ends_the_reply_and_the_old_one_can_be_opened_again(v
     server.will_say("No tea.")
     visit.say("What is mate?")
     assert len(visit.asked[1]["messages"]) == 1
-    visit.tab.get_by_role("button", name="Earlier").click()
-    dialog = visit.tab.get_by_role("dialog", name="Earlier conversations")
+    visit.tab.get_by_role("button", name="History").click()
+    dialog = visit.tab.get_by_role("dialog", name="History")
     expect(dialog.get_by_role("listitem")).to_have_count(2)
     dialog.get_by_role("button", name="What is tea?").first.click()
     visit.expect_texts("What is tea?", "A drink")
-    visit.tab.get_by_role("button", name="Earlier").click()
+    visit.tab.get_by_role("button", name="History").click()
     dialog.get_by_role("button", name="Delete What is tea?").click()
     expect(dialog.get_by_role("listitem")).to_have_count(2)
     dialog.get_by_role("button", name="Really delete").click()

@@ -73,7 +73,7 @@ def test_a_damaged_entry_is_passed_over(visit, server):
     visit.tab.evaluate("sessionStorage.setItem('gpt2ft.current', 'damaged9')")
     visit.tab.reload()
     visit.expect_texts()
-    visit.tab.get_by_role("button", name="Earlier").click()
+    visit.tab.get_by_role("button", name="History").click()
     expect(visit.tab.get_by_role("dialog").get_by_role("listitem")).to_have_count(1)
     visit.tab.get_by_role("button", name="What is tea?").first.click()
     visit.expect_texts("What is tea?")
@@ -128,7 +128,7 @@ def test_tabs_with_conversations_of_their_own_leave_each_other_alone(new_visit, 
 
 
 def open_the_only_one(visit):
-    visit.tab.get_by_role("button", name="Earlier").click()
+    visit.tab.get_by_role("button", name="History").click()
     visit.tab.get_by_role("dialog").get_by_role("listitem").get_by_role("button").first.click()
 
 

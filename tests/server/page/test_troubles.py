@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from .scripted import Gate
 from .visit import expect
 
@@ -33,6 +35,39 @@ def test_a_reply_that_fails_amid_keeps_what_was_said(visit, server):
     visit.trouble.get_by_role("button", name="Try again").click()
     visit.expect_texts("What is tea?", "A drink.")
     expect(visit.turns.last).to_contain_text("2 of 2")
+
+
+def test_what_cannot_succeed_is_not_to_be_tried_again(visit, server):
+    again = visit.trouble.get_by_role("button", name="Try again")
+    visit.say("long " * 1000)
+    expect(visit.trouble).to_contain_text("shorten it")
+    expect(again).to_be_hidden()
+    visit.tab.reload()
+    expect(visit.trouble).to_contain_text("shorten it")
+    expect(again).to_be_hidden()
+    visit.button("Edit").click()
+    server.will_say("A drink.")
+    visit.tab.keyboard.press("Control+A")
+    visit.tab.keyboard.type("What is tea?")
+    visit.tab.keyboard.press("Enter")
+    visit.expect_texts("What is tea?", "A drink.")
+
+
+@pytest.mark.parametrize(
+    ("status", "can_succeed"),
+    [
+        *((status, False) for status in (400, 403, 413, 415, 422)),
+        *((status, True) for status in (404, 408, 429, 500, 503)),
+    ],
+)
+def test_only_what_may_succeed_is_offered_again(visit, status, can_succeed):
+    again = visit.trouble.get_by_role("button", name="Try again")
+    visit.answer_once(status=status, body=json.dumps({"error": {"message": "Not so."}}))
+    visit.say("What is tea?")
+    expect(visit.trouble).to_contain_text("Not so.")
+    expect(again).to_be_visible(visible=can_succeed)
+    visit.configure(max_tokens="7")  # with other settings it may
+    expect(again).to_be_visible()
 
 
 PIECE = 'data: {"choices": [{"index": 0, "delta": {"content": "A dri"}, "finish_reason": null}]}\n\n'

@@ -9,7 +9,11 @@ expect = pytest.importorskip("playwright.sync_api", reason=missing).expect
 expect.set_options(timeout=15_000)  # milliseconds
 
 DESK, PHONE = {"width": 1000, "height": 800}, {"width": 360, "height": 640}
-LABELS = {"system": "System prompt", "top_p": "Top p", "max_tokens": "Longest reply"}
+
+
+def label_of(name):
+    """Return the label of a setting: its name, but for one."""
+    return {"system": "System prompt"}.get(name, name.replace("_", " ").capitalize())
 
 
 class Visit:
@@ -25,7 +29,7 @@ class Visit:
         self.send = tab.get_by_role("button", name="Send", exact=True)
         self.stop = tab.get_by_role("button", name="Stop", exact=True)
         self.trouble = tab.get_by_role("alert")
-        self.turns = tab.get_by_role("list", name="Conversation").get_by_role("listitem")
+        self.turns = tab.locator("#turns > li")  # by role would find the items of lists in replies too
 
     def begin(self, url):
         """Opens the page, where nothing is stored yet."""
@@ -68,8 +72,15 @@ class Visit:
         """Sets what the dialog holds, as it is typed."""
         self.tab.get_by_role("button", name="Settings").click()
         for name, value in settings.items():
-            self.tab.get_by_label(LABELS.get(name, name.capitalize()), exact=True).fill(value)
+            self.tab.get_by_label(label_of(name), exact=True).fill(value)
         self.tab.get_by_role("button", name="Apply").click()
+
+    def settings(self, *names):
+        """Return what fields of the dialog show."""
+        self.tab.get_by_role("button", name="Settings").click()
+        shown = {name: self.tab.get_by_label(label_of(name), exact=True).input_value() for name in names}
+        self.tab.get_by_role("button", name="Cancel").click()
+        return shown
 
     def answer_once(self, path="chat/completions", **answer):
         """In place of the server."""
