@@ -18,6 +18,7 @@ from gpt2ft.settings.scripts import (
     DPOSettings,
     EvaluateSettings,
     ExportSettings,
+    ReferenceSettings,
     SampleSettings,
     ServeSettings,
     SFTSettings,
@@ -47,7 +48,7 @@ SCRIPTS = {
         SFTSettings, "Fine-tunes GPT-2 on conversations, all weights or LoRA.", "train_sft", recipe="quickstart"
     ),
     "reference": Script(
-        DPOSettings,
+        ReferenceSettings,
         "Computes the reference log-probs of a preference recipe, which dpo then finds; it trains nothing.",
         "compute_reference",
         recipe="quickstart-dpo",

@@ -102,6 +102,22 @@ class DPOSettings(RunSettings):
             yield "`data.message_weight` must be once in DPO, where pairs are weighed: see `dpo.pair_weight`"
 
 
+class ReferenceSettings(DPOSettings):
+    """Computes reference log-probs, and says what they tell of the pairs."""
+
+    report: str | None = None
+    """File, .json, for what the stored log-probs tell of the training pairs: also printed."""
+    later: tuple[str, ...] = ()
+    """Models that were trained from the start (runs, checkpoints), the last one last: how far each has gone from it."""
+    margin: Annotated[float, Field(gt=0)] = 0.5
+    """Nats per token by which the start must order a pair for it to be called easy, or likely mislabelled."""
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.report is None and (self.later or self.margin != type(self).model_fields["margin"].default):
+            yield "`report` must be set where `later` or `margin` is: they are of the report alone"
+
+
 class FinishedModelSettings(Section):
     """The model of a script that does not train."""
 

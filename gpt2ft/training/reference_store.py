@@ -112,6 +112,16 @@ class ReferenceStore:
                 found[number] = log_prob
         return found
 
+    def read_tokens(self, keys: Sequence[Key]) -> list[list[float]]:
+        """Return the log-prob of each token of replies that the store has (see `read`)."""
+        import pyarrow.parquet
+
+        found: dict[Key, list[float]] = {}
+        for file in sorted(self.folder.glob("*.parquet")):
+            table = pyarrow.parquet.read_table(file, columns=["key", "log_probs"], page_checksum_verification=True)
+            found = dict(zip(*(column.to_pylist() for column in table.columns), strict=True)) | found
+        return [found[key] for key in keys]
+
     def _rows(self) -> dict[Key, tuple[float, int, Path]]:
         """Read (log-prob, tokens, shard) of every row."""
         import pyarrow as pa

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from gpt2ft.settings.scripts import DPOSettings, SFTSettings
+from gpt2ft.settings.scripts import DPOSettings, ReferenceSettings, SFTSettings
 
 
 @pytest.fixture(scope="session")
@@ -68,12 +68,16 @@ def run_dpo(tiny_weights_folder, one_thread, tmp_path_factory):
         lora=None,
         data=None,
         only_reference=False,
+        report=None,
+        later=(),
         **training,
     ):
         from gpt2ft.runs import compute_reference
         from gpt2ft.runs.train_dpo import PreferenceTuning
 
-        settings = DPOSettings(
+        extra = {"report": report, "later": later} if only_reference else {}
+        settings = (ReferenceSettings if only_reference else DPOSettings)(
+            **extra,
             model={"path": str(path or tiny_weights_folder)},
             lora=lora or {},
             data=quickstart_data(cache) | (data or {}),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gpt2ft.errors import SettingsError
 from gpt2ft.runs import evaluate_model
 from gpt2ft.runs.loaded_model import find_model, load_model
 from gpt2ft.settings.choices import PREFERENCE_LOSSES
@@ -243,3 +244,24 @@ def test_a_reference_that_does_not_fit_the_start_is_refused(run_dpo, tmp_path):
     with pytest.raises(ReferenceLogProbError, match=r"differ from what the start of this run gives by .*; remove "):
         run_dpo(tmp_path / "run", 1, data={"cache": str(cache)})
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_store_tells_of_the_pairs_and_of_later_models(run_dpo, tiny_weights_folder, tmp_path, capsys):
+    run_dpo(tmp_path / "run", STEPS, learning_rate=1e-2)
+    report, later = tmp_path / "report.json", (str(tiny_weights_folder), str(tmp_path / "run"))
+    run_dpo(tmp_path / "reference", STEPS, only_reference=True, report=str(report), later=later)
+    found = json.loads(report.read_text())
+    start, end = found["later"]
+    assert start["divergence"] == pytest.approx(0, abs=1e-9)
+    assert end["divergence"] > 1e-4
+    assert [row["beta"] for row in found["saturation"]] == sorted(row["beta"] for row in found["saturation"])
+    shares = [row["saturated"] for row in found["saturation"]]
+    assert shares == sorted(shares)  # the larger beta, the smaller the margin that saturates
+    worst = [pair["difference"] for pair in found["suspicious"]]
+    assert worst == sorted(worst)
+    assert len(worst) == min(10, found["likely_mislabelled"])
+    for pair in found["suspicious"]:
+        assert all(pair[name].strip() and "<|" not in pair[name] for name in ("prompt", "chosen", "rejected"))
+    assert "nats/token from the start" in capsys.readouterr().out
+    with pytest.raises(SettingsError, match="must not exist yet"):
+        run_dpo(tmp_path / "reference", STEPS, only_reference=True, report=str(report))
