@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [  # a part imports itself and parts above its own line
     {"errors", "command_line", "wording"},
-    {"settings", "conversation", "files", "random", "quickstart", "device"},
+    {"settings", "conversation", "files", "hub", "random", "quickstart", "device"},
     {"stream", "checkpoint_verification"},
     {"checkpoint"},
     {"text", "model"},

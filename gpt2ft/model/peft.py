@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gpt2ft.files import read_json, write_json, write_safetensors
+from gpt2ft.hub import hub_model
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.lora import AdaptedProjection, adapted_projections, columns_of, scaling_of
 from gpt2ft.model.pretrained import ModelError
@@ -39,7 +40,7 @@ def write_adapter(folder: Path, gpt2: GPT2, settings: LoRASettings, base: str) -
     """Write the adapters and rows of an adapted model, and read them back.
 
     Args:
-        base: where PEFT finds the model that they stand on.
+        base: where PEFT finds the model that they stand on; on the hub with its revision, as OWNER/NAME@REVISION.
 
     Raises:
         OSError: if names or shapes are not the same when read back.
@@ -72,10 +73,12 @@ def _peft_config(settings: LoRASettings, ranks: Mapping[str, int], row_ids: list
     def alpha(rank: int) -> float:
         return scaling_of(settings) * (math.sqrt(rank) if settings.rslora else rank)
 
+    on_hub = hub_model(base)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": on_hub.repository if on_hub else base,
+        **({"revision": on_hub.revision} if on_hub and on_hub.revision else {}),
         "r": settings.rank,
         "lora_alpha": settings.alpha,
         "rank_pattern": {module: rank for module, rank in ranks.items() if rank != settings.rank},
@@ -100,10 +103,10 @@ def read_base(folder: Path) -> str:
         ModelError: if it is no LoRA adapter for a GPT-2 that can be read here.
     """
     config = _read_config(folder)
-    base = config.get("base_model_name_or_path")
+    base, revision = (config.get(key) for key in ("base_model_name_or_path", "revision"))
     if not isinstance(base, str) or not base:
         raise ModelError(f"{folder / CONFIG}: `base_model_name_or_path` must name a model, but is {base!r}")
-    return base
+    return f"{base}@{revision}" if revision and hub_model(base) else base
 
 
 def merge_adapter(folder: Path, weights: Mapping[str, Tensor], num_ids: int | None = None) -> dict[str, Tensor]:

@@ -14,14 +14,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gpt2ft import quickstart
-from gpt2ft.errors import Gpt2ftError
+from gpt2ft.errors import Gpt2ftError, NetworkError
 from gpt2ft.files import read_json, write_json, write_safetensors
+from gpt2ft.hub import HubName, commit_of
 from gpt2ft.model.gpt2 import GPT2Config, parameter_shapes
 from gpt2ft.settings.choices import PUBLISHED_MODELS
 from gpt2ft.wording import counted
 
 HF_PREFIX = "transformer."  # of every parameter but the head, in files of transformers
 HEAD = "lm_head.weight"
+_WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
+_TOKENIZER_FILES = ("config.json", "vocab.json", "merges.txt", "tokenizer.json")
+_TOKENIZER_FILES += ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
 
 # Names of one formula: x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
 ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")
@@ -56,7 +60,8 @@ def find_folder(path: str) -> Path:
     if not folder.exists():
         names = ", ".join(PUBLISHED_MODELS)
         raise ModelError(
-            f"the model must be a folder or one of {names}, but {path!r} is neither (a run must be trained first)"
+            f"the model must be a folder or one of {names}, but {path!r} is neither (a run must be trained first); any "
+            "other GPT-2 on the hub is OWNER/NAME, with @REVISION where it is not the newest"
         )
     if (folder / "checkpoints").is_dir():
         raise ModelError(f"{folder} is a run that has not finished: run the same command again to finish it")
@@ -88,6 +93,32 @@ def download(name: str) -> Path:
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         raise ModelError(f"the cached copy of {name} in {folder} lacks {', '.join(missing)}: download it again")
+    return folder
+
+
+def download_any(name: HubName, with_weights: bool) -> Path:
+    """Return the local snapshot of any GPT-2 on the hub; its weights are only downloaded once its config is read.
+
+    Raises:
+        ModelError, NetworkError: if it cannot be had, is no GPT-2, or has no weights in safetensors.
+    """
+    from huggingface_hub import snapshot_download
+
+    commit = commit_of(name.repository, name.revision, "model")
+    files = _TOKENIZER_FILES + (_WEIGHT_FILES if with_weights else ())
+    try:
+        folder = Path(snapshot_download(name.repository, revision=commit, allow_patterns=["config.json"]))
+        read_config(find_folder(str(folder)))
+        folder = Path(snapshot_download(name.repository, revision=commit, allow_patterns=files))
+    except (OSError, ValueError) as error:  # those of a network among them
+        cause = " ".join(str(error).split())
+        raise NetworkError(f"{name.repository}@{commit[:8]} could not be downloaded: {cause}") from error
+    if with_weights and not list(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{name.repository}@{commit[:8]} has no weights in safetensors, and a pickle (pytorch_model.bin) is never "
+            "opened: see whether its Community tab has a pull request with some, and name that as "
+            f"{name.repository}@refs/pr/NUMBER, or save it again with safe_serialization=True"
+        )
     return folder
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gpt2ft.errors import SettingsError
 from gpt2ft.files import complete_folder, write_json, write_text
+from gpt2ft.hub import commit_of, hub_model
 from gpt2ft.model.gguf import SHORT_NAMES, GGUFTokenizer, write_gguf
 from gpt2ft.model.gpt2 import GPT2Config
 from gpt2ft.model.lora import is_adapted, merged_weights
@@ -152,7 +153,13 @@ def write_adapter_folder(
         OSError: if it could not be written, or does not.
     """
     published = PUBLISHED_MODELS.get(base) if not Path(base).is_dir() else None
-    place = published.repository if published else str(find_folder(base).resolve())
+    on_hub = None if Path(base).exists() else hub_model(base)
+    if published:
+        place = published.repository
+    elif on_hub:
+        place = f"{on_hub.repository}@{commit_of(on_hub.repository, on_hub.revision, 'model')}"
+    else:
+        place = str(find_folder(base).resolve())
     with complete_folder(folder) as temporary:
         save_tokenizer(adapted.tokenizer, temporary, adapted.gpt2.config.n_positions)
         write_adapter(temporary, adapted.gpt2, settings.lora, place)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gpt2ft import checkpoint
+from gpt2ft.hub import hub_model
 from gpt2ft.model import peft, pretrained
 from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.gpt2 import GPT2, GPT2Config
@@ -99,8 +100,7 @@ def _read_adapter(settings: ModelSettings) -> _StoredModel:
     if settings.random_init:
         raise pretrained.ModelError(f"{folder} is an adapter, which has no shape of its own: name its base instead")
     path = peft.read_base(folder)
-    names = {model.repository: name for name, model in PUBLISHED_MODELS.items()}
-    base_settings = settings.model_copy(update={"path": names.get(path, path)})
+    base_settings = settings.model_copy(update={"path": path})
     base = _read_adapter(base_settings) if is_adapter(base_settings.path) else _read_model(base_settings)
     tokenizer, num_ids = base.tokenizer, None
     if any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
@@ -133,15 +133,17 @@ def _read_tokenizer(folder: Path) -> ChatTokenizer:
 
 
 def _read_model(settings: ModelSettings) -> _StoredModel:
-    published = PUBLISHED_MODELS.get(settings.path)
-    if published and not Path(settings.path).is_dir():
+    names = {model.repository: name for name, model in PUBLISHED_MODELS.items()}
+    path = names.get(settings.path, settings.path)
+    on_hub = None if Path(path).exists() else hub_model(path)
+    if path in PUBLISHED_MODELS and not Path(path).is_dir():
         if settings.random_init:
-            return _StoredModel(pretrained.published_config(settings.path), ChatTokenizer.gpt2(), weights=None)
-        folder = pretrained.download(settings.path)
+            return _StoredModel(pretrained.published_config(path), ChatTokenizer.gpt2(), weights=None)
+        folder = pretrained.download(path)
     else:
-        folder = pretrained.find_folder(settings.path)
-    tokenizer = _read_tokenizer(folder)
+        folder = pretrained.download_any(on_hub, not settings.random_init) if on_hub else pretrained.find_folder(path)
     config = pretrained.read_config(folder)
+    tokenizer = _read_tokenizer(folder)
     if len(tokenizer.known) > config.vocab_size:
         raise pretrained.ModelError(
             f"{folder}: the tokenizer has {len(tokenizer.known)} ids, but the model's table {config.vocab_size} rows"
