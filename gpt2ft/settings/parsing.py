@@ -218,6 +218,8 @@ def _takes(kind: type[Section], name: str, values: Sequence[str], word: str) -> 
 
 def _value(kind: type[Section], name: str, words: list[str]) -> Any:
     """Return what pydantic is to read of the words that follow the name of a setting."""
+    if "" in words:
+        return Missing()
     if _is_list(kind, name):
         return tuple(words)
     if not words:

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from gpt2ft.command_line import words_to_start
 from gpt2ft.errors import SettingsError, reason
+from gpt2ft.settings import strict_yaml
 from gpt2ft.settings.layers import over
 from gpt2ft.settings.sections import Section
 
@@ -107,7 +108,7 @@ def read_sections(file: Path) -> dict[str, Any]:
         SettingsError: if it cannot be read.
     """
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = strict_yaml.load(file)
     except OSError as error:
         raise SettingsError(f"{file} cannot be read: {reason(error)}") from error
     except UnicodeDecodeError as error:
