@@ -3,10 +3,11 @@
 Every message left out is counted under one reason, the first of `REASONS` that holds for it.
 """
 
+import difflib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +20,19 @@ Record = dict[str, Any]  # one line, row or array element of a data file
 ROLE_NAMES: dict[str, Role] = {
     "prompter": "user", "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "chatbot": "assistant",
-    "model": "assistant", "ai": "assistant",
+    "model": "assistant", "ai": "assistant", "bing": "assistant", "bard": "assistant",
     "system": "system", "developer": "system",
 }  # fmt: skip
+RECORD_REASONS = (  # each stands for a record, of whose messages nothing is known
+    "malformed line",  # or row, or element of an array
+    "repeated key",
+    "another layout",
+    "key that is not read",
+    "marked as bad",
+    "missing or wrong value",
+)
 REASONS = (
-    "malformed line", "duplicate message id", "duplicate tree id", "cycle in parent_id",
+    *RECORD_REASONS, "duplicate message id", "duplicate tree id", "cycle in parent_id",
     "deleted", "wrong language",
     "not reviewed",  # a review said no; a message that nobody reviewed stays
     "empty", "rank above limit",
@@ -46,12 +55,20 @@ class DataError(Gpt2ftError):
 
 
 class Malformed(Exception):
-    """Complaint about a record, before its place is known."""
+    """Complaint about a record, before its place is known.
+
+    Attributes:
+        reason: under which it is counted, one of `RECORD_REASONS`.
+    """
+
+    def __init__(self, problem: str, reason: str = "missing or wrong value") -> None:
+        super().__init__(problem)
+        self.reason = reason
 
 
 @dataclass
 class Totals:
-    """Counts of all that was read, before any filter: `messages` = kept + dropped, but for the malformed lines."""
+    """Counts of all that was read, before any filter: `messages` = kept + dropped, but for whole records."""
 
     trees: int = 0
     messages: int = 0
@@ -71,6 +88,9 @@ class ReadContext:
         if self.filters.on_error != "skip":
             raise DataError(f"{where}: {problem}")
         self.dropped[reason] += 1
+
+    def refused_records(self) -> int:
+        return sum(self.dropped[reason] for reason in RECORD_REASONS)
 
     def add(self, other: "ReadContext") -> None:
         """Take over the counts of another."""
@@ -128,6 +148,12 @@ def of(record: Record) -> str:
 def listed(reasons: Mapping[str, int]) -> str:
     """Write counts by reason in one line."""
     return ", ".join(f"{reason} {number:,}" for reason, number in reasons.items())
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a question for the known name most like `name`; empty if none is."""
+    found = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {show(found[0])}?" if found else ""
 
 
 def show(value: Any) -> str:

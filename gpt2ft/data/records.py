@@ -1,88 +1,87 @@
-"""From files and the hub to records, in blocks: the contents of a block are read, but not parsed until asked for.
+"""From files to records, in blocks: the contents of a block are read, but not parsed until asked for.
 
 So that several processes can share the work, each walks over all blocks, which is cheap, and parses its own.
 
-    .jsonl, .jsonl.gz      an object a line
-    .json                  one array of objects, or an object a line
-    .parquet               an object a row
-    .arrow                 the same, as `datasets` saves it
+    .jsonl            an object a line
+    .json             one array of objects, alone or in an object ({"data": [...]}), or an object a line
+    .csv, .tsv        text_files.py, and .txt and .md there too
+    .parquet, .arrow  tables.py
+
+Those of text may be packed: .jsonl.gz, .csv.gz, ...
 """
 
-import gzip
 import json
 import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal, TextIO
 
-from gpt2ft.data.reading import DataError, ReadContext, Record, show
+from gpt2ft.data import blocks
+from gpt2ft.data.blocks import (
+    Columns,
+    Parsed,
+    RecordBlock,
+    conversion,
+    in_blocks,
+    kind_of,
+    open_bytes,
+    open_text,
+    refuse_wide_characters,
+    whole,
+)
+from gpt2ft.data.reading import DataError, Malformed, ReadContext, Record, show
+from gpt2ft.data.tables import read_arrow, read_parquet
+from gpt2ft.data.text_files import read_delimited, read_documents
 
-FILE_KINDS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".arrow")
-BLOCK_BYTES = 4 << 20  # about a million tokens
-LONGEST_RECORD = 16 << 20  # bytes of JSON
-_ROWS_IN_A_BLOCK = 2048  # at most, of a table
+# Keys of an object that is no record, but holds them all in a list.
+_WRAPPERS = ("data", "dataset", "records", "rows", "examples", "samples", "entries")
+_WRAPPERS += ("train", "training", "test", "validation", "valid", "val", "dev", "eval")
 _GULP = 1 << 20
-_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow
 _SPACE = re.compile(r"[ \t\n\r]*")
 
-Parsed = Iterator[tuple[str, Record]]  # (where it stands, the record)
-Columns = Callable[[list[str]], list[str]]
 
+def read_file(file: Path, columns: Columns, documents: Literal["file", "line"] = "file") -> Iterator[RecordBlock]:
+    """Return the blocks of a file, by its kind.
 
-@dataclass(frozen=True)
-class RecordBlock:
-    """Some records that follow each other."""
-
-    size: int  # bytes, for a progress bar
-    parse: Callable[[ReadContext], Parsed]  # yields the records; the context refuses malformed ones
-
-
-def stem(file: Path) -> str:
-    """Return the name of a file without its kind."""
-    return next((file.name[: -len(kind)] for kind in FILE_KINDS if file.name.lower().endswith(kind)), file.name)
-
-
-def read_file(file: Path, columns: Columns) -> Iterator[RecordBlock]:
-    """Return the blocks of a file, by its kind; of a table, the columns that `columns` chooses from their names.
+    Args:
+        columns: chooses from the names of the columns of a table.
+        documents: what is one document of a file of text.
 
     Raises:
-        DataError: while iterating, if it cannot be read to its end.
+        DataError: at once or while iterating, if it cannot be read to its end.
     """
-    name = file.name.lower()
-    if name.endswith(".parquet"):
-        return _parquet(file, columns)
-    if name.endswith(".arrow"):
-        return _arrow(file, columns)
-    if name.endswith(".json") and _opens_with_bracket(file):
-        return _in_blocks(_elements(file), partial(_parse_elements, file))
-    return _in_blocks(_lines(file), partial(_parse_lines, file))
+    kind = kind_of(file)
+    if kind == ".parquet":
+        return read_parquet(file, columns)
+    if kind == ".arrow":
+        return read_arrow(file, columns)
+    refuse_wide_characters(file)
+    if kind in (".csv", ".tsv"):
+        return read_delimited(file)
+    if kind in (".txt", ".md"):
+        return read_documents(file, documents == "line")
+    if kind == ".json" and _is_list(file):
+        return in_blocks(_elements(file), partial(_parse_elements, file))
+    return in_blocks(_lines(file), partial(_parse_lines, file))
 
 
-def read_table(table: Any, place: str, columns: Columns) -> Iterator[RecordBlock]:
-    """Return the blocks of a `datasets.Dataset`."""
-    table = table.select_columns(columns(table.column_names)).with_format("arrow")
-    return _batches(table.iter(_ROWS_IN_A_BLOCK), place)
+def _each_key_once(pairs: list[tuple[str, Any]]) -> Record:
+    """Return the object of some pairs.
+
+    Raises:
+        Malformed: if a key is repeated: the json module would keep the last value alone.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise Malformed(f"must hold each key once, but holds {show(repeated)} more than once", "repeated key")
+    return found
 
 
-def _in_blocks(
-    found: Iterable[tuple[Any, int]], parse: Callable[[list[Any], ReadContext], Parsed]
-) -> Iterator[RecordBlock]:
-    """Gather what is `found`, each with its size, into blocks that `parse` makes records of."""
-    held: list[Any] = []
-    size = 0
-    for one, length in found:
-        held.append(one)
-        size += length
-        if size >= BLOCK_BYTES:
-            yield RecordBlock(size, partial(parse, held))
-            held, size = [], 0
-    if held:
-        yield RecordBlock(size, partial(parse, held))
+_DECODER = json.JSONDecoder(object_pairs_hook=_each_key_once)
 
 
 # --- lines ----------------------------------------------------------------------------------------------------------
@@ -92,12 +91,13 @@ Line = tuple[int, bytes | None]  # its number, and None where it is too long to 
 
 def _lines(file: Path) -> Iterator[tuple[Line, int]]:
     """Yield the lines of a file and their sizes."""
-    with _whole(file), _open(file) as handle:
+    longest = blocks.LONGEST_RECORD
+    with whole(file), open_bytes(file) as handle:
         for number in count(1):
-            line = handle.readline(LONGEST_RECORD + 1)
+            line = handle.readline(longest + 1)
             if not line:
                 break
-            if len(line) <= LONGEST_RECORD or line.endswith(b"\n"):
+            if len(line) <= longest or line.endswith(b"\n"):
                 yield (number, line), len(line)
             else:
                 yield (number, None), len(line) + _skip_line(handle)
@@ -117,49 +117,56 @@ def _parse_lines(file: Path, lines: list[Line], context: ReadContext) -> Parsed:
     """Yield the records of some lines; blank lines hold none."""
     for number, line in lines:
         if line is None:
-            context.refuse(f"{file}:{number}", f"must be at most {LONGEST_RECORD:,} bytes long, but is longer")
+            context.refuse(f"{file}:{number}", f"must be at most {blocks.LONGEST_RECORD:,} bytes long, but is longer")
         elif line.strip():
-            record = _parse(line)
-            if isinstance(record, dict):
-                yield f"{file}:{number}", record
-            else:
-                context.refuse(f"{file}:{number}", record)
+            try:
+                yield f"{file}:{number}", _as_object(_parse(file, line))
+            except Malformed as malformed:
+                context.refuse(f"{file}:{number}", str(malformed), malformed.reason)
 
 
-def _parse(line: bytes) -> Record | str:
-    """Return the object on a line, or a sentence on what is wrong with the line."""
+def _parse(file: Path, line: bytes) -> Any:
+    """Return the value on a line, or raise Malformed with a sentence on what is wrong with it."""
     try:
-        return _as_object(json.loads(line.decode("utf-8-sig")))
+        return _DECODER.decode(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        return f"must be UTF-8 text, but is not at byte {error.start + 1}"
+        problem = f"must be UTF-8 text, but is not at byte {error.start + 1}{conversion(file, line)}"
     except RecursionError:
-        return "must not nest this deep; write long conversations as flat messages with `parent_id`"
+        problem = "must not nest this deep; write long conversations as flat messages with `parent_id`"
     except json.JSONDecodeError as error:
-        return f"must be one JSON object, but does not parse: {error.msg} at column {error.colno}"
+        problem = f"must be one JSON object, but does not parse: {error.msg} at column {error.colno}"
     except ValueError as error:
-        return f"must be one JSON object, but does not parse: {error}"
+        problem = f"must be one JSON object, but does not parse: {error}"
+    raise Malformed(problem, "malformed line")
 
 
-def _as_object(value: Any) -> Record | str:
-    return value if isinstance(value, dict) else f"must be a JSON object, but is {show(value)}"
+def _as_object(value: Any) -> Record:
+    """Return a value that is an object, or raise Malformed."""
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, Malformed):  # an element that could not be decoded
+        raise value
+    raise Malformed(f"must be a JSON object, but is {show(value)}", "malformed line")
 
 
 # --- an array -------------------------------------------------------------------------------------------------------
 
 
-def _opens_with_bracket(file: Path) -> bool:
-    with _whole(file), open(file, "rb") as handle:
-        return handle.read(_GULP).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+def _is_list(file: Path) -> bool:
+    with whole(file), open_text(file, errors="replace") as handle:
+        try:
+            return _Scanner(file, handle).find_list() is not None
+        except DataError:  # its first line is no object, which reading by lines says better
+            return False
 
 
 def _parse_elements(file: Path, elements: list[tuple[int, Any]], context: ReadContext) -> Parsed:
     """Yield the objects among some elements, which are parsed already: nothing else tells where they end."""
     for number, element in elements:
-        record = _as_object(element)
-        if isinstance(record, dict):
-            yield f"{file}: record {number}", record
-        else:
-            context.refuse(f"{file}: record {number}", record)
+        try:
+            yield f"{file}: record {number}", _as_object(element)
+        except Malformed as malformed:
+            context.refuse(f"{file}: record {number}", str(malformed), malformed.reason)
 
 
 def _elements(file: Path) -> Iterator[tuple[tuple[int, Any], int]]:
@@ -168,10 +175,9 @@ def _elements(file: Path) -> Iterator[tuple[tuple[int, Any], int]]:
     Raises:
         DataError: if it is not one array, or an element is too long to be one record.
     """
-    with _whole(file), open(file, encoding="utf-8-sig") as handle:
+    with whole(file), open_text(file) as handle:
         scanner = _Scanner(file, handle)
-        scanner.next_character()
-        scanner.at += 1  # past the bracket that opens the array
+        wrapper = scanner.find_list()
         number, following = 0, "]" if scanner.next_character() == "]" else ","
         while following == ",":
             number += 1
@@ -182,6 +188,8 @@ def _elements(file: Path) -> Iterator[tuple[tuple[int, Any], int]]:
             scanner.at += following == ","
             yield (number, value), length
         scanner.at += 1
+        if wrapper:
+            scanner.close_wrapper(wrapper)
         if scanner.next_character():
             raise scanner.error("goes on after its end")
 
@@ -193,10 +201,9 @@ class _Scanner:
     put another character in the place of half a surrogate pair.
     """
 
-    def __init__(self, file: Path, handle: IO[str]) -> None:
+    def __init__(self, file: Path, handle: TextIO) -> None:
         self.file, self.handle = file, handle
         self.text, self.at = "", 0
-        self.decode = json.JSONDecoder().raw_decode
 
     def read_on(self) -> bool:
         """Return false at the end of the file."""
@@ -216,7 +223,7 @@ class _Scanner:
         self.next_character()
         while True:
             try:
-                value, end = self.decode(self.text, self.at)
+                value, end = self._decode()
             except RecursionError:
                 raise DataError(f"{self.file}: record {number}: must not nest this deep") from None
             except json.JSONDecodeError as error:
@@ -229,11 +236,61 @@ class _Scanner:
                     begun, self.at = self.at, end
                     return value, end - begun
                 problem = _unfinished(number)
-            if len(self.text) - self.at > LONGEST_RECORD:
-                longest = f"must be at most {LONGEST_RECORD:,} characters long and parse, but does not"
+            if len(self.text) - self.at > blocks.LONGEST_RECORD:
+                longest = f"must be at most {blocks.LONGEST_RECORD:,} characters long and parse, but does not"
                 raise DataError(f"{self.file}: record {number}: {longest}")
             if not self.read_on():
                 raise self.error(problem)
+
+    def _decode(self) -> tuple[Any, int]:
+        """Return the value here and where it ends; in its place the complaint, where one of its keys is repeated."""
+        try:
+            return _DECODER.raw_decode(self.text, self.at)
+        except Malformed as malformed:
+            return malformed, json.JSONDecoder().raw_decode(self.text, self.at)[1]
+
+    def find_list(self) -> str | None:
+        """Pass over the bracket that opens the list of records.
+
+        Returns:
+            The key under which an object holds it, "" where it stands alone, None if there is no such list.
+        """
+        found = self.next_character()
+        if found == "[":
+            self.at += 1
+            return ""
+        while found in ("{", ","):
+            key = self._key()
+            if key in _WRAPPERS and self.next_character() == "[":
+                self.at += 1
+                return key if self.next_character() in ("{", "]") else None
+            if key is None:
+                return None
+            self.value(1)
+            found = self.next_character()
+        return None
+
+    def close_wrapper(self, key: str) -> None:
+        """Pass over the rest of the object that holds the list, which must hold no other."""
+        while self.next_character() == ",":
+            other = self._key()
+            if other in _WRAPPERS and self.next_character() == "[":
+                raise self.error(f"holds two, `{key}` and `{other}`: give each a file of its own")
+            if other is None:
+                break
+            self.value(1)
+        if self.next_character() != "}":
+            raise self.error(f"the object around `{key}` does not end")
+        self.at += 1
+
+    def _key(self) -> str | None:
+        """Pass over a bracket or comma, a key and its colon; None if these do not follow."""
+        self.at += 1
+        key = self.value(1)[0] if self.next_character() == '"' else None
+        if key is None or self.next_character() != ":":
+            return None
+        self.at += 1
+        return key
 
     def error(self, problem: str) -> DataError:
         return DataError(f"{self.file}: must be one JSON array, but {problem}")
@@ -241,84 +298,3 @@ class _Scanner:
 
 def _unfinished(number: int) -> str:
     return f"does not parse: the array does not end after record {number}"
-
-
-# --- tables ---------------------------------------------------------------------------------------------------------
-
-
-def _parquet(file: Path, columns: Columns) -> Iterator[RecordBlock]:
-    import pyarrow.parquet
-
-    with _whole(file), pyarrow.parquet.ParquetFile(file) as table:
-        wanted = columns(table.schema_arrow.names)
-        yield from _batches(table.iter_batches(_rows_at_once(table.metadata, wanted), columns=wanted), str(file))
-
-
-def _rows_at_once(metadata: Any, wanted: list[str]) -> int:
-    """Return how many rows make up a block, by the mean size of a row: little more than one block is in memory."""
-    size = 0
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        columns = [group.column(column) for column in range(group.num_columns)]
-        size += sum(it.total_uncompressed_size for it in columns if it.path_in_schema.split(".")[0] in wanted)
-    return max(1, min(_ROWS_IN_A_BLOCK, BLOCK_BYTES * metadata.num_rows // max(1, size)))
-
-
-def _arrow(file: Path, columns: Columns) -> Iterator[RecordBlock]:
-    """Yield the blocks of a table in Arrow's stream format, which is complete once its end is marked."""
-    import pyarrow
-
-    with _whole(file), pyarrow.memory_map(str(file)) as source:
-        start = source.size() - len(_END_OF_STREAM)
-        if start < 0 or source.read_at(len(_END_OF_STREAM), start) != _END_OF_STREAM:
-            raise pyarrow.ArrowInvalid("the end of Arrow's stream format is missing")
-        with pyarrow.ipc.open_stream(source) as stream:
-            table = stream.read_all()
-        table = table.select(columns(table.column_names))
-        yield from _batches(table.to_batches(_ROWS_IN_A_BLOCK), str(file))
-
-
-def _batches(batches: Iterable[Any], place: str) -> Iterator[RecordBlock]:
-    first = 1
-    for batch in batches:
-        for part in _halved(batch):
-            yield RecordBlock(part.nbytes, partial(_rows, part, place, first))
-            first += len(part)
-
-
-def _halved(batch: Any) -> Iterator[Any]:
-    """Yield the rows in parts of a block's size: a few rows may be much larger than the mean."""
-    if batch.nbytes <= BLOCK_BYTES or len(batch) == 1:
-        yield batch
-    else:
-        middle = len(batch) // 2
-        yield from _halved(batch.slice(0, middle))
-        yield from _halved(batch.slice(middle))
-
-
-def _rows(batch: Any, place: str, first: int, context: ReadContext) -> Parsed:
-    try:
-        rows = batch.to_pylist()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{place}: must be a whole and readable parquet file, but is not: {error}") from error
-    for number, row in enumerate(rows, start=first):
-        yield f"{place}: row {number}", row
-
-
-# --- reading to the end ---------------------------------------------------------------------------------------------
-
-
-def _open(file: Path) -> IO[bytes]:
-    return gzip.open(file) if file.name.lower().endswith(".gz") else open(file, "rb")  # type: ignore[return-value]
-
-
-@contextmanager
-def _whole(file: Path) -> Iterator[None]:
-    """Raise a DataError where a file cannot be read to its end: it is never taken for a shorter one."""
-    import pyarrow
-
-    try:
-        yield
-    except (EOFError, OSError, zlib.error, UnicodeDecodeError, pyarrow.ArrowException) as error:
-        kind = " parquet" if file.name.lower().endswith(".parquet") else ""
-        raise DataError(f"{file}: must be a whole and readable{kind} file, but is not: {error}") from error

@@ -26,20 +26,20 @@ from gpt2ft.settings.sections import FilterSettings
 from gpt2ft.text.template import template_digest
 from gpt2ft.text.tokenizer import ChatTokenizer
 
-FORMAT_VERSION = 9  # of the stored columns, and of how a source is read and divided into shards
+FORMAT_VERSION = 10  # of the stored columns, and of how a source is read and divided into shards
 
 Digests = NDArray[np.uint64]
 
 
 class TokenStore:
-    """The token trees of one source, read from the disk as they are asked for.
+    """The token trees of one source, read from the disk as they are asked for; `notes` say of it what people must know.
 
     Columns, a row a tree: `id`, `key`, `conversation`, `tokens`, and for each node `lengths`, `parents`, `roles`,
     `supervised` (1 or 0), `ranks` (-1: unranked), `messages` (the node's place in the whole conversation) and `digests`
     (of its text).
     """
 
-    def __init__(self, folder: Path, source: str) -> None:
+    def __init__(self, folder: Path, source: str, notes: tuple[str, ...] = ()) -> None:
         import pyarrow as pa
 
         self.source = source
@@ -52,6 +52,7 @@ class TokenStore:
                 self._batches += [reader.get_batch(number) for number in range(reader.num_record_batches)]
         except (OSError, ValueError, TypeError, pa.ArrowException) as error:
             raise DataError(f"the tokenised data in {folder} is damaged ({error}): remove that folder") from error
+        self.notes = (*notes, *filter(None, [self.statistics.rendered]))
         self._firsts = [0, *accumulate(batch.num_rows for batch in self._batches)]  # first row of each batch
         self._views: dict[tuple[int, str], tuple[NDArray[np.int32], NDArray]] = {}
 
@@ -150,7 +151,7 @@ def open_store(
     Raises:
         DataError: if the source cannot be read, or nothing of it is left to train on.
     """
-    source = open_source(name, kind, filters.ignore_keys)
+    source = open_source(name, kind, filters)
     try:
         data = digest(source.origin) if digest else source.origin.digest()
     except OSError as error:
@@ -160,7 +161,7 @@ def open_store(
     folder = cache / "trees" / hashlib.sha256(json.dumps(determined_by).encode()).hexdigest()[:32]
     try:
         if not is_complete(folder):
-            build(Tokenisation(source, filters, tokenizer, topic), folder)
+            build(Tokenisation(source, tokenizer, topic), folder)
     except OSError as error:
         raise DataError(f"the cache folder {cache} cannot be written ({error}): set `data.cache` to another") from error
-    return TokenStore(folder, name)
+    return TokenStore(folder, name, source.origin.notes)

@@ -24,7 +24,6 @@ from gpt2ft.data.sources import Shard, Source
 from gpt2ft.data.topic import Topic
 from gpt2ft.errors import is_first_on_machine
 from gpt2ft.files import sync_folder, synced, write_json
-from gpt2ft.settings.sections import FilterSettings
 from gpt2ft.text.template import render_turn
 from gpt2ft.text.tokenizer import ChatTokenizer
 
@@ -41,6 +40,7 @@ class SourceStatistics:
     kept: int  # in at least one row
     dropped: dict[str, int]  # by reason, largest first
     content: str  # digest of all tokens, to compare machines
+    rendered: str  # a line for people if its texts look rendered by another template
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,6 @@ class Tokenisation:
     """A source, and how it becomes tokens."""
 
     source: Source
-    filters: FilterSettings
     tokenizer: ChatTokenizer
     topic: Topic | None
 
@@ -120,7 +119,7 @@ def _with_progress(work: Tokenisation) -> Iterator[Shard]:
         leave=False,
     )
     with bar:
-        for shard in work.source.shards(work.filters):
+        for shard in work.source.shards():
             yield shard
             bar.update(shard.size)
 
@@ -128,7 +127,7 @@ def _with_progress(work: Tokenisation) -> Iterator[Shard]:
 def _write_shard(file: Path, shard: Shard, work: Tokenisation) -> None:
     import pyarrow as pa
 
-    kind, context = work.source.kind, ReadContext(work.source.name, work.filters)
+    kind, context = work.source.kind, ReadContext(work.source.name, work.source.filters)
     columns = _Columns(work.tokenizer, kind.rows_share_conversations)
     kept = 0
     for read in shard.trees(context):
@@ -143,7 +142,7 @@ def _write_shard(file: Path, shard: Shard, work: Tokenisation) -> None:
     batch = columns.batch()
     counts = {
         "trees": context.totals.trees,
-        "read": context.totals.messages + context.dropped["malformed line"],
+        "read": context.totals.messages + context.refused_records(),
         "kept": kept,
         "dropped": dict(context.dropped),
         "content": columns.content(),
@@ -167,7 +166,7 @@ def _statistics(source: Source, files: Sequence[Path]) -> SourceStatistics:
         found = f"; dropped: {listed(reasons)}" if reasons else ""
         raise DataError(f"{source.origin.place} holds {source.kind.nothing}{found}")
     content = hashlib.sha256("".join(count["content"] for count in counts).encode()).hexdigest()
-    return SourceStatistics(source.description, trees, read, kept, reasons, content)
+    return SourceStatistics(source.description, trees, read, kept, reasons, content, source.rendered)
 
 
 _BY_NODE = {

@@ -161,6 +161,7 @@ class SourceShare:
     tokens: int  # in an epoch
     supervised: int
     pairs: int  # of replies, in preference data
+    notes: tuple[str, ...] = ()  # what else people must know of it
 
     def __str__(self) -> str:
         weight = f" x {self.mixing_weight:g}" if self.mixing_weight != 1 else ""
@@ -192,6 +193,7 @@ def shares(corpus: Corpus, plan: Plan) -> list[SourceShare]:
             tokens=int(plan.chunks.sizes[here].sum()),
             supervised=int(plan.chunks.supervised[here].sum()),
             pairs=int(plan.chunks.pairs[here].sum()),
+            notes=store.notes if corpus.has_own_sources else (),
         )
         found.append(share)
     return found
@@ -204,6 +206,7 @@ def _data_rows(label: str, corpus: Corpus, plan: Plan) -> Iterator[tuple[str, st
         label = ""
         if share.dropped:
             yield "", f"dropped: {listed(share.dropped)}"
+        yield from (("", note) for note in share.notes)
     reasons = +(corpus.dropped + plan.chunks.left_out)
     if reasons:
         yield "", f"left out: {listed(reasons)}"

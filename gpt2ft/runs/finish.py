@@ -20,6 +20,7 @@ from gpt2ft.runs.loaded_model import LoadedModel, is_adapter, load_model, plain_
 from gpt2ft.runs.output import Output
 from gpt2ft.runs.run_setup import RunSetup
 from gpt2ft.settings.scripts import DPOSettings, RunSettings
+from gpt2ft.settings.sections import FilterSettings
 from gpt2ft.training.strategy import Strategy
 from gpt2ft.training.tracking import line_digests
 
@@ -96,18 +97,11 @@ def next_commands(settings: RunSettings, loaded: LoadedModel, output: Output) ->
     if not data.eval:
         return
     words = [*words_to_start("evaluate"), str(output.folder), "--data", *data.eval]
-    if data.max_rank is not None:
-        words += ["--max_rank", str(data.max_rank)]
-    if data.languages:
-        words += ["--languages", *data.languages]
-    if data.ignore_keys:
-        words += ["--ignore_keys", *data.ignore_keys]
+    for name, value in data.filters:
+        if value != FilterSettings.model_fields[name].default:
+            words += [f"--{name}", *(value if isinstance(value, tuple) else [str(value).lower()])]
     if data.max_length < loaded.gpt2.config.n_positions:
         words += ["--max_length", str(data.max_length)]
-    if data.on_error == "skip":
-        words += ["--on_error", "skip"]
-    if not data.reviewed_only:
-        words += ["--reviewed_only", "false"]
     if data.topic_replies:
         words += ["--topic_replies", data.topic_replies]
     if isinstance(settings, DPOSettings):

@@ -4,7 +4,7 @@ What a layer says takes the place of the same setting below, and of settings bel
 speak of other data than its own:
 
     the layer says                what falls of the layers below
-    data.train                    data.eval, data.topic_replies, data.ignore_keys: they belong to other data
+    data.train                    data.eval and what fits it alone (OF_THE_DATA): they belong to other data
     data.eval                     data.eval_fraction, and the other way round
     training.epochs, .min_steps   training.steps, which would override them
 
@@ -18,7 +18,8 @@ from gpt2ft.settings.sections import split_mixing_weight
 
 Sections = dict[str, Any]  # section -> setting -> value
 
-OF_THE_DATA = ("topic_replies", "ignore_keys")  # settings of `data` that fit the sources they were written for
+# Settings of `data` that fit the sources they were written for.
+OF_THE_DATA = ("topic_replies", "ignore_keys", "columns", "documents")
 REPLACED = {  # section -> setting -> what it replaces below
     "data": {"eval": "eval_fraction", "eval_fraction": "eval"},
     "training": {"epochs": "steps", "min_steps": "steps"},
@@ -51,5 +52,5 @@ def _without_own(below: Sections, said: Mapping[str, Any]) -> Sections:
 
 def _names(sources: Any) -> set[str]:
     """Return the names of data sources without split, revision and mixing weight."""
-    listed = [sources] if isinstance(sources, str) else sources or ()
+    listed = sources if isinstance(sources, list | tuple) else [sources] if isinstance(sources, str) else ()
     return {split_mixing_weight(str(source))[0].partition(":")[0].partition("@")[0] for source in listed}

@@ -21,6 +21,7 @@ from gpt2ft.settings.sections import (
     Section,
     StreamSettings,
     TrainingSettings,
+    column_problems,
     source_problems,
     stream_problems,
 )
@@ -66,6 +67,7 @@ class RunSettings(Section):
         data, training = self.data, self.training
         yield from source_problems(data.train, "data.train", weighted=True)
         yield from source_problems(data.eval, "data.eval")
+        yield from column_problems(data, "data.")
         if not data.train:
             yield "`data.train` must name at least one data source, but is empty"
         if data.eval and data.eval_fraction:
@@ -171,6 +173,7 @@ class EvaluateSettings(StreamSettings, CorpusSettings, FinishedModelSettings):
 
     def problems(self) -> Iterator[str]:
         yield from source_problems(self.data, "data")
+        yield from column_problems(self, "")
         if not self.data:
             yield "`data` must name at least one data source, but is empty"
         yield from stream_problems(self.tokens_per_micro_batch, self.max_length or 0, "")

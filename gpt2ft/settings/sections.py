@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
 from gpt2ft.settings.choices import LORA_TARGETS, PREFERENCE_LOSSES, PUBLISHED_MODELS
@@ -105,8 +105,8 @@ class ModelSettings(Section):
     path: Annotated[
         str,
         Field(
-            description=f"A published model ({', '.join(PUBLISHED_MODELS)}), the bundled one (quickstart), a Hugging "
-            "Face folder, or a run."
+            description=f"A published model ({', '.join(PUBLISHED_MODELS)}), any other GPT-2 on the hub "
+            "(owner/name[@revision]), the bundled one (quickstart), a Hugging Face folder, or a run."
         ),
     ] = "gpt2"
     random_init: bool = False
@@ -139,8 +139,18 @@ class LoRASettings(Section):
             yield f"`lora.targets` must name at least one of {known}, each once, but names {given}"
 
 
+def _column_names(given: Any) -> Any:
+    """Return `key=column` one by one, however they are given: in words, divided by commas, or as a mapping."""
+    if isinstance(given, dict):
+        return [f"{key}={column}" for key, column in given.items()]
+    words = [given] if isinstance(given, str) else given
+    if not isinstance(words, list | tuple):
+        return words
+    return [part.strip() for word in words for part in str(word).split(",")]
+
+
 class FilterSettings(Section):
-    """The messages that are kept of a data source."""
+    """The messages that are kept of a data source, and how it is read."""
 
     languages: tuple[str, ...] = ()
     """Keep messages in these languages only, as the data call them; empty keeps all. Records that name none are kept,
@@ -152,8 +162,18 @@ class FilterSettings(Section):
     ignore_keys: tuple[str, ...] = ()
     """Keys of records and messages that are passed over, whatever they hold: else those that no layout reads, and that
     do not merely describe, are malformed."""
+    columns: Annotated[tuple[str, ...], BeforeValidator(_column_names)] = ()
+    """What columns of other names are in a known layout: prompt=question,completion=answer. They must be there in all
+    files and unpinned hub data."""
+    documents: Literal["file", "line"] = "file"
+    """What is one document of a .txt or .md file: all of it, or each line that is not blank."""
     on_error: Literal["fail", "skip"] = "fail"
-    """fail ends the run at a malformed line; skip leaves it out and counts it."""
+    """fail ends the run at a malformed record; skip leaves it out and counts it by reason."""
+
+    @property
+    def renamed(self) -> tuple[tuple[str, str], ...]:
+        """The `columns` as (key, column)."""
+        return tuple((key.strip(), column.strip()) for key, _, column in (word.partition("=") for word in self.columns))
 
     @property
     def filters(self) -> "FilterSettings":
@@ -174,9 +194,9 @@ class DataSettings(CorpusSettings):
     """The conversations to train on and to evaluate on."""
 
     train: tuple[str, ...] = ()
-    """Data to train on: hub names (oasst1, oasst2, smoltalk, ultrachat, alpaca, dolly), `quickstart`, files (.jsonl,
-    .jsonl.gz, .json, .parquet, .arrow) or folders of them. `oasst1@0.5` takes half of the trees, `@1.5` every second
-    twice."""
+    """Data to train on: hub names (oasst1, oasst2, smoltalk, ultrachat, alpaca, dolly, or any
+    owner/name[:split][@revision]), `quickstart`, files (.jsonl, .json, .csv, .tsv, .txt, .md, also with .gz, .parquet,
+    .arrow) or folders of them. `oasst1@0.5` takes half of the trees, `@1.5` every second twice."""
     eval: tuple[str, ...] = ()
     """Held-out data, named like `train`. Conversations found in both are dropped from `train`."""
     eval_fraction: Fraction | None = 0.0
@@ -344,6 +364,16 @@ def split_mixing_weight(source: str) -> tuple[str, float]:
     return (found[1], float(found[2])) if found and not os.path.exists(source) else (source, 1.0)
 
 
+def column_problems(filters: FilterSettings, prefix: str) -> Iterator[str]:
+    """Yield what is wrong with `columns`."""
+    for key, column in filters.renamed:
+        if not key or not column:
+            yield f"`{prefix}columns` must be KEY=COLUMN, as prompt=question, but holds {key or column or '='}"
+    for kind, names in zip(("key", "column"), zip(*filters.renamed, strict=True), strict=False):
+        for name in sorted({name for name in names if name and names.count(name) > 1}):
+            yield f"`{prefix}columns` must name each {kind} once, but names {name} {names.count(name)} times"
+
+
 def source_problems(sources: Sequence[str], key: str, weighted: bool = False) -> Iterator[str]:
     """Yield what is wrong with the names of data sources.
 
@@ -355,6 +385,8 @@ def source_problems(sources: Sequence[str], key: str, weighted: bool = False) ->
         yield f"`{key}` must name each data source once, but {name} stands there {names.count(name)} times"
     for source in sources:
         name, weight = split_mixing_weight(source)
+        if not name.strip():
+            yield f"`{key}` must name data sources, but holds an empty name"
         if not weighted and name != source:
             yield f"`{key}` counts every message once, so {source} must have no mixing weight: give {name}"
         elif not 0 < weight <= 100:

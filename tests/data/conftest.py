@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from gpt2ft.data.kinds import CONVERSATIONS
+from gpt2ft.data.blocks import RecordBlock
+from gpt2ft.data.kinds import CONVERSATIONS, PREFERENCES
 from gpt2ft.data.reading import REASONS, DataError, ReadContext
-from gpt2ft.data.records import RecordBlock
 from gpt2ft.data.sources import Source, open_source
 from gpt2ft.settings.sections import FilterSettings
 
@@ -34,19 +34,23 @@ def read():
         in_memory = isinstance(source, list)
         settings = FilterSettings(**filters)
         opened = (
-            Source("test", InMemory(source), kind, settings.ignore_keys)
-            if in_memory
-            else open_source(str(source), kind, settings.ignore_keys)
+            Source("test", InMemory(source), kind, settings) if in_memory else open_source(str(source), kind, settings)
         )
         context = ReadContext(opened.name, settings)
-        trees = [tree for shard in opened.shards(context.filters) for tree in shard.trees(context)]
+        trees = [tree for shard in opened.shards() for tree in shard.trees(context)]
         kept = sum(len(tree.messages) for tree in trees)
-        assert kept + context.dropped.total() - context.dropped["malformed line"] == context.totals.messages
+        assert kept + context.dropped.total() - context.refused_records() == context.totals.messages
         assert set(context.dropped) <= set(REASONS)
         assert {tree.source for tree in trees} <= {opened.name}
         return trees, context
 
     return read
+
+
+@pytest.fixture(scope="session")
+def compare(read):
+    """compare(source, **filters): trees and context of preferences."""
+    return lambda source, **filters: read(source, kind=PREFERENCES, **filters)
 
 
 @pytest.fixture(scope="session")

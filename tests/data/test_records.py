@@ -10,7 +10,7 @@ from facts import tells
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from gpt2ft.data import records
+from gpt2ft.data import blocks, records, tables
 from gpt2ft.data.reading import DataError, ReadContext
 from gpt2ft.data.records import read_file
 from gpt2ft.settings.sections import FilterSettings
@@ -23,9 +23,9 @@ DEEP = b'{"text": ' + b"[" * 50_000 + b"]" * 50_000 + b"}"
 def parsed(file, on_error="fail"):
     """(records, what was dropped, blocks)"""
     context = ReadContext("test", FilterSettings(on_error=on_error))
-    blocks = list(read_file(file, columns=lambda names: names))
-    found = [(where.removeprefix(str(file)), record) for block in blocks for where, record in block.parse(context)]
-    return found, +context.dropped, blocks
+    parts = list(read_file(file, columns=lambda names: names))
+    found = [(where.removeprefix(str(file)), record) for block in parts for where, record in block.parse(context)]
+    return found, +context.dropped, parts
 
 
 def problem(file, on_error="fail"):
@@ -70,7 +70,7 @@ def test_blank_lines_line_ends_of_windows_and_a_byte_order_mark_are_no_errors(tm
 )  # fmt: skip
 def test_a_malformed_line_is_an_error_or_skipped_and_counted(tmp_path, monkeypatch, name, line, facts):
     if b"x" * 1000 in line:
-        monkeypatch.setattr(records, "LONGEST_RECORD", 600)
+        monkeypatch.setattr(blocks, "LONGEST_RECORD", 600)
     file = write_bytes(tmp_path / name, b"\n".join([*LINES[:2], line, LINES[2]]))
     assert tells(problem(file), f"{file}:3: ... {facts}")
     assert parsed(file, "skip")[:2] == ([(":1", GOOD[0]), (":2", GOOD[1]), (":4", GOOD[2])], {"malformed line": 1})
@@ -78,7 +78,7 @@ def test_a_malformed_line_is_an_error_or_skipped_and_counted(tmp_path, monkeypat
 
 @pytest.mark.parametrize("end", [b"", b"\n"])
 def test_the_longest_line_there_may_be(tmp_path, monkeypatch, end):
-    monkeypatch.setattr(records, "LONGEST_RECORD", len(LINES[0]))
+    monkeypatch.setattr(blocks, "LONGEST_RECORD", len(LINES[0]))
     longer = LINES[0].replace(b"Text", b"Texts")
     whole = b"\n".join([LINES[0], longer, LINES[0] + b"\r", LINES[0]]) + end
     found, dropped, _ = parsed(write_bytes(tmp_path / "t.jsonl", whole), "skip")
@@ -97,12 +97,12 @@ def test_a_line_of_a_hundred_megabytes_takes_no_memory(tmp_path, name):
             handle.write(b"x" * (1 << 20))
         handle.write(b'"}\n' + LINES[1])
     tracemalloc.start()
-    found, dropped, blocks = parsed(file, "skip")
+    found, dropped, parts = parsed(file, "skip")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert (found, dropped) == ([(":1", GOOD[0]), (":3", GOOD[1])], {"malformed line": 1})
-    assert peak < 3 * records.LONGEST_RECORD
-    assert sum(block.size for block in blocks) > 100 << 20
+    assert peak < 3 * blocks.LONGEST_RECORD
+    assert sum(block.size for block in parts) > 100 << 20
     assert tells(problem(file), f"{file}:2: ... 16,777,216 bytes")
 
 
@@ -149,7 +149,7 @@ def test_elements_that_are_no_objects_are_refused_one_by_one(tmp_path):
 )  # fmt: skip
 def test_a_broken_array_is_always_an_error(tmp_path, monkeypatch, content, facts, on_error):
     if b"x" * 1000 in content:
-        monkeypatch.setattr(records, "LONGEST_RECORD", 600)
+        monkeypatch.setattr(blocks, "LONGEST_RECORD", 600)
         monkeypatch.setattr(records, "_GULP", 16)
     file = write_bytes(tmp_path / "t.json", content)
     assert tells(problem(file, on_error), f"{file}: ... {facts}")
@@ -166,7 +166,7 @@ def test_an_array_element_of_a_hundred_megabytes_takes_little_memory(tmp_path):
     assert tells(problem(file, "skip"), f"{file}: record 2: ... 16,777,216 characters")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 6 * records.LONGEST_RECORD
+    assert peak < 6 * blocks.LONGEST_RECORD
 
 
 short_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
@@ -230,35 +230,35 @@ def test_an_element_may_nest_as_deep_as_it_can_be_parsed(tmp_path):
 
 
 def test_sizes_of_array_elements_add_up_to_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "BLOCK_BYTES", 40)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 40)
     file = write_bytes(tmp_path / "t.json", json.dumps([{"text": "x" * n} for n in range(30)]).encode())
-    _, _, blocks = parsed(file)
-    assert len(blocks) > 5
-    assert abs(sum(block.size for block in blocks) - file.stat().st_size) < 2 * 30 + 2
+    _, _, parts = parsed(file)
+    assert len(parts) > 5
+    assert abs(sum(block.size for block in parts) - file.stat().st_size) < 2 * 30 + 2
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
 def test_rows_of_a_table_are_numbered_through_all_blocks(tmp_path, write, monkeypatch):
-    monkeypatch.setattr(records, "_ROWS_IN_A_BLOCK", 4)
+    monkeypatch.setattr(tables, "ROWS_IN_A_BLOCK", 4)
     file = write(tmp_path / "t.parquet", [{"text": str(number)} for number in range(1, 11)])
-    found, _, blocks = parsed(file)
+    found, _, parts = parsed(file)
     assert found == [(f": row {number}", {"text": str(number)}) for number in range(1, 11)]
-    assert len(blocks) == 3
+    assert len(parts) == 3
 
 
 @pytest.mark.parametrize("long", [range(100), [70], range(40, 60), []])
 def test_blocks_of_a_table_are_cut_by_bytes(tmp_path, write, monkeypatch, long):
     """All rows long, or one or some of many short ones; a column that is not read counts for nothing."""
-    monkeypatch.setattr(records, "BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 10_000)
     rows = [{"text": f"{number} " + "x" * (3_000 if number in long else 5)} for number in range(1, 101)]
     file = write(tmp_path / "t.parquet", [row | {"n": f"{number}" * 9_000} for number, row in enumerate(rows)])
-    blocks = list(read_file(file, columns=lambda names: ["text"]))
-    found = [parsed for block in blocks for parsed in block.parse(ReadContext("test", FilterSettings()))]
+    parts = list(read_file(file, columns=lambda names: ["text"]))
+    found = [parsed for block in parts for parsed in block.parse(ReadContext("test", FilterSettings()))]
     assert found == [(f"{file}: row {number}", row) for number, row in enumerate(rows, start=1)]
-    assert max(block.size for block in blocks) <= 10_000
-    assert len(blocks) <= 2 + len(long)
+    assert max(block.size for block in parts) <= 10_000
+    assert len(parts) <= 2 + len(long)
 
 
 def test_of_a_table_little_more_than_a_block_is_in_memory(tmp_path):
@@ -270,9 +270,9 @@ def test_of_a_table_little_more_than_a_block_is_in_memory(tmp_path):
     del texts  # pages are read whole, so they must be small
     before, most = pyarrow.total_allocated_bytes(), 0
     for block in read_file(tmp_path / "t.parquet", columns=lambda names: names):
-        assert block.size <= records.BLOCK_BYTES
+        assert block.size <= blocks.BLOCK_BYTES
         most = max(most, pyarrow.total_allocated_bytes() - before)
-    assert records.BLOCK_BYTES / 2 < most < 3 * records.BLOCK_BYTES
+    assert blocks.BLOCK_BYTES / 2 < most < 3 * blocks.BLOCK_BYTES
 
 
 @pytest.mark.parametrize("on_error", ["fail", "skip"])
@@ -293,20 +293,20 @@ def test_blocks_hold_every_record_once_in_order_whatever_their_size(tmp_path, wr
     file = write(tmp_path / name, rows)
     numbers = set()
     for size in (1, 60, 500, 1 << 20):
-        monkeypatch.setattr(records, "BLOCK_BYTES", size)
-        found, dropped, blocks = parsed(file)
+        monkeypatch.setattr(blocks, "BLOCK_BYTES", size)
+        found, dropped, parts = parsed(file)
         assert [record for _, record in found] == rows
         assert not dropped
-        assert all(block.size >= size for block in blocks[:-1])
-        numbers.add(len(blocks))
+        assert all(block.size >= size for block in parts[:-1])
+        numbers.add(len(parts))
         if name in ("t.jsonl", "t.json"):
-            assert sum(block.size for block in blocks) == file.stat().st_size
+            assert sum(block.size for block in parts) == file.stat().st_size
     assert numbers >= {1, 50}
 
 
 def test_blocks_are_parsed_alone_and_again(tmp_path, write, monkeypatch):
     """As several processes do, each its own."""
-    monkeypatch.setattr(records, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1)
     *_, last = read_file(write(tmp_path / "t.jsonl", GOOD), columns=lambda names: names)
     for _ in range(2):
         assert [record for _, record in last.parse(ReadContext("test", FilterSettings()))] == GOOD[2:]

@@ -9,7 +9,7 @@ import pytest
 import gpt2ft.data.store as store_module
 from gpt2ft import quickstart
 from gpt2ft.conversation import ROLES
-from gpt2ft.data import records, tokenise
+from gpt2ft.data import blocks, tokenise
 from gpt2ft.data.reading import DataError
 from gpt2ft.data.sources import read_trees
 from gpt2ft.data.store import TokenStore, open_store
@@ -102,7 +102,7 @@ def test_ranks_are_stored_by_node(tokenizer, write, tmp_path):
 
 @pytest.mark.parametrize("block_bytes", [1, 5_000, 100_000])
 def test_the_size_of_the_parts_changes_nothing(block_bytes, tokenizer, store, tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", block_bytes)
     shards = open_store("quickstart", KEEP_ALL, tokenizer, tmp_path)
     assert len(list((tmp_path / "trees" / shards.digest).glob("*.arrow"))) > 2
     assert same_rows(shards, store)
@@ -136,7 +136,7 @@ def test_the_size_of_the_shards_of_flat_messages_changes_nothing(roots, tokenize
 
 
 def test_a_part_of_which_nothing_is_left(tokenizer, write, tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1)
     rows = [{"text": text} for text in ("", "Tea.", " ", "\n", "Milk.", "")]
     store = open_store(str(write(tmp_path / "a.jsonl", rows)), KEEP_ALL, tokenizer, tmp_path)
     assert len(store) == len(store.keys()) == len(store.sizes()[0]) == 2

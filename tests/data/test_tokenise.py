@@ -13,7 +13,7 @@ from processes import wait_until
 
 from gpt2ft import quickstart
 from gpt2ft.conversation import MessageTree
-from gpt2ft.data import records, tokenise
+from gpt2ft.data import blocks, tokenise
 from gpt2ft.data.reading import DataError
 from gpt2ft.data.store import open_store
 from gpt2ft.settings.sections import FilterSettings
@@ -25,7 +25,7 @@ SPAWN = multiprocessing.get_context("spawn")
 
 @pytest.fixture(autouse=True)
 def many_parts(monkeypatch):
-    monkeypatch.setattr(records, "BLOCK_BYTES", BLOCK_BYTES)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", BLOCK_BYTES)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def alone(tokenizer, tmp_path_factory):
     """{file: digest} of the store that one process builds in one go."""
     cache = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records, "BLOCK_BYTES", BLOCK_BYTES)
+        patch.setattr(blocks, "BLOCK_BYTES", BLOCK_BYTES)
         open_store("quickstart", FilterSettings(), tokenizer, cache)
     digests = files(cache)
     assert len(digests) > 30
@@ -63,7 +63,7 @@ def count_shards(monkeypatch, then=lambda number: None):
 
 def build(source, cache, barrier, results):
     """In a process of its own: opens the store, and tells which shards it wrote. All begin before any is done."""
-    records.BLOCK_BYTES = BLOCK_BYTES
+    blocks.BLOCK_BYTES = BLOCK_BYTES
     with pytest.MonkeyPatch.context() as patch:
         written = count_shards(patch, then=lambda number: number or barrier.wait(120))
         try:
@@ -125,7 +125,7 @@ def test_nothing_to_train_on_is_reported_by_each(tmp_path):
 
 def killed_in_the_middle(cache):
     """In a process of its own: ends itself as the kernel would, with a shard half done."""
-    records.BLOCK_BYTES = BLOCK_BYTES
+    blocks.BLOCK_BYTES = BLOCK_BYTES
     writes = []
     finish = os.replace
 

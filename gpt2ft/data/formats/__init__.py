@@ -1,8 +1,10 @@
-"""The layouts that data come in. A new one is a file here and its name in the tuples below."""
+"""The layouts that data come in. A new name of a key is an entry in column_names.py; a new layout is a file here and
+its name in the tuples below."""
 
+import difflib
 from collections.abc import Collection
 
-from gpt2ft.data.formats import alpaca, dolly, messages, oasst, preferences, prompt_completion, text
+from gpt2ft.data.formats import messages, oasst, preferences, prompt_reply, text
 from gpt2ft.data.formats.keys import describes
 from gpt2ft.data.formats.layout import Format, refuse_preference
 from gpt2ft.data.reading import Malformed, Record, show
@@ -13,12 +15,8 @@ AnyFormat = Format | oasst.NestedTrees | oasst.FlatMessages
 CONVERSATION_FORMATS: tuple[AnyFormat, ...] = (
     oasst.TREES,
     oasst.MESSAGES,
-    messages.MESSAGES,
-    messages.SHAREGPT,
-    messages.CONVERSATION,
-    prompt_completion.FORMAT,
-    alpaca.FORMAT,
-    dolly.FORMAT,
+    *messages.FORMATS,
+    *prompt_reply.FORMATS,
     text.FORMAT,
 )
 # OASST's trees are preferences too, as they have ranked replies, and conversations can be answered from a topic.
@@ -27,6 +25,7 @@ PREFERENCE_FORMATS: tuple[AnyFormat, ...] = (
     preferences.CHOSEN_REJECTED,
     *CONVERSATION_FORMATS,
 )
+_USUAL = ("messages", "prompt", "completion", "text")
 
 
 def detect(record: Record, formats: tuple[AnyFormat, ...] = CONVERSATION_FORMATS) -> AnyFormat:
@@ -43,10 +42,31 @@ def detect(record: Record, formats: tuple[AnyFormat, ...] = CONVERSATION_FORMATS
     if any(format.matches(record) for format in PREFERENCE_FORMATS):
         raise Malformed(
             "must be a conversation to learn from, but is a preference (`chosen` and `rejected`, or `completions`), "
-            "which launch/dpo.py trains on"
+            "which launch/dpo.py trains on",
+            "another layout",
         )
     keys = ", ".join(map(show, record)) or "no keys"
-    raise Malformed(f"must be {', '.join(format.name for format in formats)}, but holds {keys}")
+    raise Malformed(
+        f"must have a known layout, but holds {keys}; {_nearest(record, formats)}; say which key is which with "
+        "`data.columns`, for example prompt=NAME,completion=NAME",
+        "another layout",
+    )
+
+
+def _nearest(record: Record, formats: tuple[AnyFormat, ...]) -> str:
+    """Name the layouts of which a record has most, misspellings counted."""
+    found = [key.lower() for key in record]
+    formats = tuple(format for format in formats if isinstance(format, Format))  # OASST's are told by a single key
+
+    def likeness(format: Format) -> float:
+        near = [difflib.get_close_matches(key, found, n=1, cutoff=0.7) for key in format.keys]
+        return sum(map(bool, near)) / len(format.keys)
+
+    best = max(map(likeness, formats))
+    nearest = [format for format in formats if likeness(format) == best][:3]
+    if not best:
+        return f"usual ones are {', '.join(f'`{key}`' for key in _USUAL)}"
+    return f"the nearest are {', or '.join(' with '.join(f'`{key}`' for key in format.keys) for format in nearest)}"
 
 
 def columns_to_read(

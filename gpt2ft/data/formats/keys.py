@@ -85,7 +85,8 @@ def refuse_keys(record: Record, keys: Sequence[str]) -> None:
         others = ", ".join(f"`{key}`" for key in keys[1:])
         raise Malformed(
             f"`{keys[0]}` must be empty or absent, as it is not read and would be lost, but is {show(record[keys[0]])}"
-            f"{of(record)}{others and f', and so with {others}'}; name in `data.ignore_keys` what only describes"
+            f"{of(record)}{others and f', and so with {others}'}; name in `data.ignore_keys` what only describes",
+            "key that is not read",
         )
 
 
@@ -110,7 +111,8 @@ def refuse_bad(record: Record, classes: Collection[str] = ()) -> None:
     for key, mark in _marks(record, marks).items():
         if not mark:
             raise Malformed(
-                f"`{key}` must be true or absent, as every reply is learnt, but is {show(record[key])}{of(record)}"
+                f"`{key}` must be true or absent, as every reply is learnt, but is {show(record[key])}{of(record)}",
+                "marked as bad",
             )
 
 

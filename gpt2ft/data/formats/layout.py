@@ -7,7 +7,7 @@
   data sets disagree on whether their `messages` are the prompt alone or end in a reply.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,17 +32,23 @@ class Format:
     transcripts: Callable[[Record], list[Transcript]]  # raises Malformed
     build: Callable[[Sequence[Transcript], ReadContext], MessageTree | None]  # counts what is dropped
     also: tuple[str, ...] = ()  # other keys that are read
+    sometimes: tuple[str, ...] = ()  # keys that are read of some records
+    read_of: Callable[[Record], Set[str]] = lambda record: frozenset()  # those of them that are read of this one
     passed_over: tuple[str, ...] = ()  # keys of published data that describe the record or hold it once more
     classes: tuple[str, ...] = ()  # marks whose whole numbers are classes
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Keys that are read."""
+        return self._always + self.sometimes
+
+    @property
+    def _always(self) -> tuple[str, ...]:
         return self.keys + self.also + _SYSTEM + READ_OF_ALL
 
     @cached_property
     def _known(self) -> frozenset[str]:
-        return frozenset(self.columns + self.passed_over)
+        return frozenset(self._always + self.passed_over)
 
     def matches(self, record: Record) -> bool:
         return all(key in record for key in self.keys)
@@ -56,7 +62,7 @@ class Format:
         refuse_bad(record, self.classes)
         found = [(_with_system_turn(record, turns), rank) for turns, rank in self.transcripts(record)]
         conversations = [turns for turns, _ in found]
-        unknown = unread(record, self._known)
+        unknown = unread(record, self._known | self.read_of(record) if self.sometimes else self._known)
         refuse_keys(record, [key for key in unknown if not _repeats(record, key, conversations)])
         number = count_messages(conversations)
         context.totals.trees += 1
@@ -95,7 +101,8 @@ def refuse_preference(record: Record) -> None:
     if all(record.get(key) is not None for key in _PREFERENCE):
         raise Malformed(
             "must be a conversation to learn from, but is a preference (`chosen` and `rejected`), which launch/dpo.py "
-            "trains on; name both in `data.ignore_keys` to learn what stands beside them"
+            "trains on; name both in `data.ignore_keys` to learn what stands beside them",
+            "another layout",
         )
 
 

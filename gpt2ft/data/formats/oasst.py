@@ -35,6 +35,7 @@ class NestedTrees:
     """One tree a record."""
 
     name = "OASST trees"
+    keys = ("message_tree_id", "prompt")
     columns = ("message_tree_id", "prompt", *RECORD_MARKS)
     passed_over = ()
 
@@ -61,6 +62,7 @@ class FlatMessages:
     """One message a record: trees can only be put together once all are read."""
 
     name = "OASST messages"
+    keys = ("message_id", "role", "text")
     columns = _READ
     passed_over = _PASSED_OVER
 
@@ -135,7 +137,7 @@ def _flat_rows(records: Iterable[tuple[str, Record]], texts: _TextsOnDisk, conte
             tree_id = value(record, "message_tree_id", str, "a string or null", optional=True)
             row = _row(record, parent_id, tree_id or value(record, "message_id", str, "a string"), where, texts)
         except Malformed as malformed:
-            context.refuse(where, str(malformed))
+            context.refuse(where, str(malformed), malformed.reason)
         else:
             context.totals.messages += 1
             yield row

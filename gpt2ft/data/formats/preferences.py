@@ -1,8 +1,9 @@
 """Preferences: replies to one prompt, some better than others.
 
-    chosen/rejected    {prompt, chosen, rejected}, each text or a list of messages; without `prompt`, or with it, both
-                       may be whole conversations that share all but their last turn: as lists, or as HH-RLHF's
-                       transcripts, "\\n\\nHuman: ... \\n\\nAssistant: ..."
+    chosen/rejected    {prompt, chosen, rejected}, each text or a list of messages, the prompt by any name that it has
+                       beside a single reply; without it, or with it, both may be whole conversations that share all
+                       but their last turn: as lists, or as the transcripts of HH-RLHF,
+                       "\\n\\nHuman: ... \\n\\nAssistant: ..."
     completions        {instruction, completions: [{response, overall_score}, ...]}, the original UltraFeedback
 
 A record becomes a tree: the prompt, and the replies below it in the order of their ranks. Of completions, those of
@@ -16,15 +17,16 @@ from collections.abc import Sequence
 
 from gpt2ft.conversation import Message, MessageTree, Role, tidy
 from gpt2ft.data.formats.chat_messages import chat_messages
+from gpt2ft.data.formats.column_names import CONTEXTS, CONVERSATIONS, PROMPTS
 from gpt2ft.data.formats.keys import MARKS, is_masked, refuse_unread
 from gpt2ft.data.formats.layout import Format, Transcript, count_messages
+from gpt2ft.data.formats.prompt_reply import asked, contexts_of
 from gpt2ft.data.formats.turns import Turn, Turns, clean, content_id, joined, messages_of
 from gpt2ft.data.reading import Malformed, ReadContext, Record, objects, show, value
 
 _SPEAKERS: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 _TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):|Human:.*\n\nAssistant:\s*\Z", re.DOTALL)  # or a stripped prompt
-_PROMPTS = ("prompt", "question", "conversations", "messages")  # orca_dpo_pairs: question; LLaMA-Factory: the others
 _ANY_REPLY = Turn("assistant", "any reply")
 _RESPONSE = ("response", "overall_score")
 # Of UltraFeedback's completions: how each was asked for, and what was thought of it.
@@ -80,15 +82,32 @@ def _transcript(record: Record, key: str) -> Turns:
     turns = [*_unmarked(turns[:-1]), turns[-1]]
     if all(turn.role == "assistant" for turn in turns):
         return [*_prompt(record, key), *turns]
-    prompt = record.get("prompt")
-    if isinstance(prompt, str) and any(role == "user" and tidy(text) == tidy(prompt) for role, text, _ in turns):
+    name = _prompt_name(record)
+    if name is None or name in CONVERSATIONS:  # which have to repeat turns
         return turns
-    if isinstance(prompt, str) and not _TRANSCRIPT.match(prompt):
-        raise Malformed(f"`{key}` must hold the text of `prompt` as a user turn, but does not")
-    opening = _opening(record, "prompt") if prompt is not None else []
+    if isinstance(record[name], str):
+        prompt = tidy(asked(record, name))
+        if any(role == "user" and tidy(text) == prompt for role, text, _ in turns):
+            return turns
+        if not _TRANSCRIPT.match(record[name]):
+            raise Malformed(f"`{key}` must hold the text of `{name}` as a user turn, but does not")
+    opening = _opening(record, name)
     if turns[: len(opening)] != opening:
-        raise Malformed(f"`{key}` must go on from the turns in `prompt`, but does not")
+        raise Malformed(f"`{key}` must go on from the turns in `{name}`, but does not")
     return turns
+
+
+def _prompt_name(record: Record) -> str | None:
+    """Return the key of the prompt: a text in any of its columns, or a list of messages."""
+    return next((name for name in (*PROMPTS, *CONVERSATIONS) if record.get(name) is not None), None)
+
+
+def _read_of(record: Record) -> frozenset[str]:
+    """Return the keys of a prompt that is a text, and of what goes on with it."""
+    name = _prompt_name(record)
+    if name is None or name in CONVERSATIONS:
+        return frozenset()
+    return frozenset((name, *(contexts_of(name) if isinstance(record[name], str) else ())))
 
 
 def _turns(record: Record, key: str, role: Role) -> list[Turn]:
@@ -117,13 +136,14 @@ def _opening(record: Record, key: str) -> list[Turn]:
 
 def _prompt(record: Record, key: str) -> Turns:
     """Return the turns under `prompt`, or whatever else it is called, which `key` answers."""
-    name = next((name for name in _PROMPTS if record.get(name) is not None), None)
+    name = _prompt_name(record)
     if name is None:
         raise Malformed(
             f"`prompt` must be given where `{key}` is a reply alone, or `{key}` must be a transcript that opens with "
             f'"\\n\\nHuman:" or a list of messages, but is {show(record[key])}'
         )
-    turns = _opening(record, name)
+    is_text = isinstance(record[name], str) and not _TRANSCRIPT.match(record[name])
+    turns = [Turn("user", asked(record, name))] if is_text else _opening(record, name)
     if not turns or turns[-1].role != "user":
         found = f"ends in one of the role {turns[-1].role}" if turns else "is empty"
         raise Malformed(f"`{name}` must end in a user turn where `{key}` is a reply alone, but {found}")
@@ -159,7 +179,9 @@ CHOSEN_REJECTED = Format(
     ("chosen", "rejected"),
     _chosen_and_rejected,
     _replies,
-    also=("prompt", "question", "score_chosen", "score_rejected"),
+    also=("score_chosen", "score_rejected"),
+    sometimes=(*PROMPTS, *CONTEXTS, *CONVERSATIONS),
+    read_of=_read_of,
 )
 COMPLETIONS = Format(
     "`completions` with scores",

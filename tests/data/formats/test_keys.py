@@ -176,7 +176,7 @@ def test_a_record_with_more_than_its_layout_reads_is_refused(kind, record, key, 
         pytest.skip("this layout reads it")
     more = record | {key: MEANS_SOMETHING[key]}
     assert tells(error([record, more], kind=kind), f"test.jsonl:2: `{key}` ... `data.ignore_keys`")
-    assert drops([record, more], kind=kind, on_error="skip") == {"malformed line": 1}
+    assert drops([record, more], kind=kind, on_error="skip") == {"key that is not read": 1}
     assert len(read([more], kind=kind, ignore_keys=("other", key))[0]) == 1
 
 
@@ -193,7 +193,7 @@ def test_the_column_of_a_table_is_refused_where_it_holds_something(kind, error, 
     rows = [LAYOUTS["alpaca"] | {"rationale": text} for text in (None, "It is hot.")]
     file = write(tmp_path / kind, rows)
     assert tells(error(file), f"{file}: ... `rationale`" if kind == "t.parquet" else f"{file}:2: `rationale`")
-    assert drops(file, on_error="skip") == {"malformed line": 1}
+    assert drops(file, on_error="skip") == {"key that is not read": 1}
 
 
 MESSAGES = {
@@ -356,7 +356,7 @@ def test_a_record_that_is_not_to_be_learnt_is_refused(kind, record, mark, file, 
         assert tells(error([record, record | {mark: bad}], kind=kind), f"test.jsonl:2: `{mark}`")
     rows = write(tmp_path / file, [record | {mark: good} for good in (True, False)])
     assert tells(error(rows, kind=kind), f"{rows}: ... `{mark}`" if file == "t.parquet" else f"{rows}:2: `{mark}`")
-    assert drops(rows, kind=kind, on_error="skip") == {"malformed line": 1}
+    assert drops(rows, kind=kind, on_error="skip") == {"marked as bad": 1}
 
 
 def test_marks_in_a_prompt_that_is_not_learnt_say_nothing(read):

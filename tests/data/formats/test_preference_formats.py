@@ -11,8 +11,21 @@ import pytest
 from facts import tells
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from published_preferences import (
+    ASKED,
+    BAD,
+    CHOSEN,
+    GOOD,
+    PAIR,
+    PUBLISHED,
+    SYSTEM,
+    completion,
+    messages,
+    told,
+    transcript,
+    tree_of,
+)
 
-from gpt2ft.conversation import Message, MessageTree
 from gpt2ft.data.formats import PREFERENCE_FORMATS, detect
 from gpt2ft.data.formats.turns import content_id
 from gpt2ft.data.kinds import PREFERENCES
@@ -21,229 +34,7 @@ from gpt2ft.data.sources import open_source
 from gpt2ft.data.store import open_store
 from gpt2ft.settings.sections import FilterSettings
 
-ASKED = ("user", "How do I brew tea?")
-GOOD, BAD = "Warm the pot: a spoon for each cup.", "No idea."
-BEFORE = (("user", "Which tea?"), ("assistant", "Sencha."), ("user", "How?"))
-SYSTEM = ("system", "You are a tea master.")
-
-
-def messages(*turns):
-    return [{"content": text, "role": role} for role, text in turns]
-
-
-def transcript(*turns):
-    """As Anthropic writes it."""
-    return "".join(f"\n\n{'Human' if role == 'user' else 'Assistant'}: {text}" for role, text in turns)
-
-
-def told(text):
-    return ("assistant", text)
-
-
-def completion(text, score):
-    return {
-        "model": "ultralm-13b", "principle": "honesty", "custom_system_prompt": "Be honest.", "response": text,
-        "critique": "Well said.", "overall_score": score, "fine-grained_score": 4.25,
-        "annotations": {"honesty": {"Rating": "5", "Rationale": "It is."}},
-    }  # fmt: skip
-
-
-PAIR = ((GOOD, 0), (BAD, 1))
-# {layout: (format, [(record as published, the prompt, (reply, rank) in order), ...])}
-CHOSEN = "`chosen`/`rejected` preferences"
-PUBLISHED = {
-    "strings": (
-        CHOSEN,
-        [
-            ({"prompt": ASKED[1], "chosen": GOOD, "rejected": BAD, "source_index": 7}, [ASKED], PAIR),
-            ({"prompt": "Why?", "chosen": " So. ", "rejected": "Not."}, [("user", "Why?")], (("So.", 0), ("Not.", 1))),
-        ],
-    ),
-    "messages that hold the replies alone": (
-        CHOSEN,
-        [
-            (
-                {"prompt": messages(ASKED), "chosen": messages(told(GOOD)), "rejected": messages(told(BAD))},
-                [ASKED],
-                PAIR,
-            ),
-            (
-                {"prompt": messages(SYSTEM, *BEFORE), "chosen": messages(told(GOOD)), "rejected": messages(told(BAD))},
-                [SYSTEM, *BEFORE],
-                PAIR,
-            ),
-        ],
-    ),
-    "messages with an implicit prompt": (
-        CHOSEN,
-        [
-            (
-                {"chosen": messages(*BEFORE, told(GOOD)), "rejected": messages(*BEFORE, told(BAD))},
-                [*BEFORE],
-                PAIR,
-            ),
-        ],
-    ),
-    "binarised UltraFeedback": (
-        CHOSEN,
-        [
-            (
-                {
-                    "prompt": ASKED[1], "prompt_id": "086b3e24", "chosen": messages(ASKED, told(GOOD)),
-                    "rejected": messages(ASKED, told(BAD)), "messages": messages(ASKED, told(GOOD)),
-                    "score_chosen": 8.5, "score_rejected": 6.0,
-                },
-                [ASKED],
-                PAIR,
-            ),
-            (
-                {
-                    "prompt": ASKED[1], "prompt_id": "086b3e24", "chosen": messages(ASKED, told(GOOD)),
-                    "rejected": messages(ASKED, told(BAD)), "messages": messages(ASKED, told(GOOD)),
-                    "score_chosen": 8.5, "score_rejected": 8.5,
-                },
-                [ASKED],
-                ((GOOD, 0), (BAD, 0)),
-            ),
-        ],
-    ),
-    "HH-RLHF": (
-        CHOSEN,
-        [
-            ({"chosen": transcript(ASKED, told(GOOD)), "rejected": transcript(ASKED, told(BAD))}, [ASKED], PAIR),
-            (
-                {"chosen": transcript(*BEFORE, told(GOOD)), "rejected": transcript(*BEFORE, told(BAD))},
-                [*BEFORE],
-                PAIR,
-            ),
-            (
-                {
-                    "chosen": transcript(("user", "List:\n\na: 1\n\n\nb: 2"), told("Human: no.\n\nHumans: yes.")),
-                    "rejected": transcript(("user", "List:\n\na: 1\n\n\nb: 2"), told("An Assistant: me.")),
-                },
-                [("user", "List:\n\na: 1\n\n\nb: 2")],
-                (("Human: no.\n\nHumans: yes.", 0), ("An Assistant: me.", 1)),
-            ),
-        ],
-    ),
-    "HH-RLHF with its prompt apart": (
-        CHOSEN,
-        [
-            (
-                {"prompt": transcript(*BEFORE) + "\n\nAssistant:", "chosen": f" {GOOD}", "rejected": f" {BAD}"},
-                [*BEFORE],
-                PAIR,
-            ),
-            (
-                {"prompt": transcript(*BEFORE).strip() + "\n\nAssistant: ", "chosen": GOOD, "rejected": BAD},
-                [*BEFORE],
-                PAIR,
-            ),
-            (
-                {
-                    "prompt": transcript(*BEFORE), "chosen": transcript(told(GOOD)), "rejected": transcript(told(BAD)),
-                },
-                [*BEFORE],
-                PAIR,
-            ),
-            (
-                {
-                    "prompt": transcript(*BEFORE) + "\n\nAssistant:", "chosen": transcript(*BEFORE, told(GOOD)),
-                    "rejected": transcript(*BEFORE, told(BAD)),
-                },
-                [*BEFORE],
-                PAIR,
-            ),
-        ],
-    ),
-    "Intel's orca_dpo_pairs": (
-        CHOSEN,
-        [
-            ({"system": SYSTEM[1], "question": ASKED[1], "chosen": GOOD, "rejected": BAD}, [SYSTEM, ASKED], PAIR),
-            ({"system": "", "question": ASKED[1], "chosen": GOOD, "rejected": BAD}, [ASKED], PAIR),
-        ],
-    ),
-    "LLaMA-Factory": (
-        CHOSEN,
-        [
-            (
-                {
-                    "conversations": [{"from": "human", "value": ASKED[1]}],
-                    "chosen": {"from": "gpt", "value": GOOD}, "rejected": {"from": "gpt", "value": BAD},
-                },
-                [ASKED],
-                PAIR,
-            ),
-        ],
-    ),
-    "lists of ShareGPT's turns": (
-        CHOSEN,
-        [
-            (
-                {
-                    "chosen": [{"from": "human", "value": ASKED[1]}, {"from": "gpt", "value": GOOD}],
-                    "rejected": [{"from": "human", "value": ASKED[1]}, {"from": "gpt", "value": BAD}],
-                    "chosen-rating": 5.0, "rejected-rating": 1.0, "chosen-model": "a", "rejected_model": "b",
-                },
-                [ASKED],
-                PAIR,
-            ),
-            (
-                {
-                    "prompt": messages(ASKED),
-                    "chosen": [{"role": "assistant", "content": [{"type": "text", "text": GOOD}]}],
-                    "rejected": [{"role": "assistant", "content": [{"type": "text", "text": BAD}]}],
-                },
-                [ASKED],
-                PAIR,
-            ),
-        ],
-    ),
-    "UltraFeedback": (
-        "`completions` with scores",
-        [
-            (
-                {
-                    "source": "evol_instruct", "instruction": ASKED[1], "models": ["a", "b", "c", "d"],
-                    "completions": [completion(f"{score}", score) for score in (7.5, 3.0, 10.0, 7.0)],
-                    "correct_answers": ["None"], "incorrect_answers": ["None"],
-                },
-                [ASKED],
-                (("10.0", 0), ("7.5", 1), ("7.0", 2), ("3.0", 3)),
-            ),
-            (
-                {
-                    "source": "flan", "instruction": "Why?", "models": ["a", "b", "c", "d"],
-                    "completions": [completion(*reply) for reply in (("x", 4.0), ("y", None), ("z", 8.0), ("w", 4.0))],
-                    "correct_answers": ["None"], "incorrect_answers": ["None"],
-                },
-                [("user", "Why?")],
-                (("z", 0), ("x", 1), ("w", 1), ("y", None)),
-            ),
-            (
-                {
-                    "source": "flan", "instruction": "Who?", "models": ["a"], "completions": [completion("x", 4.0)],
-                    "correct_answers": ["None"], "incorrect_answers": ["None"],
-                },
-                [("user", "Who?")],
-                (("x", 0),),
-            ),
-        ],
-    ),
-}  # fmt: skip
 KINDS = ["t.jsonl", "t.jsonl.gz", "array.json", "lines.json", "t.parquet", "t.arrow", "folder"]
-
-
-def tree_of(source, prompt, replies):
-    above = [Message(role, text, turn - 1 if turn else None) for turn, (role, text) in enumerate(prompt)]
-    below = [Message("assistant", text, len(prompt) - 1, rank) for text, rank in replies]
-    return MessageTree(content_id(prompt), source, (*above, *below))
-
-
-@pytest.fixture
-def compare(read):
-    """compare(source, **filters): trees and context of preferences."""
-    return lambda source, **filters: read(source, kind=PREFERENCES, **filters)
 
 
 def replies_of(trees):
@@ -415,7 +206,7 @@ def test_every_message_is_kept_or_dropped_for_one_reason(compare):
         if any(all(role == "assistant" for role, _ in turns) for turns in both):
             good = {"chosen": messages(ASKED, told("x")), "rejected": messages(ASKED, told("y"))}
             trees, context = compare([good, record], on_error="skip")  # without a prompt these mean nothing
-            assert (len(trees), context.totals.trees, +context.dropped) == (1, 1, {"malformed line": 1})
+            assert (len(trees), context.totals.trees, +context.dropped) == (1, 1, {"missing or wrong value": 1})
             return
         trees, context = compare([record])
         for tree in trees:
@@ -498,7 +289,7 @@ def test_a_conversation_beside_chosen_and_rejected_is_not_taken_for_what_to_lear
     mixed = write(tmp_path / "mixed" / kind, [BESIDE[beside] | asked, compared])
     assert tells(error(mixed), "is a preference ... `chosen` ... `rejected`")
     _, context = read(mixed, on_error="skip")
-    assert (context.dropped["malformed line"], context.totals.trees) == (1, 1)
+    assert (context.dropped["another layout"], context.totals.trees) == (1, 1)
 
 
 def test_columns_of_preferences_that_hold_none_do_no_harm(read, write, tmp_path):
@@ -512,7 +303,7 @@ def test_a_completion_labelled_as_bad_is_not_trained_on(kind, error, drops, writ
     rows = [{"prompt": "Tea?", "completion": text, "label": good} for text, good in (("Yes.", True), ("No.", False))]
     file = write(tmp_path / kind, rows)
     assert tells(error(file), "`label` ... false")
-    assert drops(file, on_error="skip") == {"malformed line": 1}
+    assert drops(file, on_error="skip") == {"marked as bad": 1}
 
 
 def test_conversations_can_be_read_where_preferences_are_asked_for():
@@ -522,109 +313,3 @@ def test_conversations_can_be_read_where_preferences_are_asked_for():
         assert detect(record, PREFERENCE_FORMATS) is detect(record)
     for keys in ("messages prompt chosen rejected", "prompt chosen rejected question", "text chosen rejected"):
         assert detect(dict.fromkeys(keys.split()), PREFERENCE_FORMATS).name == CHOSEN
-
-
-# --- malformed ------------------------------------------------------------------------------------------------------
-
-ALONE = {"chosen": GOOD, "rejected": BAD}
-NEEDS_PROMPT = "`prompt` ... `chosen` is a reply alone"
-MALFORMED = {
-    "strings": [
-        (ALONE, f'{NEEDS_PROMPT} ... "Warm the pot'),
-        (ALONE | {"prompt": None}, NEEDS_PROMPT),
-        (ALONE | {"input": "Tea?"}, NEEDS_PROMPT),
-        (ALONE | {"chosen": messages(told(GOOD))}, NEEDS_PROMPT),
-        ({"prompt": "Tea?", "chosen": GOOD}, f'{CHOSEN} ... "prompt", "chosen"'),
-        (ALONE | {"prompt": 3}, "`prompt` ... 3"),
-        (ALONE | {"prompt": {"role": "user"}}, "`prompt`: `content` ... missing"),
-        (ALONE | {"prompt": "Tea?", "chosen": None}, "`chosen` ... null"),
-        (ALONE | {"prompt": "Tea?", "rejected": 1.5}, "`rejected` ... 1.5"),
-        (
-            ALONE | {"conversations": [], "chosen": {"from": "gpt", "value": GOOD}},
-            "`conversations` ... user turn ... `chosen` ... empty",
-        ),
-        (ALONE | {"prompt": "Tea?", "chosen": {"from": "gpt"}}, "`chosen`: `value` ... missing"),
-        (ALONE | {"prompt": "Tea?", "rejected": "\ud83d"}, "`rejected` ... half of a surrogate"),
-        (ALONE | {"prompt": "Tea?", "history": ["x"]}, "`history`"),
-    ],
-    "messages that hold the replies alone": [
-        (ALONE | {"prompt": []}, "`prompt` ... user turn ... `chosen` ... empty"),
-        (
-            ALONE | {"prompt": messages(ASKED, told("Well,"))},
-            "`prompt` ... user turn ... `chosen` ... role assistant",
-        ),
-        (
-            ALONE | {"prompt": messages(SYSTEM)},
-            "`prompt` ... user turn ... `chosen` ... role system",
-        ),
-        (ALONE | {"prompt": messages(ASKED), "chosen": []}, "`chosen` ... empty"),
-        (ALONE | {"prompt": messages(ASKED), "chosen": [GOOD]}, "`chosen` ... objects"),
-        (ALONE | {"prompt": [{"role": "x"}]}, "message 1 of `prompt`: `role` ... prompter"),
-        (
-            ALONE | {"prompt": messages(ASKED), "rejected": [{"role": "assistant", "content": None}]},
-            "message 1 of `rejected`: `content` ... null",
-        ),
-    ],
-    "messages with an implicit prompt": [
-        (
-            {"prompt": messages(*BEFORE), "chosen": messages(ASKED, told(GOOD)), "rejected": messages(*BEFORE)},
-            "`chosen` ... `prompt`",
-        ),
-    ],
-    "binarised UltraFeedback": [
-        (
-            {"prompt": "Coffee?", "chosen": messages(ASKED, told(GOOD)), "rejected": messages(ASKED, told(BAD))},
-            "`chosen` ... `prompt` ... user turn",
-        ),
-    ],
-    "HH-RLHF": [
-        (
-            {"chosen": transcript(ASKED, told(GOOD)), "rejected": "Human: x"},
-            "`prompt` ... `rejected` is a reply alone",
-        ),
-    ],
-    "HH-RLHF with its prompt apart": [
-        (
-            {"prompt": transcript(*BEFORE, told("Well,")), **ALONE},
-            "`prompt` ... user turn ... `chosen` ... role assistant",
-        ),
-        (
-            {"prompt": transcript(ASKED), "chosen": transcript(*BEFORE, told(GOOD)), "rejected": BAD},
-            "`chosen` ... `prompt`",
-        ),
-    ],
-    "Intel's orca_dpo_pairs": [
-        (ALONE | {"question": 3}, "`question` ... 3"),
-        (ALONE | {"question": "Tea?", "system": 3}, "`system` ... 3"),
-    ],
-    "UltraFeedback": [
-        ({"instruction": None, "completions": []}, "`instruction` ... null"),
-        ({"instruction": "x", "completions": None}, "`completions` ... null"),
-        ({"instruction": "x", "completions": ["y"]}, '`completions` ... "y"'),
-        ({"instruction": "x", "completions": [{"overall_score": 1.0}]}, "`response` ... missing"),
-        (
-            {"instruction": "x", "completions": [{"response": "y", "overall_score": "8"}]},
-            '`overall_score` ... "8"',
-        ),
-        (
-            {"instruction": "x", "completions": [{"response": "y", "overall_score": True}]},
-            "`overall_score` ... true",
-        ),
-        ({"instruction": "x", "output": "y"}, "`completions` with scores"),
-    ],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("layout", "record", "facts"),
-    [(layout, record, facts) for layout, cases in MALFORMED.items() for record, facts in cases],
-)
-def test_a_malformed_record_is_an_error_or_skipped_and_counted(layout, record, facts, compare, error, write, tmp_path):
-    (good, prompt, replies), *_ = PUBLISHED[layout][1]
-    for kind, place in (("lines.json", "lines.json:2"), ("array.json", "array.json: record 2")):
-        file = write(tmp_path / kind, [good, record, good])
-        assert tells(error(file, kind=PREFERENCES), f"{tmp_path / place}: ... {facts}")
-        trees, context = compare(file, on_error="skip")
-        assert [tree.messages for tree in trees] == [tree_of("", prompt, replies).messages] * 2
-        assert +context.dropped == {"malformed line": 1}
-        assert context.totals.trees == 2
