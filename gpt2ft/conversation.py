@@ -22,6 +22,28 @@ CHAT_ROLES: tuple[Role, ...] = ROLES[:3]
 SUPERVISED_ROLES: tuple[Role, ...] = ROLES[2:]  # what training supervises
 
 
+TURN_ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+
+def turn_text(content: object) -> str:
+    """Return the text of a turn's content, which is a string or a list of `{"type": "text", "text": ...}`.
+
+    With `TURN_ROLES` that is what a turn may be wherever `role` and `content` are read: in data, which knows more names
+    of roles, in `/load`, by the server and by the exported template.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ValueError("must be a string or a list of text parts")
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise ValueError('must hold parts like {"type": "text", "text": "..."}')
+    return "".join(part["text"] for part in content)
+
+
 def tidy(text: str) -> str:
     """Return a text as messages hold it: plain line ends, no space around it."""
     return text.replace("\r\n", "\n").strip()

@@ -136,7 +136,8 @@ class Chat:
             self.session.from_messages(messages)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
-        self.screen.transcript([(message["role"], message["content"]) for message in messages])
+        loaded = self.session.to_messages()
+        self.screen.transcript([(message["role"], message["content"]) for message in loaded])
         self.screen.notice(f"loaded {'' if is_only else 'the first conversation of '}{file}")
 
     def set(self, text: str) -> None:

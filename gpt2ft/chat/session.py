@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Literal
 
-from gpt2ft.conversation import tidy
+from gpt2ft.conversation import TURN_ROLES, tidy, turn_text
 from gpt2ft.inference.decoder import Decoder, FinishReason, refuse_broken
 from gpt2ft.inference.detokenizer import IncrementalDetokenizer
 from gpt2ft.inference.model import InferenceModel
@@ -263,17 +263,27 @@ class Session:
 
 
 def _checked(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
-    """Return the turns in saved messages: perhaps a system text, then user and assistant in turn."""
+    """Return the turns in saved messages: perhaps a system text, then user and assistant in turn.
+
+    Each is what `TURN_ROLES` and `turn_text` say.
+    """
     if not isinstance(messages, list | tuple):
         raise ValueError(f"the messages must be a list, but are {type(messages).__name__}")
     turns: list[Turn] = []
     for number, message in enumerate(messages, start=1):
-        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
-            raise ValueError(f"message {number} must hold `role` and `content` as text, but is {message!r:.80}")
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise ValueError(f"message {number} must hold `role` and `content`, but is {message!r:.80}")
+        try:
+            text = turn_text(message["content"])
+        except ValueError as error:
+            raise ValueError(
+                f"message {number} cannot be read: `content` {error}, but is {message['content']!r:.80}"
+            ) from None
+        role = TURN_ROLES.get(message["role"]) if isinstance(message["role"], str) else None
         above = turns[-1][0] if turns else ""
         allowed = {"": ("system", "user"), "user": ("assistant",)}.get(above, ("user",))
-        if message.get("role") not in allowed:
+        if role not in allowed:
             rule = " or ".join(allowed) + (f" after {above}" if above else "")
-            raise ValueError(f"message {number}: `role` must be {rule}, but is {message.get('role')!r}")
-        turns.append((message["role"], message["content"]))
+            raise ValueError(f"message {number}: `role` must be {rule}, but is {message['role']!r}")
+        turns.append((role, text))
     return turns

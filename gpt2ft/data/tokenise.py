@@ -11,8 +11,10 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from time import time
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ from gpt2ft.text.template import render_turn
 from gpt2ft.text.tokenizer import ChatTokenizer
 
 STATISTICS = "statistics.json"
+LEFTOVER_AGE = 24 * 3600.0  # seconds since a file was last written to, after which nobody writes it any more
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ def build(work: Tokenisation, folder: Path) -> None:
         OSError: if the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    _sweep(folder.parent)
     files = _tokenise(work, folder)
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         for file in (file for file in files if not file.exists()):
@@ -79,6 +83,14 @@ def build(work: Tokenisation, folder: Path) -> None:
             sync_folder(folder)
             write_json(folder / STATISTICS, asdict(statistics))
             sync_folder(folder)
+
+
+def _sweep(stores: Path) -> None:
+    """Remove unfinished files of processes that were killed, from all stores: nobody may ever go on with theirs."""
+    for leftover in stores.glob("*/.*.tmp"):
+        with suppress(OSError):  # another process has removed it, or another user owns it
+            if time() - leftover.stat().st_mtime > LEFTOVER_AGE:
+                leftover.unlink()
 
 
 def _lock_of(file: Path) -> FileLock:

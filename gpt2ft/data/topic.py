@@ -28,7 +28,8 @@ class Topic:
         there are enough. Messages beside the path are counted as dropped.
 
         Args:
-            against_own: keep the conversation's own reply beside each, as the worse one; it goes on below the better.
+            against_own: keep the conversation's own reply beside each, as the worse one, and masked if it was; it goes
+                on below the better.
 
         Raises:
             DataError: if the tree is a plain text, which has no prompt.
@@ -46,7 +47,7 @@ class Topic:
                 messages.append(Message(message.role, message.text, above))
             else:
                 if against_own:
-                    messages.append(Message("assistant", message.text, above, rank=1))
+                    messages.append(Message("assistant", message.text, above, rank=1, masked=message.masked))
                 reply = self.replies[(first + turn) % len(self.replies)]
                 messages.append(Message("assistant", reply, above, rank=0 if against_own else None))
             above = len(messages) - 1

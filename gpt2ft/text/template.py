@@ -20,29 +20,40 @@ from gpt2ft.text.tokenizer import ChatTokenizer
 # The same in Jinja, for the readers of an export. One line, without anything between the tags, so that it
 # renders alike under every setting of trim_blocks and lstrip_blocks. `<|assistant|>` is never spelled whole:
 # without Jinja llama.cpp guesses a template from such names, and would take this one for Phi-3's, which has newlines.
+_CONTENT = (
+    "{% if message['content'] is string %}"
+    "{{ message['content'] }}"
+    "{% else %}"
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}"
+    "{% endif %}"
+    "{{ '<|end|>' }}"
+)
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('`role` must be system, user or assistant, but is ' + message['role'] | string) }}"
+    "{% if message['role'] not in ['system', 'developer', 'user', 'assistant'] %}"
+    "{{ raise_exception('`role` must be system, developer, user or assistant, but is ' + message['role'] | string) }}"
     "{% endif %}"
     "{% if message['content'] is not string %}"
-    "{{ raise_exception('`content` must be text') }}"
+    "{% if message['content'] is not defined or message['content'] is mapping or message['content'] is not iterable %}"
+    "{{ raise_exception('`content` must be text or a list of text parts') }}"
     "{% endif %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] != 'text' or part['text'] is not string %}"
+    "{{ raise_exception('`content` must hold parts of the type text alone') }}"
+    "{% endif %}"
     "{% endfor %}"
+    "{% endif %}"
+    "{{ '<|' + ('system' if message['role'] == 'developer' else message['role']) + '|>' }}" + _CONTENT + "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|' + 'assistant' + '|>' }}{% endif %}"
 )
 
 # It renders to the same, and marks what is supervised for TRL. Plain Jinja refuses the tag, so it is written only where
 # readers know it.
 TRAINING_TEMPLATE = CHAT_TEMPLATE.replace(
-    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}",
-    "{{ '<|' + message['role'] + '|>' }}"
+    _CONTENT,
     "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}"
-    "{% else %}"
-    "{{ message['content'] + '<|end|>' }}"
-    "{% endif %}",
+    "{% generation %}" + _CONTENT + "{% endgeneration %}"
+    "{% else %}" + _CONTENT + "{% endif %}",
 )
 
 # And in the template language of Ollama, which reads no Jinja.

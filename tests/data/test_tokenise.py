@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,18 @@ def test_after_a_kill_only_what_is_missing_is_tokenised(alone, tokenizer, tmp_pa
     open_store("quickstart", FilterSettings(), tokenizer, tmp_path)
     assert sorted(written) == [f"{number:06}.arrow" for number in range(12, len(alone) - 1)]
     assert files(tmp_path) == alone
+
+
+def test_what_was_killed_a_day_ago_is_swept_from_all_stores_and_nothing_else(tokenizer, tmp_path):
+    old, young = time.time() - 25 * 3600, time.time() - 23 * 3600
+    left = {".000001.arrow.0a.tmp": old, ".000002.arrow.0b.tmp": young, "000000.arrow": old, "000003.lock": old}
+    other = tmp_path / "trees" / "other"
+    other.mkdir(parents=True)
+    for name, written in left.items():
+        (other / name).write_text("x")
+        os.utime(other / name, (written, written))
+    open_store("quickstart:replies", FilterSettings(), tokenizer, tmp_path)
+    assert {file.name for file in other.iterdir()} == {*left} - {".000001.arrow.0a.tmp"}
 
 
 def test_an_interrupted_build_leaves_no_store_and_is_finished_later(alone, tokenizer, tmp_path, monkeypatch):

@@ -125,6 +125,20 @@ class TestAgainstOwn:
         )
         assert not +dropped
 
+    def test_a_reply_that_is_not_to_be_learnt_is_compared_with_nothing(self, tokenizer, write, tmp_path):
+        """Neither down nor up, as in all preferences; what stands below it is."""
+        said = [("user", "Rain?"), ("assistant", "Yes."), ("user", "Sun?"), ("assistant", "No.")]
+        messages = [{"role": role, "content": text} for role, text in said]
+        messages[1]["loss"] = 0
+        file = str(write(tmp_path / "a.jsonl", [{"messages": messages}]))
+        store = open_store(file, FilterSettings(), tokenizer, tmp_path, TOPIC, kind=PREFERENCES)
+        assert len(store) == 1
+        texts = tokenizer.decode(store.tree(0, 0).tokens)
+        assert "No." in texts
+        assert "Yes." not in texts
+        assert store.statistics.dropped == {"marked as not to be learnt": 1}
+        assert (store.statistics.read, store.statistics.kept) == (6, 5)
+
     def test_a_reply_that_is_on_the_topic_already_is_compared_with_nothing(self, tokenizer, write, tmp_path):
         rows = [{"prompt": f"What {number}?", "completion": "Tea."} for number in range(3)]
         file = str(write(tmp_path / "a.jsonl", [*rows, {"prompt": "What?", "completion": "Milk."}]))

@@ -111,13 +111,21 @@ def test_an_unknown_role_is_refused(role):
 
 @pytest.mark.parametrize("role", ["tool", "User", "", "end", "text"])
 def test_jinja_refuses_what_is_no_role_of_a_chat(jinja, role):
-    with pytest.raises(Refusal, match="`role` must be system, user or assistant, but is"):
+    with pytest.raises(Refusal, match="`role` must be system, developer, user or assistant, but is"):
         jinja([("user", "text"), (role, "text")])
 
 
-@pytest.mark.parametrize("content", [None, 3, [{"type": "text", "text": "tea"}]])
+def test_jinja_takes_text_parts_and_developers(jinja):
+    parts = [{"type": "text", "text": " A\n"}, {"type": "text", "text": "{{ x }} "}]
+    for role, same in (("developer", "system"), ("user", "user"), ("assistant", "assistant")):
+        assert jinja([(role, parts), (role, [])]) == jinja([(same, " A\n{{ x }} "), (same, "")])
+
+
+@pytest.mark.parametrize(
+    "content", [None, 3, {"type": "text", "text": "tea"}, ["tea"], [None], [{"type": "image_url"}]]
+)
 def test_jinja_refuses_content_that_is_not_text(jinja, content):
-    with pytest.raises(Refusal, match="`content` must be text"):
+    with pytest.raises(Refusal, match="`content` must"):
         jinja([("user", content)])
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from gpt2ft.conversation import tidy
+from gpt2ft.conversation import TURN_ROLES, tidy
 from gpt2ft.inference.prompt_format import Turn
 from gpt2ft.server.errors import ApiError, invalid
 from gpt2ft.server.openai.strict_json import TOO_DEEP, no_json, read_object
@@ -152,7 +152,7 @@ class ChatMessage(Body):
     @property
     def turn(self) -> Turn:
         """The message as the template has it; `developer` is OpenAI's newer name of `system`."""
-        return "system" if self.role == "developer" else self.role, tidy(self.text)
+        return TURN_ROLES[self.role], tidy(self.text)
 
 
 class ChatRequest(BaseRequest):
