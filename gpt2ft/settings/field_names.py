@@ -39,6 +39,12 @@ FIELD_NAMES = {
     **_named("attn_implementation attn flash_attention flash_attn use_flash_attention", "model.attention attention"),
     **_named("resid_pdrop embd_pdrop attn_pdrop hidden_dropout hidden_dropout_prob", "model.dropout"),
     **_named("lora_dropout peft_dropout", "lora.dropout"),
+    **_named(
+        "n_layer n_layers num_layers n_head n_heads num_heads n_embd hidden_size d_model vocab_size model.size size "
+        "model_size model.layers",
+        "model.path model",
+        "The shape is that of a model, or of the config.json in a folder.",
+    ),
     # adapters
     **_named("lora_r lora_rank r lora.r peft_r adapter_rank use_peft use_lora peft lora adapter", "lora.rank"),
     **_named("lora_alpha lora.lora_alpha peft_alpha alpha", "lora.alpha"),
@@ -48,7 +54,7 @@ FIELD_NAMES = {
     ),
     **_named("use_rslora rs_lora", "lora.rslora"),
     **_named(
-        "load_in_4bit load_in_8bit qlora quantization quantization_bit quantize bnb_4bit_quant_type use_dora",
+        "load_in_4bit load_in_8bit qlora quantization quantization_bit quantize bnb_4bit_quant_type",
         note="Weights are not quantised here: `lora.rank` keeps gradients and moments small.",
     ),
     # data
@@ -59,7 +65,7 @@ FIELD_NAMES = {
         "data.train data",
     ),
     **_named(
-        "eval_dataset eval_data eval_file validation_file valid_file val_file test_file val_data validation_data "
+        "eval eval_dataset eval_data eval_file validation_file valid_file val_file test_file val_data validation_data "
         "val_dataset dev_file validation valid val test dev data.validation data.val data.test data.held_out "
         "held_out eval_set data.valid data.dev dataset_test_split",
         "data.eval data",
@@ -76,6 +82,12 @@ FIELD_NAMES = {
         "data.max_length max_length",
     ),
     **_named("max_prompt_length max_completion_length", "data.max_length", "It holds for prompt and reply together."),
+    **_named(
+        "max_samples max_train_samples num_samples limit subset fraction sample_size",
+        "data.train data",
+        "NAME@0.5 takes half of it.",
+    ),
+    **_named("shuffle shuffle_dataset", "training.seed", "Always shuffled, by the seed."),
     **_named("language lang langs", "data.languages languages"),
     **_named("ignore_columns skip_keys", "data.ignore_keys ignore_keys"),
     **_named("ignore_errors skip_errors skip_bad_lines", "data.on_error on_error", "As `skip`."),
@@ -148,13 +160,13 @@ FIELD_NAMES = {
     ),
     **_named("full_determinism cudnn_deterministic", "training.deterministic"),
     # precision
-    **_named("bf16 bfloat16 use_bf16", "training.precision precision dtype", "As `bf16`, `dtype` as `bfloat16`."),
+    **_named("bf16 bfloat16 use_bf16", "training.precision precision dtype", "With bf16 as its value."),
     **_named(
         "fp16 float16 half use_fp16 amp",
         "training.precision precision dtype",
-        "Of fp32 and bf16; only exports have more.",
+        "With fp32 or bf16; fp16 is for exports.",
     ),
-    **_named("fp32 float32 tf32", "training.precision precision dtype", "As `fp32`, `dtype` as `float32`."),
+    **_named("fp32 float32 tf32", "training.precision precision dtype", "With fp32 as its value."),
     **_named("mixed_precision dtype torch_dtype model_dtype", "training.precision precision dtype"),
     # the optimizer
     **_named(
@@ -181,14 +193,13 @@ FIELD_NAMES = {
     **_named("optim optimizer optimizer_type optimizer.name optimizer.type", note="It is AdamW; `optimizer.` sets it."),
     # preferences
     **_named("beta dpo_beta kl_coef kl_beta pref_beta", "dpo.beta beta"),
-    **_named("loss_type dpo_loss loss pref_loss preference_loss", "dpo.loss", "Of preferences, in launch/dpo.py."),
+    **_named("loss_type dpo_loss loss pref_loss preference_loss", "dpo.loss"),
     **_named("label_smoothing_factor cdpo_epsilon", "dpo.label_smoothing"),
     **_named("simpo_gamma gamma_beta_ratio", "dpo.gamma"),
     **_named("rpo sft_weight nll_weight pref_ftx", "dpo.rpo_alpha"),
     **_named(
         "ref_model reference_model ref precompute_ref_log_probs ref_model_name_or_path reference",
-        "reference",
-        "In training the model at `model.path` is its own reference.",
+        "reference model.path",
     ),
     # folders, launches, logs
     **_named(

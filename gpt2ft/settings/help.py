@@ -39,12 +39,13 @@ def help_text(usage: Usage) -> str:
     width = shutil.get_terminal_size().columns
     names = list(names_of(usage.kind))
     required = [_row(usage, name)[0] for name in names if field_of(usage.kind, name).is_required()]
+    words = ["usage:", program_name(), f"[{usage.positional}]", *required, "[--SETTING VALUE ...]"]
     most_used = [name for name in usage.kind.most_used if name in names]
     kinds = {name: field_of(usage.kind, name).annotation for name in names}
     grammar = [FLAGS.format(flag=name) for name in names if kinds[name] is bool][:1]
     grammar += [LISTS] if any(get_origin(kind) is tuple for kind in kinds.values()) else []
     blocks = [
-        f"usage: {' '.join([program_name(), f'[{usage.positional}]', *required, '[--SETTING VALUE ...]'])}",
+        textwrap.fill(" ".join(words), width, subsequent_indent=" " * len("usage: "), break_on_hyphens=False),
         _fill(usage.purpose or usage.kind.__doc__ or "", width),
         *_about_recipes(usage, width),
         _fill(" ".join(grammar), width),

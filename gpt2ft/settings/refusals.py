@@ -49,8 +49,10 @@ def no_setting(kind: type[Section], name: str) -> str:
     if RENAMED.get(name) in known:
         return f"the setting `{name}` is called `{RENAMED[name]}` now"
     if is_section(getattr(kind.model_fields.get(name), "annotation", None)):
-        return f"`{name}` is a section, not a setting{setting_meant(name, known)}"
-    return f"there is no setting `{name}`{setting_meant(name, [*kind.model_fields, *known])}"
+        meant = setting_meant(name, known) or f": its settings begin with `{name}.`"
+        return f"`{name}` is a section, not a setting{meant}"
+    sections = [section for section in kind.model_fields if section not in known]
+    return f"there is no setting `{name}`{setting_meant(name, known, sections)}"
 
 
 def no_recipe(kind: type[Section], recipe: str) -> str:

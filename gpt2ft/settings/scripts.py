@@ -78,7 +78,7 @@ class RunSettings(Section):
             yield "`model.random_init` must be off where `lora.rank` is set: adapters need trained weights to adapt"
         if training.eval_every and not data.holds_out:
             yield (
-                "`training.eval_every` needs held-out data: set `data.eval` or `data.eval_fraction`, or set it to None"
+                "`training.eval_every` needs held-out data: set `data.eval` or `data.eval_fraction`, or set it to none"
             )
 
 

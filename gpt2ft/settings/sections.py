@@ -200,7 +200,7 @@ class DataSettings(CorpusSettings):
     eval: tuple[str, ...] = ()
     """Held-out data, named like `train`. Conversations found in both are dropped from `train`."""
     eval_fraction: Fraction | None = 0.0
-    """Without `eval`: the share of whole trees to hold out of `train`. None: about a twentieth, one conversation at
+    """Without `eval`: the share of whole trees to hold out of `train`. none: about a twentieth, one conversation at
     least, but nothing of fewer than ten."""
     max_length: Positive = 1024
     """Tokens of context. Where a path is longer, its oldest turns give way, whole turns at a time."""

@@ -10,14 +10,15 @@ from pathlib import Path
 from gpt2ft.settings.field_names import FIELD_NAMES
 
 MOST_GUESSES = 3
-LEAST_LIKENESS = 0.8
+LEAST_LIKENESS = 0.85
 
 
-def setting_meant(name: str, known: Sequence[str]) -> str:
+def setting_meant(name: str, known: Sequence[str], sections: Sequence[str] = ()) -> str:
     """Return ` (did you mean `x`?)` for a setting that does not exist; empty if nobody could tell.
 
     Args:
         known: the dotted names of all settings.
+        sections: that may be meant by spelling alone.
     """
     section, _, last = name.rpartition(".")
     within = f"{section.rpartition('.')[2]}.{last}"
@@ -25,7 +26,7 @@ def setting_meant(name: str, known: Sequence[str]) -> str:
     meant = [setting for setting in (field_name.settings if field_name else ()) if setting in known]
     if field_name and (meant or not field_name.settings):
         return did_you_mean(meant, field_name.note)
-    return did_you_mean(_elsewhere(name, known) or _most_like(name, known, _setting_likeness))
+    return did_you_mean(_elsewhere(name, known) or _most_like(name, [*sections, *known], _setting_likeness))
 
 
 def did_you_mean(names: Collection[str], note: str = "") -> str:
@@ -62,7 +63,10 @@ def _setting_likeness(name: str, other: str) -> float:
     """Return how alike the least alike parts of two settings are; a section may be left out."""
     parts, others = name.split("."), other.split(".")
     others = others[-len(parts) :]
-    return min(map(_likeness, parts, others)) if len(parts) == len(others) else 0.0
+    if len(parts) != len(others):
+        return 0.0
+    compare = _likeness if len(parts) > 1 else _likeness_of_words  # the beginning of a word says little by itself
+    return min(map(compare, parts, others))
 
 
 def _file_likeness(name: str, other: str) -> float:
@@ -72,12 +76,17 @@ def _file_likeness(name: str, other: str) -> float:
 
 
 def _likeness(word: str, other: str) -> float:
-    """Return how alike two words are, from 0 to 1."""
+    """Return how alike two words are, from 0 to 1; one may be the beginning of the other."""
+    is_beginning = len(word) >= 3 and _plain(other).startswith(_plain(word))
+    return max(0.9 * is_beginning, _likeness_of_words(word, other))
+
+
+def _likeness_of_words(word: str, other: str) -> float:
     word, other = _plain(word), _plain(other)
-    if word == other:
-        return 1.0
-    if len(word) >= 3 and (sorted(word) == sorted(other) or other.startswith(word)):
-        return 0.9
+    if len(word) == len(other) >= 4:
+        differing = sum(letter != another for letter, another in zip(word, other, strict=True))
+        if differing == 1 or (differing and sorted(word) == sorted(other)):  # another letter, or another order
+            return 0.9
     return difflib.SequenceMatcher(None, word, other).ratio()
 
 

@@ -1,8 +1,12 @@
 """The settings of each script: its help, what must hold between them, and that a mistake is answered at once."""
 
+import re
+from importlib.metadata import version
+
 import pytest
 from processes import run
 
+from gpt2ft import __main__ as main_module
 from gpt2ft.settings.parsing import parse_recipe, parse_script
 from gpt2ft.settings.recipes import RECIPES
 from gpt2ft.settings.scripts import (
@@ -14,6 +18,7 @@ from gpt2ft.settings.scripts import (
     ServeSettings,
     SFTSettings,
 )
+from gpt2ft.settings.sections import names_of
 
 LAUNCH = RECIPES.parent
 RUN_AND_LIST_MODULES = """
@@ -55,6 +60,71 @@ def test_help_names_every_setting_and_imports_nothing_heavy(script):
         assert f"(default: {rate:g})" in said  # the recipe's, not the class's
     if script == "evaluate.py":
         assert "(required)" in said
+
+
+def help_of(script, width, monkeypatch, capsys, *words):
+    monkeypatch.setenv("COLUMNS", str(width))
+    with pytest.raises(SystemExit, match="0"):
+        main_module.run_script(script, [*words, "--help"])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("width", [80, 160])
+@pytest.mark.parametrize("script", main_module.SCRIPTS)
+def test_help_can_be_read_at_any_width(script, width, monkeypatch, capsys):
+    said = help_of(script, width, monkeypatch, capsys)
+    lines = said.splitlines()
+    assert max(map(len, lines)) <= width
+    usage, purpose = lines[0], " ".join(lines).replace("  ", " ")
+    assert usage.startswith("usage: ")
+    assert (
+        f"[{ {'benchmark': 'WHAT'}.get(script, 'RECIPE' if main_module.SCRIPTS[script].recipe else 'MODEL') }]" in usage
+    )
+    assert main_module.SCRIPTS[script].purpose in purpose
+    assert not re.search(r"default: *\)|\(default: none\)|None|\(default: false\)", said)
+    names = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert sorted(names) == sorted(f"--{name}" for name in names_of(main_module.SCRIPTS[script].settings))  # each once
+    for line in lines:  # a setting and its meaning have columns of their own; what follows hangs below the meaning
+        assert not line.startswith(" ") or re.match(r"  \S|    +\S", line), line
+
+
+def test_help_shows_recipes_and_the_most_used_settings_first(monkeypatch, capsys):
+    said = help_of("sft", 80, monkeypatch, capsys)
+    assert said.index("YAML file of your own") < said.index("recipes\n") < said.index("most used\n")
+    assert re.search(r"\n  oasst-gpt2 +GPT-2 small \(124M\) becomes a chat model", said)
+    assert "oasst-gpt2-dpo" not in said
+    most_used = said.partition("most used\n")[2].partition("\n\n")[0]
+    assert 8 <= most_used.count("\n  --") + 1 <= 12
+    assert "--data.train NAME ..." in most_used
+    assert "oasst-gpt2-dpo" in help_of("dpo", 80, monkeypatch, capsys)
+
+
+def test_help_is_that_of_the_recipe_that_is_named(monkeypatch, capsys):
+    said = help_of("sft", 80, monkeypatch, capsys, "oasst-gpt2-lora")
+    assert "recipe oasst-gpt2-lora" in " ".join(said.split())
+    assert re.search(r"--lora.rank N .*?\(default: 16\)", said, re.DOTALL)
+
+
+def test_scripts_that_share_settings_say_what_each_does(monkeypatch, capsys):
+    reference, dpo = (help_of(script, 160, monkeypatch, capsys) for script in ("reference", "dpo"))
+    assert "trains nothing" in reference
+    assert "trains nothing" not in dpo.partition("recipes\n")[0]
+
+
+@pytest.mark.parametrize("words", [["sft", "--version"], ["chat", "runs/a", "--version"], ["--version"]])
+def test_every_script_says_its_version(words, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["gpt2ft", *words])
+    with pytest.raises(SystemExit, match="0"):
+        main_module.main()
+    assert capsys.readouterr().out == f"gpt2ft {version('gpt2ft')}\n"
+
+
+@pytest.mark.parametrize("word", ["chatt", "caht", "train"])
+def test_a_script_that_does_not_exist(word, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["gpt2ft", word])
+    with pytest.raises(SystemExit, match="2"):
+        main_module.main()
+    assert ("did you mean `chat`" in capsys.readouterr().err) == (word != "train")
 
 
 @pytest.mark.parametrize("wrong", [["--traning.steps", "1"], ["nosuch"], ["--data.train"]])
