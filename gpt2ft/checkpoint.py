@@ -32,6 +32,7 @@ from gpt2ft.checkpoint_verification import (
     read_json,
     shown,
 )
+from gpt2ft.errors import reason
 from gpt2ft.files import complete_folder, discard, write_json, write_safetensors
 from gpt2ft.wording import counted
 
@@ -225,7 +226,7 @@ def _read(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
+        raise CheckpointError(f"{file} cannot be read: {reason(error)}") from error
 
 
 def difference(saved: dict, current: dict, prefix: str = "") -> str | None:

@@ -19,11 +19,13 @@ class Gpt2ftError(Exception):
         exit_code: of the script: 2 for what has to be mended first, 1 for what happens while running.
         on_every_rank: every process reports it, because the cause may lie in one alone; otherwise one per machine.
         can_resume: the same command continues a training run from its newest checkpoint.
+        label: first word of each line: being told to stop is no error.
     """
 
     exit_code: ClassVar[int] = 2
     on_every_rank: ClassVar[bool] = False
     can_resume: ClassVar[bool] = False
+    label: ClassVar[str] = "error"
 
 
 class SettingsError(Gpt2ftError):
@@ -36,7 +38,10 @@ class NetworkError(Gpt2ftError):
 
 def reason(error: Exception) -> str:
     """Return why something failed, without the path that the sentence around it names already."""
-    return (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
+    if isinstance(error, UnicodeError):
+        return "it is no text in UTF-8"
+    of_system = [cause.strerror for cause in (error, error.__cause__) if isinstance(cause, OSError) and cause.strerror]
+    return of_system[0] if of_system else " ".join(str(error).split())
 
 
 def is_first_on_machine() -> bool:
@@ -44,14 +49,15 @@ def is_first_on_machine() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def fail(message: str, code: int = 2, everywhere: bool = False) -> NoReturn:
+def fail(message: str, code: int = 2, everywhere: bool = False, label: str = "error") -> NoReturn:
     """End the program with a message on stderr and an exit code.
 
     Args:
         everywhere: from every process; otherwise once on each machine.
+        label: first word of each line.
     """
     rank = os.environ.get("RANK", "0")
-    label = f"error on rank {rank}" if everywhere and rank != "0" else "error"
+    label = f"{label} on rank {rank}" if everywhere and rank != "0" else label
     if everywhere or is_first_on_machine():
         print("\n".join(f"{label}: {line}" for line in message.splitlines()), file=sys.stderr)
     elif "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun ends all processes as soon as one is gone

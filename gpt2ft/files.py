@@ -64,7 +64,7 @@ def read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} must be UTF-8 text, but is not ({error}); copy it again") from error
+        raise ValueError(f"{file} must be UTF-8 text, but is not at byte {error.start}; copy it again") from error
 
 
 def read_json(file: Path) -> Any:
@@ -73,7 +73,8 @@ def read_json(file: Path) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} must be JSON, but is cut short or damaged ({error}); copy it again") from error
+        place = f" in line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise ValueError(f"{file} must be JSON, but is cut short or damaged{place}; copy it again") from error
 
 
 def write_text(file: Path, text: str) -> None:

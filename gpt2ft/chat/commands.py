@@ -237,7 +237,7 @@ def _read_messages(file: Path) -> tuple[list[Any], bool]:
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} must hold JSON lines, but does not: {error}") from error
+        raise ValueError(f"{file} must hold JSON lines, but does not") from error
     if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
         raise ValueError(f'{file} must hold lines like {{"messages": [...]}}, but does not')
     return record["messages"], len(found) == 1

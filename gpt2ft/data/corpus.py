@@ -14,7 +14,7 @@ from gpt2ft.data.reading import DataError
 from gpt2ft.data.sources import Origin, read_trees
 from gpt2ft.data.store import TokenStore, open_store
 from gpt2ft.data.topic import Topic
-from gpt2ft.errors import SettingsError
+from gpt2ft.errors import SettingsError, reason
 from gpt2ft.files import cache_root, user_path
 from gpt2ft.settings.sections import DataSettings, FilterSettings, split_mixing_weight
 from gpt2ft.text.tokenizer import ChatTokenizer
@@ -97,7 +97,7 @@ def read_topic(source: str, ignore_keys: tuple[str, ...] = ()) -> Topic:
         try:
             texts = user_path(source).read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"`data.topic_replies` = {source} cannot be read: {error}") from error
+            raise DataError(f"`data.topic_replies` = {source} cannot be read: {reason(error)}") from error
     else:
         filters = FilterSettings(ignore_keys=ignore_keys)
         messages = (message for tree in read_trees(source, filters) for message in tree.messages)

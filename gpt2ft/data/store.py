@@ -22,6 +22,7 @@ from gpt2ft.data.sources import Origin, open_source
 from gpt2ft.data.token_tree import TokenTree
 from gpt2ft.data.tokenise import STATISTICS, SourceStatistics, Tokenisation, build, is_complete
 from gpt2ft.data.topic import Topic
+from gpt2ft.errors import reason
 from gpt2ft.settings.sections import FilterSettings
 from gpt2ft.text.template import template_digest
 from gpt2ft.text.tokenizer import ChatTokenizer
@@ -155,7 +156,7 @@ def open_store(
     try:
         data = digest(source.origin) if digest else source.origin.digest()
     except OSError as error:
-        raise DataError(f"{name} cannot be read: {error}") from error
+        raise DataError(f"{name} cannot be read: {reason(error)}") from error
     determined_by = [FORMAT_VERSION, kind.name, data, filters.model_dump(), topic and topic.digest]
     determined_by += [template_digest(), tokenizer.digest]
     folder = cache / "trees" / hashlib.sha256(json.dumps(determined_by).encode()).hexdigest()[:32]
@@ -163,5 +164,7 @@ def open_store(
         if not is_complete(folder):
             build(Tokenisation(source, tokenizer, topic), folder)
     except OSError as error:
-        raise DataError(f"the cache folder {cache} cannot be written ({error}): set `data.cache` to another") from error
+        raise DataError(
+            f"the cache folder {cache} cannot be written ({reason(error)}): set `data.cache` to another"
+        ) from error
     return TokenStore(folder, name, source.origin.notes)

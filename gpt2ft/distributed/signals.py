@@ -31,6 +31,7 @@ class Preempted(Gpt2ftError):
 
     exit_code = 75  # EX_TEMPFAIL, "try again later"
     can_resume = True
+    label = "stopped"
 
 
 class SignalHandler:

@@ -19,11 +19,12 @@ def run(work: Callable[[Any], None], settings: Any) -> None:
     try:
         work(settings)
     except Gpt2ftError as error:
-        fail(f"{error}{again if error.can_resume else ''}", error.exit_code, error.on_every_rank)
+        fail(f"{error}{again if error.can_resume else ''}", error.exit_code, error.on_every_rank, error.label)
     except OSError as error:
-        fail(f"{error}{again}", code=1, everywhere=True)
+        told = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        fail(f"{told}{again}", code=1, everywhere=True)
     except KeyboardInterrupt:
-        fail(f"interrupted{again}", code=130)
+        fail(f"by Ctrl-C{again}", code=130, label="stopped")
     except _out_of_memory() as error:
         first = str(error).splitlines()[0]
         fail(

@@ -7,7 +7,7 @@ from typing import Any
 from gpt2ft.distributed.accelerator import global_sum
 from gpt2ft.distributed.restarts import is_restart_of
 from gpt2ft.distributed.shared_folder import check_shared
-from gpt2ft.errors import SettingsError
+from gpt2ft.errors import SettingsError, reason
 from gpt2ft.files import remove_leftovers, restore_replaced, write_json, write_text
 from gpt2ft.runs.loaded_model import RECIPE
 from gpt2ft.runs.lock import NAME as LOCK
@@ -72,7 +72,7 @@ class Output:
             self._lock.hold(self.folder)
             restore_replaced(self.checkpoints)
         except OSError as error:
-            raise SettingsError(f"`output` = {self.folder} cannot be written to: {error}") from error
+            raise SettingsError(f"`output` = {self.folder} cannot be written to: {reason(error)}") from error
 
     def begin(self, settings: RunSettings, manifest: dict[str, Any], accelerator: Any) -> None:
         """Write recipe and manifest, once the run is sure to train; an earlier run that it does not continue is moved

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from ipaddress import ip_address
 from pathlib import Path
 
-from gpt2ft.errors import SettingsError
+from gpt2ft.errors import SettingsError, reason
 from gpt2ft.model.pretrained import ModelError
 from gpt2ft.runs.inference_model import load_inference_model
 from gpt2ft.settings.scripts import ServeSettings
@@ -52,7 +52,7 @@ def read_key(settings: ServeSettings) -> str | None:
         try:
             key = Path(file).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(f"`api_key_file` = {file} cannot be read: {error}") from error
+            raise SettingsError(f"`api_key_file` = {file} cannot be read: {reason(error)}") from error
     if key is None:
         return None
     if len(key) < MIN_KEY_LENGTH or not (key.isascii() and key.isprintable()) or " " in key:

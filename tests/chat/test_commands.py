@@ -275,8 +275,8 @@ def test_a_file_that_cannot_be_written_is_said(run, tmp_path):
     [
         (None, "No such file"),
         (b"", '{"messages": '),
-        (b"not json\n", "JSON lines.*Expecting value"),
-        (b"\xff\xfe\n", "JSON lines.*'utf-8'"),
+        (b"not json\n", "JSON lines"),
+        (b"\xff\xfe\n", "JSON lines"),
         (b"[" * 100_000, "JSON lines"),
         (b'{"text": "hello"}\n', '{"messages": '),
         (b'{"messages": [{"role": "narrator", "content": ""}]}\n', "`role`"),

@@ -1,5 +1,7 @@
 """Every error ends a script with its own exit code and one sentence; a mistake of ours keeps its traceback."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from processes import run
@@ -60,13 +62,23 @@ def end(monkeypatch, capsys):
 def test_the_end_of_a_script(end, error, code, everywhere, resumes):
     found, said = end(error, RESUMES)
     assert found == code
-    assert said.startswith("error: ")
+    label = "stopped" if error in (Preempted, KeyboardInterrupt) else "error"
+    assert said.startswith(f"{label}: ")
     assert ("continues from the newest checkpoint" in said) == resumes
     assert "continues" not in end(error, RESUMES.model_copy(update={"resume": "never"}))[1]
     assert "continues" not in end(error, None)[1]
     found, said = end(error, RESUMES, rank="1")
     assert found == code
     assert said.startswith("error on rank 1: ") if everywhere else said == ""
+
+
+def test_an_error_of_the_system_names_its_file_once(capsys):
+    def work(_):
+        Path("/absent/file").read_bytes()
+
+    with pytest.raises(SystemExit, match="1"):
+        main.run(work, None)
+    assert capsys.readouterr().err == "error: /absent/file: No such file or directory\n"
 
 
 def test_every_error_that_ends_a_script_is_tested_here():
