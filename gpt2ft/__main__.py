@@ -97,9 +97,13 @@ def run_script(name: str, arguments: Sequence[str]) -> None:
         settings = parse_recipe(script.settings, script.recipe, arguments, script.purpose)
     else:
         settings = parse_script(script.settings, script.positional, arguments, script.purpose)
-    from gpt2ft.runs import main
+    try:
+        from gpt2ft.runs import main
 
-    main.run(importlib.import_module(f"gpt2ft.runs.{script.module}").run, settings)
+        work = importlib.import_module(f"gpt2ft.runs.{script.module}").run
+    except KeyboardInterrupt:  # PyTorch takes seconds to load
+        fail("by Ctrl-C", code=130, label="stopped")
+    main.run(work, settings)
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """The entries of a chat, which are messages or commands that begin with a slash. Knows nothing of terminals."""
 
-import difflib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -52,6 +51,8 @@ class Chat:
             self.attempt(self.say, text[1:])
         elif text.startswith("/"):
             self.attempt(self._command, text)
+        elif text.strip().lower() in ("exit", "quit") and not self.completes:
+            self.quit(text)
         elif text.strip():
             self.attempt(self.say, text)
 
@@ -88,9 +89,12 @@ class Chat:
     def _command(self, text: str) -> None:
         name, argument, *_ = (*text.split(maxsplit=1), "")
         if name not in COMMANDS:
-            near = difflib.get_close_matches(name, COMMANDS, n=1)
-            hint = f"did you mean {near[0]}?" if near else "/help lists them"
-            raise ValueError(f"there is no command {name} ({hint}); // begins a text with a slash")
+            from gpt2ft.settings.suggestions import did_you_mean, nearest_name
+
+            meant = did_you_mean([MEANT[name]]) if name in MEANT else nearest_name(name, COMMANDS)
+            raise ValueError(
+                f"there is no command {name}{meant or ' (/help lists them)'}; // begins a text with a slash"
+            )
         command = COMMANDS[name]
         if self.completes and command.needs_turns:
             raise ValueError(f"{name} needs a conversation, and `--complete` has none")
@@ -145,7 +149,10 @@ class Chat:
         if text:
             name, _, value = text.partition(" ")
             if name not in values:
-                raise ValueError(f"there is no setting {name}; there are {', '.join(values)}")
+                from gpt2ft.settings.suggestions import setting_meant
+
+                meant = setting_meant(name, list(values))
+                raise ValueError(f"there is no setting {name}{meant}; there are {', '.join(values)}")
             values = {name: _number(name, value.strip()) if value else values[name]}
             if name == "max_new_tokens":
                 self.session.max_new_tokens = values[name]
@@ -181,6 +188,20 @@ COMMANDS = {
     "/set": Command("NAME VALUE", "change how replies are made; alone, list it", Chat.set, needs_turns=False),
     "/help": Command("", "show this", Chat.help, needs_turns=False),
     "/quit": Command("", "leave, as Ctrl-D does", Chat.quit, needs_turns=False),
+}
+MEANT = {  # what the command is called elsewhere
+    **dict.fromkeys(("/exit", "/q", "/bye", "/leave", "/close", "/end", "/stop"), "/quit"),
+    **dict.fromkeys(("/clear", "/reset", "/restart", "/c"), "/new"),
+    **dict.fromkeys(("/regenerate", "/redo", "/again", "/regen"), "/retry"),
+    **dict.fromkeys(("/back", "/delete", "/pop"), "/undo"),
+    **dict.fromkeys(("/open", "/import", "/read"), "/load"),
+    **dict.fromkeys(("/export", "/write"), "/save"),
+    **dict.fromkeys(("/h", "/?", "/commands"), "/help"),
+    **dict.fromkeys(("/sys", "/system_prompt", "/prompt"), "/system"),
+    **dict.fromkeys(("/settings", "/config", "/options", "/show", "/parameters"), "/set"),
+    **{f"/{name}": f"/set {name}" for name in SamplingSettings.model_fields},
+    **dict.fromkeys(("/temp",), "/set temperature"),
+    **dict.fromkeys(("/max_tokens", "/max_new_tokens", "/length"), "/set max_new_tokens"),
 }
 KEYS = {
     "//text": "send a text that begins with a slash",

@@ -9,7 +9,6 @@
 Nothing here knows of tokens.
 """
 
-import difflib
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -180,11 +179,13 @@ def open_source(name: str, kind: DataKind = CONVERSATIONS, filters: FilterSettin
             raise DataError(f"data source {name!r} must be one of {', '.join(BUNDLED)}")
         return Source(name, Files(str(BUNDLED[name]), (BUNDLED[name],)), kind, own)
     path = user_path(name)
+    if any((folder / "config.json").is_file() for folder in (path, path / "model")):
+        raise DataError(f"data source {name!r} is a model and no data: name it where the model belongs")
     if os.path.exists(path):
         return Source(stem(path), open_files(name, path, filters.documents), kind, filters)
     if not kind_of(path) and (on_hub := hub_name(name)):
         return Source(name, any_source(name, on_hub), kind, filters)
-    raise DataError(f"data source {name!r} must be a name or a file, but no such file exists; {_nearest(path)}")
+    raise DataError(f"data source {name!r} must be a name or a file, but no such file exists{_meant(path)}")
 
 
 def read_trees(source: str, filters: FilterSettings) -> Iterator[MessageTree]:
@@ -198,9 +199,11 @@ def read_trees(source: str, filters: FilterSettings) -> Iterator[MessageTree]:
     return chain.from_iterable(shard.trees(context) for shard in opened.shards())
 
 
-def _nearest(file: Path) -> str:
+def _meant(file: Path) -> str:
+    """Return what a name that is none may stand for, or all names."""
+    from gpt2ft.settings.suggestions import nearest_path
+
     beside = sorted(file.parent.iterdir()) if file.parent.is_dir() else []
-    candidates = {other.name: str(other) for other in beside if is_data(other) or other.is_dir()}
-    candidates |= {name: name for name in (*SOURCES, *BUNDLED)}
-    near = difflib.get_close_matches(file.name, candidates, n=1)
-    return f"did you mean {candidates[near[0]]!r}?" if near else f"the names are {', '.join((*SOURCES, *BUNDLED))}"
+    names = (*SOURCES, *BUNDLED)
+    meant = nearest_path(file, [*(other for other in beside if is_data(other) or other.is_dir()), *names])
+    return meant or f"; the names are {', '.join(names)}"

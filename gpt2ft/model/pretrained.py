@@ -58,14 +58,26 @@ def find_folder(path: str) -> Path:
         if (candidate / "config.json").is_file():
             return candidate
     if not folder.exists():
-        names = ", ".join(PUBLISHED_MODELS)
-        raise ModelError(
-            f"the model must be a folder or one of {names}, but {path!r} is neither (a run must be trained first); any "
-            "other GPT-2 on the hub is OWNER/NAME, with @REVISION where it is not the newest"
-        )
+        raise ModelError(_no_model(folder))
+    if folder.is_file():
+        raise ModelError(f"{folder} is a file, but a model is a folder with config.json, a run or a published name")
     if (folder / "checkpoints").is_dir():
         raise ModelError(f"{folder} is a run that has not finished: run the same command again to finish it")
     raise ModelError(f"{folder} holds no config.json, so it is not a model folder")
+
+
+def _no_model(folder: Path) -> str:
+    """Say that there is no such model, and which is meant."""
+    from gpt2ft.settings.suggestions import nearest_path
+
+    names = ("quickstart", *PUBLISHED_MODELS)
+    folders = [other for parent in (folder.parent, Path("runs")) for other in sorted(parent.glob("*")) if other.is_dir()]
+    said = f"the model must be a folder or one of {', '.join(names)}, but '{folder}' is neither"
+    return said + (
+        nearest_path(folder, [*names, *folders])
+        or " (a run must be trained first); any other GPT-2 on the hub is OWNER/NAME, with @REVISION where it is not the "
+        "newest"
+    )
 
 
 def download(name: str) -> Path:

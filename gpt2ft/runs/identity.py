@@ -9,15 +9,16 @@ from gpt2ft.distributed.agreement import check_agreement
 from gpt2ft.runs.run_setup import RunSetup
 from gpt2ft.settings.scripts import RunSettings
 
+PASSES = ("steps", "epochs", "min_steps")  # settings of `training` that tell its length
+
 
 def identity_of(setup: RunSetup) -> dict[str, Any]:
     """Return what a run must share with its checkpoint to continue from it: settings, data, initial weights."""
     settings, held_out = setup.settings, setup.held_out
-    training = {"tokens_per_micro_batch", "micro_batches_per_step", "seed", "max_grad_norm", "deterministic"}
-    sections = settings.model_dump(mode="json", exclude={"training", "output", "resume", "dry_run", "show"})
-    del sections["data"]["cache"]
+    sections = settings_that_train(settings)
+    for name in PASSES:  # which are told by the steps that they come to
+        sections["training"].pop(name, None)
     return sections | {
-        "training": settings.training.model_dump(mode="json", include=training),
         "steps": setup.steps,
         "epochs": setup.plan.epochs,  # after them the last step is short
         "precision": precision_of(setup.accelerator),
@@ -25,6 +26,15 @@ def identity_of(setup: RunSetup) -> dict[str, Any]:
         "held_out_data": held_out.identity() if held_out else {},
         "initial_weights": setup.loaded.digest,
     }
+
+
+def settings_that_train(settings: RunSettings) -> dict[str, Any]:
+    """Return the settings that a run must share with what it continues, by section; all others may change meanwhile."""
+    training = {"tokens_per_micro_batch", "micro_batches_per_step", "seed", "max_grad_norm", "deterministic"}
+    training |= {"steps"} if settings.training.steps else {"steps", *PASSES}
+    sections = settings.model_dump(mode="json", exclude={"training", "output", "resume", "dry_run", "show"})
+    del sections["data"]["cache"]
+    return sections | {"training": settings.training.model_dump(mode="json", include=training)}
 
 
 def check_settings(accelerator: Any, settings: RunSettings) -> None:

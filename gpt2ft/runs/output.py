@@ -9,6 +9,7 @@ from gpt2ft.distributed.restarts import is_restart_of
 from gpt2ft.distributed.shared_folder import check_shared
 from gpt2ft.errors import SettingsError, reason
 from gpt2ft.files import remove_leftovers, restore_replaced, write_json, write_text
+from gpt2ft.runs.earlier_run import refuse_other_run
 from gpt2ft.runs.loaded_model import RECIPE
 from gpt2ft.runs.lock import NAME as LOCK
 from gpt2ft.runs.lock import FolderLock
@@ -57,10 +58,11 @@ class Output:
         it.
 
         Raises:
-            SettingsError: if the run in it is finished, another trains in it, or it cannot be written to.
+            SettingsError: if the run in it is finished or another, another trains in it, or it cannot be written to.
         """
-        if settings.resume == "auto" and self.is_finished and not self.is_of_this_launch():
-            raise SettingsError(f"the run in {self.folder} is finished: pass `--resume never` to train it anew")
+        goes_on = self.is_finished or any(self.checkpoints.glob("step-*"))
+        if settings.resume == "auto" and goes_on and not self.is_of_this_launch():
+            refuse_other_run(self.folder, settings, self.is_finished)
         if Path(settings.model.path).resolve().is_relative_to(self.folder.resolve()):
             raise SettingsError(
                 f"`model.path` = {settings.model.path} must not lie in `output` = {self.folder}: train into another"

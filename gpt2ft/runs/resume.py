@@ -20,6 +20,12 @@ from gpt2ft.training.memory_probe import explain_out_of_memory, memory_advice, p
 from gpt2ft.training.optimizer import adamw
 from gpt2ft.training.strategy import Strategy, prepare
 
+CONTENT = {  # of an identity: what its digests are of
+    "tokenised_data": "the training data have changed",
+    "held_out_data": "the held-out data have changed",
+    "initial_weights": "the weights that it started from have changed",
+}
+
 
 @dataclass(frozen=True)
 class ResumePoint:
@@ -48,7 +54,9 @@ def _newest(setup: RunSetup, output: Output) -> ResumePoint:
     if found is None:
         return ResumePoint(TrainState(), None)
     state, saved = checkpoint.read_state(found)
-    changed = checkpoint.difference(saved, identity_of(setup))
+    now = identity_of(setup)
+    of_content = [words for name, words in CONTENT.items() if saved.get(name) != now[name]]
+    changed = ", ".join(of_content) or checkpoint.difference(saved, now)
     if changed:
         raise SettingsError(
             f"the run in {output.folder} cannot be continued: {changed}; "

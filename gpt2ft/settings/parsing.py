@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
 from pydantic import ValidationError
@@ -37,7 +38,7 @@ def parse_recipe(
     try:
         words = sort_words(kind, arguments)
         refuse_problems(_without_dashes(kind, words.loose))
-        file = find_recipe(kind, words.loose[0] if words.loose else default_recipe)
+        file = _recipe_of(kind, words, default_recipe)
         defaults = read_recipe(kind, file)
         if wants_help(arguments):
             from gpt2ft.settings.help import Usage, help_text
@@ -116,12 +117,14 @@ class Words:
     Attributes:
         values: by dotted name, still to be checked.
         loose: words that are neither settings nor their values.
+        follows: the setting before the first of them, empty if there is none.
         unknown: names of settings that there are not.
     """
 
     values: Values
     loose: list[str]
     unknown: list[str]
+    follows: str = ""
 
 
 def sort_words(kind: type[Section], arguments: Sequence[str], most_loose: int = 1) -> Words:
@@ -135,8 +138,8 @@ def sort_words(kind: type[Section], arguments: Sequence[str], most_loose: int = 
             before them, where they are refused.
     """
     known = {*names_of(kind)}
-    given: dict[str, list[str]] = {}
-    loose, unknown, name = [], [], ""
+    given: dict[str, list[Any]] = {}
+    loose, unknown, name, follows = [], [], "", ""
     for word in arguments:
         if _is_name(word):
             name, is_attached, value = word.lstrip("-–—").partition("=")
@@ -146,16 +149,28 @@ def sort_words(kind: type[Section], arguments: Sequence[str], most_loose: int = 
             elif not _is_list(kind, name) or name not in given:
                 given[name] = []
             if name in known and is_attached:
-                given[name].append(value)
+                given[name].append(value or Missing())
         elif name in unknown:
             continue
         elif name and _takes(kind, name, given[name], word):
             given[name].append(word)
         elif not name or len(loose) < most_loose:
+            follows = follows if loose else name
             loose.append(word)
         else:
             given[name].append(word)
-    return Words({name: _value(kind, name, values) for name, values in given.items()}, loose, unknown)
+    return Words({name: _value(kind, name, values) for name, values in given.items()}, loose, unknown, follows)
+
+
+def _recipe_of(kind: type[Section], words: Words, default_recipe: str) -> Path:
+    """Return the file of the recipe that is named; where there is none the name may have been meant as a value."""
+    try:
+        return find_recipe(kind, words.loose[0] if words.loose else default_recipe)
+    except SettingsError as error:
+        if not words.follows:
+            raise
+        takes = "true or false" if field_of(kind, words.follows).annotation is bool else "one value"
+        raise SettingsError(f"{error}; it follows `--{words.follows}`, which takes {takes}") from error
 
 
 def with_values(
@@ -237,6 +252,6 @@ def _recipes_among_values(kind: type[Section], values: Values) -> Iterator[str]:
     """Point out a recipe that a list has taken for its last value; the name of bundled data is no recipe there."""
     names = {name for name, _ in list_recipes(kind)} - {"quickstart"}
     for name, value in values.items():
-        last = value[-1] if isinstance(value, tuple) and value else ""
+        last = str(value[-1]) if isinstance(value, tuple) and value else ""
         if last in names or last.endswith(ENDINGS):
             yield f"command line: `{last}`, the last value of `{name}`, is a recipe: let it stand first"

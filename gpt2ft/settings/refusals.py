@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from gpt2ft.command_line import words_to_start
 from gpt2ft.settings.choices import PUBLISHED_MODELS
 from gpt2ft.settings.recipes import ENDINGS, is_path, list_recipes
 from gpt2ft.settings.sections import RENAMED, Section, is_section, names_of
-from gpt2ft.settings.suggestions import nearest_name, nearest_path, setting_meant
+from gpt2ft.settings.suggestions import either, nearest_name, nearest_path, setting_meant
 
 LIMITS = {"gt": "above", "ge": "of at least", "lt": "below", "le": "at most"}
 
@@ -36,6 +37,8 @@ def explain(kind: type[Section], source: str, error: ValidationError) -> Iterato
             sentence = f"`{key}` must be given: {_meaning(field)}"
         elif problem["type"] == "value_error":
             sentence = f"`{key}` {problem['ctx']['error']}"
+        elif isinstance(problem["input"], list):
+            sentence = f"`{key}` must be a single value, in quotes if it has spaces, but is {shown(problem['input'])}"
         else:
             sentence = f"`{key}` must be {_requirement(field)}, but {_found(problem, path)}"
         if sentence not in said:
@@ -51,6 +54,8 @@ def no_setting(kind: type[Section], name: str) -> str:
     if is_section(getattr(kind.model_fields.get(name), "annotation", None)):
         meant = setting_meant(name, known) or f": its settings begin with `{name}.`"
         return f"`{name}` is a section, not a setting{meant}"
+    if name.startswith("dpo."):
+        return f"there is no setting `{name}` here: it belongs to `{' '.join(words_to_start('dpo'))}`"
     sections = [section for section in kind.model_fields if section not in known]
     return f"there is no setting `{name}`{setting_meant(name, known, sections)}"
 
@@ -102,8 +107,15 @@ def shown(value: Any) -> str:
     elif isinstance(value, list | tuple):
         text = f"[{', '.join('[...]' if isinstance(item, list) else shown(item) for item in value[:9])}]"
     else:
-        text = f"{value:g}" if isinstance(value, float) else repr(value) if isinstance(value, str) else str(value)
+        text = repr(value) if isinstance(value, str) and not _is_number(value) else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return bool(text.strip()) and float(text) is not None
+    except ValueError:
+        return False
 
 
 def requirement(kind: Any, limits: tuple[Any, ...] = ()) -> str:
@@ -116,10 +128,10 @@ def requirement(kind: Any, limits: tuple[Any, ...] = ()) -> str:
         words = ", ".join([*(requirement(part, limits) for part in kinds), requirement(last, limits)])
         return f"{words}, or none"
     if get_origin(kind) is Literal:
-        return f"one of {_either(get_args(kind))}"
+        return either(get_args(kind))
     if get_origin(kind) is tuple:
         item = get_args(kind)[0]
-        return f"a list of {_either(get_args(item), 'and') if get_origin(item) is Literal else 'words'}"
+        return f"a list of {either(get_args(item), 'and') if get_origin(item) is Literal else 'words'}"
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     ends = {name: end for limit in limits if is_dataclass(limit) for name, end in asdict(limit).items()}
     bounds = " and ".join(f"{LIMITS[name]} {end:g}" for name, end in ends.items() if name in LIMITS)
@@ -153,10 +165,7 @@ def _find(kind: type[Section], place: tuple[Any, ...]) -> tuple[list[str], Field
 def _found(problem: Any, path: list[str]) -> str:
     is_item = len(problem["loc"]) > len(path)
     found = f"{'holds' if is_item else 'is'} {shown(problem['input'])}"
-    needs_quotes = problem["type"] == "string_type" and isinstance(problem["input"], (bool, int, float))
+    if is_item and isinstance(problem["input"], str) and "," in problem["input"]:
+        return f"{found}: words are set apart by spaces"
+    needs_quotes = problem["type"] == "string_type" and isinstance(problem["input"], bool | int | float)
     return f"{found}: write it in quotes" if needs_quotes else found
-
-
-def _either(choices: tuple[Any, ...], conjunction: str = "or") -> str:
-    *others, last = map(str, choices)
-    return f"{', '.join(others)} {conjunction} {last}" if others else last

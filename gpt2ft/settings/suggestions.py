@@ -4,7 +4,7 @@ Imported where a mistake has been made, and so by no script that runs.
 """
 
 import difflib
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from gpt2ft.settings.field_names import FIELD_NAMES
@@ -29,11 +29,17 @@ def setting_meant(name: str, known: Sequence[str], sections: Sequence[str] = ())
     return did_you_mean(_elsewhere(name, known) or _most_like(name, [*sections, *known], _setting_likeness))
 
 
-def did_you_mean(names: Collection[str], note: str = "") -> str:
+def did_you_mean(names: Sequence[str], note: str = "") -> str:
     """Return a question for these names, and a note where there is one; empty if there is neither."""
-    question = f"did you mean {' or '.join(f'`{name}`' for name in names)}?" if names else ""
+    question = f"did you mean {either([f'`{name}`' for name in names])}?" if names else ""
     words = " ".join(part for part in (question, note) if part)
     return f" ({words})" if words else ""
+
+
+def either(choices: Sequence[str], conjunction: str = "or") -> str:
+    """Return `a, b or c`."""
+    *others, last = choices
+    return f"{', '.join(others)} {conjunction} {last}" if others else last
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:

@@ -190,6 +190,35 @@ def test_an_unknown_command_is_answered_with_the_nearest(run, given, near):
     assert run.session.turns == []
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("/exit", "/quit"),
+        ("/bye", "/quit"),
+        ("/clear", "/new"),
+        ("/regenerate", "/retry"),
+        ("/temperature", "/set temperature"),
+        ("/temp", "/set temperature"),
+        ("/set temp 1", "`temperature`"),
+        ("/set max_tokens 9", "`max_new_tokens`"),
+    ],
+)
+def test_a_command_of_another_chat_is_answered_with_ours(run, given, meant):
+    [(kind, text)] = run(given)
+    assert kind == "problem"
+    assert meant in text
+
+
+@pytest.mark.parametrize("word", ["exit", "quit", " Exit "])
+def test_a_bare_word_leaves_as_its_command_does(run, word):
+    assert run(word) == []
+    assert not run.chat.is_open
+    assert run.session.turns == []
+    completing = Run(completes=True)
+    completing(word)
+    assert completing.chat.is_open  # there it is a text to go on with
+
+
 def test_help_lists_every_command_on_lines_that_fit(run):
     [(kind, text)] = run("/help")
     assert kind == "notice"

@@ -93,8 +93,31 @@ class TestFindFolder:
 
     def test_neither_a_folder_nor_a_published_name(self):
         names = ", ".join(PUBLISHED_MODELS)
-        with pytest.raises(ModelError, match=f"must be a folder or one of {names}, but 'gpt3' is neither"):
-            find_folder("gpt3")
+        with pytest.raises(ModelError, match=f"must be a folder or one of quickstart, {names}, but 'bert' is neither"):
+            find_folder("bert")
+
+    @pytest.mark.parametrize(
+        ("path", "meant"),
+        [
+            ("gpt2-meduim", "`gpt2-medium`"),
+            ("quikstart", "`quickstart`"),
+            ("my-run", "`runs/my-run`"),
+            ("runs/my-rnu", "`runs/my-run`"),
+            ("runs/other", None),
+        ],
+    )
+    def test_a_name_that_is_nearly_one_is_answered_with_it(self, path, meant, tmp_path, monkeypatch):
+        (tmp_path / "runs" / "my-run").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ModelError) as error:
+            find_folder(path)
+        assert ("did you mean" in str(error.value)) == (meant is not None)
+        assert (meant or path) in str(error.value)
+
+    def test_a_file_is_named_as_such(self, tmp_path):
+        (tmp_path / "mine.jsonl").write_text("{}")
+        with pytest.raises(ModelError, match=r"mine\.jsonl is a file"):
+            find_folder(str(tmp_path / "mine.jsonl"))
 
     def test_a_run_that_has_not_finished(self, tmp_path):
         (tmp_path / "checkpoints").mkdir()

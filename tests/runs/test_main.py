@@ -7,6 +7,7 @@ import torch
 from processes import run
 
 from gpt2ft import errors
+from gpt2ft.__main__ import run_script
 from gpt2ft.checkpoint_verification import CheckpointError
 from gpt2ft.data.reading import DataError
 from gpt2ft.device import DeviceError
@@ -85,6 +86,16 @@ def test_every_error_that_ends_a_script_is_tested_here():
     assert set(errors.Gpt2ftError.__subclasses__()) == {
         kind for kind, *_ in ENDS if issubclass(kind, errors.Gpt2ftError)
     }
+
+
+def test_ctrl_c_while_the_libraries_load(monkeypatch, capsys):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gpt2ft.__main__.importlib.import_module", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        run_script("chat", ["quickstart"])
+    assert capsys.readouterr().err == "stopped: by Ctrl-C\n"
 
 
 def test_a_mistake_of_ours_is_not_dressed_up():

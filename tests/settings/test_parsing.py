@@ -318,8 +318,8 @@ def test_everything_wrong_on_the_command_line_is_said_at_once(problems):
         "zzz": "no setting `zzz`",
         "model.attention": "but is 'felx'",
         "training.steps": "but is 'many'",
-        "training.epochs": "but is ['1', '2']",
-        "optimizer.learning_rate": "but is '-1'",
+        "training.epochs": "but is [1, 2]",
+        "optimizer.learning_rate": "but is -1",
         "output": "but is missing",
     }
     assert list(lines) == list(expected)
@@ -338,6 +338,9 @@ def test_everything_wrong_on_the_command_line_is_said_at_once(problems):
         ["--dry_run", "maybe"],
         ["--dry_run", "true", "false"],
         ["--dry_run=None"],
+        ["--output="],
+        ["--data.train="],
+        ["--dry_run="],
         ["--training", "3"],
         ["--lora.targets", "q", "w"],
         ["--data.max_length=None"],
@@ -346,6 +349,20 @@ def test_everything_wrong_on_the_command_line_is_said_at_once(problems):
 def test_a_value_that_does_not_fit(problems, words):
     (said,) = problems(*words)
     assert keys([said])[0].startswith(words[0].removeprefix("--").partition("=")[0])
+
+
+@pytest.mark.parametrize(
+    ("words", "takes"), [(["--training.steps", "1", "2"], "one"), (["--dry_run", "maybe"], "true")]
+)
+def test_a_value_too_many_may_look_like_a_recipe(refused, words, takes):
+    (said,) = refused(parse_recipe, **OF_THE_SCRIPT, arguments=words)
+    assert f"'{words[-1]}'" in said
+    assert f"`{words[0]}`, which takes {takes}" in said
+
+
+def test_a_setting_of_another_script_is_said_to_be_its_own(problems):
+    (said,) = problems("--dpo.beta", "1")
+    assert "`gpt2ft dpo`" in said
 
 
 def test_a_word_too_many(problems, refused):
