@@ -250,8 +250,8 @@ def _without_dashes(kind: type[Section], loose: Sequence[str]) -> Iterator[str]:
 
 def _recipes_among_values(kind: type[Section], values: Values) -> Iterator[str]:
     """Point out a recipe that a list has taken for its last value; the name of bundled data is no recipe there."""
-    names = {name for name, _ in list_recipes(kind)} - {"quickstart"}
-    for name, value in values.items():
-        last = str(value[-1]) if isinstance(value, tuple) and value else ""
+    last_of = {name: str(value[-1]) for name, value in values.items() if isinstance(value, tuple) and value}
+    names = {name for name, _ in list_recipes(kind)} - {"quickstart"} if last_of else ()
+    for name, last in last_of.items():
         if last in names or last.endswith(ENDINGS):
             yield f"command line: `{last}`, the last value of `{name}`, is a recipe: let it stand first"

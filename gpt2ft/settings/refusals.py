@@ -71,11 +71,12 @@ def no_recipe(kind: type[Section], recipe: str) -> str:
         return f"{recipe} is not a recipe, which ends in .yaml; data are given by `--data.train {recipe}`"
     if recipe in PUBLISHED_MODELS:
         return f"{recipe} is a model and not a recipe: give it by `--model.path {recipe}`"
+    beside = [other for other in sorted(file.parent.glob("*")) if other.suffix in ENDINGS]
     if is_path(recipe):
-        beside = [other for other in sorted(file.parent.glob("*")) if other.suffix in ENDINGS]
         return f"the recipe {recipe} does not exist{nearest_path(recipe, beside)}"
     names = [name for name, _ in list_recipes(kind)]
-    return f"there is no recipe {recipe!r}{nearest_name(recipe, names)}; there are: {', '.join(names)}"
+    meant = nearest_name(recipe, names) or nearest_path(recipe, beside)
+    return f"there is no recipe {recipe!r}{meant}; there are: {', '.join(names)}"
 
 
 def no_yaml(file: Path, error: Exception) -> str:

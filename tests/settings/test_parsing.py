@@ -295,6 +295,13 @@ def test_what_is_no_yaml_is_said_by_line_and_in_our_words(problems, recipe, line
     assert not re.search(r"<|token|scalar|block|mapping|constructor|unicode", said.partition("mine.yaml")[2])
 
 
+def test_a_recipe_of_ones_own_is_named_with_its_ending(refused, tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text("data: {train: [a]}\n")
+    monkeypatch.chdir(tmp_path)
+    (said,) = refused(parse_recipe, **OF_THE_SCRIPT, arguments=["mine"])
+    assert "`mine.yaml`" in said
+
+
 @pytest.mark.parametrize("name", ["absent.yaml", "some/where", "absent.yml"])
 def test_a_missing_recipe_file(name, refused):
     (said,) = refused(parse_recipe, SFTSettings, "", [name])
