@@ -71,12 +71,13 @@ def _no_model(folder: Path) -> str:
     from gpt2ft.settings.suggestions import nearest_path
 
     names = ("quickstart", *PUBLISHED_MODELS)
-    folders = [other for parent in (folder.parent, Path("runs")) for other in sorted(parent.glob("*")) if other.is_dir()]
-    said = f"the model must be a folder or one of {', '.join(names)}, but '{folder}' is neither"
-    return said + (
-        nearest_path(folder, [*names, *folders])
-        or " (a run must be trained first); any other GPT-2 on the hub is OWNER/NAME, with @REVISION where it is not the "
-        "newest"
+    folders = [
+        other for parent in (folder.parent, Path("runs")) for other in sorted(parent.glob("*")) if other.is_dir()
+    ]
+    meant = nearest_path(folder, [*names, *folders]) or " (a run must be trained first)"
+    return (
+        f"the model must be a folder or one of {', '.join(names)}, but '{folder}' is neither{meant}; any other GPT-2 "
+        "on the hub is OWNER/NAME, with @REVISION where it is not the newest"
     )
 
 

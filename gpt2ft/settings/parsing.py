@@ -138,7 +138,7 @@ def sort_words(kind: type[Section], arguments: Sequence[str], most_loose: int = 
             before them, where they are refused.
     """
     known = {*names_of(kind)}
-    given: dict[str, list[Any]] = {}
+    given: dict[str, list[str]] = {}
     loose, unknown, name, follows = [], [], "", ""
     for word in arguments:
         if _is_name(word):
@@ -149,7 +149,7 @@ def sort_words(kind: type[Section], arguments: Sequence[str], most_loose: int = 
             elif not _is_list(kind, name) or name not in given:
                 given[name] = []
             if name in known and is_attached:
-                given[name].append(value or Missing())
+                given[name].append(value)
         elif name in unknown:
             continue
         elif name and _takes(kind, name, given[name], word):
