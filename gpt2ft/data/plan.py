@@ -54,7 +54,8 @@ class Plan:
         Args:
             capacity: most tokens in a stream.
             epochs: after which the row of streams ends; without an end unless given.
-            min_steps: add as many epochs as make up this many steps.
+            min_steps: where the epochs are fewer steps than this, have a step take fewer streams; where that is not
+                enough, add as many epochs as make up this many.
         """
         self.chunks = chunks
         self.micro_batches_per_step = micro_batches_per_step
@@ -67,8 +68,11 @@ class Plan:
         self._first_replies = np.cumsum(chunks.replies) - chunks.replies  # [n] of each chunk, among all
         self.reference = np.full(int(chunks.replies.sum()), np.nan)  # log-prob of each reply, once it is known
         self.streams_per_step = min(micro_batches_per_step, len(self.streams))
-        enough = math.ceil(min_steps * self.streams_per_step / len(self.streams))
-        self.epochs = None if epochs is None else max(epochs, enough)
+        self.epochs = epochs
+        if epochs is not None and min_steps:
+            at_most = max(1, epochs * len(self.streams) // min_steps)
+            self.streams_per_step = min(self.streams_per_step, at_most)
+            self.epochs = max(epochs, math.ceil(min_steps / self.steps_per_epoch))
         self._digested = 0, hashlib.sha256()  # steps, and the pieces of all of them
         self._order = lru_cache(2)(self._drawn_order)  # a step and the next may stand in two epochs
 

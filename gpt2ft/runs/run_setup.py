@@ -1,5 +1,6 @@
 """Set-up of a run: model and data loaded, laid out in a plan, and checked before anything is trained."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 class RunSetup:
     """Everything that a run loads and plans before its first forward pass."""
 
-    settings: RunSettings
+    settings: RunSettings  # with what depends on model and plan
     accelerator: Any
     loaded: LoadedModel
     corpus: Corpus
@@ -61,6 +62,7 @@ def set_up(settings: RunSettings, task: "Task", accelerator: Any) -> RunSetup:
     backend = choose_backend(settings.model.attention, accelerator.device, "model.attention")
     loaded = load_model(settings.model, training.seed)
     check_lengths(settings, loaded)
+    settings = for_model(settings, loaded.gpt2.config.n_embd)
     if settings.lora.rank:
         loaded = adapt(loaded, settings.lora, training.seed)
     rule, eval_rule = task.chunking(for_training=True), task.chunking(for_training=False)
@@ -69,6 +71,7 @@ def set_up(settings: RunSettings, task: "Task", accelerator: Any) -> RunSetup:
     plan = plan_for(corpus, settings, rule, for_training=True)
     eval_plan = plan_for(held_out, settings, eval_rule, for_training=False) if held_out else None
     steps = training.steps or plan.steps
+    settings = for_plan(settings, plan, has_held_out=held_out is not None)
     setup = RunSetup(settings, accelerator, loaded, corpus, held_out, plan, eval_plan, steps, backend)
     if setup.is_main:
         _print_plan(setup)
@@ -120,6 +123,26 @@ def plan_for(corpus: Corpus, settings: RunSettings, rule: ChunkingRule, for_trai
     epochs = None if training.steps else training.epochs
     tokens = training.tokens_per_micro_batch
     return Plan(chunks, tokens, micro_batches, training.seed, epochs, training.min_steps)
+
+
+def for_model(settings: RunSettings, width: int) -> RunSettings:
+    """Return the settings with the learning rate and the least number of steps that suit a model of this width."""
+    training, optimizer = settings.training.for_width(width), settings.optimizer.for_width(width)
+    return settings.model_copy(update={"training": training, "optimizer": optimizer})
+
+
+def for_plan(settings: RunSettings, plan: Plan, has_held_out: bool) -> RunSettings:
+    """Return the settings with times to evaluate and save where epochs are too short for it.
+
+    Small data that are passed over until there are enough steps would be evaluated every few steps: it is done twice
+    in the run instead.
+    """
+    training = settings.training
+    if plan.epochs is None or plan.epochs == training.epochs:
+        return settings
+    name = "eval_every" if has_held_out else "save_every"
+    every = getattr(training, name) or math.ceil(plan.steps / 2)
+    return settings.model_copy(update={"training": training.model_copy(update={name: every})})
 
 
 def target_log_probs(setup: RunSetup) -> TargetLogProbs:

@@ -77,7 +77,7 @@ def train(settings: RunSettings, task: Task) -> None:
     evaluation = HeldOutEvaluation(setup, strategy, task.evaluator(setup), tracker, signals, prompts, samples_at_start)
     inputs = LoopInputs(
         accelerator=accelerator, strategy=strategy, objective=task.objective, batches=setup.plan, steps=setup.steps,
-        training=training, optimization=settings.optimizer, tracker=tracker, evaluate=evaluation,
+        training=setup.settings.training, optimization=setup.settings.optimizer, tracker=tracker, evaluate=evaluation,
         save=checkpoint_writer(setup, output, strategy), signals=signals,
     )  # fmt: skip
     with closing(tracker), signals.listening():

@@ -25,6 +25,9 @@ PreferenceLoss = Literal[*PREFERENCE_LOSSES]
 PairRule = Literal["all", "best_worst", "adjacent"]
 PairWeight = Literal["pair", "prompt"]
 
+# What suits the bundled base, which is 256 wide.
+QUICKSTART_WIDTH, QUICKSTART_RATE, QUICKSTART_STEPS = 256, 1e-3, 240
+
 RENAMED = {  # old name -> new name, with their sections: the old one is refused with the new one named
     "read_per_step": "prefill_chunk",
     "reader_seconds": "write_timeout",
@@ -251,10 +254,12 @@ class TrainingSettings(StreamSettings):
     """Optimizer steps; overrides `epochs` and `min_steps`."""
     epochs: Positive = 1
     """Passes over the data. The last step is short where they end within it."""
-    min_steps: NotNegative = 0
-    """Small data: where `epochs` are fewer steps than this, as many passes as make up this many."""
+    min_steps: NotNegative | None = 0
+    """Small data: where `epochs` are fewer steps than this, steps take fewer streams, down to one, and then as many
+    passes are made as make up this many. None: 240 for models up to 256 wide, fewer in proportion for wider ones, which
+    learn faster: 80 for gpt2."""
     micro_batches_per_step: Positive = 8
-    """Streams in one optimizer step over all processes. Accumulation is this divided by the processes."""
+    """Most streams in one optimizer step over all processes. Accumulation is this divided by the processes."""
     seed: NotNegative = 0
     """Seed of initial weights, packing, order and dropout."""
     log_every: Positive = 10
@@ -281,6 +286,11 @@ class TrainingSettings(StreamSettings):
     sample_tokens: Positive = 128
     """Longest sample reply."""
 
+    def for_width(self, width: int) -> "TrainingSettings":
+        """Return these settings with a least number of steps."""
+        steps = round(QUICKSTART_STEPS * min(1.0, QUICKSTART_WIDTH / width))
+        return self if self.min_steps is not None else self.model_copy(update={"min_steps": steps})
+
     def steps_to_keep(self, steps: int) -> set[int]:
         """Return the steps of a run of `steps` whose checkpoints `keep_for_verification` keeps."""
         parts = self.keep_for_verification + 1
@@ -290,8 +300,8 @@ class TrainingSettings(StreamSettings):
 class OptimizerSettings(Section):
     """AdamW and its learning rate."""
 
-    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
-    """Peak learning rate."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = 5e-5
+    """Peak learning rate. None: 1e-3 for models up to 256 wide, less in proportion for wider ones: 3.3e-4 for gpt2."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate after warm-up."""
     warmup_fraction: Fraction = 0.03
@@ -306,6 +316,14 @@ class OptimizerSettings(Section):
     """Decay of the mean of their squares."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
     """Added to the denominator of Adam's step."""
+
+    def for_width(self, width: int) -> "OptimizerSettings":
+        """Return these settings with a learning rate; where none is given, one in inverse proportion to the width.
+
+        So Adam moves what a layer computes equally far at every width. Yang et al. 2022, "Tensor Programs V", table 3.
+        """
+        rate = QUICKSTART_RATE * min(1.0, QUICKSTART_WIDTH / width)
+        return self if self.learning_rate else self.model_copy(update={"learning_rate": rate})
 
 
 class PreferenceSettings(Section):
