@@ -1,5 +1,6 @@
 """Resume point of a run: the newest checkpoint of the same run, or the start."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from gpt2ft.distributed.agreement import check_agreement
 from gpt2ft.errors import SettingsError
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.model.lora import load_trainable_parameters, trainable_parameters
+from gpt2ft.runs.duration import estimate_seconds, spoken
 from gpt2ft.runs.identity import facts_of, identity_of
 from gpt2ft.runs.output import Output
 from gpt2ft.runs.run_setup import RunSetup
@@ -91,10 +93,16 @@ def prepare_strategy(setup: RunSetup, model: TargetLogProbs, resume_point: Resum
     advice = memory_advice(streams, settings.data.max_length, bool(settings.lora.rank), is_sharded)
     with explain_out_of_memory(advice):
         strategy = prepare(accelerator, model, optimizer, settings.training.max_grad_norm)
-        peak = probe_memory(strategy, accelerator, setup.plan.stream(setup.plan.streams[0]))
+        largest = setup.plan.stream(setup.plan.streams[0])
+        for _ in range(2 if accelerator.device.type == "cuda" else 1):  # the first compiles kernels
+            started = time.perf_counter()
+            peak = probe_memory(strategy, accelerator, largest)
     if setup.is_main:
         each = " on each process" if accelerator.num_processes > 1 else ""
-        print_row("probed", f"the largest stream, peak memory {peak / 2**30:.2f} GiB{each}")
+        takes = spoken(estimate_seconds(setup, time.perf_counter() - started, state.step))
+        print_row(
+            "probed", f"the largest stream, peak memory {peak / 2**30:.2f} GiB{each}; the run takes about {takes}"
+        )
     moments = checkpoint.read_moments(resume_point.checkpoint) if resume_point.checkpoint and state.updates else None
     strategy.load_moments(moments, state.updates)
     return strategy

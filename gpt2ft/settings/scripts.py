@@ -69,7 +69,7 @@ class RunSettings(Section):
         yield from source_problems(data.eval, "data.eval")
         yield from column_problems(data, "data.")
         if not data.train:
-            yield "`data.train` must name at least one data source, but is empty"
+            yield "`data.train` must name at least one data source, but is empty: give `--data.train FILE`"
         if data.eval and data.eval_fraction:
             yield "`data.eval` and `data.eval_fraction` must not both be set: held-out data comes from one of them"
         yield from stream_problems(training.tokens_per_micro_batch, data.max_length, "training.")

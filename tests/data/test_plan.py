@@ -129,13 +129,26 @@ def test_a_stream_is_no_longer_than_the_fullest_needs(make_tree):
     assert plan_of([128] * 64).capacity == 8192
 
 
-@pytest.mark.parametrize(("streams", "per_step", "min_steps", "epochs"), [(5, 2, 0, 3), (5, 2, 20, 8), (2, 8, 50, 50)])
-def test_small_data_are_passed_over_until_there_are_enough_steps(make_tree, streams, per_step, min_steps, epochs):
+@pytest.mark.parametrize(
+    ("streams", "min_steps", "taken", "epochs"),
+    [
+        (5, 0, 4, 3),
+        (5, 15, 1, 3),  # smaller steps are enough
+        (5, 20, 1, 4),  # and here one more epoch
+        (2, 50, 1, 25),
+        (100, 100, 3, 3),
+        (1000, 100, 4, 3),  # large data change nothing
+    ],
+)
+def test_small_data_make_smaller_steps_and_then_more_epochs(make_tree, streams, min_steps, taken, epochs):
     trees = [weigh(make_tree(("user", 2, -1), ("assistant", 98, 0)), "once") for _ in range(streams)]
-    plan = Plan(chunks_of(trees), 128, per_step, seed=0, epochs=3, min_steps=min_steps)
-    assert (len(plan.streams), plan.epochs) == (streams, epochs)
-    assert plan.steps >= max(min_steps, 3 * plan.steps_per_epoch)
-    assert Plan(chunks_of(trees), 128, per_step, seed=0, min_steps=min_steps).steps is None
+    plan = Plan(chunks_of(trees), 128, 4, seed=0, epochs=3, min_steps=min_steps)
+    assert (len(plan.streams), plan.streams_per_step, plan.epochs) == (streams, taken, epochs)
+    assert plan.steps >= min_steps
+    row = row_of(plan, plan.steps)
+    assert Counter(map(tuple, row)) == dict.fromkeys(map(tuple, plan.streams), epochs)
+    endless = Plan(chunks_of(trees), 128, 4, seed=0, min_steps=min_steps)
+    assert (endless.steps, endless.streams_per_step) == (None, min(4, streams))
 
 
 def test_two_plans_are_the_same_plan(chunks):

@@ -137,8 +137,9 @@ def test_what_is_wrong_is_said_before_anything_heavy_is_imported(wrong):
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_recipe_is_sound(recipe):
     kind = DPOSettings if "dpo" in recipe.stem else SFTSettings
-    settings = parse_recipe(kind, "", [recipe.stem])
-    assert settings == parse_recipe(kind, "", [str(recipe)])
+    data = ["--data.train", "mine.jsonl"] if recipe.stem.startswith("my-data") else []  # which they leave open
+    settings = parse_recipe(kind, "", [recipe.stem, *data])
+    assert settings == parse_recipe(kind, "", [str(recipe), *data])
     assert settings.output == f"runs/{recipe.stem}"
 
 
