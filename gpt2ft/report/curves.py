@@ -7,8 +7,8 @@ from gpt2ft.report.schema import Report
 from gpt2ft.report.table import measured
 
 TITLES = {
-    "eval/loss": "held-out loss",
-    "train/loss": "training loss",
+    "eval/loss": "held-out loss, by each run's own objective",
+    "train/loss": "training loss, by each run's own objective",
     "eval/accuracy": "held-out preference accuracy",
     "eval/reward_chosen": "held-out reward of chosen replies",
     "eval/reward_rejected": "held-out reward of rejected replies",

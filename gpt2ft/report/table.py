@@ -140,7 +140,7 @@ def tables(report: Report) -> list[Table]:
     """Return all tables of the page that have rows."""
     unit, name = ("nats_per_token", "nats/token") if same_tokens(report) else ("bits_per_byte", "bits/byte")
     parts = [("all", ("total",)), ("without overlap with training data", ("clean",))]
-    for kind, words in (("by_depth", "reply"), ("by_place", "place"), ("by_source", "source")):
+    for kind, words in (("by_depth", "turn"), ("by_place", "place"), ("by_source", "source")):
         parts += [(f"{words}: {key}", (kind, key)) for key in _keys(report, "held_out", kind)]
     held_out = [
         Figure(label, ("held_out", *path, unit), ".3f", -1, unit if path == ("total",) else "") for label, path in parts
@@ -239,7 +239,8 @@ def _listed(values: Any) -> str:
         return values
     if isinstance(values, Mapping):
         return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in values.items() if number(count))
-    return "; ".join(f"{entry.get('source')}: {_listed(entry)}" for entry in values)
+    shown = ("conversations", "tokens", "supervised", "pairs")
+    return "; ".join(f"{e.get('source')}: {_listed({key: e[key] for key in shown if key in e})}" for e in values)
 
 
 def as_terminal(report: Report, width: int = 100) -> str:
@@ -251,7 +252,9 @@ def as_terminal(report: Report, width: int = 100) -> str:
     label = min(max((len(title) for title, _ in table.rows), default=0), width // 4)
     cells = [[f"{cell.value} {cell.difference:>7}".rstrip() if cell else "-" for cell in row] for _, row in table.rows]
     names = [escape_control_characters(" ".join(name.split())) for name in table.columns]
-    column = max((len(cell) for row in cells for cell in row), default=1)
+    room = (width - label) // max(1, len(names)) - 2
+    column = max(len(cell) for row in [*cells, [" "]] for cell in row)
+    column = max(column, min(room, max(map(len, names), default=0)))
     heads, lines = names, []
     if max(map(len, names), default=0) > column:
         heads = [f"[{number}]" for number in range(1, len(names) + 1)]

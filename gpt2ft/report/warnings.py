@@ -84,11 +84,14 @@ def no_difference(report: Report) -> Iterator[str]:
 def forgetting(report: Report) -> Iterator[str]:
     first, *others = report["models"]
     for model in others:
+        rises = []
         for name, loss in model.get("plain_text", {}).items():
             before, after = measured(first, ("plain_text", name, "bits_per_byte")), loss.get("bits_per_byte")
             if before and after and after > before * (1 + FORGOTTEN):
-                more = f"{100 * (after / before - 1):.0f} % more bits"
-                yield f"{name} takes {model['name']} {more} than {first['name']}: it has forgotten some of its English"
+                rises.append(f"{100 * (after / before - 1):.0f} % more bits for {name}")
+        if rises:
+            needs = f"{model['name']} needs {' and '.join(rises)}"
+            yield f"{needs} than {first['name']}: it has forgotten some of its English"
 
 
 def memorised(report: Report) -> Iterator[str]:

@@ -104,7 +104,7 @@ def test_a_held_out_loss_that_rises(sound):
 
 def test_text_that_is_forgotten(sound):
     sound["models"][1]["plain_text"]["Gettysburg Address"]["bits_per_byte"] *= 1.12
-    assert "12 % more bits" in the_warning(sound)
+    assert "sft needs 12 % more bits for Gettysburg Address than" in the_warning(sound)
 
 
 def test_replies_that_are_recited(sound):

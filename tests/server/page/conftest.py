@@ -1,23 +1,14 @@
 """A browser, its tabs, and the server that they visit."""
 
-import shutil
-
 import pytest
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+from browser import open_browser
 
 
 @pytest.fixture(scope="package")
 def browser():
-    """For this package alone: as long as playwright runs, its thread can run no other event loop."""
-    if CHROMIUM is None:
-        pytest.skip("Chromium is missing (Debian: apt-get install chromium)")
-    from playwright import sync_api as playwright
-
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    """For this package alone."""
+    with open_browser() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="package")
