@@ -121,7 +121,11 @@ def download_any(name: HubName, with_weights: bool) -> Path:
     files = _TOKENIZER_FILES + (_WEIGHT_FILES if with_weights else ())
     try:
         folder = Path(snapshot_download(name.repository, revision=commit, allow_patterns=["config.json"]))
-        read_config(find_folder(str(folder)))
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"{name.repository}@{commit[:8]} holds no config.json, so it is no model but something else"
+            )
+        read_config(folder)
         folder = Path(snapshot_download(name.repository, revision=commit, allow_patterns=files))
     except (OSError, ValueError) as error:  # those of a network among them
         cause = " ".join(str(error).split())

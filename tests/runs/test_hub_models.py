@@ -80,6 +80,12 @@ def test_another_architecture_is_named_before_its_weights_are_downloaded(hub):
     assert {file for *_, file in hub.downloaded} == {"config.json"}
 
 
+def test_an_adapter_or_a_gguf_file_is_no_model(hub):
+    (hub.files / "config.json").unlink()
+    with pytest.raises(ModelError, match=f"owner/name@{NEWEST[:8]} holds no config.json"):
+        load_model(ModelSettings(path="owner/name"), seed=0)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt_neo", "bert", "t5"])
 def test_a_folder_of_another_architecture_is_named_as_what_it_is(kind, tmp_path):
     """Whatever its tokenizer is made of."""

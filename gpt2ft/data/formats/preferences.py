@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from gpt2ft.conversation import Message, MessageTree, Role, tidy
 from gpt2ft.data.formats.chat_messages import chat_messages
 from gpt2ft.data.formats.column_names import CONTEXTS, CONVERSATIONS, PROMPTS
-from gpt2ft.data.formats.keys import MARKS, is_masked, refuse_unread
+from gpt2ft.data.formats.keys import MARKS, is_empty, is_masked, refuse_unread
 from gpt2ft.data.formats.layout import Format, Transcript, count_messages
 from gpt2ft.data.formats.prompt_reply import asked, contexts_of
 from gpt2ft.data.formats.turns import Turn, Turns, clean, content_id, joined, messages_of
@@ -89,7 +89,7 @@ def _transcript(record: Record, key: str) -> Turns:
         prompt = tidy(asked(record, name))
         if any(role == "user" and tidy(text) == prompt for role, text, _ in turns):
             return turns
-        if not _TRANSCRIPT.match(record[name]):
+        if _is_text(record, name):
             raise Malformed(f"`{key}` must hold the text of `{name}` as a user turn, but does not")
     opening = _opening(record, name)
     if turns[: len(opening)] != opening:
@@ -99,7 +99,12 @@ def _transcript(record: Record, key: str) -> Turns:
 
 def _prompt_name(record: Record) -> str | None:
     """Return the key of the prompt: a text in any of its columns, or a list of messages."""
-    return next((name for name in (*PROMPTS, *CONVERSATIONS) if record.get(name) is not None), None)
+    given = [name for name in (*PROMPTS, *CONVERSATIONS) if record.get(name) is not None]
+    return next((name for name in given if not is_empty(record[name])), given[0] if given else None)
+
+
+def _is_text(record: Record, name: str) -> bool:
+    return isinstance(record[name], str) and not _TRANSCRIPT.match(record[name])
 
 
 def _read_of(record: Record) -> frozenset[str]:
@@ -107,7 +112,7 @@ def _read_of(record: Record) -> frozenset[str]:
     name = _prompt_name(record)
     if name is None or name in CONVERSATIONS:
         return frozenset()
-    return frozenset((name, *(contexts_of(name) if isinstance(record[name], str) else ())))
+    return frozenset((name, *(contexts_of(name) if _is_text(record, name) else ())))
 
 
 def _turns(record: Record, key: str, role: Role) -> list[Turn]:
@@ -142,8 +147,7 @@ def _prompt(record: Record, key: str) -> Turns:
             f"`prompt` must be given where `{key}` is a reply alone, or `{key}` must be a transcript that opens with "
             f'"\\n\\nHuman:" or a list of messages, but is {show(record[key])}'
         )
-    is_text = isinstance(record[name], str) and not _TRANSCRIPT.match(record[name])
-    turns = [Turn("user", asked(record, name))] if is_text else _opening(record, name)
+    turns = [Turn("user", asked(record, name))] if _is_text(record, name) else _opening(record, name)
     if not turns or turns[-1].role != "user":
         found = f"ends in one of the role {turns[-1].role}" if turns else "is empty"
         raise Malformed(f"`{name}` must end in a user turn where `{key}` is a reply alone, but {found}")

@@ -77,6 +77,10 @@ MALFORMED = {
     ],
     "HH-RLHF with its prompt apart": [
         (
+            {"prompt": transcript(*BEFORE) + "\n\nAssistant:", "context": "It is green.", **ALONE},
+            "`context` ... would be lost",
+        ),
+        (
             {"prompt": transcript(*BEFORE, told("Well,")), **ALONE},
             "`prompt` ... user turn ... `chosen` ... role assistant",
         ),
