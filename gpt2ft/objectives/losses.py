@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from gpt2ft.settings.choices import PREFERENCE_LOSSES
 from gpt2ft.settings.sections import PreferenceSettings
 
 
@@ -109,7 +110,7 @@ def _log_odds(log_prob: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, Callable[[PreferenceSettings, PairLogProbs], Tensor]] = {
-    loss.__name__: loss for loss in (sigmoid, cdpo, robust, ipo, hinge, sigmoid_norm, simpo, orpo)
+    name: globals()[name] for name in PREFERENCE_LOSSES
 }
 
 
@@ -123,11 +124,9 @@ def pair_losses(settings: PreferenceSettings, pairs: PairLogProbs) -> Tensor:
 
 
 def start_loss(settings: PreferenceSettings) -> float | None:
-    """Return the loss where policy and reference are equal; None where it depends on the data.
-
-    All changes are zero there, and most losses depend on changes alone.
-    """
-    if settings.rpo_alpha or not settings.needs_reference:
-        return None
-    unchanged, lengths = torch.zeros(4, 1, dtype=torch.float64), torch.ones(2, 1)
-    return float(pair_losses(settings, PairLogProbs(*unchanged, *lengths)))
+    """Return the loss where policy and reference are equal; None where it depends on the data."""
+    chosen, rejected = torch.tensor([[-5.0, -40.0, -9.0], [-30.0, -8.0, -9.0]], dtype=torch.float64)
+    chosen_lengths, rejected_lengths = torch.tensor([[3.0, 20.0, 4.0], [17.0, 2.0, 5.0]])
+    pairs = PairLogProbs(chosen, rejected, chosen, rejected, chosen_lengths, rejected_lengths)
+    losses = pair_losses(settings, pairs)
+    return float(losses[0]) if torch.allclose(losses, losses[:1]) else None

@@ -196,6 +196,14 @@ def test_the_loss_of_the_start_depends_on_the_data():
     assert start_loss(SETTINGS["sigmoid"]) == math.log(2)
 
 
+def test_the_start_of_a_new_loss_is_found_out(monkeypatch):
+    """Also if it needs a reference and looks at more than changes."""
+    monkeypatch.setitem(LOSSES, "twice", lambda settings, pairs: 2 * LOSSES["sigmoid"](settings, pairs))
+    monkeypatch.setitem(LOSSES, "more", lambda settings, pairs: LOSSES["sigmoid"](settings, pairs) - pairs.chosen)
+    assert start_loss(PreferenceSettings.model_construct(loss="twice")) == 2 * math.log(2)
+    assert start_loss(PreferenceSettings.model_construct(loss="more")) is None
+
+
 def test_robust_is_unbiased_where_labels_are_flipped():
     eps, pairs = 0.2, random_pairs(30)
     flipped = PairLogProbs(
