@@ -39,7 +39,8 @@ def installed(tmp_path_factory):
     assert "gpt2ft/recipes/quickstart.yaml" in names
     assert {"gpt2ft/server/page/index.html", "gpt2ft/server/page/markdown-it/markdown-it.js"} <= {*names}
     assert any(name.endswith("licenses/gpt2ft/server/page/markdown-it/LICENSE") for name in names)
-    assert "gpt2ft/report/page.html" in names
+    report = ("page.html", "prompts.jsonl", "texts/gettysburg.txt")
+    assert {f"gpt2ft/report/{name}" for name in report} <= {*names}
     venv.create(folder / "environment", with_pip=True)
     bin = folder / "environment" / "bin"
     run([bin / "pip", "install", "-q", "--no-deps", wheel], PYTHONPATH=None, seconds=300)

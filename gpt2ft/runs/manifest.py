@@ -41,6 +41,7 @@ def manifest_of(setup: RunSetup, attention: str) -> dict[str, Any]:
             "tokens": plan.tokens,
             "repeated": plan.repeated,
             "supervised": plan.supervised,
+            "fill": plan.fill,
         },
     }
 

@@ -70,7 +70,7 @@ def evaluate_by_source(
     """
     bytes_of = torch.tensor(byte_lengths, dtype=torch.float64, device=accelerator.device)
     total = torch.zeros(len(plan.chunks.stores), 3, dtype=torch.float64, device=accelerator.device)
-    with _evaluating(model):
+    with evaluating(model):
         for num_supervised, stream in _streams_of_rank(plan, _num_supervised, accelerator, was_signalled):
             log_probs, real = model(stream), slice(num_supervised)  # without the tail
             columns = [-log_probs[real].double(), torch.ones_like(log_probs[real], dtype=torch.float64)]
@@ -91,7 +91,7 @@ def evaluate_objective(
     """Return the mean loss and metrics of an objective over the whole plan. Arguments and errors as above."""
 
     total = torch.zeros(2 + len(objective.metric_names), dtype=torch.float64, device=accelerator.device)
-    with _evaluating(model):
+    with evaluating(model):
         for normalizer, stream in _streams_of_rank(plan, objective.normalizer, accelerator, was_signalled):
             log_probs = model(stream)
             loss = objective.loss(log_probs, stream)[None].double()
@@ -101,7 +101,7 @@ def evaluate_objective(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Run the block without gradients and without dropout, and leave the model as it was."""
     was_training = model.training
     model.eval()
