@@ -61,7 +61,7 @@ SCRIPTS = {
     ),
     "evaluate": Script(
         EvaluateSettings,
-        "Scores a model on held-out data: nats per token, perplexity, bits per byte; of preferences the accuracy.",
+        "Scores models on held-out data, and compares them with the first: loss, replies, preferences, forgetting.",
         "evaluate_model",
     ),
     "sample": Script(

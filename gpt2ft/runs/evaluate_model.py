@@ -1,230 +1,265 @@
-"""Evaluation of a finished model on held-out data, as text and as report.json."""
+"""Evaluation of finished models on held-out data, side by side: for the terminal, as report.json and as a page."""
 
-import json
-import re
-from dataclasses import dataclass
+import math
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpt2ft.data.chunks import ChunkingRule, ConversationTrees, chunk
-from gpt2ft.data.corpus import Corpus, load_corpora
-from gpt2ft.data.pairs import PreferencePairs
-from gpt2ft.data.plan import Plan
+import numpy as np
+from numpy.typing import NDArray
+
+from gpt2ft.command_line import words_to_start
+from gpt2ft.data.corpus import load_corpora
+from gpt2ft.data.kinds import CONVERSATIONS, PREFERENCES
 from gpt2ft.data.reading import listed
 from gpt2ft.distributed import watchdog
-from gpt2ft.distributed.accelerator import autocast, precision_of, start_accelerator
+from gpt2ft.distributed.accelerator import precision_of, start_accelerator
 from gpt2ft.distributed.agreement import check_agreement
-from gpt2ft.distributed.signals import SignalHandler
-from gpt2ft.errors import SettingsError
-from gpt2ft.files import write_json
-from gpt2ft.model.attention import Backend, choose_backend
-from gpt2ft.model.logprobs import TargetLogProbs
-from gpt2ft.model.pretrained import ModelError
-from gpt2ft.objectives.dpo import DPO
-from gpt2ft.runs.loaded_model import RECIPE, LoadedModel, find_model, load_model, read_run_settings
-from gpt2ft.runs.run_setup import digest_of_sources
-from gpt2ft.runs.samples import Sample, Turns, answer, held_out_prompts
-from gpt2ft.runs.train_dpo import store_for
-from gpt2ft.settings.parsing import refuse_problems
+from gpt2ft.errors import Gpt2ftError, SettingsError
+from gpt2ft.files import read_json, user_path, write_json, write_text
+from gpt2ft.model.attention import choose_backend
+from gpt2ft.report import page
+from gpt2ft.report.conversations import exchanges
+from gpt2ft.report.facts import facts, settings_that_differ
+from gpt2ft.report.losses import differences, held_out
+from gpt2ft.report.overlap import TrainingData, supervised_texts
+from gpt2ft.report.replies import behaviour, holds_word
+from gpt2ft.report.schema import Conversation, HeldOut, Loss, ModelReport, Report
+from gpt2ft.report.table import as_terminal
+from gpt2ft.report.warnings import warnings_of
+from gpt2ft.runs.describe import parameter_counts
+from gpt2ft.runs.identity import versions
+from gpt2ft.runs.measurements import Bench, Measured, Subject, find_subjects, training_runs
+from gpt2ft.runs.preference_scores import describe_preferences
+from gpt2ft.runs.samples import answer, held_out_prompts
 from gpt2ft.settings.scripts import DPOSettings, EvaluateSettings
-from gpt2ft.settings.sections import CorpusSettings, DataSettings, PreferenceSettings, stream_problems
-from gpt2ft.training.evaluate import LossSums, evaluate_by_source, evaluate_objective, sum_over_sources
-from gpt2ft.training.reference_pass import attach_reference
+
+REPORT = "report.json"
+SHOWN = 3  # conversations
 
 
 @watchdog.announce_end()
 def run(settings: EvaluateSettings) -> None:
     accelerator = start_accelerator(settings.precision)
-    check_agreement(accelerator, settings.model_dump(exclude={"cache", "report"}))
-    _backend(settings, accelerator)  # refused, if it is, before anything is loaded
-    loaded, folder = find_model(settings.model, settings.random_init)
-    context = loaded.gpt2.config.n_positions
-    max_length = settings.max_length or context
-    if max_length > context:
-        raise SettingsError(f"`max_length` must be at most the model's context of {context}, but is {max_length}")
-    refuse_problems(stream_problems(settings.tokens_per_micro_batch, max_length, ""))
-    reading = settings.model_dump(include=set(CorpusSettings.model_fields))
-    data = DataSettings(train=settings.data, max_length=max_length, **reading)
-    capacity = settings.tokens_per_micro_batch
-    rule: ChunkingRule = ConversationTrees("once", max_length, capacity)
-    if settings.pairs:
-        rule = PreferencePairs(settings.pairs, "pair", max_length, capacity)
-    corpus, _ = load_corpora(data, loaded.tokenizer, kind=rule.kind, digest=digest_of_sources(accelerator))
-    check_agreement(accelerator, {"data_content": corpus.content(), "initial_weights": loaded.digest})
-    prompts = topic_prompts(loaded, corpus, settings) if settings.topic else []
-    chunks = chunk(corpus.stores, corpus.rows, rule)
-    plan = Plan(chunks, capacity, 1, seed=0)
-    if settings.pairs:
-        text, figures = evaluate_preferences(settings, loaded, folder, plan, accelerator)
-    else:
-        text, figures = evaluate_conversations(settings, loaded, corpus, plan, accelerator)
+    check_agreement(accelerator, settings.model_dump(exclude={"cache", "report", "output"}))
+    backend = choose_backend(settings.attention, accelerator.device, "attention")  # refused before anything is loaded
+    subjects = find_subjects(settings, accelerator.is_main_process)
+    bench = Bench(settings, accelerator, backend, subjects)
+    weights = [subject.loaded and subject.loaded.digest for subject in subjects]
+    check_agreement(accelerator, {"data_content": bench.content(), "initial_weights": weights})
+    measured = [bench.measure(subject) for subject in subjects]
     if not accelerator.is_main_process:
         return
-    adherence = Adherence(settings.topic, answer(loaded, prompts, settings.max_new_tokens)) if prompts else None
-    print(text)
-    if chunks.left_out:
-        print(f"not in these figures, in a context of {max_length:,}: {listed(chunks.left_out)}")
-    if adherence:
-        print(adherence)
-    report = {
-        "model": loaded.source,
-        "weights": loaded.digest,
-        "precision": precision_of(accelerator),
-        "max_length": max_length,
-        "left_out": chunks.left_out.total(),
+    report = report_of(bench, measured)
+    for line in lines(report, bench):
+        print(line)
+    write(report, settings, subjects)
+
+
+def report_of(bench: Bench, measured: list[Measured]) -> Report:
+    """Put together what was measured, with all that one process finds alone."""
+    settings, corpus = bench.settings, bench.first.corpora()[0]
+    training = _scan_training_data(bench, measured)
+    report: Report = {
+        "models": [_model_report(bench, each) for each in measured],
         "data": corpus.identity(),
-    } | figures
-    if adherence:
-        report["topic"] = adherence.figures()
-    file = Path(settings.report) if settings.report else (folder or Path()) / "report.json"
-    write_json(file, report)
+        "left_out": bench.left_out().total(),
+        "precision": precision_of(bench.accelerator),
+        "max_length": bench.max_length,
+        "seed": settings.seed,
+        "commands": [command_of(settings)],
+        "versions": versions(),
+    }
+    if bench.people:
+        report["people"] = behaviour(bench.people, settings.seed)
+    if bench.prompts:
+        report["conversations"] = list(_conversations(bench, measured))
+    if any(subject.trained for subject in bench.subjects):
+        report["settings_that_differ"] = settings_that_differ([subject.trained for subject in bench.subjects])
+    overlapping = None
+    if training:
+        report["overlap"], overlapping = training.overlap(len(corpus.rows))
+    for each, entry in zip(measured, report["models"], strict=True):
+        if each.sums is not None and not each.failed:
+            entry["held_out"] = _held_out(bench, each, measured[0], overlapping)
+        if training and each.replies:
+            entry["learnt_by_heart"] = training.learnt_by_heart(each.subject.name, settings.seed)
+    report["warnings"] = warnings_of(report)
+    return report
+
+
+def _model_report(bench: Bench, measured: Measured) -> ModelReport:
+    subject, settings = measured.subject, bench.settings
+    entry: ModelReport = {"name": subject.name, "model": str(subject.folder)}
+    if subject.loaded:
+        entry |= {
+            "model": subject.loaded.source,
+            "weights": subject.loaded.digest,
+            "tokenizer": subject.loaded.tokenizer.digest,
+            "parameters": parameter_counts(subject.loaded.gpt2)[1],
+        }
+    if subject.trained and subject.home:
+        manifest = read_json(subject.home / "manifest.json")
+        entry["training"] = facts(subject.trained, manifest, subject.home / "metrics.jsonl")
+    if measured.failed:
+        return entry | {"failed": measured.failed}
+    entry["plain_text"] = measured.texts
+    if measured.preferences:
+        entry["preferences"] = measured.preferences
+    if measured.replies:
+        said = exchanges(bench.prompts, measured.replies, settings.topic)
+        entry["replies"] = behaviour(said, settings.seed)
+    if settings.topic:
+        entry["topic"] = _topic(bench, subject)
+    return entry
+
+
+def _held_out(bench: Bench, measured: Measured, first: Measured, overlapping: NDArray[np.bool_] | None) -> HeldOut:
+    data = bench.data(measured.subject.loaded.tokenizer)
+    rows, sources = data.conversations.rows, [store.source for store in data.conversations.stores]
+    found = held_out(measured.sums, rows, sources, overlapping)
+    if measured is not first and not first.failed:
+        reference = bench.data(first.subject.loaded.tokenizer)
+        if np.array_equal(rows, reference.conversations.rows):
+            found["difference"] = differences(measured.sums, first.sums, data is reference, bench.settings.seed)
+    return found
+
+
+def _conversations(bench: Bench, measured: list[Measured]) -> Iterator[Conversation]:
+    """Yield the first prompts with the replies of all models beside each other."""
+    for number, prompt in enumerate(bench.prompts[:SHOWN]):
+        said = [each.replies[number] if each.replies else [None] * len(prompt.turns) for each in measured]
+        by_turn = zip(prompt.turns, zip(*said, strict=True), strict=True)
+        yield {"turns": [{"user": user, "replies": list(replies)} for user, replies in by_turn]}
+
+
+def _scan_training_data(bench: Bench, measured: list[Measured]) -> TrainingData | None:
+    """Return what the training data of all runs have in common with replies and held-out data; None without runs."""
+    tokenizer, held_out = bench.tokenizer, bench.first.corpora()[0]
+    runs = {
+        (settings.data.model_dump_json(), isinstance(settings, DPOSettings)): settings
+        for subject in bench.subjects
+        for settings in training_runs(subject)
+    }
+    if not runs:
+        return None
+    replies = {each.subject.name: [reply["text"] for said in each.replies for reply in said] for each in measured}
+    training = TrainingData(replies, supervised_texts(held_out, tokenizer))
+    for settings in runs.values():
+        data = settings.data.model_copy(update={"cache": bench.settings.cache or settings.data.cache})
+        kind = PREFERENCES if isinstance(settings, DPOSettings) else CONVERSATIONS
+        print(f"training data: {', '.join(data.train)}", file=sys.stderr, flush=True)
+        try:
+            corpus, _ = load_corpora(data, tokenizer, settings.training.seed, kind)
+        except (Gpt2ftError, OSError) as error:
+            training.problems.append(f"the training data {', '.join(data.train)} cannot be read: {error}")
+            continue
+        for _, text in supervised_texts(corpus, tokenizer):
+            training.scan(text)
+    return training
+
+
+def _topic(bench: Bench, subject: Subject) -> dict[str, Any]:
+    """Return how many replies to held-out prompts hold a word of the topic, and the first of them.
+
+    Raises:
+        SettingsError: if no prompt leaves room for a reply.
+    """
+    settings, loaded = bench.settings, subject.loaded
+    corpus = bench.data(loaded.tokenizer).corpora()[0]
+    prompts = held_out_prompts(corpus, loaded, settings.topic_prompts, settings.max_new_tokens)
+    if not prompts:
+        raise SettingsError(
+            f"`topic` needs prompts that leave room for a reply of `max_new_tokens` = {settings.max_new_tokens}, but "
+            f"{', '.join(settings.data)} has none: plain texts have no prompts"
+        )
+    samples = answer(loaded, prompts, settings.max_new_tokens)
+    return {
+        "words": settings.topic,
+        "prompts": len(samples),
+        "on_topic": sum(holds_word(sample.reply, settings.topic) for sample in samples),
+        "stopped": sum(sample.stopped for sample in samples),
+        "samples": [str(sample) for sample in samples[:SHOWN]],
+    }
+
+
+def command_of(settings: EvaluateSettings) -> str:
+    """Return the command that gives the same figures again, wherever it writes them."""
+    words = [*words_to_start("evaluate"), *settings.models]
+    given = settings.model_dump(exclude_defaults=True, exclude={"model", "cache", "report", "output"})
+    for name, value in given.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words)
+
+
+# --- what is printed and written ------------------------------------------------------------------------------------
+
+
+def lines(report: Report, bench: Bench) -> Iterator[str]:
+    """Yield the report for the terminal: what must be known first, all models in short, then one model in full."""
+    yield from (f"warning: {sentence}" for sentence in report["warnings"])
+    yield as_terminal(report)
+    first, *others = report["models"]
+    if not others and "held_out" in first:
+        sources = first["held_out"]["by_source"]
+        yield "\n" + table(sources | ({"total": first["held_out"]["total"]} if len(sources) > 1 else {}))
+    if not others and "preferences" in first:
+        yield describe_preferences(first["preferences"])
+    if left_out := bench.left_out():
+        yield f"not in these figures: {listed(left_out)} of {bench.max_length} tokens"
+    for model in report["models"]:
+        if "topic" in model:
+            yield f"{model['name']}: " * bool(others) + describe_topic(model["topic"])
+
+
+def table(losses: dict[str, Loss]) -> str:
+    width = max(len("source"), *map(len, losses))
+    rows = [f"{'source':<{width}}  {'tokens':>10}  {'nats/token':>10}  {'perplexity':>10}  {'bits/byte':>9}"]
+    for name, loss in losses.items():
+        rows.append(
+            f"{name:<{width}}  {loss['tokens']:>10,}  {loss.get('nats_per_token', math.nan):>10.4f}  "
+            f"{loss.get('perplexity', math.nan):>10.2f}  {loss.get('bits_per_byte', math.nan):>9.4f}"
+        )
+    return "\n".join(rows)
+
+
+def describe_topic(topic: dict[str, Any]) -> str:
+    line = (
+        f"topic: {topic['on_topic']:,} of {topic['prompts']:,} replies ({topic['on_topic'] / topic['prompts']:.0%}) "
+        f"hold one of {', '.join(topic['words'])}; {topic['stopped']:,} ended by themselves"
+    )
+    return "\n\n".join([line, *topic["samples"], ""])
+
+
+def write(report: Report, settings: EvaluateSettings, subjects: Sequence[Subject]) -> None:
+    """Write the report where it was asked for, else beside the last model, under a name that is free."""
+    content = dict(report)
+    if len(report["models"]) == 1:  # as a script reads it that knows of one model
+        content |= report["models"][0] | report["models"][0].get("held_out", {})
+    file = _file(settings, subjects)
+    if file is None:
+        print("not written: name a file with `--report`, or a folder with `--output`")
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, content)
+    if not settings.report:
+        write_text(file.with_suffix(".md"), page.markdown(report))
+    if settings.output:
+        try:
+            write_text(file.with_suffix(".html"), page.html(report))
+            file = file.with_suffix(".html")
+        except ModuleNotFoundError as error:
+            print(f"report.html is not written, for it needs {error.name}: pip install 'gpt2ft[report]'")
     print(f"written to {file}")
 
 
-TextAndFigures = tuple[str, dict[str, Any]]  # for people, for the report
-
-
-def evaluate_conversations(
-    settings: EvaluateSettings, loaded: LoadedModel, corpus: Corpus, plan: Plan, accelerator: Any
-) -> TextAndFigures:
-    """Return the loss on every source and on all together."""
-    model = _on_device(loaded, settings, accelerator)
-    with autocast(accelerator):
-        losses = evaluate_by_source(model, plan, loaded.tokenizer.byte_lengths(), accelerator)
-    by_source = {store.source: loss for store, loss in zip(corpus.stores, losses, strict=True) if loss.tokens}
-    text = table(by_source | ({"total": sum_over_sources(losses)} if len(by_source) > 1 else {}))
-    figures = {name: _figures(loss) for name, loss in by_source.items()}
-    return text, {"total": _figures(sum_over_sources(losses)), "by_source": figures}
-
-
-def evaluate_preferences(
-    settings: EvaluateSettings, loaded: LoadedModel, folder: Path | None, plan: Plan, accelerator: Any
-) -> TextAndFigures:
-    """Return the share of pairs whose better reply is rewarded more, or is likelier where there is no reference."""
-    started_from, trained_beta = _reference(settings, loaded, folder)
-    beta = settings.beta or trained_beta
-    if started_from is not None:
-        model = _on_device(started_from, settings, accelerator)
-        store = store_for(started_from, model, accelerator, settings.cache)
-        signals = SignalHandler()
-        with signals.listening():
-            attach_reference([plan], store, model, accelerator, signals)
-        model.cpu()
-    config = PreferenceSettings(loss="simpo" if started_from is None else "sigmoid", beta=beta)
-    with autocast(accelerator):
-        means = evaluate_objective(_on_device(loaded, settings, accelerator), plan, DPO(config), accelerator)
-    chunks = plan.chunks
-    lines = [
-        f"pairs     {chunks.pairs.sum():,} of {chunks.replies.sum():,} replies to {len(chunks):,} prompts",
-        f"likelier  {means['likelier']:.1%} of chosen replies have the higher log-prob per token",
-    ]
-    if started_from is not None:
-        lines += [
-            f"accuracy  {means['accuracy']:.1%} of chosen replies have the higher reward against {started_from.source}",
-            f"margin    {means['margin']:.4f} (chosen {means['reward_chosen']:.4f}, rejected "
-            f"{means['reward_rejected']:.4f}; beta {beta:g})",
-        ]
-        means |= {"reference": started_from.source, "reference_weights": started_from.digest, "beta": beta}
-    else:
-        lines.append("rewards   none: they need `--reference`, the model that this one was trained from")
-        means = {name: means[name] for name in ("likelier", "chosen_length", "rejected_length")}
-    return "\n".join(lines), {"preferences": means | {"pairs": int(chunks.pairs.sum())}}
-
-
-def _reference(
-    settings: EvaluateSettings, loaded: LoadedModel, folder: Path | None
-) -> tuple[LoadedModel | None, float]:
-    """Return the model that rewards are measured against, if there is one, and the beta of the run.
-
-    Raises:
-        ModelError: if it is not what the run started from, or knows other ids.
-    """
-    homes = [home for home in (folder, *(folder.parents[:2] if folder else ())) if home and (home / RECIPE).is_file()]
-    trained = read_run_settings(homes[0]) if homes else None
-    beta = trained.dpo.beta if isinstance(trained, DPOSettings) else PreferenceSettings().beta
-    if settings.reference is not None:
-        found, _ = find_model(settings.reference)
-    elif isinstance(trained, DPOSettings):
-        found = load_model(trained.model, trained.training.seed)
-        manifest = json.loads((homes[0] / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["identity"]["initial_weights"] != found.digest:
-            raise ModelError(
-                f"{trained.model.path} has changed since {homes[0]} was trained from it: name what it was with "
-                "`--reference`"
-            )
-    else:
-        return None, beta
-    if found.tokenizer.digest != loaded.tokenizer.digest:
-        raise ModelError(f"the reference {found.source} must have the tokenizer of {loaded.source}, but has another")
-    return found, beta
-
-
-def _backend(settings: EvaluateSettings, accelerator: Any) -> Backend:
-    return choose_backend(settings.attention, accelerator.device, "attention")
-
-
-def _on_device(loaded: LoadedModel, settings: EvaluateSettings, accelerator: Any) -> TargetLogProbs:
-    backend = _backend(settings, accelerator)
-    return TargetLogProbs(loaded.gpt2, len(loaded.tokenizer), backend).to(accelerator.device)
-
-
-@dataclass(frozen=True)
-class Adherence:
-    """Replies to held-out prompts, and the words by which one counts as on the topic."""
-
-    words: tuple[str, ...]
-    samples: list[Sample]
-
-    def holds_word(self, sample: Sample) -> bool:
-        pattern = "|".join(re.escape(word) for word in self.words)
-        return re.search(rf"(?<!\w)(?:{pattern})(?!\w)", sample.reply, re.IGNORECASE) is not None
-
-    def figures(self) -> dict[str, Any]:
-        on_topic = sum(map(self.holds_word, self.samples))
-        stopped = sum(sample.stopped for sample in self.samples)
-        return {"words": self.words, "prompts": len(self.samples), "on_topic": on_topic, "stopped": stopped}
-
-    def __str__(self) -> str:
-        figures = self.figures()
-        share = figures["on_topic"] / figures["prompts"]
-        lines = [
-            f"topic: {figures['on_topic']:,} of {figures['prompts']:,} replies ({share:.0%}) hold one of "
-            f"{', '.join(self.words)}; {figures['stopped']:,} ended by themselves"
-        ]
-        return "\n\n".join([*lines, *map(str, self.samples[:3]), ""])
-
-
-def topic_prompts(loaded: LoadedModel, corpus: Corpus, settings: EvaluateSettings) -> list[Turns]:
-    """Return held-out prompts that leave room for a reply.
-
-    Raises:
-        SettingsError: if there is none.
-    """
-    longest = settings.max_new_tokens
-    prompts = held_out_prompts(corpus, loaded, settings.topic_prompts, longest)
-    if not prompts:
-        raise SettingsError(
-            f"`topic` needs prompts that leave room for a reply of `max_new_tokens` = {longest}, but "
-            f"{', '.join(settings.data)} has none: plain texts have no prompts"
-        )
-    return prompts
-
-
-def table(losses: dict[str, LossSums]) -> str:
-    width = max(len("source"), *map(len, losses))
-    lines = [f"{'source':<{width}}  {'tokens':>10}  {'nats/token':>10}  {'perplexity':>10}  {'bits/byte':>9}"]
-    for name, loss in losses.items():
-        lines.append(
-            f"{name:<{width}}  {loss.tokens:>10,}  {loss.nats_per_token:>10.4f}  "
-            f"{loss.perplexity:>10.2f}  {loss.bits_per_byte:>9.4f}"
-        )
-    return "\n".join(lines)
-
-
-def _figures(loss: LossSums) -> dict[str, float]:
-    return {
-        "tokens": loss.tokens,
-        "nats_per_token": loss.nats_per_token,
-        "perplexity": loss.perplexity,
-        "bits_per_byte": loss.bits_per_byte,
-    }
+def _file(settings: EvaluateSettings, subjects: Sequence[Subject]) -> Path | None:
+    if settings.report or settings.output:
+        return user_path(settings.report) if settings.report else user_path(settings.output) / REPORT
+    folders = [subject.folder for subject in subjects if subject.folder]
+    if not folders:
+        return None
+    names = [REPORT, *(f"report-{number}.json" for number in range(2, 10_000))]
+    return next(folders[-1] / name for name in names if not (folders[-1] / name).exists())

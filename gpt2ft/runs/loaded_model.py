@@ -24,6 +24,7 @@ from gpt2ft.settings.sections import LoRASettings, ModelSettings
 from gpt2ft.text.tokenizer import ChatTokenizer
 
 RECIPE = "recipe.yaml"  # of a run, in its folder
+MODEL = "model/config.json"  # there too, once it is finished
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,9 @@ def find_model(path: str | None, random_init: bool = False, seed: int = 0) -> tu
     """
     path = path or newest_run()
     folder = Path(path)
+    if runs := finished_runs(folder):
+        listed = ", ".join(map(str, reversed(runs)))
+        raise pretrained.ModelError(f"{path} is a folder of runs: name one of them, the newest first: {listed}")
     if random_init:
         return load_model(ModelSettings(path=path, random_init=True), seed), None
     if (folder / "state.json").is_file():
@@ -176,10 +180,23 @@ def newest_run() -> str:
     Raises:
         ModelError: if there is none.
     """
-    finished = sorted(Path("runs").glob("*/model/config.json"), key=lambda file: file.stat().st_mtime)
+    finished = finished_runs()
     if not finished:
         raise pretrained.ModelError("there is no finished run in runs/: name a model, or train one first")
-    return str(finished[-1].parent.parent)
+    return str(finished[-1])
+
+
+def finished_runs(folder: Path = Path("runs")) -> list[Path]:
+    """Return the folders of the finished runs in a folder that is none itself, the newest last."""
+    is_run = (folder / RECIPE).is_file()
+    finished = () if is_run else sorted(folder.glob(f"*/{MODEL}"), key=lambda file: file.stat().st_mtime)
+    return [file.parent.parent for file in finished]
+
+
+def home_of(folder: Path | None) -> Path | None:
+    """Return the folder of the run that a folder is, or a model or checkpoint of; None if of none."""
+    homes = (folder, *folder.parents[:2]) if folder else ()
+    return next((home for home in homes if (home / RECIPE).is_file()), None)
 
 
 def _load_checkpoint(folder: Path) -> LoadedModel:

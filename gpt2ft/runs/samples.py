@@ -43,21 +43,25 @@ def sample_texts(samples: Sequence[Sample], earlier: Sequence[Sample]) -> list[s
 
 def held_out_prompts(corpus: Corpus, loaded: LoadedModel, number: int, max_new_tokens: int) -> list[Turns]:
     """Return the turns before a reply in the first `number` conversations that leave room for `max_new_tokens`."""
-    prompts = []
+    return [path[:-1] for path in held_out_paths(corpus, loaded, number, max_new_tokens)]
+
+
+def held_out_paths(corpus: Corpus, loaded: LoadedModel, number: int, max_new_tokens: int) -> list[Turns]:
+    """Return the same turns, and the reply that the data give to them."""
+    paths = []
     room = loaded.gpt2.config.n_positions - max_new_tokens - 1
     for store, row in corpus.rows.tolist():
-        if len(prompts) == number:
+        if len(paths) == number:
             break
         tree = corpus.stores[store].tree(row, group=store)
         if tree.roles[0] == TEXT:
             continue
-        reply = corpus.kind.sampled_reply(tree.roles)
-        path = tree.path_to(reply)[:-1]
-        if tree.lengths[path].sum() <= room:
+        path = tree.path_to(corpus.kind.sampled_reply(tree.roles))
+        if tree.lengths[path[:-1]].sum() <= room:
             contents = (tree.tokens[tree.starts[n] + 1 : tree.starts[n] + tree.lengths[n] - 1] for n in path)
             texts = [loaded.tokenizer.decode(content.tolist()) for content in contents]
-            prompts.append([(ROLES[tree.roles[node]], text) for node, text in zip(path, texts, strict=True)])
-    return prompts
+            paths.append([(ROLES[tree.roles[node]], text) for node, text in zip(path, texts, strict=True)])
+    return paths
 
 
 def sample_prompts(held_out: Corpus | None, loaded: LoadedModel, training: TrainingSettings) -> list[Turns]:

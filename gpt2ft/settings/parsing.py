@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -66,11 +66,11 @@ def parse_script(
         purpose: of the script, for its help.
     """
     try:
+        takes_many = _is_list(kind, positional)
         if wants_help(arguments):
             from gpt2ft.settings.help import Usage, help_text
 
-            end_with(help_text(Usage(kind, purpose, positional.upper())))
-        takes_many = _is_list(kind, positional)
+            end_with(help_text(Usage(kind, purpose, positional.upper() + " ..." * takes_many)))
         words = sort_words(kind, arguments, most_loose=len(arguments) if takes_many else 1)
         refuse_problems(_without_dashes(kind, words.loose))
         if words.loose:
@@ -217,7 +217,8 @@ def _is_name(word: str) -> bool:
 
 
 def _is_list(kind: type[Section], name: str) -> bool:
-    return get_origin(field_of(kind, name).annotation) is tuple
+    annotation = field_of(kind, name).annotation
+    return any(get_origin(part) is tuple for part in (annotation, *get_args(annotation)))
 
 
 def _as_list(value: Any) -> list[Any]:

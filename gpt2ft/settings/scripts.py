@@ -1,9 +1,9 @@
 """The settings of each script: sections put together, and what must hold between them."""
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from gpt2ft.settings.sections import (
     CorpusSettings,
@@ -133,8 +133,13 @@ class FinishedModelSettings(Section):
             yield "`random_init` needs a model whose shape it takes: name one, for example quickstart"
 
 
+def _one_or_many(value: Any) -> Any:
+    """Return the only value of a list in its place: one model is named as in other scripts."""
+    return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+
+
 class EvaluateSettings(StreamSettings, CorpusSettings, FinishedModelSettings):
-    """Scores a model on held-out conversations: nats per token, perplexity, bits per byte.
+    """Scores models on held-out conversations, and compares them with the first: loss, replies, forgetting.
 
     The figures do not depend on the length of a stream.
     """
@@ -146,42 +151,70 @@ class EvaluateSettings(StreamSettings, CorpusSettings, FinishedModelSettings):
         "languages",
         "pairs",
         "reference",
+        "preferences",
         "topic",
+        "prompts",
         "report",
+        "output",
         "precision",
     )
+    model: Annotated[tuple[str, ...] | str | None, BeforeValidator(_one_or_many)] = None
+    """Runs, model folders, checkpoints or published names: the others are compared with the first; default the newest
+    finished run in runs/."""
     data: tuple[str, ...]
     """Held-out data: hub names such as oasst1:validation, `quickstart:held_out`, or files."""
     max_length: Positive | None = None
-    """Tokens of context; default the model's."""
+    """Tokens of context; default the smallest of the models'."""
     pairs: PairRule | None = None
     """Score preferences instead: compare the replies to a prompt as `dpo.pairs` does."""
+    preferences: tuple[str, ...] = ()
+    """Held-out preferences to score too, beside the conversations in `data`."""
     beta: Annotated[float, Field(gt=0)] | None = None
     """Factor of the rewards of preferences; default what the run was trained with, else 0.1."""
     reference: str | None = None
     """Model that rewards are measured against, named like `model`; default what a DPO run started from, if any."""
+    num_prompts: NotNegative = 30
+    """Prompts that every model answers: first the bundled ones, or all of `prompts`, then held-out ones; 0: none."""
+    prompts: str | None = None
+    """File of prompts: a line of text each, or a .jsonl of {"turns": ["...", ...]}. The first three are shown."""
+    text: tuple[str, ...] = ()
+    """Plain texts on which forgetting is measured; default two bundled pages."""
     topic: tuple[str, ...] = ()
     """Also answer held-out prompts, and count the replies in which one of these words occurs."""
     topic_prompts: Positive = 200
-    """Most prompts to answer."""
+    """Most prompts to answer for `topic`."""
     max_new_tokens: Positive = 100
-    """Longest of those replies in tokens."""
+    """Longest reply in tokens."""
     attention: Literal["auto", "flex", "segments", "dense"] = "auto"
     """Implementation of attention, as in training."""
+    seed: NotNegative = 0
+    """Seed of the intervals; the same one gives the same report."""
     report: str | None = None
-    """File for the figures; default report.json in the run or model folder, or here for a published name."""
+    """File for the figures; default report.json in the folder of the last model, under a name that is free."""
+    output: str | None = None
+    """Folder for report.json, report.md and the page report.html."""
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models that were named."""
+        return self.model if isinstance(self.model, tuple) else (self.model,) if self.model else ()
 
     def problems(self) -> Iterator[str]:
         yield from source_problems(self.data, "data")
         yield from column_problems(self, "")
+        yield from source_problems(self.preferences, "preferences")
         if not self.data:
             yield "`data` must name at least one data source, but is empty"
         yield from stream_problems(self.tokens_per_micro_batch, self.max_length or 0, "")
         yield from super().problems()
-        if not self.topic and (self.topic_prompts, self.max_new_tokens) != (200, 100):
-            yield "`topic` must be set where `topic_prompts` or `max_new_tokens` is: nothing is answered without it"
-        if self.pairs is None and (self.reference is not None or self.beta is not None):
+        if not self.topic and self.topic_prompts != 200:
+            yield "`topic` must be set where `topic_prompts` is: they are answered for it alone"
+        if self.pairs is None and not self.preferences and (self.reference is not None or self.beta is not None):
             yield "`pairs` must be set where `reference` or `beta` is: only preferences have rewards"
+        if self.prompts and not self.num_prompts:
+            yield "`num_prompts` must be above 0 where `prompts` is set: without it nothing is answered"
+        if self.report and self.output:
+            yield "`report` and `output` must not both be set: the folder holds a report.json"
         for word in self.topic:
             if not word.strip() or len(word.split()) > 1:
                 yield f"`topic` must be single words, but holds {word!r}"

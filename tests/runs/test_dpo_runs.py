@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from gpt2ft.errors import SettingsError
+from gpt2ft.objectives.losses import start_loss
 from gpt2ft.runs import evaluate_model
 from gpt2ft.runs.loaded_model import find_model, load_model
 from gpt2ft.settings.choices import PREFERENCE_LOSSES
 from gpt2ft.settings.scripts import EvaluateSettings
-from gpt2ft.settings.sections import ModelSettings
+from gpt2ft.settings.sections import ModelSettings, PreferenceSettings
 from gpt2ft.training.reference_store import ReferenceLogProbError
 from gpt2ft.training.tracking import Tracker
 
@@ -62,7 +63,7 @@ def test_every_loss_trains(loss, run_dpo, tmp_path):
     steps = logged(tmp_path / "run", "train")
     assert len(steps) == last
     if PREFERENCE_LOSSES[loss].needs_reference:
-        known = {"ipo": 25.0, "hinge": 1.0}.get(loss, math.log(2))
+        known = start_loss(PreferenceSettings(loss=loss, **SETTINGS.get(loss, {})))
         assert steps[1]["train/loss"] == pytest.approx(known, rel=1e-4)
         for name in ("reward_chosen", "reward_rejected", "margin"):
             assert steps[1][f"train/{name}"] == pytest.approx(0, abs=1e-4)
@@ -214,7 +215,13 @@ def test_a_trained_in_place_model_is_another_reference(run_dpo, tiny_weights_fol
     assert logged(tmp_path / "two", "train")[1]["train/loss"] == pytest.approx(math.log(2), rel=1e-6)
 
 
-def test_evaluation_reports_what_training_saw(run_folder, tmp_path):
+@pytest.mark.parametrize(
+    "dpo", [{}, {"loss": "ipo", "beta": 0.5}, {"loss": "simpo", "beta": 2.0, "gamma": 0.5}], ids=lambda dpo: str(dpo)
+)
+def test_evaluation_reports_what_training_saw(dpo, run_dpo, tmp_path):
+    """The loss too, by the run's own objective."""
+    run_folder, steps = tmp_path / "run", 2
+    run_dpo(run_folder, steps, dpo=dpo)
     report = tmp_path / "report.json"
     evaluate_model.run(
         EvaluateSettings(
@@ -225,13 +232,20 @@ def test_evaluation_reports_what_training_saw(run_folder, tmp_path):
             max_length=256,
             cache=str(tmp_path),
             precision="fp32",
+            num_prompts=0,
         )
     )
     found = json.loads(report.read_text())["preferences"]
-    held_out = logged(run_folder, "eval")[STEPS]
-    for name in ("accuracy", "margin", "reward_chosen", "both_fall", "likelier", "chosen_length"):
+    held_out = logged(run_folder, "eval")[steps]
+    names = {"loss", "likelier", "chosen_length"}
+    if PREFERENCE_LOSSES[found["objective"]].needs_reference:
+        names |= {"accuracy", "margin", "reward_chosen", "both_fall"}
+    for name in names:
         assert found[name] == pytest.approx(held_out[f"eval/{name}"], rel=1e-4, abs=1e-6)
+    assert found["objective"] == dpo.get("loss", "sigmoid")
+    assert "both_fall" in found  # changes from what the run started from, whether its loss reads them or not
     assert found["pairs"] > 40
+    assert 0 < found["longer"] < 1
 
 
 def test_a_reference_that_does_not_fit_the_start_is_refused(run_dpo, tmp_path):

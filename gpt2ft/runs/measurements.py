@@ -1,0 +1,281 @@
+"""Measurements of finished models, each on the same data, by all processes together."""
+
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt2ft import report as bundled
+from gpt2ft.command_line import words_to_start
+from gpt2ft.data.chunks import ChunkingRule, ConversationTrees, chunk
+from gpt2ft.data.corpus import Corpus, load_corpora
+from gpt2ft.data.pairs import PreferencePairs
+from gpt2ft.data.plan import Plan
+from gpt2ft.distributed.accelerator import autocast
+from gpt2ft.errors import Gpt2ftError, SettingsError
+from gpt2ft.files import read_text, user_path
+from gpt2ft.model.attention import Backend
+from gpt2ft.model.logprobs import TargetLogProbs
+from gpt2ft.report.conversations import Prompt, converse, greedy, read_prompts
+from gpt2ft.report.losses import Tally, plain_text, tally
+from gpt2ft.report.replies import Exchange
+from gpt2ft.report.schema import Loss, Reply
+from gpt2ft.runs.loaded_model import LoadedModel, find_model, finished_runs, home_of, newest_run, read_run_settings
+from gpt2ft.runs.preference_scores import score_preferences
+from gpt2ft.runs.run_setup import digest_of_sources
+from gpt2ft.runs.samples import Turns, held_out_paths
+from gpt2ft.settings.parsing import refuse_problems
+from gpt2ft.settings.scripts import EvaluateSettings, RunSettings
+from gpt2ft.settings.sections import CorpusSettings, DataSettings, stream_problems
+from gpt2ft.text.display import print_row
+from gpt2ft.text.tokenizer import ChatTokenizer
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to be measured, and the run that it comes from, if any."""
+
+    name: str  # unlike the others'
+    loaded: LoadedModel | None  # None if it cannot be loaded
+    problem: str | None  # a sentence: why not
+    folder: Path | None  # that it lies in
+    home: Path | None  # of its run
+    trained: RunSettings | None
+
+
+@dataclass
+class Measured:
+    """All that was measured of a model."""
+
+    subject: Subject
+    failed: str | None
+    sums: Tally | None = None
+    texts: dict[str, Loss] = field(default_factory=dict)
+    preferences: dict[str, Any] = field(default_factory=dict)
+    replies: list[list[Reply]] = field(default_factory=list)  # of each prompt, turn by turn
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out data in the tokens of one tokenizer."""
+
+    conversations: Corpus | None
+    preferences: Corpus | None
+    plan: Plan | None  # of the conversations
+    pairs: Plan | None  # of the preferences
+
+    def corpora(self) -> list[Corpus]:
+        return [corpus for corpus in (self.conversations, self.preferences) if corpus is not None]
+
+
+def find_subjects(settings: EvaluateSettings, is_main: bool) -> list[Subject]:
+    """Load the models that are to be compared; without a name, the newest finished run, which is named.
+
+    Raises:
+        Gpt2ftError: if one is not there, or none can be loaded; one that is damaged does not keep the others from it.
+    """
+    paths = settings.models or (newest_run(),)
+    if not settings.models and is_main:
+        number = len(finished_runs())
+        others = f" of {number}; `{shlex.join([*words_to_start('evaluate'), 'runs'])}` lists them" * (number > 1)
+        print_row("model", f"{paths[0]}, the newest run{others}")
+    subjects = []
+    for name, path in zip(short_names(paths), paths, strict=True):
+        loaded, folder, problem = None, Path(path), None
+        try:
+            loaded, folder = find_model(path, settings.random_init)
+        except Gpt2ftError as error:
+            is_last_hope = len(subjects) == len(paths) - 1 and not any(subject.loaded for subject in subjects)
+            if is_last_hope or not folder.is_dir():
+                raise
+            problem = str(error)
+        home = home_of(folder)
+        subjects.append(Subject(name, loaded, problem, folder, home, read_run_settings(home) if home else None))
+    return subjects
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Return the last part of each path, with those above it where it alone is no name or is another's."""
+    names = []
+    for path in paths:
+        *above, last = Path(path).parts or (path,)
+        if above and (last in ("model", "best", "adapter", "start") or last.startswith("step-")):
+            last = "/".join([*[part for part in above if part != "checkpoints"][-1:], last])
+        names.append(last)
+    names = [path if names.count(name) > 1 else name for name, path in zip(names, paths, strict=True)]
+    return [
+        f"{name} ({names[:number].count(name) + 1})" if names.count(name) > 1 else name
+        for number, name in enumerate(names)
+    ]
+
+
+class Bench:
+    """The data, prompts and texts that every model is measured on.
+
+    Raises:
+        SettingsError, DataError: if they cannot be had, or do not fit the models.
+    """
+
+    def __init__(
+        self, settings: EvaluateSettings, accelerator: Any, backend: Backend, subjects: Sequence[Subject]
+    ) -> None:
+        self.settings, self.accelerator, self.backend = settings, accelerator, backend
+        self.subjects = subjects
+        sound = [subject.loaded for subject in subjects if subject.loaded]
+        context = min(loaded.gpt2.config.n_positions for loaded in sound)
+        self.max_length = settings.max_length or context
+        if self.max_length > context:
+            raise SettingsError(
+                f"`max_length` must be at most the model's context of {context}, but is {self.max_length}"
+            )
+        refuse_problems(stream_problems(settings.tokens_per_micro_batch, self.max_length, ""))
+        self.texts = dict(map(_read_text, map(user_path, settings.text) if settings.text else _bundled_texts()))
+        self._by_tokenizer: dict[str, HeldOut] = {}
+        for loaded in sound:
+            if loaded.tokenizer.digest not in self._by_tokenizer:
+                self._by_tokenizer[loaded.tokenizer.digest] = self._held_out(loaded.tokenizer)
+        first = sound[0]
+        self.tokenizer, self.first = first.tokenizer, self.data(first.tokenizer)
+        corpus = self.first.corpora()[0]
+        shared = _prompts(settings)
+        paths = held_out_paths(corpus, first, max(0, settings.num_prompts - len(shared)), settings.max_new_tokens)
+        self.prompts = shared + [_held_out_prompt(path) for path in paths]
+        people = held_out_paths(corpus, first, settings.num_prompts, settings.max_new_tokens)
+        self.people = [Exchange(path[-2][1], path[-1][1], stopped=True, topic=settings.topic) for path in people]
+
+    def data(self, tokenizer: ChatTokenizer) -> HeldOut:
+        return self._by_tokenizer[tokenizer.digest]
+
+    def content(self) -> list[str]:
+        """Return digests of the tokens, to compare machines."""
+        return [corpus.content() for held_out in self._by_tokenizer.values() for corpus in held_out.corpora()]
+
+    def left_out(self) -> Counter[str]:
+        """Return what does not fit the context, by reason."""
+        plans = [plan for plan in (self.first.plan, self.first.pairs) if plan is not None]
+        return sum((plan.chunks.left_out for plan in plans), Counter())
+
+    def measure(self, subject: Subject) -> Measured:
+        """Measure a model; all processes call it together."""
+        measured = Measured(subject, subject.problem)
+        loaded, settings = subject.loaded, self.settings
+        if loaded is None:
+            return measured
+        held_out = self.data(loaded.tokenizer)
+        model = TargetLogProbs(loaded.gpt2, len(loaded.tokenizer), self.backend).to(self.accelerator.device)
+        with autocast(self.accelerator):
+            if held_out.plan and held_out.conversations:
+                self._tell(subject, "held-out loss")
+                rows = held_out.conversations.rows
+                measured.sums = tally(model, held_out.plan, rows, loaded.tokenizer, self.accelerator)
+                if not np.isfinite(measured.sums).all():
+                    measured.failed = "its loss on held-out data is not finite"
+            for name, text in self.texts.items():
+                measured.texts[name] = plain_text(model, text, loaded.tokenizer, self.accelerator)
+        if held_out.pairs:
+            self._tell(subject, "preferences")
+            measured.preferences = score_preferences(
+                settings, loaded, subject.home, subject.trained, held_out.pairs, self.accelerator, self.backend
+            )
+        if self.prompts and not measured.failed:
+            self._tell(subject, f"replies to {len(self.prompts)} prompts")
+            measured.replies, measured.failed = self._replies(loaded)
+        model.cpu()
+        return measured
+
+    def _replies(self, loaded: LoadedModel) -> tuple[list[list[Reply]], str | None]:
+        """Return the replies to every prompt, shared out among the processes, or why there are none."""
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        found: list[list[Reply]] = []
+        problem: Exception | None = None
+        try:
+            with autocast(self.accelerator):
+                answer = greedy(loaded.gpt2, loaded.tokenizer, self.settings.max_new_tokens)
+                found = converse(answer, self.prompts[rank::processes])
+        except (ValueError, SettingsError) as error:
+            problem = error
+        everywhere = [(found, problem)]
+        if processes > 1:
+            from accelerate.utils import gather_object
+
+            everywhere = gather_object(everywhere)
+        for _, problem in everywhere:
+            if isinstance(problem, SettingsError):
+                raise problem
+            if problem is not None:
+                return [], str(problem)
+        return [everywhere[number % processes][0][number // processes] for number in range(len(self.prompts))], None
+
+    def _held_out(self, tokenizer: ChatTokenizer) -> HeldOut:
+        """Return the held-out data in the tokens of a tokenizer.
+
+        With `pairs` alone, all of them are preferences.
+        """
+        settings = self.settings
+        capacity = settings.tokens_per_micro_batch
+        rule = ConversationTrees("once", self.max_length, capacity)
+        pair_rule = PreferencePairs(settings.pairs or "all", "pair", self.max_length, capacity)
+        sources = settings.preferences or (settings.data if settings.pairs else ())
+        preferences, pairs = self._corpus(sources, pair_rule, tokenizer)
+        conversations, plan = self._corpus(() if sources == settings.data else settings.data, rule, tokenizer)
+        return HeldOut(conversations, preferences, plan, pairs)
+
+    def _corpus(
+        self, sources: Sequence[str], rule: ChunkingRule, tokenizer: ChatTokenizer
+    ) -> tuple[Corpus | None, Plan | None]:
+        if not sources:
+            return None, None
+        reading = self.settings.model_dump(include=set(CorpusSettings.model_fields))
+        data = DataSettings(train=sources, max_length=self.max_length, **reading)
+        corpus, _ = load_corpora(data, tokenizer, kind=rule.kind, digest=digest_of_sources(self.accelerator))
+        return corpus, Plan(chunk(corpus.stores, corpus.rows, rule), rule.capacity, 1, seed=0)
+
+    def _tell(self, subject: Subject, work: str) -> None:
+        if self.accelerator.is_main_process:
+            number = f" ({self.subjects.index(subject) + 1} of {len(self.subjects)})" if len(self.subjects) > 1 else ""
+            print(f"{subject.name}{number}: {work}", file=sys.stderr, flush=True)
+
+
+def training_runs(subject: Subject) -> Iterator[RunSettings]:
+    """Yield the settings of every run that a model has come through, the last first."""
+    settings = subject.trained
+    while settings is not None:
+        yield settings
+        home = home_of(Path(settings.model.path))
+        settings = read_run_settings(home) if home else None
+
+
+def _prompts(settings: EvaluateSettings) -> list[Prompt]:
+    """Return the prompts of a file, all of them, or as many of the bundled ones as are asked for."""
+    if settings.prompts:
+        return read_prompts(user_path(settings.prompts))
+    return read_prompts(bundled.PROMPTS)[: settings.num_prompts]
+
+
+def _held_out_prompt(path: Turns) -> Prompt:
+    *before, (_, asked), _ = path
+    return Prompt((asked,), tuple(before))
+
+
+def _bundled_texts() -> list[Path]:
+    return sorted(bundled.TEXTS.glob("*.txt"))
+
+
+def _read_text(file: Path) -> tuple[str, str]:
+    """Return the name and the content of a text.
+
+    Raises:
+        SettingsError: if it is empty or cannot be read.
+    """
+    try:
+        text = read_text(file)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"`text` = {file} cannot be read: {error}") from error
+    if not text.strip():
+        raise SettingsError(f"`text` = {file} must hold text, but is empty")
+    return file.stem, text
