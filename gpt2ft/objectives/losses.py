@@ -93,6 +93,32 @@ def sigmoid_norm(settings: PreferenceSettings, pairs: PairLogProbs) -> Tensor:
     return -logsigmoid(settings.beta * pairs.change_margin_per_token)
 
 
+def apo_zero(settings: PreferenceSettings, pairs: PairLogProbs) -> Tensor:
+    """1 - sigmoid(beta change(c)) + sigmoid(beta change(r)): the chosen reply is to become likelier, the rejected one
+    less so. D'Oosterlinck et al. 2024, "Anchored preference optimization", eq. 7."""
+    return torch.sigmoid(-settings.beta * pairs.chosen_change) + torch.sigmoid(settings.beta * pairs.rejected_change)
+
+
+def apo_down(settings: PreferenceSettings, pairs: PairLogProbs) -> Tensor:
+    """sigmoid(beta change(c)) + 1 - sigmoid(beta h): both are to become less likely, the rejected one more so.
+    D'Oosterlinck et al. 2024, eq. 8."""
+    return torch.sigmoid(settings.beta * pairs.chosen_change) + torch.sigmoid(-settings.beta * pairs.change_margin)
+
+
+def nca(settings: PreferenceSettings, pairs: PairLogProbs) -> Tensor:
+    """Each reply against the reference, not against the other. Chen et al. 2024, "Noise contrastive alignment", eq. 10
+    for pairs."""
+    chosen, rejected = settings.beta * pairs.chosen_change, settings.beta * pairs.rejected_change
+    return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
+
+
+def sppo(settings: PreferenceSettings, pairs: PairLogProbs) -> Tensor:
+    """(change(c) - 1 / (2 beta))^2 + (change(r) + 1 / (2 beta))^2, with labels taken as certain. Wu et al. 2024,
+    "Self-play preference optimization", eq. 4.7."""
+    target = 1 / (2 * settings.beta)
+    return (pairs.chosen_change - target).square() + (pairs.rejected_change + target).square()
+
+
 def simpo(settings: PreferenceSettings, pairs: PairLogProbs) -> Tensor:
     """-log sigmoid(beta (c per token - r per token) - gamma), without a reference. Meng et al. 2024, "SimPO", eq. 6."""
     return -logsigmoid(settings.beta * (pairs.chosen_mean - pairs.rejected_mean) - settings.gamma)

@@ -47,8 +47,8 @@ def held_out_prompts(corpus: Corpus, loaded: LoadedModel, number: int, max_new_t
 
 
 def held_out_paths(corpus: Corpus, loaded: LoadedModel, number: int, max_new_tokens: int) -> list[Turns]:
-    """Return the same turns, and the reply that the data give to them."""
-    paths = []
+    """Return the same turns, none twice, and the reply that the data give to them."""
+    paths, met = [], set()
     room = loaded.gpt2.config.n_positions - max_new_tokens - 1
     for store, row in corpus.rows.tolist():
         if len(paths) == number:
@@ -59,8 +59,10 @@ def held_out_paths(corpus: Corpus, loaded: LoadedModel, number: int, max_new_tok
         path = tree.path_to(corpus.kind.sampled_reply(tree.roles))
         if tree.lengths[path[:-1]].sum() <= room:
             contents = (tree.tokens[tree.starts[n] + 1 : tree.starts[n] + tree.lengths[n] - 1] for n in path)
-            texts = [loaded.tokenizer.decode(content.tolist()) for content in contents]
-            paths.append([(ROLES[tree.roles[node]], text) for node, text in zip(path, texts, strict=True)])
+            texts = tuple(loaded.tokenizer.decode(content.tolist()) for content in contents)
+            if texts[:-1] not in met:
+                met.add(texts[:-1])
+                paths.append([(ROLES[tree.roles[node]], text) for node, text in zip(path, texts, strict=True)])
     return paths
 
 

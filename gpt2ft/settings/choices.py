@@ -28,6 +28,10 @@ PREFERENCE_LOSSES = {
     "ipo": LossTraits("a margin to meet, not to pass"),
     "hinge": LossTraits("a margin to reach"),
     "sigmoid_norm": LossTraits("DPO per token"),
+    "apo_zero": LossTraits("chosen up, rejected down"),
+    "apo_down": LossTraits("both down, rejected further"),
+    "nca": LossTraits("each reply against the reference"),
+    "sppo": LossTraits("a margin to meet for each reply"),
     "simpo": LossTraits("without a reference", needs_reference=False, parameters=("gamma", "rpo_alpha")),
     "orpo": LossTraits("without a reference, beside the NLL of the chosen reply", False, parameters=()),
 }

@@ -20,6 +20,10 @@ SETTINGS = {
     "ipo": PreferenceSettings(loss="ipo", beta=0.3),
     "hinge": PreferenceSettings(loss="hinge", beta=0.3),
     "sigmoid_norm": PreferenceSettings(loss="sigmoid_norm", beta=5.0),
+    "apo_zero": PreferenceSettings(loss="apo_zero", beta=0.3),
+    "apo_down": PreferenceSettings(loss="apo_down", beta=0.3),
+    "nca": PreferenceSettings(loss="nca", beta=0.3),
+    "sppo": PreferenceSettings(loss="sppo", beta=0.3),
     "simpo": PreferenceSettings(loss="simpo", beta=2.0, gamma=0.5),
     "orpo": PreferenceSettings(loss="orpo", beta=0.2),
 }
@@ -115,6 +119,10 @@ def trl_dpo_loss(pairs, index, loss_types, beta, label_smoothing=0.0, weights=(1
         ("ipo", "ipo"),
         ("hinge", "hinge"),
         ("sigmoid_norm", "sigmoid_norm"),
+        ("apo_zero", "apo_zero"),
+        ("apo_down", "apo_down"),
+        ("nca", "nca_pair"),
+        ("sppo", "sppo_hard"),
         ("cdpo", "aot"),  # which of a single pair is label smoothing alone
     ],
 )
