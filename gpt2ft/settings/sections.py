@@ -256,7 +256,7 @@ class TrainingSettings(StreamSettings):
     """Passes over the data. The last step is short where they end within it."""
     min_steps: NotNegative | None = 0
     """Small data: where `epochs` are fewer steps than this, steps take fewer streams, down to one, and then as many
-    passes are made as make up this many. None: 240 for models up to 256 wide, fewer in proportion for wider ones, which
+    passes are made as make up this many. none: 240 for models up to 256 wide, fewer in proportion for wider ones, which
     learn faster: 80 for gpt2."""
     micro_batches_per_step: Positive = 8
     """Most streams in one optimizer step over all processes. Accumulation is this divided by the processes."""
@@ -301,7 +301,7 @@ class OptimizerSettings(Section):
     """AdamW and its learning rate."""
 
     learning_rate: Annotated[float, Field(gt=0)] | None = 5e-5
-    """Peak learning rate. None: 1e-3 for models up to 256 wide, less in proportion for wider ones: 3.3e-4 for gpt2."""
+    """Peak learning rate. none: 1e-3 for models up to 256 wide, less in proportion for wider ones: 3.3e-4 for gpt2."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate after warm-up."""
     warmup_fraction: Fraction = 0.03
