@@ -24,6 +24,7 @@ from gpt2ft.settings.scripts import (
     SFTSettings,
 )
 from gpt2ft.settings.sections import Section
+from gpt2ft.text.display import outlive_readers
 
 
 class Script(NamedTuple):
@@ -90,6 +91,7 @@ SCRIPTS = {
 
 def run_script(name: str, arguments: Sequence[str]) -> None:
     """Read the settings of a script, then run it; exit with a sentence and a code if either fails."""
+    outlive_readers()
     script = SCRIPTS[name]
     if "--version" in arguments:
         end_with(f"gpt2ft {importlib.metadata.version('gpt2ft')}")
@@ -108,6 +110,7 @@ def run_script(name: str, arguments: Sequence[str]) -> None:
 
 def main() -> None:
     """Run the script that the first word of the command line names."""
+    outlive_readers()
     words = sys.argv[1:]
     if words[:1] == ["--version"]:
         run_script("sft", words)

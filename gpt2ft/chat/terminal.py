@@ -7,7 +7,6 @@ An entry is a message, or a command where it begins with a slash. Whatever is pr
 spelled out, so that no text can drive the terminal.
 """
 
-import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,7 +28,7 @@ from gpt2ft.chat.commands import COMMANDS, Chat, settings_of, spell
 from gpt2ft.chat.session import Session
 from gpt2ft.inference.prompt_format import Turn
 from gpt2ft.settings.sections import SamplingSettings
-from gpt2ft.text.display import escape_control_characters
+from gpt2ft.text.display import escape_control_characters, nobody_reads
 from gpt2ft.wording import counted
 
 
@@ -57,7 +56,7 @@ class PipeScreen:
     """Turns on stdout and nothing else; notices and errors on stderr."""
 
     def interrupted(self) -> bool:
-        return False  # Ctrl-C ends the program
+        return nobody_reads()  # Ctrl-C ends the program
 
     def turn(self, role: str | None, pieces: Iterable[str]) -> None:
         for piece in pieces:
@@ -68,7 +67,8 @@ class PipeScreen:
         pass  # stdout is for replies alone
 
     def notice(self, text: str) -> None:
-        print(escape_control_characters(text), file=sys.stderr)
+        if not nobody_reads():  # whoever reads has enough, and that is no news
+            print(escape_control_characters(text), file=sys.stderr)
 
     def problem(self, text: str) -> None:
         self.notice(f"error: {text}")
@@ -80,16 +80,13 @@ def _talk_through_pipe(session: Session, completes: bool, notice: str) -> bool:
         stream.reconfigure(errors="replace")
     if notice:
         chat.screen.notice(notice)
-    try:
-        if completes:
-            chat.attempt(chat.say, sys.stdin.read().removesuffix("\n"))
-        else:
-            for line in sys.stdin:
-                chat.enter(line.removesuffix("\n"))
-                if not chat.is_open:
-                    break
-    except BrokenPipeError:  # whoever reads has enough; what is still buffered must not fail at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if completes:
+        chat.attempt(chat.say, sys.stdin.read().removesuffix("\n"))
+    else:
+        for line in sys.stdin:
+            chat.enter(line.removesuffix("\n"))
+            if not chat.is_open or nobody_reads():
+                break
     return not chat.problems
 
 

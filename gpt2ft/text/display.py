@@ -1,10 +1,12 @@
 """Text for people to look at: in colour and as wide as a terminal, plain and unbroken elsewhere."""
 
+import io
 import os
 import shutil
+import stat
 import sys
 import textwrap
-from typing import TextIO
+from typing import Any, ClassVar, TextIO
 
 LABEL_WIDTH = 10
 
@@ -34,5 +36,34 @@ def print_row(label: str, text: str) -> None:
     """Print a row of the table that a run opens with."""
     line = fit(f"{label:<{LABEL_WIDTH}}{escape_control_characters(text)}", LABEL_WIDTH)
     if uses_colour(sys.stdout):
-        line = f"\x1b[1;36m{line[:LABEL_WIDTH]}\x1b[0m{line[LABEL_WIDTH:]}"
+        colour = "33" if label == "warning" else "36"
+        line = f"\x1b[1;{colour}m{line[:LABEL_WIDTH]}\x1b[0m{line[LABEL_WIDTH:]}"
     print(line, flush=True)
+
+
+class _Pipe(io.FileIO):
+    """A pipe that what is written vanishes in once nobody reads it."""
+
+    nobody_reads: ClassVar[bool] = False
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            type(self).nobody_reads = True
+            return len(data)
+
+
+def outlive_readers() -> None:
+    """Let a script go on, in silence, once nobody reads what it prints: under `| head` it still does all its work."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is getattr(sys, f"__{name}__") and stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode):
+            pipe = io.BufferedWriter(_Pipe(stream.fileno(), "w", closefd=False))
+            at_once = stream.line_buffering or stream.write_through
+            setattr(sys, name, io.TextIOWrapper(pipe, stream.encoding, stream.errors, line_buffering=at_once))
+
+
+def nobody_reads() -> bool:
+    """Return True once something printed has found no reader."""
+    return _Pipe.nobody_reads

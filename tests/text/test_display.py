@@ -1,9 +1,12 @@
 """Text on screens: control characters are spelled out, and everything else is left as it is."""
 
+import os
 import re
+import subprocess
 import sys
 
 import pytest
+from processes import environment
 
 from gpt2ft.text.display import LABEL_WIDTH, escape_control_characters, print_row
 
@@ -67,3 +70,37 @@ def test_without_a_terminal_a_row_is_a_line(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "40")
     print_row("train", LONG)
     assert capsys.readouterr().out == f"train     {LONG}\n"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("streams", [["stdout"], ["stdout", "stderr"]])
+def test_a_script_goes_on_in_silence_once_nobody_reads(streams, unbuffered, tmp_path):
+    """As under `| head` and `2>&1 | head`: all that is printed fails, and the work is done all the same."""
+    script = f"""
+import sys
+from gpt2ft.text.display import nobody_reads, outlive_readers
+outlive_readers()
+print("tea", flush=True)
+print("and rain", file=sys.stderr, flush=True)
+print("x" * 1_000_000)
+open({str(tmp_path / "done")!r}, "w").write(str(nobody_reads()))
+print("left in a buffer")
+"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    given = environment(PYTHONUNBUFFERED=unbuffered or None)
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE) | dict.fromkeys(streams, writer)
+    ended = subprocess.run([sys.executable, "-c", script], env=given, check=False, **pipes)
+    os.close(writer)
+    assert ended.returncode == 0
+    assert (tmp_path / "done").read_text() == "True"
+    assert ended.stderr in (None, b"and rain\n")
+
+
+def test_every_script_outlives_its_readers():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "gpt2ft", "sft", "--help"]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environment(), check=False)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (0, b"")
