@@ -3,8 +3,15 @@
 A clone has launch/sft.py and its like; an installed package has `gpt2ft sft`, and `-m gpt2ft sft` for launchers.
 """
 
+import os
+import shlex
 import sys
 from pathlib import Path
+
+LAUNCHERS = {"accelerate": "accelerate", "accelerate-launch": "accelerate-launch", "torchrun": "torchrun"} | {
+    "accelerate.commands.launch": "accelerate-launch",
+    "torch.distributed.run": "torchrun",
+}
 
 
 def is_from_launch() -> bool:
@@ -15,6 +22,31 @@ def is_from_launch() -> bool:
 def running_script() -> str:
     """The running script as `python`, `torchrun` and `accelerate launch` take it: a path, or a module and a name."""
     return sys.argv[0] if is_from_launch() else " ".join(["-m", "gpt2ft", *sys.argv[1:2]])
+
+
+def running_command() -> str:
+    """The running script with its arguments, as launchers take it."""
+    return " ".join([running_script(), *_quoted_arguments()])
+
+
+def same_command() -> str:
+    """The command that started this process: its launcher's, where one did."""
+    import psutil  # not installed where models are only served
+
+    try:
+        parent = psutil.Process().parent()
+        words = parent.cmdline() if parent else []
+    except psutil.Error:
+        words = []
+    for number, word in enumerate(words):
+        if launcher := LAUNCHERS.get(os.path.basename(word)):
+            return shlex.join([launcher, *words[number + 1 :]])
+    script = ["python", sys.argv[0]] if is_from_launch() else ["gpt2ft", *sys.argv[1:2]]
+    return " ".join([*map(shlex.quote, script), *_quoted_arguments()])
+
+
+def _quoted_arguments() -> list[str]:
+    return [shlex.quote(word) for word in sys.argv[1 if is_from_launch() else 2 :]]
 
 
 def program_name() -> str:

@@ -1,14 +1,22 @@
-"""Names on the Hugging Face hub, `owner/name`, and the commit that a branch, a tag or nothing stands for."""
+"""Names on the Hugging Face hub, `owner/name`, the commit that a branch, a tag or nothing stands for, and a hub that
+cannot be reached: its libraries, which would try again for half a minute, then look into their caches at once."""
 
+import os
 import re
-from functools import lru_cache
+import ssl
+import sys
+from functools import cache, lru_cache
 from pathlib import Path
+from threading import Thread
 from typing import Literal, NamedTuple
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 from gpt2ft.errors import NetworkError
 
 _NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(/[^:@]+)?(:[^@]+)?(@.+)?", re.ASCII)
 _COMMIT = re.compile("[0-9a-f]{40}")
+SECONDS_TO_ANSWER = 2.0
 
 
 class HubName(NamedTuple):
@@ -49,7 +57,7 @@ def commit_of(repository: str, revision: str, kind: Literal["model", "dataset"])
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    revision = revision or "main"
+    revision, unreachable = revision or "main", rely_on_cache_unless_reachable()
     try:
         return HfApi().repo_info(repository, revision=revision, repo_type=kind, timeout=10).sha
     except RepositoryNotFoundError as error:
@@ -64,8 +72,47 @@ def commit_of(repository: str, revision: str, kind: Literal["model", "dataset"])
         cached = Path(constants.HF_HUB_CACHE, folder, "refs", revision)
         if cached.is_file():
             return cached.read_text(encoding="utf-8").strip()
-        cause = " ".join(str(error).split())
+        cause = unreachable or " ".join(str(error).split())
         raise NetworkError(
             f"{repository} is no path here, and could not be looked up on the hub ({cause}); with its commit, as "
             f"{repository}@COMMIT, the cache is enough"
         ) from error
+
+
+@cache
+def rely_on_cache_unless_reachable() -> str:
+    """Return why the hub cannot be asked, having switched its libraries to their caches; nothing where it can be.
+
+    Seconds to wait for it are HF_HUB_ETAG_TIMEOUT, the hub's own variable for slow networks, or two.
+    """
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    seconds = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", SECONDS_TO_ANSWER))
+    if answers(constants.ENDPOINT, seconds):
+        return ""
+    constants.HF_HUB_OFFLINE = True
+    if "datasets" in sys.modules:  # else it takes over the above
+        sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+    return f"{constants.ENDPOINT} does not answer"
+
+
+def answers(url: str, seconds: float) -> bool:
+    """Return True if anything answers within so many seconds, whatever it says; by the proxies of the environment."""
+    answered = []
+
+    def ask() -> None:
+        try:
+            with urlopen(Request(url, method="HEAD"), timeout=seconds):
+                answered.append(True)
+        except HTTPError:
+            answered.append(True)
+        except OSError as error:  # certificates are for whoever downloads to judge
+            if isinstance(getattr(error, "reason", error), ssl.SSLError):
+                answered.append(True)
+
+    thread = Thread(target=ask, daemon=True)  # looking a name up heeds no timeout
+    thread.start()
+    thread.join(seconds)
+    return bool(answered)

@@ -1,7 +1,9 @@
 """Commands are spelled as a person would type them, from a clone and from an installed package."""
 
 import sys
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from gpt2ft import command_line
@@ -23,3 +25,27 @@ def test_commands_are_spelled_as_they_were_typed(typed, running, program, follow
     assert command_line.program_name() == program
     assert command_line.words_to_start("chat") == following
     assert command_line.full_command().split()[1:] == typed[1:]
+    assert command_line.running_command().split()[-1] == (typed[-1] if len(typed) > 1 else "gpt2ft")
+
+
+@pytest.mark.parametrize(
+    ("parent", "expected"),
+    [
+        (["bash"], "python launch/sft.py mine --data.train 'a b'"),
+        (
+            ["/usr/bin/python3", "/usr/bin/accelerate", "launch", "--num_processes", "1", "launch/sft.py", "a b"],
+            "accelerate launch --num_processes 1 launch/sft.py 'a b'",
+        ),
+        (["python", "-m", "accelerate.commands.launch", "launch/sft.py"], "accelerate-launch launch/sft.py"),
+        (["python", "/usr/bin/torchrun", "--standalone", "launch/sft.py"], "torchrun --standalone launch/sft.py"),
+        (["python", "-m", "torch.distributed.run", "launch/sft.py"], "torchrun launch/sft.py"),
+    ],
+)
+def test_the_same_command_has_its_launcher_and_all_arguments(parent, expected, monkeypatch):
+    class Process:
+        def parent(self):
+            return SimpleNamespace(cmdline=lambda: parent)
+
+    monkeypatch.setattr(psutil, "Process", Process)
+    monkeypatch.setattr(sys, "argv", ["launch/sft.py", "mine", "--data.train", "a b"])
+    assert command_line.same_command() == expected

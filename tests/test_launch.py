@@ -62,12 +62,16 @@ def losses():
         (["python"], 1),
         (["accelerate", "launch"], 1),
         pytest.param(torchrun(2), 2, marks=pytest.mark.long),
+        pytest.param(
+            ["accelerate", "launch", "--multi_gpu", "--num_processes", 2, "--main_process_port", 0],
+            2,
+            marks=pytest.mark.long,
+        ),
     ],
-    ids=["python", "accelerate launch", "torchrun"],
+    ids=["python", "accelerate launch", "torchrun", "accelerate launch without a config"],
 )
 def test_these_launches_train_the_same(launch, losses, words, processes):
-    environment = {"ACCELERATE_USE_CPU": "true"} if processes > 1 else {}
-    ended, folder = launch(*words, **environment)
+    ended, folder = launch(*words)
     assert not ended.errors
     trained, loss = outcome(folder)
     assert trained == processes
@@ -79,7 +83,7 @@ def test_these_launches_train_the_same(launch, losses, words, processes):
 @pytest.mark.long
 def test_accelerate_with_two_processes_on_a_cpu(launch, config):
     words = ["accelerate", "launch", "--config_file", config(TWO_ON_CPU)]
-    ended, folder = launch(*words, ACCELERATE_USE_CPU="true")
+    ended, folder = launch(*words)
     assert not ended.errors
     assert outcome(folder)[0] == 2
 

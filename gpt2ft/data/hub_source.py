@@ -1,6 +1,7 @@
 """Data sets on the Hugging Face hub, each at one commit: those that have a name here, and any other by its own."""
 
 import hashlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from gpt2ft.data.blocks import Columns, RecordBlock
 from gpt2ft.data.reading import DataError
 from gpt2ft.data.tables import read_table
-from gpt2ft.hub import HubName, commit_of
+from gpt2ft.hub import HubName, commit_of, rely_on_cache_unless_reachable
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,18 @@ def any_source(source: str, name: HubName) -> HubSource:
 
 
 def _load(hub: HubSource) -> Any:
+    unreachable = rely_on_cache_unless_reachable()
     import datasets
 
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()  # which would be drawn into a log
     try:
         dataset = datasets.load_dataset(hub.repo, hub.config, revision=hub.revision, split=hub.split)
         _check_revision(hub, dataset.cache_files)
     except Exception as error:  # a network and a cache fail in many classes; each ends here, with its own words
         cache, cause = datasets.config.HF_DATASETS_CACHE, " ".join(str(error).split())
+        if unreachable and not isinstance(error, DataError):
+            cause = unreachable
         raise DataError(
             f"{hub.place}: must be on the hub or in the cache ({cache}), but could not be loaded: {cause}; without "
             f"network, download the files of the split {hub.split!r} elsewhere, from "

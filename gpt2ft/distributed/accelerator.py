@@ -80,7 +80,9 @@ def _accelerator(strategy: StrategyName, precision: Literal["no", "bf16"], accum
             sync_each_batch=strategy == "fsdp2",  # sums of gradients lie in shards between micro-batches
         ),
         kwargs_handlers=handlers,
-        cpu=torch.backends.mps.is_available(),  # Apple's GPUs have no float64, in which losses are added up
+        # Without it several processes would not know of each other where there is no GPU, and Apple's would be used,
+        # which have no float64. FSDP and DeepSpeed are prepared above.
+        cpu=on_cpu and strategy == "ddp",
         **plugins,
     )
     if plugins.get("deepspeed_plugin") and precision == "bf16":  # like the others: see strategy.py

@@ -12,9 +12,10 @@ import os
 import re
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
-from gpt2ft.command_line import running_script
+from gpt2ft.command_line import running_command
 from gpt2ft.device import check_gpu, on_cuda
 from gpt2ft.distributed.launcher_arguments import Launch, find_launch, known_keys
 from gpt2ft.errors import Gpt2ftError
@@ -158,17 +159,14 @@ def _check_started(world_size: int) -> None:
         raise LaunchError(
             f"{started} launchers were started by mpirun or srun, but each trains its own {world_size} processes: "
             f"start one on each machine, `torchrun --nnodes {started} --rdzv_backend c10d --rdzv_endpoint "
-            f"FIRST_MACHINE:29500 --nproc_per_node {world_size} {running_script()}`"
+            f"FIRST_MACHINE:29500 --nproc_per_node {world_size} {running_command()}`"
         )
 
 
 def _check_device(launch: Launch | None) -> None:
-    if launch is None or not launch.uses_cpu:
-        check_gpu()
-    elif on_cuda():  # the launcher tells its processes of `--cpu`, but not always of `use_cpu`
-        raise LaunchError(
-            "the launcher was told to use the CPU, but its processes would use the GPU: set ACCELERATE_USE_CPU=true"
-        )
+    if launch is not None and launch.uses_cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # the launcher does so for `--cpu`, but not always for `use_cpu`
+    check_gpu()
 
 
 def _check_settings() -> None:
@@ -225,5 +223,5 @@ def _check_config(launch: Launch) -> None:
 
 def _command(processes: int) -> str:
     """Return the command that starts so many processes of this script on one machine of this kind."""
-    cpu = "" if on_cuda() else "ACCELERATE_USE_CPU=true "
-    return f"`{cpu}torchrun --standalone --nproc_per_node {processes} {running_script()}`"
+    cpu = "ACCELERATE_USE_CPU=true " if torch.cuda.is_available() and not on_cuda() else ""
+    return f"`{cpu}torchrun --standalone --nproc_per_node {processes} {running_command()}`"

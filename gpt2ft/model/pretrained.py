@@ -16,7 +16,7 @@ from torch import Tensor
 from gpt2ft import quickstart
 from gpt2ft.errors import Gpt2ftError, NetworkError
 from gpt2ft.files import read_json, write_json, write_safetensors
-from gpt2ft.hub import HubName, commit_of
+from gpt2ft.hub import HubName, commit_of, rely_on_cache_unless_reachable
 from gpt2ft.model.gpt2 import GPT2Config, parameter_shapes
 from gpt2ft.settings.choices import PUBLISHED_MODELS
 from gpt2ft.wording import counted
@@ -95,11 +95,12 @@ def download(name: str) -> Path:
     cached = [try_to_load_from_cache(hub.repository, file, revision=hub.revision) for file in files]
     if all(isinstance(path, str) for path in cached):
         return Path(cached[0]).parent
+    unreachable = rely_on_cache_unless_reachable()
     try:
         folder = Path(snapshot_download(hub.repository, revision=hub.revision, allow_patterns=files))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ModelError(
-            f"{name} could not be downloaded ({type(error).__name__}) and is not in the cache: put "
+            f"{name} is not in the cache and could not be downloaded ({unreachable or type(error).__name__}): put "
             f"{', '.join(files)} of huggingface.co/{hub.repository} into a folder and pass it as `model.path`, "
             "or train from random weights with `--model.random_init true`"
         ) from error
@@ -117,7 +118,7 @@ def download_any(name: HubName, with_weights: bool) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    commit = commit_of(name.repository, name.revision, "model")
+    commit, unreachable = commit_of(name.repository, name.revision, "model"), rely_on_cache_unless_reachable()
     files = _TOKENIZER_FILES + (_WEIGHT_FILES if with_weights else ())
     try:
         folder = Path(snapshot_download(name.repository, revision=commit, allow_patterns=["config.json"]))
@@ -128,7 +129,7 @@ def download_any(name: HubName, with_weights: bool) -> Path:
         read_config(folder)
         folder = Path(snapshot_download(name.repository, revision=commit, allow_patterns=files))
     except (OSError, ValueError) as error:  # those of a network among them
-        cause = " ".join(str(error).split())
+        cause = unreachable or " ".join(str(error).split())
         raise NetworkError(f"{name.repository}@{commit[:8]} could not be downloaded: {cause}") from error
     if with_weights and not list(folder.glob("*.safetensors")):
         raise ModelError(

@@ -20,7 +20,7 @@ from gpt2ft.runs.loaded_model import LoadedModel, is_adapter, load_model, plain_
 from gpt2ft.runs.output import Output
 from gpt2ft.runs.run_setup import RunSetup
 from gpt2ft.settings.scripts import DPOSettings, RunSettings
-from gpt2ft.settings.sections import FilterSettings
+from gpt2ft.settings.sections import CorpusSettings
 from gpt2ft.training.strategy import Strategy
 from gpt2ft.training.tracking import line_digests
 
@@ -97,13 +97,12 @@ def next_commands(settings: RunSettings, loaded: LoadedModel, output: Output) ->
     if not data.eval:
         return
     words = [*words_to_start("evaluate"), str(output.folder), "--data", *data.eval]
-    for name, value in data.filters:
-        if value != FilterSettings.model_fields[name].default:
-            words += [f"--{name}", *(value if isinstance(value, tuple) else [str(value).lower()])]
+    for name, field in CorpusSettings.model_fields.items():
+        value = getattr(data, name)
+        if value != field.default:
+            words += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
     if data.max_length < loaded.gpt2.config.n_positions:
         words += ["--max_length", str(data.max_length)]
-    if data.topic_replies:
-        words += ["--topic_replies", data.topic_replies]
     if isinstance(settings, DPOSettings):
         words += ["--pairs", settings.dpo.pairs]
     yield shlex.join(words)

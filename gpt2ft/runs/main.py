@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from gpt2ft.command_line import same_command
 from gpt2ft.errors import Gpt2ftError, fail
 
 
@@ -14,17 +15,16 @@ def run(work: Callable[[Any], None], settings: Any) -> None:
     told to stop and has saved (SIGTERM, SIGUSR1, Ctrl-C); 69 for one of several processes where another is lost or
     stands still; 130 for Ctrl-C at any other time.
     """
-    resumes = getattr(settings, "resume", None) == "auto"
-    again = "; the same command continues from the newest checkpoint, if there is one" if resumes else ""
     try:
         work(settings)
     except Gpt2ftError as error:
-        fail(f"{error}{again if error.can_resume else ''}", error.exit_code, error.on_every_rank, error.label)
+        how = _how_to_resume(settings) if error.can_resume else ""
+        fail(f"{error}{how}", error.exit_code, error.on_every_rank, error.label)
     except OSError as error:
         told = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-        fail(f"{told}{again}", code=1, everywhere=True)
+        fail(f"{told}{_how_to_resume(settings)}", code=1, everywhere=True)
     except KeyboardInterrupt:
-        fail(f"by Ctrl-C{again}", code=130, label="stopped")
+        fail(f"by Ctrl-C{_how_to_resume(settings)}", code=130, label="stopped")
     except _out_of_memory() as error:
         first = str(error).splitlines()[0]
         fail(
@@ -32,6 +32,13 @@ def run(work: Callable[[Any], None], settings: Any) -> None:
             code=1,
             everywhere=True,
         )
+
+
+def _how_to_resume(settings: Any) -> str:
+    """Return the command that continues a training run; nothing for one that was told not to, and other scripts."""
+    if getattr(settings, "resume", None) != "auto":
+        return ""
+    return f"; `{same_command()}` continues from the newest checkpoint, if there is one"
 
 
 def _out_of_memory() -> tuple[type[BaseException], ...]:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import socket
 from pathlib import Path
 
 import pytest
@@ -316,11 +317,12 @@ HUB_PREFERENCES = {
 }  # fmt: skip
 
 
-def read_offline(hugging_face_home, *asked):
+def read_offline(hugging_face_home, *asked, **environment):
     """{(name, kind): trees, or what the refusal says}, of one process: `datasets` looks for its cache when imported."""
-    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": hugging_face_home, "HF_DATASETS_CACHE": None}
-    answers = json.loads(run(["python", "-c", READ, json.dumps(asked)], **environment).stdout)
-    return dict(zip(asked, answers, strict=True))
+    environment = {"HF_HOME": hugging_face_home, "HF_DATASETS_CACHE": None} | environment
+    ended = run(["python", "-c", READ, json.dumps(asked)], **environment)
+    assert "Retrying" not in ended.stderr
+    return dict(zip(asked, json.loads(ended.stdout), strict=True))
 
 
 def write_hub_cache(name, hugging_face_home, revision):
@@ -350,14 +352,25 @@ def write_hub_cache(name, hugging_face_home, revision):
     file.write_text(json.dumps(information))
 
 
+@pytest.fixture(scope="module", params=["offline", "silent"])
+def no_network(request):
+    """The environment that keeps the hub away: it is told to, or the hub takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        yield {
+            "offline": {"HF_HUB_OFFLINE": "1"},
+            "silent": {"HF_HUB_OFFLINE": None, "HF_ENDPOINT": endpoint, "HF_HUB_ETAG_TIMEOUT": 0.3},
+        }[request.param]
+
+
 @pytest.fixture(scope="module")
-def cached(tmp_path_factory):
+def cached(tmp_path_factory, no_network):
     """The answers where all sources lie in the cache in their pinned revision."""
     home = tmp_path_factory.mktemp("hub")
     for name in HUB_ROWS | HUB_PREFERENCES:
         write_hub_cache(name, home, open_source(name).origin.revision)
     asked = [(name, "conversations") for name in HUB_ROWS | HUB_PREFERENCES]
-    return read_offline(home, *asked, *((name, "preferences") for name in HUB_PREFERENCES))
+    return read_offline(home, *asked, *((name, "preferences") for name in HUB_PREFERENCES), **no_network)
 
 
 @pytest.mark.parametrize("name", HUB_ROWS)
@@ -379,14 +392,15 @@ def test_preferences_of_the_hub_are_ranked_replies_and_nothing_to_learn_from(nam
     assert "is a preference" in refusal
 
 
-def test_without_network_and_cache_the_error_says_what_to_put_where(tmp_path):
+def test_without_network_and_cache_the_error_says_what_to_put_where(tmp_path, no_network):
     """And that another revision lies there, if one does."""
     write_hub_cache("dolly", tmp_path, "0" * 40)
-    answers = read_offline(tmp_path, ("oasst1", "conversations"), ("dolly", "conversations"))
+    answers = read_offline(tmp_path, ("oasst1", "conversations"), ("dolly", "conversations"), **no_network)
     ((missing,), (other,)) = answers.values()
     assert missing.startswith("DataError: OpenAssistant/oasst1@fdf72ae0 train: ")
     assert str(tmp_path / "datasets") in missing
     assert f"https://huggingface.co/datasets/OpenAssistant/oasst1/tree/{SOURCES['oasst1'].revision}" in missing
+    assert "HF_HUB_OFFLINE is set" in missing or "http://127.0.0.1" in missing
     assert other.startswith(f"DataError: {SOURCES['dolly'].repo}@{SOURCES['dolly'].revision[:8]} train: ")
     assert tells(other, f"{'0' * 40} ... {SOURCES['dolly'].revision}")
     assert "\n" not in missing + other

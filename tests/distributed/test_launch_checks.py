@@ -1,6 +1,7 @@
 """What a launcher may ask for, what it must leave to the recipe, and what it must have understood."""
 
 import os
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 from accelerate.utils import DistributedType
 from torch import nn
 
+from gpt2ft.device import asks_for_cpu
 from gpt2ft.distributed import launch_checks
 from gpt2ft.distributed.launch_checks import LaunchError
 from gpt2ft.distributed.launcher_arguments import Launch
@@ -158,14 +160,29 @@ def test_a_model_that_accelerate_would_compile_too(section, is_refused, launched
 
 
 def test_a_cpu_that_was_asked_for(launched_with, monkeypatch):
-    """A config's use_cpu reaches a process that is launched alone, and no other."""
+    """A config's use_cpu reaches a process that is launched alone, and no other: so it is passed on."""
     launched_with()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "False")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setattr(launch_checks, "find_launch", lambda: Launch(2, "conf.yaml", {}, uses_cpu=True))
-    monkeypatch.setattr(launch_checks, "check_gpu", lambda: pytest.fail("the CPU was asked for"))
+    assert not asks_for_cpu()
     launch_checks.check(4, 2)
-    monkeypatch.setattr(launch_checks, "on_cuda", lambda: True)
-    with pytest.raises(LaunchError, match="use the CPU, .* the GPU: set ACCELERATE_USE_CPU=true"):
-        launch_checks.check(4, 2)
+    assert asks_for_cpu()
+
+
+@pytest.mark.parametrize(("has_gpu", "variable"), [(False, ""), (True, "ACCELERATE_USE_CPU=true ")])
+def test_the_command_advised_has_the_arguments_given_and_a_variable_only_where_it_changes_something(
+    has_gpu, variable, launched_with, monkeypatch
+):
+    launched_with()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(launch_checks.torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(sys, "argv", ["launch/sft.py", "my-data", "--data.train", "a b.jsonl"])
+    monkeypatch.setattr(launch_checks, "find_launch", lambda: Launch(2, None, {}, uses_cpu=True))
+    with pytest.raises(LaunchError) as refusal:
+        launch_checks.check(4, 1)
+    command = "torchrun --standalone --nproc_per_node 2 launch/sft.py my-data --data.train 'a b.jsonl'"
+    assert f"`{variable}{command}`" in str(refusal.value)
 
 
 def test_a_section_completed_as_accelerate_does(launched_with, monkeypatch):

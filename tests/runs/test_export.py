@@ -22,7 +22,7 @@ from gpt2ft.runs.output import Output
 from gpt2ft.runs.samples import answer, held_out_prompts
 from gpt2ft.settings.parsing import parse_script
 from gpt2ft.settings.scripts import EvaluateSettings, SFTSettings
-from gpt2ft.settings.sections import DataSettings, FilterSettings
+from gpt2ft.settings.sections import CorpusSettings, DataSettings, FilterSettings
 from gpt2ft.text.template import CHAT_TEMPLATE, TRAINING_TEMPLATE, render_prompt
 from gpt2ft.text.tokenizer import ChatTokenizer
 
@@ -139,7 +139,14 @@ def test_the_next_commands_talk_and_repeat_the_evaluation_of_the_run(run_folder,
     policy, _ = find_model(str(run_folder))
     data = {"train": ["a"], "eval": ["it's.jsonl", "b"], "max_rank": 0, "languages": ["en", "de"], "max_length": 128}
     settings = SFTSettings(
-        data=data | {"reviewed_only": False, "on_error": "skip", "topic_replies": "tea.txt", "ignore_keys": ["a", "b"]}
+        data=data
+        | {
+            "reviewed_only": False,
+            "on_error": "skip",
+            "topic_replies": "tea.txt",
+            "ignore_keys": ["a", "b"],
+            "cache": "c",
+        }
     )
     chat, evaluation = next_commands(settings, policy, Output(str(run_folder)))
     assert shlex.split(chat) == ["python", "launch/chat.py", str(run_folder)]
@@ -148,7 +155,7 @@ def test_the_next_commands_talk_and_repeat_the_evaluation_of_the_run(run_folder,
     parsed = parse_script(EvaluateSettings, "model", arguments)
     assert parsed.model == str(run_folder)
     assert parsed.data == settings.data.eval
-    for name in ("max_rank", "languages", "max_length", "reviewed_only", "on_error", "topic_replies", "ignore_keys"):
+    for name in (*CorpusSettings.model_fields, "max_length"):
         assert getattr(parsed, name) == getattr(settings.data, name)
 
 

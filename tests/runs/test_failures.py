@@ -268,7 +268,7 @@ def test_a_disk_that_fills_up_leaves_what_was_whole_and_the_run_goes_on(
     disk_full_at(number)
     said = failure(code=1)
     assert "No space left on device" in said
-    assert "; the same command continues from the newest checkpoint" in said
+    assert "` continues from the newest checkpoint" in said
     assert len(checkpoint.folders(tmp_path / "run" / "checkpoints")) == saved
     monkeypatch.undo()
     assert run_through_main([str(recipe)]) == 0
