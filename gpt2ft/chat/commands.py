@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from gpt2ft.chat.session import Session
-from gpt2ft.files import user_path, write_text
+from gpt2ft.files import user_path
 from gpt2ft.inference.prompt_format import Turn
 from gpt2ft.settings.sections import SamplingSettings
 from gpt2ft.wording import counted
@@ -35,7 +35,7 @@ class Screen(Protocol):
 
 
 class Chat:
-    """A session and the entries that change it. None of them ends the program, except /quit."""
+    """A session and the entries that change it. None of them ends the program, except those in LEAVE."""
 
     def __init__(self, session: Session, screen: Screen, completes: bool = False) -> None:
         self.session = session
@@ -43,11 +43,13 @@ class Chat:
         self.completes = completes
         self.is_open = True
         self.problems = 0
-        self._saved: set[Path] = set()
+        self._lines: dict[Path, tuple[int, int]] = {}  # of this conversation in files: first byte, and behind the last
 
     def enter(self, text: str) -> None:
         """Carry out one entry."""
-        if text.startswith("//"):
+        if text.strip().lower() in LEAVE:
+            self.is_open = False
+        elif text.startswith("//"):
             self.attempt(self.say, text[1:])
         elif text.startswith("/"):
             self.attempt(self._command, text)
@@ -106,6 +108,7 @@ class Chat:
 
     def new(self, _: str) -> None:
         self.session.new()
+        self._lines.clear()
         self.screen.notice("a new conversation")
 
     def system(self, text: str) -> None:
@@ -123,15 +126,37 @@ class Chat:
 
     def save(self, name: str) -> None:
         file = user_path(name)
-        if os.path.lexists(file) and file.resolve() not in self._saved:
-            raise ValueError(f"{file} exists and was not saved by this chat: choose another name")
         line = json.dumps({"messages": self.session.to_messages()}, ensure_ascii=False) + "\n"
         try:
-            write_text(file, line.encode(errors="replace").decode())  # halves of characters are no text
+            is_added = self._write(file, line.encode(errors="replace"))  # halves of characters are no text
         except OSError as error:
             raise ValueError(str(error)) from error
-        self._saved.add(file.resolve())
-        self.screen.notice(f"saved to {file}")
+        self.screen.notice(f"{'added' if is_added else 'saved'} to {file}")
+
+    def _write(self, file: Path, line: bytes) -> bool:
+        """Write the conversation's line: over its earlier one while nothing follows that, else at the end of the file.
+
+        Returns:
+            True if other lines stand before it.
+
+        Raises:
+            ValueError: if there is something else than a file of conversations.
+        """
+        size = file.stat().st_size if os.path.lexists(file) else 0
+        start, end = self._lines.get(file.resolve(), (0, 0))
+        if end != size or not file.is_file():
+            start = size
+            if os.path.lexists(file) and (size or not file.is_file()):
+                _read_messages(file)
+        with open(file, "r+b" if size else "wb") as lines:
+            if start:
+                lines.seek(start - 1)
+                line = line if lines.read(1) == b"\n" else b"\n" + line
+            lines.seek(start)
+            lines.write(line)
+            lines.truncate()
+            self._lines[file.resolve()] = start, lines.tell()
+        return start > 0
 
     def load(self, name: str) -> None:
         file = user_path(name)
@@ -140,6 +165,7 @@ class Chat:
             self.session.from_messages(messages)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
+        self._lines.clear()
         loaded = self.session.to_messages()
         self.screen.transcript([(message["role"], message["content"]) for message in loaded])
         self.screen.notice(f"loaded {'' if is_only else 'the first conversation of '}{file}")
@@ -183,14 +209,15 @@ COMMANDS = {
     "/system": Command("TEXT", "set the system text; alone, remove it", Chat.system),
     "/undo": Command("", "take the last exchange back", Chat.undo),
     "/retry": Command("", "let the model answer again", Chat.retry),
-    "/save": Command("FILE", "save as a line of training data, to a new file", Chat.save, True),
+    "/save": Command("FILE", "save as a line of training data, behind those in the file", Chat.save, True),
     "/load": Command("FILE", "go on with the first conversation of such a file", Chat.load, True),
     "/set": Command("NAME VALUE", "change how replies are made; alone, list it", Chat.set, needs_turns=False),
     "/help": Command("", "show this", Chat.help, needs_turns=False),
-    "/quit": Command("", "leave, as Ctrl-D does", Chat.quit, needs_turns=False),
+    "/quit": Command("", "leave, as exit, quit and Ctrl-D do", Chat.quit, needs_turns=False),
 }
+LEAVE = ("/quit", "/exit", "quit", "exit")
 MEANT = {  # what the command is called elsewhere
-    **dict.fromkeys(("/exit", "/q", "/bye", "/leave", "/close", "/end", "/stop"), "/quit"),
+    **dict.fromkeys(("/q", "/bye", "/leave", "/close", "/end", "/stop"), "/quit"),
     **dict.fromkeys(("/clear", "/reset", "/restart", "/c"), "/new"),
     **dict.fromkeys(("/regenerate", "/redo", "/again", "/regen"), "/retry"),
     **dict.fromkeys(("/back", "/delete", "/pop"), "/undo"),

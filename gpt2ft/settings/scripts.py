@@ -314,11 +314,15 @@ class ChatSettings(InferenceSettings):
     """Continue texts as documents instead of answering messages; what comes through a pipe is one document."""
     system: str | None = None
     """Instructions that stand before the conversation."""
+    list: bool = False
+    """Name the finished runs in runs/, newest first, and end."""
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         if self.complete and self.system is not None:
             yield "`system` must not be set with `complete`, which knows no conversation"
+        if self.list and self != type(self)(list=True):
+            yield "`list` must stand alone: it only names the finished runs"
 
 
 class ExportSettings(Section):

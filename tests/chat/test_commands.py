@@ -276,15 +276,73 @@ def test_what_is_saved_is_one_line_and_is_loaded_as_it_was(turns, system, tmp_pa
     assert again.session.turns == [(message["role"], message["content"]) for message in run.session.to_messages()]
 
 
+def conversations(file):
+    return [[turn["content"] for turn in json.loads(line)["messages"]] for line in file.read_text().splitlines()]
+
+
 def test_a_file_of_others_is_never_replaced(run, tmp_path):
-    theirs, ours = tmp_path / "theirs.jsonl", tmp_path / "ours.jsonl"
-    theirs.write_text("precious")
-    assert str(theirs) in problem(run(f"/save {theirs}"))
-    assert theirs.read_text() == "precious"
-    run(f"/save {ours}")
-    run("hello")
-    assert str(ours) in notice(run(f"/save {ours}"))
-    assert len(json.loads(ours.read_text())["messages"]) == 2
+    theirs = tmp_path / "theirs.jsonl"
+    for content in ("precious", '{"text": "precious"}\n'):
+        theirs.write_text(content)
+        assert str(theirs) in problem(run(f"/save {theirs}"))
+        assert theirs.read_text() == content
+    assert str(tmp_path) in problem(run(f"/save {tmp_path}"))
+
+
+def test_each_conversation_of_a_file_is_kept_and_this_one_is_renewed(run, tmp_path):
+    file = tmp_path / "chats.jsonl"
+    run("one")
+    assert "saved" in notice(run(f"/save {file}"))
+    run("two")
+    run(f"/save {file}")
+    assert conversations(file) == [["one", "reply 1", "two", "reply 2"]]
+    run("/new")
+    run("three")
+    assert "added" in notice(run(f"/save {file}"))
+    run("/undo")
+    run("four")
+    run(f"/save {file}")
+    assert conversations(file) == [["one", "reply 1", "two", "reply 2"], ["four", "reply 4"]]
+
+
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_a_conversation_is_added_to_what_earlier_chats_have_saved(end, tmp_path):
+    file = tmp_path / "chats.jsonl"
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": "earlier"}]}) + end)
+    run, other = Run(), Run()
+    run("now")
+    assert "added" in notice(run(f"/save {file}"))
+    other("there")
+    other(f"/save {file}")
+    run("again")
+    run(f"/save {file}")
+    expected = [["earlier"], ["now", "reply 1"], ["there", "reply 1"], ["now", "reply 1", "again", "reply 2"]]
+    assert conversations(file) == expected
+
+
+def test_a_conversation_that_is_loaded_is_another_one(run, tmp_path):
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    run("one")
+    run(f"/save {one}")
+    run(f"/save {other}")
+    run(f"/load {other}")
+    run("two")
+    run(f"/save {one}")
+    assert conversations(one) == [["one", "reply 1"], ["one", "reply 1", "two", "reply 2"]]
+
+
+@pytest.mark.parametrize("said", ["/quit", "/exit", "quit", "exit", " Exit ", "QUIT"])
+@pytest.mark.parametrize("completes", [False, True])
+def test_some_lines_leave(said, completes):
+    run = Run(completes)
+    assert run(said) == []
+    assert not run.chat.is_open
+
+
+@pytest.mark.parametrize("said", ["exit now", "//exit", "how do I quit?", "/exi"])
+def test_others_do_not(said, run):
+    run(said)
+    assert run.chat.is_open
 
 
 def test_bytes_that_are_no_text_do_not_keep_a_chat_from_being_saved(run, tmp_path):
