@@ -48,7 +48,6 @@ TOLD = {
     "deepspeed_zero3": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
 }
 VARIABLES = {  # that the comments set, and who reads them
-    "ACCELERATE_USE_CPU": "accelerate",
     "ACCELERATE_USE_FSDP": "accelerate",
     "FSDP_VERSION": "accelerate",
     "ACCELERATE_USE_DEEPSPEED": "accelerate",
@@ -163,7 +162,7 @@ def test_commands_in_the_comments_can_be_run(file, launcher):
 
     commands = launches(file)
     kinds = [words[0] for _, words in commands]
-    assert kinds == ["accelerate"] if file.stem in ("cpu", "single_gpu") else ["accelerate", "torchrun"]
+    assert kinds == ["accelerate"] if file.stem == "single_gpu" else ["accelerate", "torchrun"]
     for variables, words in commands:
         parser = launcher if words[0] == "accelerate" else get_args_parser()
         arguments = words[2:] if words[0] == "accelerate" else words[1:]

@@ -88,6 +88,17 @@ def test_exporting(tiny_weights_folder, tmp_path):
     check("export", file, most=6500)
 
 
+def test_training_on_one_cpu_leaves_deepspeed_alone(tiny_model_folder, tmp_path):
+    """A dependency that takes seconds to be imported, and is needed by two strategies alone."""
+    file = tmp_path / "modules"
+    settings = ["--model.path", tiny_model_folder, "--model.random_init", "--data.max_length", 128]
+    settings += ["--training.steps", 1, "--training.tokens_per_micro_batch", 128, "--training.sample_prompts", 0]
+    run(script("sft", file, "quickstart", *settings, "--output", tmp_path / "run"))
+    modules = file.read_text().split()
+    assert "accelerate" in modules
+    assert not {"deepspeed", "transformers"} & set(modules)
+
+
 def test_the_check_sees_what_it_looks_for(tmp_path):
     (tmp_path / "modules").write_text("torch\ngpt2ft.runs.serve\ngpt2ft.data.plan\n")
     with pytest.raises(AssertionError, match="gpt2ft.data.plan"):
