@@ -19,6 +19,7 @@ from gpt2ft.command_line import running_command
 from gpt2ft.device import check_gpu, on_cuda
 from gpt2ft.distributed.launcher_arguments import Launch, find_launch, known_keys
 from gpt2ft.errors import Gpt2ftError
+from gpt2ft.wording import counted
 
 STARTED_WITHOUT_TORCHRUN = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 NAMES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "DeepSpeed ZeRO-2", "zero3": "DeepSpeed ZeRO-3"}
@@ -88,8 +89,8 @@ def check(micro_batches_per_step: int, world_size: int) -> None:
     _check_accumulation(micro_batches_per_step, world_size)
     if launch is not None and launch.processes not in (None, world_size):
         raise LaunchError(
-            f"accelerate launch was told to start {launch.processes} processes, but started {world_size}: "
-            f"use {_command(launch.processes)}"
+            f"accelerate launch was told to start {counted(launch.processes, 'process', 'processes')}, "
+            f"but started {world_size}: use {_command(launch.processes)}"
         )
 
 
@@ -134,8 +135,8 @@ def check_wrapped(strategy: StrategyName, model: nn.Module, processes: int) -> N
     is_alone = strategy == "ddp" and processes == 1  # torchrun has DDP wrap one process too
     if given != strategy and not (is_alone and given == "nothing"):
         raise LaunchError(
-            f"on {processes} processes the model must be wrapped in {NAMES[strategy]}, but is in "
-            f"{NAMES.get(given, given)}: use {_command(processes)}"
+            f"on {counted(processes, 'process', 'processes')} the model must be wrapped in {NAMES[strategy]}, "
+            f"but is in {NAMES.get(given, given)}: use {_command(processes)}"
         )
 
 

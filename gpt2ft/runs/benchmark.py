@@ -31,6 +31,7 @@ from gpt2ft.runs.describe import parameter_counts
 from gpt2ft.settings.scripts import BenchmarkSettings
 from gpt2ft.settings.sections import OptimizerSettings, PreferenceSettings
 from gpt2ft.stream import TokenStream
+from gpt2ft.text.display import fit
 from gpt2ft.training.memory_probe import peak_memory
 from gpt2ft.training.optimizer import adamw
 from gpt2ft.training.strategy import cast_frozen, prepare
@@ -80,7 +81,7 @@ def run(settings: BenchmarkSettings) -> None:
         timed(seconds, "optimizer", device, strategy.update)
     (tokens,) = global_sum(accelerator, tokens)
     if accelerator.is_main_process:
-        print(headline(settings, accelerator, sizes, backend))
+        print(fit(headline(settings, accelerator, sizes, backend), 2))
         print(figures(settings, accelerator.device, sizes[1], tokens, seconds))
 
 

@@ -25,6 +25,7 @@ from gpt2ft.data.plan import Plan
 from gpt2ft.data.token_tree import TokenTree
 from gpt2ft.errors import Gpt2ftError
 from gpt2ft.files import sync_folder, synced, write_json
+from gpt2ft.wording import counted
 
 Key = bytes  # 16 of them
 
@@ -106,7 +107,8 @@ class ReferenceStore:
                 log_prob, stored_length, file = rows[key]
                 if not math.isfinite(log_prob) or log_prob > 0 or stored_length != length:
                     raise ReferenceLogProbError(
-                        f"{file} must hold the log-prob of {length} tokens, but holds {log_prob} of {stored_length}: "
+                        f"{file} must hold the log-prob of {counted(length, 'token')}, "
+                        f"but holds {log_prob} of {stored_length}: "
                         "remove that file, and its rows are computed again"
                     )
                 found[number] = log_prob

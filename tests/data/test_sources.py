@@ -9,6 +9,7 @@ import pytest
 from facts import tells
 from processes import run
 
+from gpt2ft.data import hub_source
 from gpt2ft.data.blocks import stem
 from gpt2ft.data.hub_source import SOURCES
 from gpt2ft.data.reading import DataError, Totals
@@ -315,6 +316,20 @@ HUB_PREFERENCES = {
         }
     ],
 }  # fmt: skip
+
+
+def test_no_bar_is_drawn_into_a_log(monkeypatch):
+    import datasets
+
+    def fail(*_, **__):
+        assert datasets.are_progress_bars_disabled()
+        raise OSError("it was asked")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setattr(hub_source, "rely_on_cache_unless_reachable", lambda: "")
+    with pytest.raises(DataError, match="it was asked"):
+        open_source("dolly").origin.blocks(())
+    datasets.enable_progress_bars()
 
 
 def read_offline(hugging_face_home, *asked, **environment):
