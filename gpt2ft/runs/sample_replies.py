@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from gpt2ft.command_line import same_command
 from gpt2ft.conversation import tidy
 from gpt2ft.data.pairs import compared
 from gpt2ft.data.reading import DataError
@@ -178,7 +179,7 @@ def _sample_all(sample: Sampling, prompts: Sequence[Prompt], output: Path, work:
             done[number] = sample(number, prompts[number])
             print(json.dumps([number, done[number]]), file=file, flush=True)
     if any(gather_object([signals.was_signalled()])):
-        raise Preempted("told to stop; what was sampled is kept, and the same command goes on from it")
+        raise Preempted(f"told to stop; what was sampled is kept, and `{same_command()}` goes on from it")
     everywhere: Done = {}
     for part in gather_object([done]):
         everywhere |= part
