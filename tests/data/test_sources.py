@@ -374,7 +374,7 @@ def no_network(request):
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         yield {
             "offline": {"HF_HUB_OFFLINE": "1"},
-            "silent": {"HF_HUB_OFFLINE": None, "HF_ENDPOINT": endpoint, "HF_HUB_ETAG_TIMEOUT": 0.3},
+            "silent": {"HF_HUB_OFFLINE": None, "HF_ENDPOINT": endpoint, "HF_HUB_ETAG_TIMEOUT": 1},
         }[request.param]
 
 
