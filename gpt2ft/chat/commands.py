@@ -130,7 +130,7 @@ class Chat:
         try:
             is_added = self._write(file, line.encode(errors="replace"))  # halves of characters are no text
         except OSError as error:
-            raise ValueError(str(error)) from error
+            raise ValueError(f"{file} cannot be written ({error.strerror})") from error
         self.screen.notice(f"{'added' if is_added else 'saved'} to {file}")
 
     def _write(self, file: Path, line: bytes) -> bool:
