@@ -25,7 +25,8 @@ def test_commands_are_spelled_as_they_were_typed(typed, running, program, follow
     assert command_line.program_name() == program
     assert command_line.words_to_start("chat") == following
     assert command_line.full_command().split()[1:] == typed[1:]
-    assert command_line.running_command().split()[-1] == (typed[-1] if len(typed) > 1 else "gpt2ft")
+    arguments = typed[1:] if typed[0].endswith("sft.py") else typed[2:]
+    assert command_line.running_command() == " ".join([running, *arguments])
 
 
 @pytest.mark.parametrize(
