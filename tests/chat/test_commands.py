@@ -193,7 +193,6 @@ def test_an_unknown_command_is_answered_with_the_nearest(run, given, near):
 @pytest.mark.parametrize(
     ("given", "meant"),
     [
-        ("/exit", "/quit"),
         ("/bye", "/quit"),
         ("/clear", "/new"),
         ("/regenerate", "/retry"),
