@@ -35,7 +35,7 @@ class Screen(Protocol):
 
 
 class Chat:
-    """A session and the entries that change it. None of them ends the program, except those in LEAVE."""
+    """A session and the entries that change it. None of them ends the program, except /quit, /exit, quit and exit."""
 
     def __init__(self, session: Session, screen: Screen, completes: bool = False) -> None:
         self.session = session
@@ -47,14 +47,13 @@ class Chat:
 
     def enter(self, text: str) -> None:
         """Carry out one entry."""
-        if text.strip().lower() in LEAVE:
-            self.is_open = False
+        word = text.strip().lower()
+        if word in ("/quit", "/exit") or (word in ("quit", "exit") and not self.completes):
+            self.quit(text)
         elif text.startswith("//"):
             self.attempt(self.say, text[1:])
         elif text.startswith("/"):
             self.attempt(self._command, text)
-        elif text.strip().lower() in ("exit", "quit") and not self.completes:
-            self.quit(text)
         elif text.strip():
             self.attempt(self.say, text)
 
@@ -215,7 +214,6 @@ COMMANDS = {
     "/help": Command("", "show this", Chat.help, needs_turns=False),
     "/quit": Command("", "leave, as exit, quit and Ctrl-D do", Chat.quit, needs_turns=False),
 }
-LEAVE = ("/quit", "/exit", "quit", "exit")
 MEANT = {  # what the command is called elsewhere
     **dict.fromkeys(("/q", "/bye", "/leave", "/close", "/end", "/stop"), "/quit"),
     **dict.fromkeys(("/clear", "/reset", "/restart", "/c"), "/new"),

@@ -208,6 +208,14 @@ def test_a_command_of_another_chat_is_answered_with_ours(run, given, meant):
     assert meant in text
 
 
+@pytest.mark.parametrize("completes", [False, True])
+@pytest.mark.parametrize("command", ["/quit", "/exit", " /Exit "])
+def test_these_commands_leave_everywhere(command, completes):
+    run = Run(completes)
+    assert run(command) == []
+    assert not run.chat.is_open
+
+
 @pytest.mark.parametrize("word", ["exit", "quit", " Exit "])
 def test_a_bare_word_leaves_as_its_command_does(run, word):
     assert run(word) == []
@@ -330,16 +338,8 @@ def test_a_conversation_that_is_loaded_is_another_one(run, tmp_path):
     assert conversations(one) == [["one", "reply 1"], ["one", "reply 1", "two", "reply 2"]]
 
 
-@pytest.mark.parametrize("said", ["/quit", "/exit", "quit", "exit", " Exit ", "QUIT"])
-@pytest.mark.parametrize("completes", [False, True])
-def test_some_lines_leave(said, completes):
-    run = Run(completes)
-    assert run(said) == []
-    assert not run.chat.is_open
-
-
 @pytest.mark.parametrize("said", ["exit now", "//exit", "how do I quit?", "/exi"])
-def test_others_do_not(said, run):
+def test_other_lines_do_not_leave(said, run):
     run(said)
     assert run.chat.is_open
 
