@@ -26,9 +26,13 @@ SHORTEST = 8  # pieces; shorter replies are alike by chance
 Grams = NDArray[np.uint64]
 
 
-def grams(text: str, n: int) -> Grams:
-    """Return the n-grams of a text as numbers, in their order."""
-    codes = np.array([_code(piece) for piece in pieces(text)], np.uint64)
+def word_codes(text: str) -> Grams:
+    """Return the words and punctuation marks of a text as numbers."""
+    return np.array([_code(piece) for piece in pieces(text)], np.uint64)
+
+
+def grams(codes: Grams, n: int) -> Grams:
+    """Return the n-grams of words as numbers, in their order."""
     found = np.zeros(max(0, len(codes) - n + 1), np.uint64)
     for place in range(n):  # a polynomial, modulo 2^64
         found = found * np.uint64(0x9E3779B97F4A7C15) + codes[place : place + len(found)]
@@ -59,13 +63,16 @@ class TrainingData:
 
     def __init__(self, replies: Mapping[str, Sequence[str]], held_out: Iterable[tuple[int, str]]) -> None:
         self._replies = {
-            (model, n): [grams(text, n) for text in texts] for model, texts in replies.items() for n in HEART
+            (model, n): [grams(word_codes(text), n) for text in texts]
+            for model, texts in replies.items()
+            for n in HEART
         }
         self._wanted = {
             n: _union(*(each for (_, m), of in self._replies.items() if m == n for each in of)) for n in HEART
         }
         self._found = {n: np.zeros(len(self._wanted[n]), bool) for n in HEART}
-        self._held_out = [(number, grams(text, SHINGLE)) for number, text in held_out if len(pieces(text)) >= SHORTEST]
+        coded = [(number, word_codes(text)) for number, text in held_out]
+        self._held_out = [(number, grams(codes, SHINGLE)) for number, codes in coded if len(codes) >= SHORTEST]
         self._whole = {found.tobytes(): [] for _, found in self._held_out}
         for index, (_, found) in enumerate(self._held_out):
             self._whole[found.tobytes()].append(index)
@@ -77,13 +84,15 @@ class TrainingData:
             self.problems.append("near copies of held-out replies are not looked for: pip install 'gpt2ft[report]'")
 
     def scan(self, text: str) -> None:
+        codes = word_codes(text)
         for n, wanted in self._wanted.items():
-            self._found[n] |= np.isin(wanted, grams(text, n))
-        shingles = grams(text, SHINGLE)
+            places, are_there = _places(wanted, grams(codes, n))
+            self._found[n][places[are_there]] = True
+        shingles = grams(codes, SHINGLE)
         same = self._whole.get(shingles.tobytes(), [])
         self._exact.update(self._held_out[index][0] for index in same)
         # Whatever is as near as that has most of its n-grams in common with the held-out replies together.
-        if self._index is None or not len(shingles) or np.isin(shingles, self._shingles).mean() < NEAR:
+        if self._index is None or not len(shingles) or _places(self._shingles, shingles)[1].mean() < NEAR:
             return
         for index in self._index.query(_min_hash(shingles)):
             number, found = self._held_out[index]
@@ -115,6 +124,14 @@ class TrainingData:
 
 def _union(*arrays: Grams) -> Grams:
     return np.unique(np.concatenate([np.zeros(0, np.uint64), *arrays]))
+
+
+def _places(known: Grams, values: Grams) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return where each value stands among known ones, ascending, and true where it does."""
+    if not len(known):
+        return np.zeros(len(values), np.int64), np.zeros(len(values), bool)
+    places = np.minimum(np.searchsorted(known, values), len(known) - 1)
+    return places, known[places] == values
 
 
 def _jaccard(one: Grams, other: Grams) -> float:

@@ -2,10 +2,9 @@
 
 import sys
 
-import numpy as np
 import pytest
 
-from gpt2ft.report.overlap import TrainingData, grams
+from gpt2ft.report.overlap import TrainingData, grams, word_codes
 
 STORY = "the old kettle stood on the stove of my aunt in leeds for many years and sang every morning to her cat"
 
@@ -18,10 +17,13 @@ def scanned(training, replies=None, held_out=()):
 
 
 def test_grams_are_numbers_of_words():
-    assert len(grams(STORY, 8)) == len(STORY.split()) - 7
-    assert len(grams("two words", 5)) == 0
-    assert np.array_equal(grams("Tea, please!", 2), grams("tea ,please !", 2))
-    assert not np.array_equal(grams("a b", 2), grams("b a", 2))
+    def of(text, n):
+        return grams(word_codes(text), n).tolist()
+
+    assert len(of(STORY, 8)) == len(STORY.split()) - 7
+    assert of("two words", 5) == []
+    assert of("Tea, please!", 2) == of("tea ,please !", 2)
+    assert of("a b", 2) != of("b a", 2)
 
 
 def test_pieces_of_replies_that_stand_in_training():
