@@ -95,6 +95,16 @@ def exchanges(
     return found
 
 
+def fits(prompt: Prompt, gpt2: GPT2, tokenizer: ChatTokenizer, max_new_tokens: int) -> bool:
+    """Return True if the first turn of a prompt fits a model's context, if need be without what stands above it."""
+    turns = [*prompt.before, ("user", prompt.turns[0])]
+    try:
+        chat_prompt(prompt_format_for(tokenizer), turns, prompt_limit(gpt2.config.n_positions, max_new_tokens))
+    except TooLong:
+        return False
+    return True
+
+
 def greedy(gpt2: GPT2, tokenizer: ChatTokenizer, max_new_tokens: int) -> Answer:
     """Return the function that answers conversations, in the chat template if the model was trained with it.
 

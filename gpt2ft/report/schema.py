@@ -118,7 +118,7 @@ class Report(TypedDict, total=False):
 
     models: list[ModelReport]
     conversations: list[Conversation]
-    data: dict[str, str | int]  # digests of the held-out data, and the number of conversations
+    data: dict[str, str | int]  # digests of held-out data, prompts and texts, and the number of conversations
     people: dict[str, Metric]  # the metrics of replies, of those that people wrote in the held-out data
     left_out: int  # messages that do not fit the context
     overlap: Overlap

@@ -64,7 +64,7 @@ def report_of(bench: Bench, measured: list[Measured]) -> Report:
     training = _scan_training_data(bench, measured)
     report: Report = {
         "models": [_model_report(bench, each) for each in measured],
-        "data": corpus.identity(),
+        "data": bench.digests(),
         "left_out": bench.left_out().total(),
         "precision": precision_of(bench.accelerator),
         "max_length": bench.max_length,
@@ -258,7 +258,7 @@ def write(report: Report, settings: EvaluateSettings, subjects: Sequence[Subject
 def _file(settings: EvaluateSettings, subjects: Sequence[Subject]) -> Path | None:
     if settings.report or settings.output:
         return user_path(settings.report) if settings.report else user_path(settings.output) / REPORT
-    folders = [subject.folder for subject in subjects if subject.folder]
+    folders = [subject.home or subject.folder for subject in subjects if subject.home or subject.folder]
     if not folders:
         return None
     names = [REPORT, *(f"report-{number}.json" for number in range(2, 10_000))]

@@ -1,5 +1,6 @@
 """Measurements of finished models, each on the same data, by all processes together."""
 
+import hashlib
 import shlex
 import sys
 from collections import Counter
@@ -21,7 +22,7 @@ from gpt2ft.errors import Gpt2ftError, SettingsError
 from gpt2ft.files import read_text, user_path
 from gpt2ft.model.attention import Backend
 from gpt2ft.model.logprobs import TargetLogProbs
-from gpt2ft.report.conversations import Prompt, converse, greedy, read_prompts
+from gpt2ft.report.conversations import Prompt, converse, fits, greedy, read_prompts
 from gpt2ft.report.losses import Tally, plain_text, tally
 from gpt2ft.report.replies import Exchange
 from gpt2ft.report.schema import Loss, Reply
@@ -144,7 +145,11 @@ class Bench:
         corpus = self.first.corpora()[0]
         shared = _prompts(settings)
         paths = held_out_paths(corpus, first, max(0, settings.num_prompts - len(shared)), settings.max_new_tokens)
-        self.prompts = shared + [_held_out_prompt(path) for path in paths]
+        self.prompts = shared + [
+            prompt
+            for prompt in map(_held_out_prompt, paths)
+            if all(fits(prompt, loaded.gpt2, loaded.tokenizer, settings.max_new_tokens) for loaded in sound)
+        ]
         people = held_out_paths(corpus, first, settings.num_prompts, settings.max_new_tokens)
         self.people = [Exchange(path[-2][1], path[-1][1], stopped=True, topic=settings.topic) for path in people]
 
@@ -154,6 +159,15 @@ class Bench:
     def content(self) -> list[str]:
         """Return digests of the tokens, to compare machines."""
         return [corpus.content() for held_out in self._by_tokenizer.values() for corpus in held_out.corpora()]
+
+    def digests(self) -> dict[str, str | int]:
+        """Return digests of the data, prompts and texts by name, and the number of conversations."""
+        found: dict[str, str | int] = {}
+        for corpus in reversed(self.first.corpora()):
+            found |= corpus.identity()
+        for name, content in {"prompts": repr(self.prompts), **self.texts}.items():
+            found[name] = hashlib.sha256(content.encode()).hexdigest()
+        return found
 
     def left_out(self) -> Counter[str]:
         """Return what does not fit the context, by reason."""

@@ -5,7 +5,7 @@ import torch
 
 from gpt2ft.errors import SettingsError
 from gpt2ft.report import PROMPTS
-from gpt2ft.report.conversations import Prompt, converse, exchanges, greedy, read_prompts
+from gpt2ft.report.conversations import Prompt, converse, exchanges, fits, greedy, read_prompts
 from gpt2ft.report.instructions import obeys
 from gpt2ft.report.replies import holds_word
 
@@ -73,6 +73,9 @@ def test_replies_are_greedy_and_a_prompt_too_long_is_refused(tiny_gpt2, tokenize
     assert [one, other] == [*answer([[("user", "Tea?")]]), *answer([[("user", "Milk, please.")]])]
     with pytest.raises(SettingsError, match="`prompts`"):
         answer([[("user", "word " * 100)]])
+    long = ("user", "word " * 100)
+    assert fits(Prompt(("Tea?",), (long, ("assistant", "Yes."))), gpt2, tokenizer, 5)  # without what is above
+    assert not fits(Prompt((long[1],)), gpt2, tokenizer, 5)
     with torch.no_grad():
         gpt2.wte.weight[0] = torch.nan
     with pytest.raises(ValueError, match="finite"):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import yaml
+from processes import ROOT, run
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 
@@ -100,6 +101,22 @@ def test_the_command_gives_the_same_settings(reports, run_folder):
     parsed = parse_script(EvaluateSettings, "model", command.split()[2:])
     assert parsed.models[1] == str(run_folder)
     assert {name: getattr(parsed, name) for name in FEW} == FEW
+
+
+@pytest.mark.long
+def test_two_processes_measure_the_same(reports, cache, tmp_path):
+    expected = json.loads(reports[0])
+    arguments = expected["commands"][0].split()[2:]
+    launcher = ["torchrun", "--standalone", "--nproc_per_node", "2", ROOT / "launch" / "evaluate.py"]
+    file = tmp_path / "report.json"
+    run([*launcher, *arguments, "--report", file, "--cache", cache], ACCELERATE_USE_CPU="true")
+    found = json.loads(file.read_text())
+    assert found["conversations"] == expected["conversations"]
+    for one, other in zip(found["models"], expected["models"], strict=True):
+        assert one["replies"] == other["replies"]
+        for part in ("by_depth", "by_place"):
+            for name, loss in other["held_out"][part].items():
+                assert one["held_out"][part][name] == pytest.approx(loss, rel=1e-5)
 
 
 def test_identical_models_differ_by_nothing(evaluate, run_folder):
