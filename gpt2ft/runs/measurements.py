@@ -1,6 +1,7 @@
 """Measurements of finished models, each on the same data, by all processes together."""
 
 import hashlib
+import math
 import shlex
 import sys
 from collections import Counter
@@ -135,7 +136,9 @@ class Bench:
                 f"`max_length` must be at most the model's context of {context}, but is {self.max_length}"
             )
         refuse_problems(stream_problems(settings.tokens_per_micro_batch, self.max_length, ""))
-        self.texts = dict(map(_read_text, map(user_path, settings.text) if settings.text else _bundled_texts()))
+        files = list(settings.text) or sorted(map(str, bundled.TEXTS.glob("*.txt")))
+        names = short_names([file.removesuffix(".txt") for file in files])
+        self.texts = dict(zip(names, map(_read_text, files), strict=True))
         self._by_tokenizer: dict[str, HeldOut] = {}
         for loaded in sound:
             if loaded.tokenizer.digest not in self._by_tokenizer:
@@ -165,9 +168,8 @@ class Bench:
         found: dict[str, str | int] = {}
         for corpus in reversed(self.first.corpora()):
             found |= corpus.identity()
-        for name, content in {"prompts": repr(self.prompts), **self.texts}.items():
-            found[name] = hashlib.sha256(content.encode()).hexdigest()
-        return found
+        asked = {"prompts": repr(self.prompts)} | {f"text {name}": text for name, text in self.texts.items()}
+        return found | {name: hashlib.sha256(text.encode()).hexdigest() for name, text in asked.items()}
 
     def left_out(self) -> Counter[str]:
         """Return what does not fit the context, by reason."""
@@ -196,6 +198,8 @@ class Bench:
             measured.preferences = score_preferences(
                 settings, loaded, subject.home, subject.trained, held_out.pairs, self.accelerator, self.backend
             )
+            if not math.isfinite(measured.preferences["likelier"] + measured.preferences.get("loss", 0.0)):
+                measured.failed = "its log-probs of preferences are not finite"
         if self.prompts and not measured.failed:
             self._tell(subject, f"replies to {len(self.prompts)} prompts")
             measured.replies, measured.failed = self._replies(loaded)
@@ -276,20 +280,16 @@ def _held_out_prompt(path: Turns) -> Prompt:
     return Prompt((asked,), tuple(before))
 
 
-def _bundled_texts() -> list[Path]:
-    return sorted(bundled.TEXTS.glob("*.txt"))
-
-
-def _read_text(file: Path) -> tuple[str, str]:
-    """Return the name and the content of a text.
+def _read_text(file: str) -> str:
+    """Return the content of a text file.
 
     Raises:
         SettingsError: if it is empty or cannot be read.
     """
     try:
-        text = read_text(file)
+        text = read_text(user_path(file))
     except (OSError, ValueError) as error:
         raise SettingsError(f"`text` = {file} cannot be read: {error}") from error
     if not text.strip():
         raise SettingsError(f"`text` = {file} must hold text, but is empty")
-    return file.stem, text
+    return text

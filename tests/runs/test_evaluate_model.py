@@ -2,10 +2,11 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import yaml
-from processes import ROOT, run
+from processes import ON_CPU, ROOT, run, torchrun
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 
@@ -107,9 +108,9 @@ def test_the_command_gives_the_same_settings(reports, run_folder):
 def test_two_processes_measure_the_same(reports, cache, tmp_path):
     expected = json.loads(reports[0])
     arguments = expected["commands"][0].split()[2:]
-    launcher = ["torchrun", "--standalone", "--nproc_per_node", "2", ROOT / "launch" / "evaluate.py"]
     file = tmp_path / "report.json"
-    run([*launcher, *arguments, "--report", file, "--cache", cache], ACCELERATE_USE_CPU="true")
+    script = ROOT / "launch" / "evaluate.py"
+    run([*torchrun(2), script, *arguments, "--report", file, "--cache", cache], **ON_CPU)
     found = json.loads(file.read_text())
     assert found["conversations"] == expected["conversations"]
     for one, other in zip(found["models"], expected["models"], strict=True):
@@ -216,6 +217,19 @@ def test_the_newest_run_is_named(run_folder, cache, tmp_path, monkeypatch, capsy
     assert json.loads(report.read_text())["model"] == "runs/only"
     with pytest.raises(ModelError, match="runs/only"):  # the others, on request
         find_model("runs")
+
+
+def test_texts_of_one_s_own(evaluate, tiny_weights_folder, tmp_path):
+    texts = {}
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        texts[str(tmp_path / folder / "page.txt")] = f"This is text {folder}, and it is long enough. " * 9
+    for file, text in texts.items():
+        Path(file).write_text(text)
+    found = evaluate(tiny_weights_folder, text=tuple(texts), num_prompts=0)["models"][0]["plain_text"]
+    assert {name: loss["bytes"] for name, loss in found.items()} == {
+        name.removesuffix(".txt"): len(text) for name, text in texts.items()
+    }
 
 
 @pytest.mark.parametrize("content", ["", "\n\n"])
