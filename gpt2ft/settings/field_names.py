@@ -81,6 +81,12 @@ FIELD_NAMES = {
         "context_length context_size n_ctx max_len max_length model_max_length context max_source_length",
         "data.max_length max_length",
     ),
+    **_named(
+        "dataset_text_field text_field text_column prompt_column response_column input_column output_column column_names "
+        "column_mapping columns field_mapping",
+        "data.columns columns",
+        "As prompt=question,completion=answer.",
+    ),
     **_named("max_prompt_length max_completion_length", "data.max_length", "It holds for prompt and reply together."),
     **_named(
         "max_samples max_train_samples num_samples limit subset fraction sample_size",

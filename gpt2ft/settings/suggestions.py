@@ -49,8 +49,9 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
 
 def nearest_path(path: str | Path, others: Iterable[str | Path]) -> str:
     """Return the same for files and folders, by their own names and not by where they lie."""
-    by_name = {Path(other).name: str(other) for other in others}
-    return did_you_mean([by_name[name] for name in _most_like(Path(path).name, by_name, _file_likeness)])
+    names = {str(other): Path(other).name for other in others}
+    meant = _most_like(Path(path).name, set(names.values()), _file_likeness)
+    return did_you_mean([other for other, name in names.items() if name in meant][:MOST_GUESSES])
 
 
 def _most_like(name: str, known: Iterable[str], likeness: Callable[[str, str], float]) -> list[str]:

@@ -62,6 +62,7 @@ MEANT = {  # name -> settings of sft
     "data": "data.train",
     "data.path": "data.train",
     "validation_file": "data.eval",
+    "dataset_text_field": "data.columns",
     "resume_from_checkpoint": "resume",
     # spelling, and sections
     "traning.steps": "training.steps",
@@ -152,6 +153,8 @@ def test_other_names_are_compared_by_spelling():
 def test_files_are_compared_by_their_own_names():
     files = ["/home/me/data/chats.jsonl", "/home/me/data/b.jsonl", "/home/me/data/notes.txt"]
     assert nearest_path("/home/me/data/chat.jsonl", files) == " (did you mean `/home/me/data/chats.jsonl`?)"
+    both = ["quickstart", "runs/quickstart"]
+    assert nearest_path("quikstart", both) == " (did you mean `quickstart` or `runs/quickstart`?)"
     assert nearest_path("chats", files) == " (did you mean `/home/me/data/chats.jsonl`?)"
     assert nearest_path("/home/me/data/chats.json", files) == " (did you mean `/home/me/data/chats.jsonl`?)"
     assert nearest_path("/home/me/data/a.jsonl", files) == nearest_path("/home/me/data/notes.csv", files) == ""
