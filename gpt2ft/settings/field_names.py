@@ -82,8 +82,8 @@ FIELD_NAMES = {
         "data.max_length max_length",
     ),
     **_named(
-        "dataset_text_field text_field text_column prompt_column response_column input_column output_column column_names "
-        "column_mapping columns field_mapping",
+        "dataset_text_field text_field text_column prompt_column response_column input_column output_column "
+        "column_names column_mapping columns field_mapping",
         "data.columns columns",
         "As prompt=question,completion=answer.",
     ),

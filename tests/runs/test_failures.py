@@ -106,7 +106,7 @@ def test_a_data_file_that_is_not_there(failure, tmp_path):
     (tmp_path / "trees.jsonl").write_text("\n".join(TREES))
     said = failure("--data.train", str(tmp_path / "tree.jsonl"))
     assert f"{tmp_path}/tree.jsonl' must be a name or a file, but no such file exists" in said
-    assert f"did you mean '{tmp_path}/trees.jsonl'?" in said
+    assert f"did you mean `{tmp_path}/trees.jsonl`?" in said
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "[]\n", '{"message_tree_id": "1"}\n'])
