@@ -18,7 +18,6 @@ from gpt2ft.model.gpt2 import GPT2, GPT2Config
 from gpt2ft.model.lora import apply_lora, is_adapted, load_trainable_parameters, merged_weights
 from gpt2ft.random import seed_for
 from gpt2ft.settings.choices import PUBLISHED_MODELS
-from gpt2ft.settings.recipes import read_recipe, read_sections
 from gpt2ft.settings.scripts import DPOSettings, RunSettings, SFTSettings
 from gpt2ft.settings.sections import LoRASettings, ModelSettings
 from gpt2ft.text.tokenizer import ChatTokenizer
@@ -224,6 +223,8 @@ def read_run_settings(folder: Path) -> RunSettings:
     Raises:
         SettingsError: if there are none.
     """
+    from gpt2ft.settings.recipes import read_recipe, read_sections  # a checkpoint needs them, a finished model does not
+
     recipe = folder / RECIPE
     kind = DPOSettings if "dpo" in read_sections(recipe) else SFTSettings
     return read_recipe(kind, recipe)

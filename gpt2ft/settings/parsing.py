@@ -16,8 +16,6 @@ from typing import Any, TypeVar, get_args, get_origin
 from pydantic import ValidationError
 
 from gpt2ft.errors import SettingsError, fail, is_first_on_machine
-from gpt2ft.settings.layers import over
-from gpt2ft.settings.recipes import ENDINGS, find_recipe, list_recipes, read_recipe
 from gpt2ft.settings.sections import Section, field_of, names_of
 
 Settings = TypeVar("Settings", bound=Section)
@@ -35,6 +33,8 @@ def parse_recipe(
         arguments: of the script. The first that is neither a setting nor a value is the name or path of a recipe.
         purpose: of the script, for its help.
     """
+    from gpt2ft.settings.recipes import list_recipes, read_recipe  # by no script that takes none
+
     try:
         words = sort_words(kind, arguments)
         refuse_problems(_without_dashes(kind, words.loose))
@@ -164,6 +164,8 @@ def sort_words(kind: type[Section], arguments: Sequence[str], most_loose: int = 
 
 def _recipe_of(kind: type[Section], words: Words, default_recipe: str) -> Path:
     """Return the file of the recipe that is named; where there is none the name may have been meant as a value."""
+    from gpt2ft.settings.recipes import find_recipe
+
     try:
         return find_recipe(kind, words.loose[0] if words.loose else default_recipe)
     except SettingsError as error:
@@ -182,9 +184,14 @@ def with_values(
         SettingsError: with `problems`, every setting that does not exist and every value that does not fit.
     """
     problems = [*problems, *_unknown_settings(kind, words.unknown)]
-    below = {} if defaults is None else defaults.model_dump(exclude_unset=True)
+    values = _by_section(words.values)
+    if defaults is not None:
+        from gpt2ft.settings.layers import over
+
+        below = defaults.model_dump(exclude_unset=True)
+        values = below | over(below, values)
     try:
-        settings = kind.model_validate(below | over(below, _by_section(words.values)))
+        settings = kind.model_validate(values)
     except ValidationError as error:
         from gpt2ft.settings.refusals import explain
 
@@ -251,6 +258,8 @@ def _without_dashes(kind: type[Section], loose: Sequence[str]) -> Iterator[str]:
 
 def _recipes_among_values(kind: type[Section], values: Values) -> Iterator[str]:
     """Point out a recipe that a list has taken for its last value; the name of bundled data is no recipe there."""
+    from gpt2ft.settings.recipes import ENDINGS, list_recipes
+
     last_of = {name: str(value[-1]) for name, value in values.items() if isinstance(value, tuple) and value}
     names = {name for name, _ in list_recipes(kind)} - {"quickstart"} if last_of else ()
     for name, last in last_of.items():

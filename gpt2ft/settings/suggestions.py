@@ -79,6 +79,8 @@ def _setting_likeness(name: str, other: str) -> float:
 def _file_likeness(name: str, other: str) -> float:
     """Return how alike two names of files are without their endings, which must be alike too or not be there."""
     parts, others = name.split(".", 1), other.split(".", 1)
+    if 5 <= len(others[0]) < len(parts[0]) <= 2 * len(others[0]) and parts[0].startswith(others[0]):  # `alpaca_en`
+        parts[0] = others[0]
     return min(_likeness(part, another) for part, another in zip(parts, others, strict=False))
 
 

@@ -214,11 +214,9 @@ def test_a_missing_file_is_answered_at_once_with_the_nearest_name(error, write, 
     write(tmp_path / "trees.jsonl", ROWS)
     with pytest.raises(DataError) as raised:
         read_trees(str(tmp_path / "tree.jsonl"), FilterSettings())
-    assert tells(
-        str(raised.value), f"{str(tmp_path / 'tree.jsonl')!r} ... did you mean {str(tmp_path / 'trees.jsonl')!r}?"
-    )
-    assert "did you mean 'oasst1'?" in error("osst1")
-    assert "did you mean 'ultrachat'?" in error("ultrachat_200k")
+    assert tells(str(raised.value), f"{str(tmp_path / 'tree.jsonl')!r} ... did you mean `{tmp_path / 'trees.jsonl'}`?")
+    assert "did you mean `oasst1`?" in error("osst1")
+    assert "did you mean `ultrachat`?" in error("ultrachat_200k")
     assert f"the names are {', '.join([*SOURCES, *BUNDLED])}" in error(tmp_path / "no" / "where.jsonl")
 
 
