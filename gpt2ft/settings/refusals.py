@@ -37,7 +37,9 @@ def explain(kind: type[Section], source: str, error: ValidationError) -> Iterato
             sentence = f"`{key}` must be given: {_meaning(field)}"
         elif problem["type"] == "value_error":
             sentence = f"`{key}` {problem['ctx']['error']}"
-        elif isinstance(problem["input"], list):
+        elif (
+            isinstance(problem["input"], list) and not is_section(field.annotation) and len(path) == len(problem["loc"])
+        ):
             sentence = f"`{key}` must be a single value, in quotes if it has spaces, but is {shown(problem['input'])}"
         else:
             sentence = f"`{key}` must be {_requirement(field)}, but {_found(problem, path)}"
@@ -54,7 +56,7 @@ def no_setting(kind: type[Section], name: str) -> str:
     if is_section(getattr(kind.model_fields.get(name), "annotation", None)):
         meant = setting_meant(name, known) or f": its settings begin with `{name}.`"
         return f"`{name}` is a section, not a setting{meant}"
-    if name.startswith("dpo."):
+    if name.startswith("dpo.") and "dpo" not in kind.model_fields:
         return f"there is no setting `{name}` here: it belongs to `{' '.join(words_to_start('dpo'))}`"
     sections = [section for section in kind.model_fields if section not in known]
     return f"there is no setting `{name}`{setting_meant(name, known, sections)}"

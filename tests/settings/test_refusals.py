@@ -71,6 +71,8 @@ def test_every_setting_refuses_what_does_not_fit_in_our_words(script):
         ("model.attention", "felx", "auto, flex, segments or dense, but is 'felx'"),
         ("lora.targets", "q,k", "a list of q, k, v, o, fc and proj, but holds 'q,k': words are set apart by spaces"),
         ("output", ["a", "b"], "a single value, in quotes if it has spaces, but is ['a', 'b']"),
+        ("data.train", [["a"]], "a list of words, but holds ['a']"),
+        ("training", ["a"], "a section with settings of its own, but is ['a']"),
         ("dry_run", "perhaps", "true or false, but is 'perhaps'"),
         ("data", 3, "a section with settings of its own, but is 3"),
         ("data.max_length", None, "a whole number above 0, but is empty"),
