@@ -21,6 +21,7 @@ from gpt2ft.runs.output import Output
 from gpt2ft.runs.run_setup import RunSetup
 from gpt2ft.settings.scripts import DPOSettings, RunSettings
 from gpt2ft.settings.sections import CorpusSettings
+from gpt2ft.text.display import fit
 from gpt2ft.training.strategy import Strategy
 from gpt2ft.training.tracking import line_digests
 
@@ -36,7 +37,7 @@ def finish(
     export(output, setup.settings, replace(setup.loaded, gpt2=model), state)
     print(transcript)
     if comparison := compared_with_start(output.metrics):
-        print(comparison)
+        print(fit(comparison, 4))
     print(f"finished: {output.model}")
     for command in next_commands(setup.settings, setup.loaded, output):
         print(f"next: {command}")
