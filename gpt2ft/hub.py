@@ -95,7 +95,7 @@ def rely_on_cache_unless_reachable() -> str:
     constants.HF_HUB_OFFLINE = True
     if "datasets" in sys.modules:  # else it takes over the above
         sys.modules["datasets"].config.HF_HUB_OFFLINE = True
-    return f"{constants.ENDPOINT} does not answer"
+    return f"{constants.ENDPOINT} does not answer within {seconds:g} s, HF_HUB_ETAG_TIMEOUT=30 waits longer"
 
 
 def answers(url: str, seconds: float) -> bool:
