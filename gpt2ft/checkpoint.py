@@ -14,7 +14,7 @@ Nothing in it depends on a backend or a number of processes, and nothing of it i
 import math
 import re
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -229,17 +229,20 @@ def _read(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} cannot be read: {reason(error)}") from error
 
 
-def difference(saved: dict, current: dict, prefix: str = "") -> str | None:
+def difference(saved: dict, current: dict) -> str | None:
     """Return the first key in which two identities differ, with both values, in words; None if they are equal."""
+    found = next(differences(saved, current), None)
+    return found and "`{}` was {!r} and is now {!r}".format(*found)
+
+
+def differences(saved: dict, current: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield every key in which two identities differ, under its dotted name, with both values."""
     for key in sorted(saved.keys() | current.keys()):
         before, now = saved.get(key), current.get(key)
         if isinstance(before, dict) and isinstance(now, dict):
-            found = difference(before, now, f"{prefix}{key}.")
-            if found:
-                return found
+            yield from differences(before, now, f"{prefix}{key}.")
         elif before != now:
-            return f"`{prefix}{key}` was {before!r} and is now {now!r}"
-    return None
+            yield f"{prefix}{key}", before, now
 
 
 def _name(step: int | None) -> str | None:

@@ -60,11 +60,8 @@ def set_up(settings: RunSettings, task: "Task", accelerator: Any) -> RunSetup:
     """
     training = settings.training
     backend = choose_backend(settings.model.attention, accelerator.device, "model.attention")
-    loaded = load_model(settings.model, training.seed)
-    check_lengths(settings, loaded)
+    loaded = load_start(settings)
     settings = for_model(settings, loaded.gpt2.config.n_embd)
-    if settings.lora.rank:
-        loaded = adapt(loaded, settings.lora, training.seed)
     rule, eval_rule = task.chunking(for_training=True), task.chunking(for_training=False)
     digest = digest_of_sources(accelerator)
     corpus, held_out = load_corpora(settings.data, loaded.tokenizer, training.seed, rule.kind, digest)
@@ -76,6 +73,17 @@ def set_up(settings: RunSettings, task: "Task", accelerator: Any) -> RunSetup:
     if setup.is_main:
         _print_plan(setup)
     return setup
+
+
+def load_start(settings: RunSettings) -> LoadedModel:
+    """Return the model that a run starts from, with fresh adapters where it trains some.
+
+    Raises:
+        SettingsError, ModelError: if the settings do not fit it, or it cannot be had.
+    """
+    loaded = load_model(settings.model, settings.training.seed)
+    check_lengths(settings, loaded)
+    return adapt(loaded, settings.lora, settings.training.seed) if settings.lora.rank else loaded
 
 
 def digest_of_sources(accelerator: Any) -> Callable[[Origin], str]:

@@ -32,8 +32,11 @@ class Task(Protocol):
     def prepare_reference(self, setup: RunSetup, model: TargetLogProbs, signals: SignalHandler) -> dict[str, Any]:
         """Compute the reference by the model at step 0, where the loss needs one; return its entry in the manifest."""
 
-    def check_start(self, setup: RunSetup, model: TargetLogProbs, step: int) -> None:
-        """Raise an error unless the model, still as at step 0, agrees with the reference on this step of the plan."""
+    def check_start(self, setup: RunSetup, model: TargetLogProbs, step: int) -> float:
+        """Raise an error unless the model, still as at step 0, agrees with the reference on this step of the plan.
+
+        Return the largest difference of a reply, in nats per token; 0 where there is no reference.
+        """
 
     def evaluator(self, setup: RunSetup) -> Evaluator:
         """Return the function that evaluates held-out data."""

@@ -3,6 +3,7 @@
 No second model is in memory: the log-probs of the reference are computed once, before training, and kept.
 """
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -63,11 +64,13 @@ class PreferenceTuning:
         if setup.accelerator.is_main_process:
             now = f"{computed:,} of them computed now"
             print_row("reference", f"{counted(replies, 'reply', 'replies')}, {now}; {store.folder}")
-        return {"reference": {"folder": str(store.folder), "computed_by": store.computed_by, "replies": replies}}
+        digest = hashlib.sha256(b"".join(plan.reference.tobytes() for plan in plans)).hexdigest()
+        of_store = {"folder": str(store.folder), "computed_by": store.computed_by}
+        return {"reference": of_store | {"replies": replies, "digest": digest}}
 
-    def check_start(self, setup: RunSetup, model: TargetLogProbs, step: int) -> None:
+    def check_start(self, setup: RunSetup, model: TargetLogProbs, step: int) -> float:
         if not self.settings.dpo.needs_reference:
-            return
+            return 0.0
         store = store_for(setup.loaded, model, setup.accelerator, self.settings.data.cache)
         expected = start_loss(self.settings.dpo)
         start = reference_pass.compute_start(model, setup.plan, step, self.objective, setup.accelerator)
@@ -75,6 +78,7 @@ class PreferenceTuning:
         if setup.accelerator.is_main_process:
             loss = "" if expected is None else f", loss {expected:.4f}"
             print_row("checked", f"the start is the reference within {start.worst:.1g} nats/token{loss}")
+        return start.worst
 
     def samples_at_start(self, setup: RunSetup, prompts: list[Turns]) -> list[Sample]:
         with autocast(setup.accelerator):

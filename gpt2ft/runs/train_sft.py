@@ -42,8 +42,8 @@ class FineTuning:
     def prepare_reference(self, setup: RunSetup, model: TargetLogProbs, signals: SignalHandler) -> dict[str, Any]:
         return {}
 
-    def check_start(self, setup: RunSetup, model: TargetLogProbs, step: int) -> None:
-        pass
+    def check_start(self, setup: RunSetup, model: TargetLogProbs, step: int) -> float:
+        return 0.0
 
     def samples_at_start(self, setup: RunSetup, prompts: list[Turns]) -> list[Sample]:
         return []
