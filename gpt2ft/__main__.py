@@ -22,6 +22,7 @@ from gpt2ft.settings.scripts import (
     SampleSettings,
     ServeSettings,
     SFTSettings,
+    VerifySettings,
 )
 from gpt2ft.settings.sections import Section
 from gpt2ft.text.display import outlive_readers
@@ -79,6 +80,13 @@ SCRIPTS = {
     ),
     "export": Script(
         ExportSettings, "Writes a model for other programs, reads it back and compares it with the model.", "export"
+    ),
+    "verify": Script(
+        VerifySettings,
+        "Checks a finished run and writes its certificate; tells whether a model is that of a certificate; compares "
+        "two runs. PATHS is a run; a certificate and a model; or two runs; default the newest finished run in runs/.",
+        "verify",
+        positional="paths",
     ),
     "benchmark": Script(
         BenchmarkSettings,

@@ -210,7 +210,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: if they cannot be read.
     """
-    return _read(folder / "model.safetensors")
+    return read_tensors(folder / "model.safetensors")
 
 
 def read_moments(folder: Path) -> dict[str, dict[str, Tensor]]:
@@ -219,10 +219,11 @@ def read_moments(folder: Path) -> dict[str, dict[str, Tensor]]:
     Raises:
         CheckpointError: if they cannot be read.
     """
-    return {moment: _read(folder / f"{moment}.safetensors") for moment in MOMENTS}
+    return {moment: read_tensors(folder / f"{moment}.safetensors") for moment in MOMENTS}
 
 
-def _read(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Return the tensors in a file by name; raise CheckpointError if they cannot be read."""
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:

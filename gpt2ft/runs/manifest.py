@@ -16,7 +16,7 @@ from gpt2ft.text.template import template_digest
 
 
 def manifest_of(setup: RunSetup, attention: str) -> dict[str, Any]:
-    """Return everything about a run: command, settings, versions, hardware, data, plan.
+    """Return everything about a run that its settings do not say: command, versions, hardware, data, plan.
 
     Args:
         attention: the backend in use.
@@ -26,7 +26,6 @@ def manifest_of(setup: RunSetup, attention: str) -> dict[str, Any]:
         "command": full_command(),
         "launch": launch(),
         **environment(setup.accelerator),
-        "settings": setup.settings.model_dump(mode="json"),
         "template": template_digest(),
         "tokenizer": setup.loaded.tokenizer.digest,
         "precision": "bf16" if precision_of(setup.accelerator) == "bf16" else "fp32",

@@ -72,7 +72,8 @@ def train(settings: RunSettings, task: Task) -> None:
     samples_at_start = task.samples_at_start(setup, prompts)
     strategy = prepare_strategy(setup, model, resume_point)
     starts = starts_until(output.read_manifest(), resume_point.state.step, accelerator)
-    manifest = manifest_of(setup, model.backend) | reference | {"starts": starts}
+    given = {"settings": settings.model_dump(mode="json"), "starts": starts}
+    manifest = manifest_of(setup, model.backend) | reference | given
     output.begin(settings, manifest, accelerator)
     tracker = Tracker(
         output.folder, resume_point.state, setup.steps, settings.model_dump(mode="json"), active=setup.is_main

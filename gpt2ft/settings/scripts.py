@@ -343,6 +343,21 @@ class ExportSettings(Section):
             yield "`dtype` must not be set where `format` is adapter: adapters are written as they were trained"
 
 
+class VerifySettings(Section):
+    """Checks a finished run and writes its certificate; tells whether a model is a certificate's; compares two runs."""
+
+    paths: tuple[str, ...] = ()
+    """A finished run; a certificate and a model; or two runs. Default the newest finished run in runs/."""
+    steps: Positive = 100
+    """Most steps of the run to compute again: the last ones, then random ones, each from a checkpoint before it."""
+    seed: NotNegative | None = None
+    """Seed of the choice of steps; default: others every time."""
+
+    def problems(self) -> Iterator[str]:
+        if len(self.paths) > 2:
+            yield f"`paths` must be one or two, but are {len(self.paths)}"
+
+
 class ServeSettings(InferenceSettings):
     """Serves a model to programs that speak OpenAI's API, and a page to talk with it in a browser.
 

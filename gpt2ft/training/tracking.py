@@ -98,6 +98,12 @@ def as_json(value: float | str) -> float | str | None:
     return value if isinstance(value, str) or math.isfinite(value) else None
 
 
+def training_lines(metrics: Path) -> dict[int, dict[str, Any]]:
+    """Return the lines of metrics.jsonl that are of training, by step."""
+    lines = map(json.loads, metrics.read_text(encoding="utf-8").splitlines())
+    return {line["step"]: line for line in lines if "train/loss" in line}
+
+
 def line_digests(metrics: Path) -> list[str]:
     """Return a digest of each line of metrics.jsonl."""
     return [hashlib.sha256(line).hexdigest()[:16] for line in metrics.read_bytes().splitlines()]

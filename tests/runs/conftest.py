@@ -27,6 +27,7 @@ def run_sft(tiny_model_folder, one_thread, tmp_path_factory):
         dropout=0.1,
         path=None,
         lora=None,
+        data=None,
         **training,
     ):
         from gpt2ft.runs.train_sft import FineTuning
@@ -38,7 +39,7 @@ def run_sft(tiny_model_folder, one_thread, tmp_path_factory):
                 "dropout": dropout,
             },
             lora=lora or {},
-            data=quickstart_data(cache) | {"max_rank": max_rank},
+            data=quickstart_data(cache) | {"max_rank": max_rank} | (data or {}),
             training=SMALL_STEPS | {"steps": steps, "seed": seed} | training,
             optimizer={"learning_rate": learning_rate},
             output=str(output),

@@ -17,6 +17,7 @@ from gpt2ft.settings.scripts import (
     ExportSettings,
     ServeSettings,
     SFTSettings,
+    VerifySettings,
 )
 from gpt2ft.settings.sections import names_of
 
@@ -145,7 +146,16 @@ def test_every_recipe_is_sound(recipe):
 
 @pytest.mark.parametrize(
     "kind",
-    [SFTSettings, DPOSettings, EvaluateSettings, BenchmarkSettings, ChatSettings, ExportSettings, ServeSettings],
+    [
+        SFTSettings,
+        DPOSettings,
+        EvaluateSettings,
+        BenchmarkSettings,
+        ChatSettings,
+        ExportSettings,
+        ServeSettings,
+        VerifySettings,
+    ],
 )
 def test_every_setting_has_its_help(kind):
     sections = [field.annotation for field in kind.model_fields.values() if hasattr(field.annotation, "model_fields")]
@@ -181,6 +191,12 @@ def test_the_temperature_ends_at_two_in_the_api_alone(refused):
     assert parse_script(ChatSettings, "model", ["--temperature", "3"]).temperature == 3
     assert parse_script(ServeSettings, "model", ["--temperature", "2"]).temperature == 2
     assert keys(refused(parse_script, ServeSettings, "model", ["--temperature", "3"])) == ["temperature"]
+
+
+def test_what_is_verified_is_one_folder_or_two(refused):
+    assert parse_script(VerifySettings, "paths", []).paths == ()
+    assert parse_script(VerifySettings, "paths", ["a", "b", "--steps", "5"]).paths == ("a", "b")
+    assert keys(refused(parse_script, VerifySettings, "paths", ["a", "b", "c"])) == ["paths"]
 
 
 def test_a_chat_has_a_seed_and_a_server_takes_that_of_its_requests(refused):

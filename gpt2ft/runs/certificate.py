@@ -1,0 +1,85 @@
+"""Certificate of a run: certificate.json, to be signed, and certificate.md, the same to read."""
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from gpt2ft.checkpoint_verification import read_json
+from gpt2ft.command_line import full_command
+from gpt2ft.files import file_digest, write_json, write_text
+from gpt2ft.model.pretrained import dtype_name, weights_digest
+from gpt2ft.runs.loaded_model import find_model
+from gpt2ft.runs.output import Output
+
+FORMAT, NAME = 1, "certificate.json"
+Claim = dict[str, str]  # name, result (holds, fails or not checked) and detail of one thing that was checked
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in which models are exported
+PAGE = """\
+# Certificate of {run}
+
+{verdict}, by `{command}` on {date}, with
+
+```
+{environment}```
+
+| claim | result | |
+|---|---|---|
+{claims}
+
+Digests find mistakes and damage. **They are no signature**: whoever can write the run can write a certificate. To vouch
+for it, sign it with a key that others know to be yours, by one of
+
+```
+ssh-keygen -Y sign -f ~/.ssh/id_ed25519 -n gpt2ft {name}    # ssh-keygen -Y verify
+gpg --armor --detach-sign {name}                            # gpg --verify
+minisign -Sm {name}                                         # minisign -V
+```
+
+The sha256 of {name} is `{digest}`; there are those of all files of the run.
+"""
+
+
+def write_certificate(output: Output, claims: Sequence[Claim], environment: Mapping[str, Any]) -> None:
+    """Write the certificate of a run into its folder, with digests of all that the run has left."""
+    is_verified = all(claim["result"] == "holds" for claim in claims)
+    models = [folder for folder in (output.model, output.best, output.adapter) if folder.is_dir() and is_verified]
+    names = [str(file.relative_to(output.folder)) for file in sorted(output.folder.rglob("*")) if file.is_file()]
+    names = [name for name in names if not name.startswith((".", "tensorboard", "certificate"))]
+    about = {"run": str(output.folder.resolve()), "verified": is_verified, "command": full_command()}
+    about |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment, "claims": claims}
+    of_models = {folder.name: _digests(folder) for folder in models}
+    digests = {name: file_digest(output.folder / name) for name in names}
+    write_json(output.folder / NAME, {"format": FORMAT, **about, "models": of_models, "files": digests})
+    page = about | {"name": NAME, "digest": file_digest(output.folder / NAME)}
+    page["verdict"] = "Verified" if is_verified else "**Not verified**"
+    page["environment"] = yaml.safe_dump(dict(environment), sort_keys=False)
+    page["claims"] = "\n".join(f"| {' | '.join(claim.values())} |" for claim in claims)
+    write_text(output.folder / "certificate.md", PAGE.format_map(page))
+    print(f"certificate {output.folder / NAME}, sha256 {page['digest']}", flush=True)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Return digests of a model's weights in each precision, and of its tokenizer."""
+    loaded, _ = find_model(str(folder))
+    casts = {dtype: {name: weight.to(dtype) for name, weight in loaded.weights().items()} for dtype in DTYPES}
+    found = {dtype_name(dtype): weights_digest(weights) for dtype, weights in casts.items()}
+    return found | {"tokenizer": loaded.tokenizer.digest}
+
+
+def check_model(file: Path, model: Path) -> str:
+    """Tell whether a model is one of a certificate's; return why not in one sentence, empty if it is."""
+    certificate, found = read_json(file), _digests(model)
+    if not isinstance(certificate, dict) or certificate.get("format") != FORMAT or not certificate["verified"]:
+        return f"{file} is not the certificate of a run that verifies"
+    for name, digests in certificate["models"].items():
+        dtype = next((key for key, digest in digests.items() if digest == found["float32"]), None)
+        if dtype and digests["tokenizer"] != found["tokenizer"]:
+            return f"{model} has the weights of {name}/ of {certificate['run']}, but another tokenizer"
+        if dtype:
+            print(f"{model} is {name}/ of {certificate['run']} in {dtype}, weights and tokenizer")
+            return ""
+    return f"{model} is no model of {certificate['run']}: its weights have the digest {found['float32']}"
