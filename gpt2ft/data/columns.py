@@ -11,6 +11,7 @@ from typing import Any
 from gpt2ft.data.blocks import Parsed
 from gpt2ft.data.formats import AnyFormat, columns_to_read
 from gpt2ft.data.reading import DataError, Malformed, ReadContext, Record, nearest, objects, show
+from gpt2ft.settings.columns import keys_and_columns
 from gpt2ft.settings.sections import FilterSettings
 
 
@@ -28,7 +29,7 @@ class Columns:
     @cached_property
     def _given(self) -> dict[str, str]:
         """Names in layouts, by column."""
-        return {column: key for key, column in self.filters.renamed}
+        return {column: key for key, column in keys_and_columns(self.filters.columns)}
 
     @property
     def names_any(self) -> bool:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
+from gpt2ft.settings.columns import column_problems
 from gpt2ft.settings.sections import (
     CorpusSettings,
     DataSettings,
@@ -21,7 +22,6 @@ from gpt2ft.settings.sections import (
     Section,
     StreamSettings,
     TrainingSettings,
-    column_problems,
     source_problems,
     stream_problems,
 )
@@ -67,7 +67,7 @@ class RunSettings(Section):
         data, training = self.data, self.training
         yield from source_problems(data.train, "data.train", weighted=True)
         yield from source_problems(data.eval, "data.eval")
-        yield from column_problems(data, "data.")
+        yield from column_problems(data.columns, "data.columns")
         if not data.train:
             yield "`data.train` must name at least one data source, but is empty: give `--data.train FILE`"
         if data.eval and data.eval_fraction:
@@ -201,7 +201,7 @@ class EvaluateSettings(StreamSettings, CorpusSettings, FinishedModelSettings):
 
     def problems(self) -> Iterator[str]:
         yield from source_problems(self.data, "data")
-        yield from column_problems(self, "")
+        yield from column_problems(self.columns, "columns")
         yield from source_problems(self.preferences, "preferences")
         if not self.data:
             yield "`data` must name at least one data source, but is empty"

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic.fields import FieldInfo
 
 from gpt2ft.settings.choices import LORA_TARGETS, PREFERENCE_LOSSES, PUBLISHED_MODELS
+from gpt2ft.settings.columns import column_words
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -142,16 +143,6 @@ class LoRASettings(Section):
             yield f"`lora.targets` must name at least one of {known}, each once, but names {given}"
 
 
-def _column_names(given: Any) -> Any:
-    """Return `key=column` one by one, however they are given: in words, divided by commas, or as a mapping."""
-    if isinstance(given, dict):
-        return [f"{key}={column}" for key, column in given.items()]
-    words = [given] if isinstance(given, str) else given
-    if not isinstance(words, list | tuple):
-        return words
-    return [part.strip() for word in words for part in str(word).split(",")]
-
-
 class FilterSettings(Section):
     """The messages that are kept of a data source, and how it is read."""
 
@@ -165,18 +156,13 @@ class FilterSettings(Section):
     ignore_keys: tuple[str, ...] = ()
     """Keys of records and messages that are passed over, whatever they hold: else those that no layout reads, and that
     do not merely describe, are malformed."""
-    columns: Annotated[tuple[str, ...], BeforeValidator(_column_names)] = ()
+    columns: Annotated[tuple[str, ...], BeforeValidator(column_words)] = ()
     """What columns of other names are in a known layout: prompt=question,completion=answer. They must be there in all
     files and unpinned hub data."""
     documents: Literal["file", "line"] = "file"
     """What is one document of a .txt or .md file: all of it, or each line that is not blank."""
     on_error: Literal["fail", "skip"] = "fail"
     """fail ends the run at a malformed record; skip leaves it out and counts it by reason."""
-
-    @property
-    def renamed(self) -> tuple[tuple[str, str], ...]:
-        """The `columns` as (key, column)."""
-        return tuple((key.strip(), column.strip()) for key, _, column in (word.partition("=") for word in self.columns))
 
     @property
     def filters(self) -> "FilterSettings":
@@ -380,16 +366,6 @@ def split_mixing_weight(source: str) -> tuple[str, float]:
     """Split `name@0.5` into name and mixing weight; 1 where none is given, or a file or folder has the whole name."""
     found = re.fullmatch(r"(.+)@([+-]?(?:\d+\.?\d*|\.\d+)(?:e\d+)?)", source)
     return (found[1], float(found[2])) if found and not os.path.exists(source) else (source, 1.0)
-
-
-def column_problems(filters: FilterSettings, prefix: str) -> Iterator[str]:
-    """Yield what is wrong with `columns`."""
-    for key, column in filters.renamed:
-        if not key or not column:
-            yield f"`{prefix}columns` must be KEY=COLUMN, as prompt=question, but holds {key or column or '='}"
-    for kind, names in zip(("key", "column"), zip(*filters.renamed, strict=True), strict=False):
-        for name in sorted({name for name in names if name and names.count(name) > 1}):
-            yield f"`{prefix}columns` must name each {kind} once, but names {name} {names.count(name)} times"
 
 
 def source_problems(sources: Sequence[str], key: str, weighted: bool = False) -> Iterator[str]:

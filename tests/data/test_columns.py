@@ -5,6 +5,7 @@ from facts import tells
 
 from gpt2ft.data.kinds import PREFERENCES
 from gpt2ft.data.store import open_store
+from gpt2ft.settings.columns import keys_and_columns
 from gpt2ft.settings.sections import FilterSettings
 
 ROWS = [{"frage": "Tee?", "antwort": "Ja.", "id": 3}, {"frage": "Milch?", "antwort": "Nein.", "id": 4}]
@@ -92,4 +93,7 @@ def test_other_columns_make_another_store(write, tokenizer, tmp_path):
 def test_columns_are_given_as_words_by_commas_or_as_a_mapping():
     for given in (PAIRED, list(PAIRED), "prompt=frage,completion=antwort", ["prompt=frage, completion = antwort"],
                   {"prompt": "frage", "completion": "antwort"}):  # fmt: skip
-        assert FilterSettings(columns=given).renamed == (("prompt", "frage"), ("completion", "antwort"))
+        assert keys_and_columns(FilterSettings(columns=given).columns) == [
+            ("prompt", "frage"),
+            ("completion", "antwort"),
+        ]

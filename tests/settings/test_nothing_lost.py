@@ -26,7 +26,7 @@ def test_lists_of_other_names_and_scripts(parse):
         "--data.ignore-keys", "a", "--training.steps", "3", "--data.ignore_keys", "b", "--data.columns", "text=x"
     )
     assert (settings.data.ignore_keys, settings.training.steps) == (("a", "b"), 3)
-    assert settings.data.renamed == (("text", "x"),)
+    assert settings.data.columns == ("text=x",)
     evaluation = parse_script(EvaluateSettings, "model", ["runs/a", "--data", "a", "--topic", "tea", "--data", "b"])
     assert (evaluation.model, evaluation.data, evaluation.topic) == ("runs/a", ("a", "b"), ("tea",))
 
