@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 from facts import tells
+from huggingface_hub import constants  # which the package alone does not load
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 import gpt2ft.hub
@@ -19,7 +20,7 @@ def hub(monkeypatch, tmp_path):
     """hub(answer): the hub answers so, or raises it; what it was asked is gathered in `hub.asked`."""
     commit_of.cache_clear()
     monkeypatch.setattr(gpt2ft.hub, "rely_on_cache_unless_reachable", lambda: "")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
 
     def hub(answer):
         def repo_info(self, repository, *, revision, repo_type, timeout):
