@@ -5,6 +5,8 @@ import huggingface_hub
 import pytest
 from facts import tells
 
+import gpt2ft.hub
+from gpt2ft.data import hub_source
 from gpt2ft.data.hub_source import SOURCES
 from gpt2ft.data.reading import DataError
 from gpt2ft.data.sources import open_source
@@ -30,6 +32,8 @@ def hub(monkeypatch):
         return type("Info", (), {"sha": {"main": NEWEST, "v1": "b" * 40}[revision]})
 
     commit_of.cache_clear()
+    for module in (gpt2ft.hub, hub_source):
+        monkeypatch.setattr(module, "rely_on_cache_unless_reachable", lambda: "")
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", repo_info)
     yield asked

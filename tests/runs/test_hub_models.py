@@ -8,6 +8,7 @@ import huggingface_hub
 import pytest
 from facts import tells
 
+import gpt2ft.hub
 from gpt2ft import quickstart
 from gpt2ft.errors import NetworkError
 from gpt2ft.hub import commit_of
@@ -41,6 +42,8 @@ def hub(monkeypatch, tmp_path):
         return type("Info", (), {"sha": {"main": NEWEST, "refs/pr/3": "b" * 40}[revision]})
 
     commit_of.cache_clear()
+    for module in (gpt2ft.hub, pretrained):
+        monkeypatch.setattr(module, "rely_on_cache_unless_reachable", lambda: "")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", repo_info)
     files.joinpath("pytorch_model.bin").touch()
