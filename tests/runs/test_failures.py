@@ -220,7 +220,7 @@ def test_the_folder_was_usable_before_it_was_spoilt(recipe, model_folder):
 
 def test_a_model_that_is_not_there(failure, tmp_path):
     said = failure("--model.path", str(tmp_path / "absent"))
-    assert said.startswith("the model must be a folder or one of distilgpt2, gpt2, ")
+    assert said.startswith("the model must be a folder or one of quickstart, distilgpt2, gpt2, ")
     assert f"but '{tmp_path}/absent' is neither" in said
 
 
