@@ -45,7 +45,7 @@ def help_text(usage: Usage) -> str:
     grammar = [FLAGS.format(flag=name) for name in names if kinds[name] is bool][:1]
     grammar += [LISTS] if any(get_origin(kind) is tuple for kind in kinds.values()) else []
     blocks = [
-        textwrap.fill(" ".join(words), width, subsequent_indent=" " * len("usage: "), break_on_hyphens=False),
+        _usage(words, width),
         _fill(usage.purpose or usage.kind.__doc__ or "", width),
         *_about_recipes(usage, width),
         _fill(" ".join(grammar), width),
@@ -126,6 +126,13 @@ def _default(usage: Usage, name: str) -> str:
 
 def _fill(text: str, width: int) -> str:
     return textwrap.fill(" ".join(text.split()), min(width, WIDEST_TEXT), break_on_hyphens=False)
+
+
+def _usage(words: Sequence[str], width: int) -> str:
+    """Return the words of a usage line, none of them apart on two lines."""
+    whole = " ".join(word.replace(" ", "\u00a0") for word in words)
+    filled = textwrap.fill(whole, width, subsequent_indent=" " * len("usage: "), break_on_hyphens=False)
+    return filled.replace("\u00a0", " ")
 
 
 def _table(title: str, rows: Sequence[tuple[str, str]], width: int) -> str:

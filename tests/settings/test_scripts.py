@@ -78,8 +78,8 @@ def test_help_can_be_read_at_any_width(script, width, monkeypatch, capsys):
     assert max(map(len, lines)) <= width
     usage, purpose = lines[0], " ".join(lines).replace("  ", " ")
     assert usage.startswith("usage: ")
-    word = {"benchmark": "WHAT", "evaluate": "MODEL ..."}.get(script, "MODEL")
-    assert f"[{'RECIPE' if main_module.SCRIPTS[script].recipe else word}]" in usage
+    called = main_module.SCRIPTS[script]
+    assert f"[{'RECIPE' if called.recipe else called.positional.upper()}" in usage
     assert main_module.SCRIPTS[script].purpose in purpose
     assert not re.search(r"default: *\)|\(default: none\)|None|\(default: false\)", said)
     names = [line.split()[0] for line in lines if line.startswith("  --")]
