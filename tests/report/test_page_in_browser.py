@@ -3,7 +3,7 @@
 import pytest
 from browser import open_browser
 from report.made_up import made_up_report
-from report.test_page import HOSTILE, with_texts
+from report.test_report_page import HOSTILE, with_texts
 
 from gpt2ft.report.page import html
 
