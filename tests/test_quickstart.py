@@ -195,7 +195,10 @@ def test_the_quickstart_ends_in_clean_replies_about_tea(tmp_path):
     assert "Replies to prompts it has never seen:" in said
     chat, evaluate = said.rstrip().splitlines()[-2:]
     assert chat == f"next: python launch/chat.py {tmp_path / 'run'}"
-    assert evaluate.startswith(f"next: python launch/evaluate.py {tmp_path / 'run'} --data quickstart:held_out")
+    assert evaluate.startswith(
+        f"next: python launch/evaluate.py quickstart {tmp_path / 'run'} --data quickstart:held_out"
+    )
+    assert "from step 0 to step 266: held-out loss 5.33" in said
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["eval/loss"] for line in logged if "eval/loss" in line]
     bits_per_byte = [line["eval/bits_per_byte"] for line in logged if "eval/loss" in line]

@@ -92,12 +92,13 @@ def export(output: Output, settings: RunSettings, loaded: LoadedModel, state: Tr
 
 
 def next_commands(settings: RunSettings, loaded: LoadedModel, output: Output) -> Iterator[str]:
-    """Yield the command that chats with the model, and the one that repeats the evaluation where there was one."""
+    """Yield the command that chats with the model, and the one that compares it with its start on the held-out data."""
     yield shlex.join([*words_to_start("chat"), str(output.folder)])
     data = settings.data
     if not data.eval:
         return
-    words = [*words_to_start("evaluate"), str(output.folder), "--data", *data.eval]
+    start = [] if settings.model.random_init else [settings.model.path]
+    words = [*words_to_start("evaluate"), *start, str(output.folder), "--data", *data.eval]
     for name, field in CorpusSettings.model_fields.items():
         value = getattr(data, name)
         if value != field.default:
@@ -106,4 +107,4 @@ def next_commands(settings: RunSettings, loaded: LoadedModel, output: Output) ->
         words += ["--max_length", str(data.max_length)]
     if isinstance(settings, DPOSettings):
         words += ["--pairs", settings.dpo.pairs]
-    yield shlex.join(words)
+    yield shlex.join([*words, "--output", str(output.folder / "report")])

@@ -133,7 +133,7 @@ def test_the_figures_do_not_depend_on_batch_size(run_folder, tmp_path):
     assert found == pytest.approx([found[0]] * 3, rel=1e-6)
 
 
-def test_the_next_commands_talk_and_repeat_the_evaluation_of_the_run(run_folder, monkeypatch):
+def test_the_next_commands_talk_and_compare_the_run_with_its_start(run_folder, monkeypatch):
     """Parsed as a shell and the script would: the same data, filters and context."""
     monkeypatch.setattr(sys, "argv", ["launch/sft.py"])
     policy, _ = find_model(str(run_folder))
@@ -153,10 +153,14 @@ def test_the_next_commands_talk_and_repeat_the_evaluation_of_the_run(run_folder,
     program, script, *arguments = shlex.split(evaluation)
     assert (program, script) == ("python", "launch/evaluate.py")
     parsed = parse_script(EvaluateSettings, "model", arguments)
-    assert parsed.model == str(run_folder)
+    assert parsed.models == (settings.model.path, str(run_folder))
+    assert parsed.output == str(run_folder / "report")
     assert parsed.data == settings.data.eval
     for name in (*CorpusSettings.model_fields, "max_length"):
         assert getattr(parsed, name) == getattr(settings.data, name)
+    from_nothing = SFTSettings(data={"train": ["a"], "eval": ["b"]}, model={"random_init": True})
+    *_, evaluation = next_commands(from_nothing, policy, Output(str(run_folder)))
+    assert parse_script(EvaluateSettings, "model", shlex.split(evaluation)[2:]).models == (str(run_folder),)
 
 
 def test_adherence_to_a_topic(tmp_path, capsys):
