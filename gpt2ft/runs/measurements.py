@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from gpt2ft import report as bundled
 from gpt2ft.command_line import words_to_start
@@ -182,6 +183,8 @@ class Bench:
         loaded, settings = subject.loaded, self.settings
         if loaded is None:
             return measured
+        if self.backend == "flex":  # each model has shapes of its own, and of one function no more than 8 are compiled
+            torch.compiler.reset()
         held_out = self.data(loaded.tokenizer)
         model = TargetLogProbs(loaded.gpt2, len(loaded.tokenizer), self.backend).to(self.accelerator.device)
         with autocast(self.accelerator):
