@@ -154,7 +154,7 @@ def test_a_model_that_fails_is_shown_failing(evaluate, tiny_weights_folder, tmp_
     with pytest.raises(ModelError, match="finite"):
         evaluate(*broken[:1])
     with pytest.raises(ModelError, match="nowhere"):
-        evaluate(tiny_weights_folder, "no/nowhere")
+        evaluate(tiny_weights_folder, "nowhere")
 
 
 @pytest.fixture(scope="module")
