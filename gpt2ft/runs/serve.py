@@ -6,11 +6,16 @@ import socket
 from collections.abc import Callable
 from ipaddress import ip_address
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gpt2ft.errors import SettingsError, reason
+from gpt2ft.files import user_path
 from gpt2ft.model.pretrained import ModelError
 from gpt2ft.runs.inference_model import load_inference_model
 from gpt2ft.settings.scripts import ServeSettings
+
+if TYPE_CHECKING:
+    from gpt2ft.server.http.server import Server
 
 EXTRA = ("fastapi", "starlette", "uvicorn", "h11")  # of `pip install .[serve]`
 KEY_VARIABLE = "GPT2FT_API_KEY"
@@ -28,15 +33,33 @@ def run(settings: ServeSettings) -> None:
     key = read_key(settings)
     require_key(settings.host, key)
     with _listening(settings, connection.listen) as listening:
-        model = load_inference_model(settings, seed=0)
-        name = settings.model_name or Path(settings.model or model.source).resolve().name
-        server = service.create(settings, model, name, key)
+        if settings.votes is None:
+            model = load_inference_model(settings, seed=0)
+            what, name = model.source, settings.model_name or Path(settings.model or model.source).resolve().name
+            server = service.create(settings, model, name, key)
+        else:
+            what, name = " beside ".join(settings.compare), settings.model_name or "comparison"
+            server = comparing_server(settings, settings.votes, name, key)
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
-        print(f"{model.source} is served at {address(listening)} as {name}; Ctrl-C ends it", flush=True)
+        print(f"{what} is served at {address(listening)} as {name}; Ctrl-C ends it", flush=True)
         server.run(sockets=[listening])
     if server.has_failed:
-        raise ModelError(f"{model.source} cannot say a single token: its weights are damaged")
+        raise ModelError(f"{what} cannot say a single token: its weights are damaged")
+
+
+def comparing_server(settings: ServeSettings, votes: str, name: str, key: str | None) -> "Server":
+    """Return the server of two models; raise SettingsError unless their votes can be added to the file."""
+    from gpt2ft.server.comparison import service
+    from gpt2ft.server.comparison.vote_file import VoteFile
+
+    try:
+        vote_file = VoteFile(user_path(votes))
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"`votes` = {votes} cannot be used: {reason(error)}") from error
+    each = [settings.model_copy(update={"model": model, "compare": (), "votes": None}) for model in settings.compare]
+    models = [load_inference_model(one, seed=0) for one in each]
+    return service.create(settings, models, name, key, vote_file)
 
 
 def read_key(settings: ServeSettings) -> str | None:

@@ -11,6 +11,10 @@
     openai/responses.py     deltas become chunks, or the whole reply one object
     http/streaming.py       these are sent, as server-sent events or as one body
 
+Where two models are compared (comparison/service.py), comparison/routes.py takes the place of routes.py.
+comparison/pairs.py makes a pair of a request: two bridges to two engines, which comparison/engines.py puts together,
+and in the end a vote, which comparison/vote_file.py stores.
+
 errors.py has the ApiError that may end a request anywhere; http/refusal.py answers it. service.py puts all this
 together for one model, and http/server.py runs it until it is told to stop. http/ knows no shape of OpenAI's and
 openai/ no HTTP: routes.py alone knows both.

@@ -10,7 +10,7 @@ POST /v1/completions       the continuation of a text
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
@@ -26,6 +26,9 @@ from gpt2ft.server.openai.requests import BaseRequest, ChatRequest, CompletionRe
 from gpt2ft.server.openai.responses import Json, Kind, OpenAIResponseBuilder, ServedModel, render_error
 from gpt2ft.server.reply import GenerationRequest
 
+if TYPE_CHECKING:
+    from gpt2ft.server.comparison.engines import Engines
+
 HEALTH = "/health"
 READY = "/ready"
 MODELS = "/v1/models"
@@ -38,10 +41,16 @@ def create_app(
     engine: Engine, converter: RequestConverter, model: ServedModel, page: Mapping[str, Response]
 ) -> FastAPI:
     """Return the application, without the access middleware; `page` holds a response for each path."""
+    app = bare_app(engine, page)
+    add_models(app, model)
+    _add_replies(app, engine, converter, model)
+    return app
+
+
+def bare_app(engine: "Engine | Engines", page: Mapping[str, Response]) -> FastAPI:
+    """Return the application without any model's paths."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     _add_states(app, engine)
-    _add_models(app, model)
-    _add_replies(app, engine, converter, model)
     for path, response in page.items():
         app.add_api_route(path, partial(_same, response), methods=["GET", "HEAD"])
     app.add_exception_handler(ApiError, _answer_error)
@@ -50,7 +59,7 @@ def create_app(
     return app
 
 
-def _add_states(app: FastAPI, engine: Engine) -> None:
+def _add_states(app: FastAPI, engine: "Engine | Engines") -> None:
     @app.get(HEALTH)
     async def health() -> Json:
         return {"status": "ok", "running": engine.num_running, "waiting": engine.num_waiting}
@@ -61,15 +70,17 @@ def _add_states(app: FastAPI, engine: Engine) -> None:
         return {"status": "ready"}
 
 
-def _add_models(app: FastAPI, model: ServedModel) -> None:
+def add_models(app: FastAPI, model: ServedModel, more: Callable[[], Json] = dict) -> None:
+    """Add the paths that describe the model; `more` is said of it each time."""
+
     @app.get(MODELS)
     async def list_models() -> Json:
-        return {"object": "list", "data": [model.describe()]}
+        return {"object": "list", "data": [model.describe() | more()]}
 
     @app.get(MODELS + "/{name:path}")
     async def describe_model(name: str) -> Json:
         model.refuse_another(name)
-        return model.describe()
+        return model.describe() | more()
 
 
 def _add_replies(app: FastAPI, engine: Engine, converter: RequestConverter, model: ServedModel) -> None:

@@ -1,5 +1,6 @@
 """The server of one model, put together as the settings say."""
 
+from collections.abc import Set
 from functools import partial
 
 from gpt2ft.inference.model import InferenceModel
@@ -20,20 +21,26 @@ def create(settings: ServeSettings, inference_model: InferenceModel, name: str, 
         name: what clients call the model.
         key: what they must give, if anything.
     """
-    engine = _engine(settings, inference_model)
-    page = read_page()
+    engine, page = make_engine(settings, inference_model), read_page()
     converter = RequestConverter(inference_model, settings)
-    limits = {"max_tokens": converter.most_tokens}
-    model = ServedModel.now(name, inference_model.digest, converter.defaults, limits)
-    app = routes.create_app(engine, converter, model, page)
+    app = routes.create_app(engine, converter, describe(name, inference_model.digest, converter), page)
+    policy = access_policy(settings, key, page.keys())
+    return Server(AccessMiddleware(app, policy, routes.API_PATHS, render_error), engine, settings, render_error)
+
+
+def describe(name: str, digest: str, converter: RequestConverter) -> ServedModel:
+    """Return the model as clients know it."""
+    return ServedModel.now(name, digest, converter.defaults, {"max_tokens": converter.most_tokens})
+
+
+def access_policy(settings: ServeSettings, key: str | None, page_paths: Set[str]) -> AccessPolicy:
+    """Return the rules for whoever comes; the page, and whether the server is there, are open to all."""
     hosts = tuple(host for host in map(host_of, (settings.host, *settings.allowed_hosts)) if host)
-    open_paths = frozenset({routes.HEALTH, routes.READY, *page})
-    policy = AccessPolicy(hosts, key, open_paths, settings.body_bytes, settings.body_seconds)
-    guarded = AccessMiddleware(app, policy, routes.API_PATHS, render_error)
-    return Server(guarded, engine, settings, render_error)
+    open_paths = frozenset({routes.HEALTH, routes.READY, *page_paths})
+    return AccessPolicy(hosts, key, open_paths, settings.body_bytes, settings.body_seconds)
 
 
-def _engine(settings: ServeSettings, inference_model: InferenceModel) -> Engine:
+def make_engine(settings: ServeSettings, inference_model: InferenceModel) -> Engine:
     """Chats end with a turn, documents with `<|endoftext|>`: the decoder knows both kinds of ends."""
     end_of_text_id = inference_model.tokenizer.end_of_text_id
     stop_ids = sorted({*inference_model.prompt_format.stop_ids, end_of_text_id})

@@ -373,7 +373,15 @@ class ServeSettings(InferenceSettings):
         "max_new_tokens",
         "model_name",
         "slots",
+        "compare",
+        "votes",
     )
+    compare: tuple[str, ...] = ()
+    """Two models in place of `model`: the page shows a reply of each, in random order, and asks which is better."""
+    votes: str | None = None
+    """File to which the votes on `compare` are added, .jsonl: preferences that launch/dpo.py reads as they are."""
+    vote_timeout: Annotated[float, Field(gt=0)] = 3600.0
+    """Longest time in seconds that a pair of replies waits for its vote."""
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
     """Higher is more varied, lower more predictable; 0 always takes the likeliest token."""
     max_tokens: Positive | None = None
@@ -413,3 +421,13 @@ class ServeSettings(InferenceSettings):
         yield from super().problems()
         if self.model_name is not None and not self.model_name.strip():
             yield "`model_name` must not be empty"
+        if self.compare and (self.model is not None or self.random_init):
+            yield "`model` and `random_init` must be left out where `compare` names the models"
+        if self.compare and len(self.compare) != 2:
+            yield f"`compare` must name two models, but names {len(self.compare)}"
+        if self.compare and self.votes is None:
+            yield "`compare` needs a file for the votes: name it in `votes`"
+        if self.votes is not None and not self.votes.strip():
+            yield "`votes` must not be empty"
+        if self.votes is not None and not self.compare:
+            yield "`votes` needs two models to vote on: name them in `compare`"

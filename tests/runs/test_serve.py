@@ -1,5 +1,7 @@
 """The server as a person starts and stops it: a process of its own."""
 
+import http.client
+import json
 import signal
 import socket
 from contextlib import ExitStack
@@ -94,6 +96,57 @@ def test_a_second_signal_does_not_wait(start):
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
     process.finish()
+
+
+def test_votes_on_two_models_are_what_dpo_reads(tiny_weights_folder, tmp_path, run_dpo, capsys):
+    file = tmp_path / "votes.jsonl"
+    both = ["--compare", tiny_weights_folder, tiny_weights_folder, "--votes", file, "--max_new_tokens", 5]
+    with processes.start(["python", "launch/serve.py", *both, "--temperature", 2, "--port", 0], **BARE) as process:
+        address = process.wait_for(r"http://([\d.]+):(\d+)")
+        wait_until_ready(address)
+        for vote in ("left", "right", "both_good", "both_bad"):
+            pair = post(address, "/v1/pairs", {"messages": [{"role": "user", "content": f"What is {vote}?"}]})
+            post(address, "/v1/votes", {"pair": pair["id"], "vote": vote})
+        process.send_signal(signal.SIGTERM)
+        process.finish()
+    assert len(file.read_text().splitlines()) == 4
+    run_dpo(tmp_path / "run", steps=1, data={"train": [str(file)], "eval": []}, eval_every=None)
+    assert " 2 pairs of replies to " in capsys.readouterr().out
+
+
+def post(address, path, content):
+    connection = http.client.HTTPConnection(address[1], int(address[2]), timeout=TIMEOUT)
+    connection.request("POST", path, json.dumps(content), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    assert response.status == 200
+    answer = json.loads(response.read())
+    connection.close()
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ({"compare": ["a"], "votes": "x"}, ["`compare`"]),
+        ({"compare": ["a", "b", "c"], "votes": "x"}, ["`compare`"]),
+        ({"compare": ["a", "b"]}, ["`compare`", "`votes`"]),
+        ({"votes": "x"}, ["`votes`", "`compare`"]),
+        ({"compare": ["a", "b"], "votes": " "}, ["`votes`"]),
+        ({"compare": ["a", "b"], "votes": "x", "model": "c"}, ["`model`", "`compare`"]),
+    ],
+)
+def test_two_models_and_a_file_belong_together(given, names):
+    [problem] = ServeSettings(**given).problems()
+    assert [name for name in names if name not in problem] == []
+
+
+def test_a_file_that_cannot_hold_votes_is_refused_before_a_model_is_loaded(tmp_path):
+    file = tmp_path / "tea.txt"
+    file.write_text("tea\n")
+    for votes in (file, tmp_path, "/dev/full"):
+        with pytest.raises(SettingsError, match=f"`votes` = {votes} .*"):
+            serve.run(ServeSettings(compare=["missing", "missing"], votes=str(votes), port=0))
+    assert file.read_text() == "tea\n"
 
 
 def test_other_machines_are_let_in_with_a_key_alone(start, tmp_path, monkeypatch):

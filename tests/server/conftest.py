@@ -28,15 +28,22 @@ def serving(inference_model):
     """with serving(slots=2, ...) as running: settings as on the command line."""
     pytest.importorskip("uvicorn", reason="needs the extra [serve]")
     from gpt2ft.server import service
+    from gpt2ft.server.comparison import service as comparison
+    from gpt2ft.server.comparison.vote_file import VoteFile
     from gpt2ft.server.http import connection
     from gpt2ft.settings.scripts import ServeSettings
 
     @contextmanager
-    def serve(key=None, gpt2=None, ready=True, **settings):
+    def serve(key=None, gpt2=None, ready=True, votes=None, **settings):
+        """Beside another model that says other things where there is a file for `votes`."""
         given = ServeSettings(host="127.0.0.1", port=0, **settings)
         listening = connection.listen(given.host, given.port, given.write_timeout)
         model = replace(inference_model, gpt2=gpt2 or deepcopy(inference_model.gpt2))
-        server = service.create(given, model, "tiny", key)
+        if votes is None:
+            server = service.create(given, model, "tiny", key)
+        else:
+            models = [model, another(inference_model)]
+            server = comparison.create(given, models, "comparison", key, VoteFile(votes))
         running = Running(server, listening, model)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
@@ -53,6 +60,16 @@ def serving(inference_model):
             assert not thread.is_alive()
 
     return serve
+
+
+def another(model):
+    """A model in the same shape that says other things."""
+    import torch
+
+    gpt2 = deepcopy(model.gpt2)
+    with torch.no_grad():
+        gpt2.wpe.weight.neg_()
+    return replace(model, gpt2=gpt2, source="another", digest="fedcba9876543210")
 
 
 @pytest.fixture(scope="module")

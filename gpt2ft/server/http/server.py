@@ -4,6 +4,7 @@ import asyncio
 import socket
 from time import monotonic
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -13,11 +14,14 @@ from gpt2ft.server.http.connection import connection_class
 from gpt2ft.server.http.refusal import RenderError
 from gpt2ft.settings.scripts import ServeSettings
 
+if TYPE_CHECKING:
+    from gpt2ft.server.comparison.engines import Engines
+
 FLUSH_SECONDS = 5  # for the last text to reach its clients, once the engine has stopped
 
 
 class Server(uvicorn.Server):
-    """Listens until it is told to stop, or until the model fails its very first warm-up.
+    """Listens until it is told to stop, or until a model fails its very first warm-up.
 
     The port stays open while replies finish, so that whoever asks meanwhile is told why not. A second signal ends all
     at once.
@@ -28,7 +32,9 @@ class Server(uvicorn.Server):
         has_failed: it has ended because of that warm-up.
     """
 
-    def __init__(self, app: App, engine: Engine, settings: ServeSettings, render_error: RenderError) -> None:
+    def __init__(
+        self, app: App, engine: "Engine | Engines", settings: ServeSettings, render_error: RenderError
+    ) -> None:
         config = uvicorn.Config(
             app,
             http=connection_class(settings, render_error),  # type: ignore[arg-type]

@@ -2,13 +2,14 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from time import monotonic
 from typing import Protocol
 
 from starlette.responses import Response
 
 from gpt2ft.server.engine import Engine
+from gpt2ft.server.errors import ApiError
 from gpt2ft.server.http.access import ClientLeft, Receive, Scope, Send
 from gpt2ft.server.reply import Delta, GenerationRequest, Reply
 
@@ -78,6 +79,18 @@ class StreamBridge:
             is_over = delta.is_last
             yield delta
 
+    async def whole_text(self) -> str:
+        """Return the text of the reply, once it is complete.
+
+        Raises:
+            ApiError: if it fails.
+            ClientLeft: once the client has hung up.
+        """
+        text = "".join([delta.text async for delta in self.deltas() if delta])
+        if self.reply.failure:
+            raise self.reply.failure
+        return text
+
     async def wait_for_disconnect(self, receive: Receive) -> None:
         """Wait until the client hangs up."""
         while (await receive())["type"] != "http.disconnect":
@@ -101,35 +114,79 @@ class StreamBridge:
             self._engine.abandon(self.reply)
 
 
-class ReplyResponse(Response):
-    """Sends the reply once it is complete.
+class AwaitedResponse(Response):
+    """Waits for replies while it is sent, as only the one who sends is told that the client has hung up.
 
-    The waiting is done here, in the response, because only the one who sends it is told that the client has hung up.
+    Args:
+        id: of the response, for the log.
     """
 
-    def __init__(self, bridge: StreamBridge, builder: ResponseBuilder) -> None:
+    def __init__(self, id: str, *bridges: StreamBridge) -> None:
         super().__init__()
-        self._bridge = bridge
-        self._builder = builder
+        self._id = id
+        self._bridges = bridges
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        watch = asyncio.create_task(self._bridge.wait_for_disconnect(receive))
+        watches = [asyncio.create_task(bridge.wait_for_disconnect(receive)) for bridge in self._bridges]
         try:
             await self._send_reply(scope, receive, send)
         except ClientLeft:
             pass
         finally:
-            watch.cancel()
-            self._bridge.close(self._builder.id)
+            for watch in watches:
+                watch.cancel()
+            for bridge in self._bridges:
+                bridge.close(self._id)
 
     async def _send_reply(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reply, text = self._bridge.reply, ""
-        async for delta in self._bridge.deltas():
-            text += delta.text
-        if reply.failure:
-            raise reply.failure
+        raise NotImplementedError
+
+
+class ReplyResponse(AwaitedResponse):
+    """Sends the reply once it is complete."""
+
+    def __init__(self, bridge: StreamBridge, builder: ResponseBuilder) -> None:
+        super().__init__(builder.id, bridge)
+        self._bridge = bridge
+        self._builder = builder
+
+    async def _send_reply(self, scope: Scope, receive: Receive, send: Send) -> None:
+        text, reply = await self._bridge.whole_text(), self._bridge.reply
         body, headers = self._builder.whole(reply, text), self._builder.headers(reply)
         await Response(body, headers=headers, media_type="application/json")(scope, receive, send)
+
+
+class PairResponse(AwaitedResponse):
+    """Sends what is made of several replies, each of an engine of its own, once all are complete.
+
+    Args:
+        complete: returns the body for the replies and their texts; it may wait, as it is called in a thread of its own.
+    Raises:
+        ApiError: if an engine does not take its request; the others are then given up.
+    """
+
+    def __init__(
+        self,
+        id: str,
+        requests: Iterable[tuple[Engine, GenerationRequest]],
+        complete: Callable[[Sequence[Reply], Sequence[str]], bytes],
+    ) -> None:
+        bridges: list[StreamBridge] = []
+        try:
+            for engine, request in requests:
+                bridges.append(StreamBridge(engine, request))
+        except ApiError:
+            for bridge in bridges:
+                bridge.close(id)
+            raise
+        super().__init__(id, *bridges)
+        self._complete = complete
+
+    async def _send_reply(self, scope: Scope, receive: Receive, send: Send) -> None:
+        texts = [await bridge.whole_text() for bridge in self._bridges]  # none waits for another to be read
+        replies = [bridge.reply for bridge in self._bridges]
+        body = await asyncio.to_thread(self._complete, replies, texts)
+        await Response(body, media_type="application/json")(scope, receive, send)
 
 
 class ReplyStream(ReplyResponse):

@@ -164,10 +164,11 @@ class CompletionRequest(BaseRequest):
     prompt: Annotated[str, BeforeValidator(_only_text)]
 
 
-Shape = TypeVar("Shape", bound=BaseRequest)
+Request = TypeVar("Request", bound=BaseRequest)
+Shape = TypeVar("Shape", bound=Body)
 
 
-def parse(shape: type[Shape], content_types: Sequence[str], body: bytes) -> Shape:
+def parse(shape: type[Request], content_types: Sequence[str], body: bytes) -> Request:
     """Return the request in the body of an HTTP request.
 
     Args:
@@ -175,23 +176,33 @@ def parse(shape: type[Shape], content_types: Sequence[str], body: bytes) -> Shap
     Raises:
         ApiError: if the body holds none.
     """
-    if [given.partition(";")[0].strip().lower() for given in content_types] != ["application/json"]:
-        raise ApiError(415, "the Content-Type must be application/json, given once", "unsupported_media_type")
-    given = read_object(body)
+    given = json_body(content_types, body)
     if shape is ChatRequest and isinstance(given.get("messages"), list):
         given["messages"] = [
             _without_neutral(message, NEUTRAL_IN_MESSAGES, f"messages[{number}].")
             for number, message in enumerate(given["messages"])
         ]
+    request = validated(shape, _without_neutral(given, NEUTRAL_VALUES))
+    if request.includes_usage and not request.stream:
+        raise invalid("`stream_options.include_usage` needs `stream` = true", "stream_options")
+    return request
+
+
+def json_body(content_types: Sequence[str], body: bytes) -> dict[str, Any]:
+    """Return the object in the body of an HTTP request; raise ApiError if it holds none."""
+    if [given.partition(";")[0].strip().lower() for given in content_types] != ["application/json"]:
+        raise ApiError(415, "the Content-Type must be application/json, given once", "unsupported_media_type")
+    return read_object(body)
+
+
+def validated(shape: type[Shape], given: dict[str, Any]) -> Shape:
+    """Return an object in its shape; raise ApiError, with the first problem, if it has another."""
     try:
-        request = shape.model_validate(_without_neutral(given, NEUTRAL_VALUES))
+        return shape.model_validate(given)
     except ValidationError as error:
         raise _first_problem(error) from None
     except RecursionError:
         raise no_json(TOO_DEEP) from None
-    if request.includes_usage and not request.stream:
-        raise invalid("`stream_options.include_usage` needs `stream` = true", "stream_options")
-    return request
 
 
 def _without_neutral(given: Any, neutral: Mapping[str, tuple[Any, ...]], path: str = "") -> Any:

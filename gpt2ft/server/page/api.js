@@ -1,7 +1,8 @@
 // The server, which speaks OpenAI's API.
 
-// 401: with a key; 404: the server may have another model by now; 408, 425, 429: later.
-const CHANCES = [401, 404, 408, 425, 429];
+// 401: with a key; 404: the server may have another model by now; 408, 425, 429: later; 410: for another pair of replies.
+const CHANCES = [401, 404, 408, 410, 425, 429];
+const LATER = [0, 408, 425, 429]; // and whatever is the server's own trouble
 
 /** What the server, or the way to it, had to say against a request. */
 export class ServerError extends Error {
@@ -14,6 +15,11 @@ export class ServerError extends Error {
   /** Whether the same request would be refused again: it asks for what cannot be. */
   get isFinal() {
     return this.status >= 400 && this.status < 500 && !CHANCES.includes(this.status);
+  }
+
+  /** Whether the very same request may succeed later, without anything being changed. */
+  get isPassing() {
+    return this.status >= 500 || LATER.includes(this.status);
   }
 
   get needsKey() {
@@ -37,7 +43,19 @@ export class ServerError extends Error {
  * @property {string} name
  * @property {Record<string, number>} defaults  what holds where a request says nothing
  * @property {Record<string, number>} limits  the most that it may ask for
+ * @property {number} [votes]  how many there are, if it stands for two that are compared
  */
+
+/**
+ * Two replies, of which nobody here knows whose they are.
+ * @typedef {object} Pair
+ * @property {string} id
+ * @property {Piece} left
+ * @property {Piece} right
+ * @property {number} votes  how many there are
+ */
+
+/** @typedef {"left" | "right" | "both_good" | "both_bad"} Vote */
 
 /**
  * @param {string | null} key
@@ -47,9 +65,9 @@ export class ServerError extends Error {
 export async function fetchModel(key, signal) {
   const response = await request("/v1/models", key, { signal });
   const answer = await response.json().catch(nothing);
-  const { id: name, defaults = {}, limits = {} } = answer?.data?.[0] ?? {};
+  const { id: name, defaults = {}, limits = {}, votes } = answer?.data?.[0] ?? {};
   if (typeof name !== "string") throw new ServerError("The server does not name its model.");
-  return { name, defaults, limits };
+  return { name, defaults, limits, votes };
 }
 
 /**
@@ -61,12 +79,8 @@ export async function fetchModel(key, signal) {
  * @throws {ServerError} if there is no reply, or not to its end
  */
 export async function* streamReply(body, key, signal) {
-  const response = await request("/v1/chat/completions", key, {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
-    signal,
-  });
+  const asked = { ...body, stream: true, stream_options: { include_usage: true } };
+  const response = await request("/v1/chat/completions", key, { ...json(asked), signal });
   try {
     for await (const data of serverSentEvents(response.body)) {
       if (data === "[DONE]") return;
@@ -89,6 +103,51 @@ function piece(chunk) {
     tokensPerSecond: chunk.tokens_per_second ?? undefined,
     droppedTurns: chunk.dropped_turns,
   };
+}
+
+/**
+ * Asks for a reply of each of two models.
+ * @param {object} body  as for one
+ * @param {string | null} key
+ * @param {AbortSignal} signal
+ * @returns {Promise<Pair>}
+ */
+export async function fetchPair(body, key, signal) {
+  const response = await request("/v1/pairs", key, { ...json(body), signal });
+  const { id, left, right, dropped_turns: droppedTurns, votes } = await answerOf(response);
+  /** @param {any} reply @returns {Piece} */
+  const whole = ({ content, finish_reason, tokens }) => ({ text: content, finish: finish_reason, tokens, droppedTurns });
+  return { id, left: whole(left), right: whole(right), votes };
+}
+
+/**
+ * Says which reply of a pair is better. Returns how many votes there are.
+ * @param {string} pair
+ * @param {Vote} vote
+ * @param {string | null} key
+ * @param {AbortSignal} signal
+ * @returns {Promise<number>}
+ */
+export async function sendVote(pair, vote, key, signal) {
+  const response = await request("/v1/votes", key, { ...json({ pair, vote }), signal });
+  return (await answerOf(response)).votes;
+}
+
+/** @param {object} body @returns {RequestInit} */
+const json = (body) => ({
+  method: "POST",
+  headers: { "Content-Type": "application/json" },
+  body: JSON.stringify(body),
+});
+
+/** @param {Response} response @returns {Promise<any>} */
+async function answerOf(response) {
+  try {
+    return await response.json();
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ServerError("The connection broke off before the answer was complete.");
+  }
 }
 
 /** @param {string} path @param {string | null} key @param {RequestInit} options @returns {Promise<Response>} */

@@ -1,6 +1,7 @@
 // What the buttons and keys of the page do.
 
-import { fetchModel, ServerError, streamReply } from "./api.js";
+import { fetchModel, fetchPair, sendVote, ServerError, streamReply } from "./api.js";
+import { Ballot } from "./ballot.js";
 import { Conversation } from "./conversation.js";
 import { connectHistory, connectSettings } from "./dialogs.js";
 import { Reply } from "./reply.js";
@@ -22,6 +23,7 @@ class Chat {
       choose: (place) => this.choose(place),
       copy: (text) => this.copy(text),
     });
+    this.ballot = new Ballot(element("ballot"));
     this.end = followEnd(element("to-end"));
     /** @type {import("./api.js").Model} without a name as long as it is not known */
     this.model = { name: "", defaults: {}, limits: {} };
@@ -130,7 +132,28 @@ class Chat {
   /** @param {Reply} reply @param {AbortSignal} signal */
   async *#pieces(reply, signal) {
     if (!this.model.name) await this.#fetchModel(signal);
-    yield* streamReply({ model: this.model.name, ...reply.request }, storage.loadKey(), signal);
+    const body = { model: this.model.name, ...reply.request };
+    if (this.model.votes === undefined) yield* streamReply(body, storage.loadKey(), signal);
+    else yield await this.#preferred(reply, body, signal);
+  }
+
+  /**
+   * Lets the person vote on two replies. The conversation goes on from the better one, the other stays as a version of
+   * it; of two that are alike the left one goes on, which was drawn.
+   * @param {Reply} reply @param {object} body @param {AbortSignal} signal
+   */
+  async #preferred(reply, body, signal) {
+    const pair = await fetchPair(body, storage.loadKey(), signal);
+    this.#showVotes(pair.votes);
+    element("waiting").hidden = true;
+    const voted = this.ballot.vote(pair, async (vote) => {
+      this.#showVotes(await sendVote(pair.id, vote, storage.loadKey(), signal));
+    }, signal);
+    announce(this.ballot.said);
+    const vote = await voted.finally(focusMessage);
+    const [better, other] = vote === "right" ? [pair.right, pair.left] : [pair.left, pair.right];
+    reply.addBeside(other);
+    return better;
   }
 
   #begin() {
@@ -166,8 +189,14 @@ class Chat {
     this.save();
     this.show();
     if (problem && problem.name !== "AbortError") this.#showTrouble(problem, () => this.ask(parent));
-    else if (reply.place >= 0) announce(`Reply: ${this.transcript.last.said}`);
+    else if (reply.place >= 0) this.#tellEnd();
     this.end.keepUp();
+  }
+
+  /** Tells a screen reader of a reply once: those of a pair it was told before the vote. */
+  #tellEnd() {
+    if (this.model.votes === undefined) return announce(`Reply: ${this.transcript.last.said}`);
+    announce(`Your vote counts: ${element("votes").textContent}`);
   }
 
   // --- the screen ---
@@ -209,6 +238,13 @@ class Chat {
   async #fetchModel(signal) {
     this.model = await fetchModel(storage.loadKey(), signal);
     element("model").textContent = document.title = this.model.name;
+    this.#showVotes(this.model.votes);
+  }
+
+  /** @param {number} [votes]  none where nothing is compared */
+  #showVotes(votes) {
+    element("votes").hidden = votes === undefined;
+    element("votes").textContent = votes === undefined ? "" : `${votes} ${votes === 1 ? "vote" : "votes"}`;
   }
 
   /** Makes the server's acquaintance when the page opens. */

@@ -32,6 +32,15 @@ export class Reply {
     return begins;
   }
 
+  /** Keeps another whole reply as a version beside this one, which has not begun. @param {Piece} piece */
+  addBeside(piece) {
+    const { last } = this.conversation;
+    const other = new Reply(this.conversation);
+    other.take(piece);
+    other.end();
+    this.conversation.last = last;
+  }
+
   /** @param {Outcome["finish"]} finish  if it did not end by itself */
   end(finish = this.outcome.finish) {
     if (this.place < 0) return;

@@ -199,8 +199,8 @@ export function copyOf(id) {
   return /** @type {HTMLElement} */ (template.content.firstElementChild.cloneNode(true));
 }
 
-/** What there is to say about a reply. @param {Turn} turn @returns {string} */
-function noteOn({ text, outcome }) {
+/** What there is to say about a reply. @param {Pick<Turn, "text" | "outcome">} turn @returns {string} */
+export function noteOn({ text, outcome }) {
   if (!outcome) return "not complete";
   const { finish, tokens, tokensPerSecond, droppedTurns } = outcome;
   const count = `${tokens} ${tokens === 1 ? "token" : "tokens"}`;

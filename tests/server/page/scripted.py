@@ -7,6 +7,8 @@ from gpt2ft.inference.decoder import StepResult
 from gpt2ft.inference.model import InferenceModel
 from gpt2ft.inference.prompt_format import ChatPromptFormat
 from gpt2ft.server import service
+from gpt2ft.server.comparison import service as comparison
+from gpt2ft.server.comparison.vote_file import VoteFile
 from gpt2ft.server.http import connection
 from gpt2ft.settings.scripts import ServeSettings
 
@@ -88,12 +90,17 @@ class ScriptedServer:
         self._model = InferenceModel(gpt2, tokenizer, ChatPromptFormat(tokenizer), "scripted", "0" * 10)
         self._port = 0
 
-    def start(self, name="scripted", key=None, **settings):
-        self._is_plain = (name, key, settings) == ("scripted", None, {})
+    def start(self, name="scripted", key=None, votes=None, **settings):
+        """Compares two models, both of which say what the next script has, where there is a file for `votes`."""
+        self._is_plain = (name, key, votes, settings) == ("scripted", None, None, {})
         listening = connection.listen("127.0.0.1", self._port, TIMEOUT)
         self._port = listening.getsockname()[1]
         settings = {"slots": SLOTS, "shutdown_timeout": 0.01} | settings
-        self._server = service.create(ServeSettings(**settings), self._model, name, key)
+        given = ServeSettings(**settings)
+        if votes is None:
+            self._server = service.create(given, self._model, name, key)
+        else:
+            self._server = comparison.create(given, [self._model] * 2, name, key, VoteFile(votes))
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listening]})
         self._thread.start()
         self._listening = listening
