@@ -59,9 +59,12 @@ class TrainingData:
     Args:
         replies: of each model, whose n-grams are looked for.
         held_out: (number of the conversation, text) of held-out replies.
+        num_runs: whose data are scanned.
     """
 
-    def __init__(self, replies: Mapping[str, Sequence[str]], held_out: Iterable[tuple[int, str]]) -> None:
+    def __init__(
+        self, replies: Mapping[str, Sequence[str]], held_out: Iterable[tuple[int, str]], num_runs: int = 1
+    ) -> None:
         self._replies = {
             (model, n): [grams(word_codes(text), n) for text in texts]
             for model, texts in replies.items()
@@ -70,7 +73,7 @@ class TrainingData:
         self._wanted = {
             n: _union(*(each for (_, m), of in self._replies.items() if m == n for each in of)) for n in HEART
         }
-        self._found = {n: np.zeros(len(self._wanted[n]), bool) for n in HEART}
+        self._found = {n: np.zeros((num_runs, len(self._wanted[n])), bool) for n in HEART}
         coded = [(number, word_codes(text)) for number, text in held_out]
         self._held_out = [(number, grams(codes, SHINGLE)) for number, codes in coded if len(codes) >= SHORTEST]
         self._whole = {found.tobytes(): [] for _, found in self._held_out}
@@ -83,11 +86,11 @@ class TrainingData:
         if self._index is None:
             self.problems.append("near copies of held-out replies are not looked for: pip install 'gpt2ft[report]'")
 
-    def scan(self, text: str) -> None:
+    def scan(self, text: str, run: int = 0) -> None:
         codes = word_codes(text)
         for n, wanted in self._wanted.items():
             places, are_there = _places(wanted, grams(codes, n))
-            self._found[n][places[are_there]] = True
+            self._found[n][run, places[are_there]] = True
         shingles = grams(codes, SHINGLE)
         same = self._whole.get(shingles.tobytes(), [])
         self._exact.update(self._held_out[index][0] for index in same)
@@ -99,11 +102,12 @@ class TrainingData:
             if _jaccard(found, shingles) >= NEAR:
                 self._near.add(number)
 
-    def learnt_by_heart(self, model: str, seed: int) -> Heart:
-        """Return the share of the n-grams in a model's replies that stand in what was scanned."""
+    def learnt_by_heart(self, model: str, seed: int, runs: Sequence[int] = ()) -> Heart:
+        """Return the share of the n-grams in a model's replies that stand in the data of some runs, or of all."""
         heart = {}
         for n in HEART:
-            known = self._wanted[n][self._found[n]]
+            found = self._found[n][list(runs)] if runs else self._found[n]
+            known = self._wanted[n][found.any(axis=0)]
             columns = np.array(
                 [[np.isin(each, known).sum(), len(each)] for each in self._replies[model, n]], np.float64
             )

@@ -113,10 +113,23 @@ def overlap(report: Report) -> Iterator[str]:
         yield f"{whole} hold replies of the training data: compare the losses without overlap"
 
 
+def cut(report: Report) -> Iterator[str]:
+    """Replies that do not end where people's would have."""
+    people = number(report.get("people", {}).get("cut")) or 0.0
+    if people > MANY_CUT:
+        yield (
+            f"{100 * people:.0f} % of people's replies would have been cut too: raise `max_new_tokens` to see which "
+            "model stops"
+        )
+    for model in report["models"]:
+        share = number(measured(model, ("replies", "cut"))) or 0.0
+        if share > people + MANY_CUT:
+            yield f"{100 * share:.0f} % of the replies of {model['name']} were cut: it has not learnt to stop"
+
+
 def habits(model: ModelReport) -> Iterator[str]:
     """Shares of replies that are above what a sound chat model has."""
     for name, most, sentence in (
-        ("cut", MANY_CUT, "of the replies of {} were cut: it has not learnt to stop"),
         ("empty", MANY_EMPTY, "of the replies of {} are empty"),
         ("repeated_4grams", MANY_REPEATED, "of the runs of 4 words in replies of {} repeat earlier ones: it loops"),
         ("writes_user_turn", MANY_FORGED, "of the replies of {} go on with a turn of the user"),
@@ -161,6 +174,6 @@ def preferences(model: ModelReport) -> Iterator[str]:
 
 OF_ALL: tuple[Callable[[Report], Iterator[str]], ...] = (
     *(failed, identical, hardly_different, other_vocabularies, too_few, no_difference, forgetting),
-    *(memorised, overlap),
+    *(memorised, overlap, cut),
 )
 OF_EACH: tuple[Callable[[ModelReport], Iterator[str]], ...] = (habits, rising, preferences)

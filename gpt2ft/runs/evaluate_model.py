@@ -34,7 +34,7 @@ from gpt2ft.runs.identity import versions
 from gpt2ft.runs.measurements import Bench, Measured, Subject, find_subjects, training_runs
 from gpt2ft.runs.preference_scores import describe_preferences
 from gpt2ft.runs.samples import answer, held_out_prompts
-from gpt2ft.settings.scripts import DPOSettings, EvaluateSettings
+from gpt2ft.settings.scripts import DPOSettings, EvaluateSettings, RunSettings
 
 REPORT = "report.json"
 SHOWN = 3  # conversations
@@ -61,7 +61,8 @@ def run(settings: EvaluateSettings) -> None:
 def report_of(bench: Bench, measured: list[Measured]) -> Report:
     """Put together what was measured, with all that one process finds alone."""
     settings, corpus = bench.settings, bench.first.corpora()[0]
-    training = _scan_training_data(bench, measured)
+    runs = {_data_of(run): run for subject in bench.subjects for run in training_runs(subject)}
+    training = _scan_training_data(bench, measured, list(runs.values()))
     report: Report = {
         "models": [_model_report(bench, each) for each in measured],
         "data": bench.digests(),
@@ -85,7 +86,8 @@ def report_of(bench: Bench, measured: list[Measured]) -> Report:
         if each.sums is not None and not each.failed:
             entry["held_out"] = _held_out(bench, each, measured[0], overlapping)
         if training and each.replies:
-            entry["learnt_by_heart"] = training.learnt_by_heart(each.subject.name, settings.seed)
+            own = [list(runs).index(_data_of(run)) for run in training_runs(each.subject)]
+            entry["learnt_by_heart"] = training.learnt_by_heart(each.subject.name, settings.seed, own)
     report["warnings"] = warnings_of(report)
     return report
 
@@ -135,19 +137,19 @@ def _conversations(bench: Bench, measured: list[Measured]) -> Iterator[Conversat
         yield {"turns": [{"user": user, "replies": list(replies)} for user, replies in by_turn]}
 
 
-def _scan_training_data(bench: Bench, measured: list[Measured]) -> TrainingData | None:
-    """Return what the training data of all runs have in common with replies and held-out data; None without runs."""
+def _data_of(run: RunSettings) -> tuple[str, bool]:
+    """Return all that decides what a run was trained on."""
+    return run.data.model_dump_json(), isinstance(run, DPOSettings)
+
+
+def _scan_training_data(bench: Bench, measured: list[Measured], runs: Sequence[RunSettings]) -> TrainingData | None:
+    """Return what the training data of some runs have in common with replies and held-out data; None without runs."""
     tokenizer, held_out = bench.tokenizer, bench.first.corpora()[0]
-    runs = {
-        (settings.data.model_dump_json(), isinstance(settings, DPOSettings)): settings
-        for subject in bench.subjects
-        for settings in training_runs(subject)
-    }
     if not runs:
         return None
     replies = {each.subject.name: [reply["text"] for said in each.replies for reply in said] for each in measured}
-    training = TrainingData(replies, supervised_texts(held_out, tokenizer))
-    for settings in runs.values():
+    training = TrainingData(replies, supervised_texts(held_out, tokenizer), len(runs))
+    for run, settings in enumerate(runs):
         data = settings.data.model_copy(update={"cache": bench.settings.cache or settings.data.cache})
         kind = PREFERENCES if isinstance(settings, DPOSettings) else CONVERSATIONS
         print(f"training data: {', '.join(data.train)}", file=sys.stderr, flush=True)
@@ -157,7 +159,7 @@ def _scan_training_data(bench: Bench, measured: list[Measured]) -> TrainingData 
             training.problems.append(f"the training data {', '.join(data.train)} cannot be read: {error}")
             continue
         for _, text in supervised_texts(corpus, tokenizer):
-            training.scan(text)
+            training.scan(text, run)
     return training
 
 

@@ -155,7 +155,7 @@ class Bench:
             if all(fits(prompt, loaded.gpt2, loaded.tokenizer, settings.max_new_tokens) for loaded in sound)
         ]
         people = held_out_paths(corpus, first, settings.num_prompts, settings.max_new_tokens)
-        self.people = [Exchange(path[-2][1], path[-1][1], stopped=True, topic=settings.topic) for path in people]
+        self.people = [_of_people(path, settings, first.tokenizer) for path in people]
 
     def data(self, tokenizer: ChatTokenizer) -> HeldOut:
         return self._by_tokenizer[tokenizer.digest]
@@ -281,6 +281,12 @@ def _prompts(settings: EvaluateSettings) -> list[Prompt]:
 def _held_out_prompt(path: Turns) -> Prompt:
     *before, (_, asked), _ = path
     return Prompt((asked,), tuple(before))
+
+
+def _of_people(path: Turns, settings: EvaluateSettings, tokenizer: ChatTokenizer) -> Exchange:
+    """Return the reply in the data as if a model had given it: longer ones would have been cut."""
+    reply = path[-1][1]
+    return Exchange(path[-2][1], reply, len(tokenizer.encode(reply)) < settings.max_new_tokens, topic=settings.topic)
 
 
 def _read_text(file: str) -> str:

@@ -41,6 +41,13 @@ def test_pieces_of_replies_that_stand_in_training():
     assert found.learnt_by_heart("silent", seed=0) == {}
 
 
+def test_a_model_is_asked_of_the_data_of_its_own_runs():
+    found = TrainingData({"a": [STORY]}, [], num_runs=2)
+    found.scan("something else that is as long as that, and has nothing to do with it", 0)
+    found.scan(STORY, 1)
+    assert [found.learnt_by_heart("a", 0, runs)["grams_8"]["value"] for runs in ([0], [1], [0, 1], [])] == [0, 1, 1, 1]
+
+
 def test_held_out_replies_that_stand_in_training():
     near = STORY.replace("kettle", "pot").capitalize() + "."  # 3 of 19 5-grams are others
     held_out = [STORY.upper(), near, "Yes.", "nothing of this stands in any other text at all, nor ever did"]

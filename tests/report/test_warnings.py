@@ -139,3 +139,11 @@ def test_preferences(sound, figures, words):
 
 def test_a_report_of_one_model_that_measured_nothing_has_no_warnings():
     assert warnings_of({"models": [{"name": "a", "model": "a"}]}) == []
+
+
+def test_replies_that_people_would_not_have_ended_either(sound):
+    sound["people"] = {"cut": {"value": 0.6, "low": 0.5, "high": 0.7, "count": 100}}
+    sound["models"][1]["replies"]["cut"]["value"] = 0.75
+    assert "raise `max_new_tokens`" in the_warning(sound)
+    sound["models"][1]["replies"]["cut"]["value"] = 0.9
+    assert any("has not learnt to stop" in sentence for sentence in warnings_of(sound))

@@ -92,7 +92,7 @@ def test_the_report_has_the_shape_that_is_promised(reports):
     assert [len(conversation["turns"]) for conversation in conversations] == [1, 2, 1]
     assert all(len(turn["replies"]) == 3 for conversation in conversations for turn in conversation["turns"])
     assert base["replies"]["uses_earlier_turn"]["count"] == 6
-    assert report["people"]["ends_by_itself"]["value"] == 1
+    assert report["people"]["ends_by_itself"]["value"] == 0  # all of them are longer than a reply may be here
     assert report["overlap"]["conversations"] == report["data"]["conversations"] == 44
     assert report["settings_that_differ"] == {}
 
