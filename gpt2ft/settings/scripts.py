@@ -427,7 +427,7 @@ class ServeSettings(InferenceSettings):
             yield f"`compare` must name two models, but names {len(self.compare)}"
         if self.compare and self.votes is None:
             yield "`compare` needs a file for the votes: name it in `votes`"
-        if self.votes is not None and not self.votes.strip():
-            yield "`votes` must not be empty"
+        if self.votes is not None and not self.votes.lower().endswith(".jsonl"):
+            yield f"`votes` must be a file that training reads a line at a time, .jsonl, but is {self.votes!r}"
         if self.votes is not None and not self.compare:
             yield "`votes` needs two models to vote on: name them in `compare`"

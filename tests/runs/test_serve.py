@@ -4,8 +4,10 @@ import http.client
 import json
 import signal
 import socket
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import processes
 import pytest
@@ -105,13 +107,49 @@ def test_votes_on_two_models_are_what_dpo_reads(tiny_weights_folder, tmp_path, r
         address = process.wait_for(r"http://([\d.]+):(\d+)")
         wait_until_ready(address)
         for vote in ("left", "right", "both_good", "both_bad"):
-            pair = post(address, "/v1/pairs", {"messages": [{"role": "user", "content": f"What is {vote}?"}]})
+            pair = post(address, "/v1/pairs", {"messages": [{"role": "user", "content": "What is tea?"}]})
             post(address, "/v1/votes", {"pair": pair["id"], "vote": vote})
         process.send_signal(signal.SIGTERM)
         process.finish()
     assert len(file.read_text().splitlines()) == 4
     run_dpo(tmp_path / "run", steps=1, data={"train": [str(file)], "eval": []}, eval_every=None)
     assert " 2 pairs of replies to " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "is_compared"),
+    [
+        ("A drink.", " A leaf.\n", True),
+        ("\n\nHuman: What?\n\nAssistant: Tea.", "User: Tea.<|end|>\x00\u2028", True),
+        ("", "A drink.", False),
+        ("A drink.", "A drink.", False),
+        ("", " ", False),
+    ],
+)
+@pytest.mark.parametrize("vote", ["left", "both_bad"])
+def test_whatever_the_models_have_said_is_read(tmp_path, left, right, is_compared, vote):
+    from gpt2ft.data.kinds import PREFERENCES
+    from gpt2ft.data.preference_groups import preference_groups
+    from gpt2ft.data.reading import ReadContext
+    from gpt2ft.data.sources import open_source
+    from gpt2ft.server.comparison.pairs import AskedPair, Contestant, OpenPair, Side
+    from gpt2ft.server.reply import GenerationRequest, Reply
+    from gpt2ft.settings.sections import FilterSettings, SamplingSettings
+
+    prompt = [("system", "Be brief."), ("user", "Hello."), ("assistant", "Yes?"), ("user", "What is tea?")]
+    reply = Reply(GenerationRequest(SimpleNamespace(dropped_turns=0), SamplingSettings(), 9, (), None), print)
+    contestant = Contestant(None, SimpleNamespace(model=SimpleNamespace(source="a", digest="b")))
+    pair = OpenPair(AskedPair(prompt, [], []), Side(left, reply, contestant), Side(right, reply, contestant), 0.0)
+    (tmp_path / "votes.jsonl").write_text(json.dumps(pair.record(vote)) + "\n")
+    dropped = Counter()
+    context = ReadContext("votes", FilterSettings())
+    [shard] = open_source(str(tmp_path / "votes.jsonl"), PREFERENCES).shards()
+    groups = [(tree, group) for tree in shard.trees(context) for group in preference_groups(tree, dropped)]
+    assert len(groups) == (is_compared and vote == "left")
+    for tree, group in groups:
+        *said, chosen, rejected = [(tree.messages[index].role, tree.messages[index].text) for index in group]
+        assert said == prompt
+        assert [text for _, text in (chosen, rejected)] == [left.strip(), right.strip()]
 
 
 def post(address, path, content):
@@ -127,12 +165,13 @@ def post(address, path, content):
 @pytest.mark.parametrize(
     ("given", "names"),
     [
-        ({"compare": ["a"], "votes": "x"}, ["`compare`"]),
-        ({"compare": ["a", "b", "c"], "votes": "x"}, ["`compare`"]),
+        ({"compare": ["a"], "votes": "x.jsonl"}, ["`compare`"]),
+        ({"compare": ["a", "b", "c"], "votes": "x.jsonl"}, ["`compare`"]),
         ({"compare": ["a", "b"]}, ["`compare`", "`votes`"]),
-        ({"votes": "x"}, ["`votes`", "`compare`"]),
-        ({"compare": ["a", "b"], "votes": " "}, ["`votes`"]),
-        ({"compare": ["a", "b"], "votes": "x", "model": "c"}, ["`model`", "`compare`"]),
+        ({"votes": "x.jsonl"}, ["`votes`", "`compare`"]),
+        ({"compare": ["a", "b"], "votes": ""}, ["`votes`", ".jsonl"]),
+        ({"compare": ["a", "b"], "votes": "x.txt"}, ["`votes`", ".jsonl"]),
+        ({"compare": ["a", "b"], "votes": "x.jsonl", "model": "c"}, ["`model`", "`compare`"]),
     ],
 )
 def test_two_models_and_a_file_belong_together(given, names):
@@ -141,7 +180,7 @@ def test_two_models_and_a_file_belong_together(given, names):
 
 
 def test_a_file_that_cannot_hold_votes_is_refused_before_a_model_is_loaded(tmp_path):
-    file = tmp_path / "tea.txt"
+    file = tmp_path / "tea.jsonl"
     file.write_text("tea\n")
     for votes in (file, tmp_path, "/dev/full"):
         with pytest.raises(SettingsError, match=f"`votes` = {votes} .*"):
