@@ -19,6 +19,8 @@ export class Ballot {
     this.sides = { left: new SideView(left), right: new SideView(right) };
     /** @type {(vote: Vote) => void} */
     this.choose = () => {};
+    /** @type {Vote | null} the first of which nobody knows whether it was stored */
+    this.unanswered = null;
     for (const button of this.buttons) button.onclick = () => this.choose(/** @type {Vote} */ (button.value));
     element.addEventListener("keydown", (event) => this.#takeKey(event));
   }
@@ -35,13 +37,14 @@ export class Ballot {
     this.sides.left.show(pair.left);
     this.sides.right.show(pair.right);
     this.trouble.hidden = true;
+    this.unanswered = null;
     this.element.hidden = false;
     this.title.focus({ preventScroll: true }); // not on a button: who types on must not vote
     this.title.scrollIntoView(); // to be read from the beginning
     try {
       for (;;) {
-        const vote = await this.#choice(signal);
-        if (await this.#isTaken(() => cast(vote))) return vote;
+        const stored = await this.#stored(await this.#choice(signal), cast);
+        if (stored) return stored;
       }
     } finally {
       this.choose = () => {};
@@ -63,20 +66,24 @@ export class Ballot {
     });
   }
 
-  /** Whether a vote was taken. If it may be later, says why not. @param {() => Promise<void>} cast */
-  async #isTaken(cast) {
+  /**
+   * The vote that the server has stored; null if there is none yet, and it says why not.
+   * @param {Vote} vote @param {(vote: Vote) => Promise<void>} cast @returns {Promise<Vote | null>}
+   */
+  async #stored(vote, cast) {
     this.choose = () => {};
     this.trouble.hidden = true;
     try {
-      await cast();
-      return true;
+      await cast(vote);
+      return vote;
     } catch (error) {
       if (!(error instanceof ServerError)) throw error;
-      if (error.status === 409) return true; // the answer to an earlier one was lost on its way
+      if (error.status === 409) return this.unanswered ?? vote; // its answer was lost on the way
       if (!error.isPassing) throw error;
+      if (error.status === 0) this.unanswered ??= vote;
       this.trouble.textContent = error.message;
       this.trouble.hidden = false;
-      return false;
+      return null;
     }
   }
 

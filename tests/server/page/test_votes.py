@@ -183,14 +183,15 @@ def test_a_vote_that_could_not_be_stored_can_be_cast_again(voting):
     assert [line["metadata"]["vote"] for line in voting.stored()] == ["left"]
 
 
-def test_a_vote_whose_answer_was_lost_counts_once(voting):
+@pytest.mark.parametrize("again", ["left", "right"])
+def test_a_vote_whose_answer_was_lost_counts_once_and_stays(voting, again):
     left, _ = voting.ask("What is tea?", "A drink.", "A leaf.")
     voting.tab.route("**/v1/votes", lambda route: (route.fetch(), route.abort()), times=1)
     voting.ballot.get_by_role("button", name=CHOICES["left"]).click()
     expect(voting.ballot.get_by_role("alert")).to_contain_text("cannot be reached")
-    voting.choose("left")
+    voting.choose(again)
     voting.visit.expect_texts("What is tea?", left)
-    assert len(voting.stored()) == 1
+    assert [line["metadata"]["vote"] for line in voting.stored()] == ["left"]
 
 
 @pytest.mark.parametrize("status", [404, 410])
