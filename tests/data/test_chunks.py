@@ -132,7 +132,7 @@ def test_the_group_is_the_number_of_the_source(store):
 
 
 def test_nothing_that_fits_is_refused(store):
-    with pytest.raises(DataError, match=r"`data.max_length` = 3 .* [\d,]+ messages that do not fit"):
+    with pytest.raises(DataError, match=r"`data.max_length` = 3 .* messages that do not fit the context [\d,]+"):
         chunk([store], rows_of(store), ConversationTrees("once", 3, 128))
 
 

@@ -196,7 +196,7 @@ def test_a_message_can_have_several_lines(begun, tmp_path):
 
 
 def test_an_unknown_command_is_answered_and_the_chat_goes_on(begun):
-    assert "did you mean /help?" in begun.enter("/hlep me")
+    assert "did you mean `/help`?" in begun.enter("/hlep me")
     assert "Alt+Enter" in begun.enter("/help")
     assert "temperature 0.7, top_k 0" in begun.enter("/set")
 
@@ -253,7 +253,7 @@ def test_every_line_is_an_entry_and_stdout_holds_replies_alone(chat_model, untra
     assert ended.stdout == "".join(replies)
     assert "\\x" in "".join(replies)  # the model did say control characters
     assert len(ended.errors) == 1
-    assert "did you mean /help?" in ended.errors[0]
+    assert "did you mean `/help`?" in ended.errors[0]
     assert ended.stderr.count("[cut off after 150 tokens") == 3
     assert ended.code == 1  # not everything could be done
 

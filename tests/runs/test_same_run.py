@@ -45,7 +45,7 @@ class Regrouped:
 
     def __init__(self, plan, size):
         self.plan, self.size = plan, size
-        self.ends_epoch, self.digest = plan.ends_epoch, plan.digest
+        self.ends_epoch, self.position = plan.ends_epoch, plan.position
         self.micro_batches_per_step = plan.micro_batches_per_step // size
 
     def training_stream(self, step, number):

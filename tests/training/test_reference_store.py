@@ -71,7 +71,7 @@ def test_what_no_model_gives_is_refused(row, found, make_store):
     store = make_store()
     store.create()
     store.write([row])
-    with pytest.raises(ReferenceLogProbError, match=rf"must hold the log-prob of 1 tokens, but holds {found}: remove"):
+    with pytest.raises(ReferenceLogProbError, match=rf"must hold the log-prob of 1 token, but holds {found}: remove"):
         store.read([b"k" * 16], [1])
 
 
