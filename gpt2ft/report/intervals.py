@@ -13,6 +13,7 @@ from gpt2ft.random import generator
 from gpt2ft.report.schema import CONFIDENCE, Estimate, Metric
 
 RESAMPLES = 2000
+FEWEST = 6  # things: all resamples of fewer lie within a range that holds the truth in less than 95 of 100 samples
 _NORMAL = NormalDist()
 _Z = _NORMAL.inv_cdf((1 + CONFIDENCE) / 2)
 

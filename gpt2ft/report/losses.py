@@ -13,7 +13,7 @@ from gpt2ft.data.token_tree import ASSISTANT
 from gpt2ft.distributed import watchdog
 from gpt2ft.distributed.accelerator import device_sum
 from gpt2ft.model.logprobs import TargetLogProbs
-from gpt2ft.report.intervals import bootstrap
+from gpt2ft.report.intervals import FEWEST, bootstrap
 from gpt2ft.report.schema import Estimate, HeldOut, Loss
 from gpt2ft.stream import TokenStream
 from gpt2ft.text.tokenizer import ChatTokenizer
@@ -108,10 +108,16 @@ def _measured(losses: dict[str, Loss]) -> dict[str, Loss]:
 def differences(sums: Tally, first: Tally, same_tokens: bool, seed: int) -> dict[str, Estimate]:
     """Return how much higher the loss is than that of the first model, paired by conversation.
 
+    Conversations count of which both models read the same: what is too long for one tokenizer may fit in another's. Of
+    fewer than FEWEST there is no difference that an interval could tell from chance.
+
     Args:
         same_tokens: both models have the same tokenizer, without which nats per token mean two things.
     """
     columns = np.concatenate([each.sum(axis=(1, 2)) for each in (sums, first)], axis=1)  # [conversations, 6]
+    columns = columns[(columns[:, BYTES] > 0) & (columns[:, BYTES] == columns[:, 3 + BYTES])]
+    if len(columns) < FEWEST:
+        return {}
 
     def difference(unit: int, factor: float) -> Estimate:
         return bootstrap(columns, lambda s: factor * (s[..., NATS] / s[..., unit] - s[..., 3] / s[..., 3 + unit]), seed)

@@ -82,9 +82,15 @@ class TrainingData:
         self._shingles = _union(*(found for _, found in self._held_out))
         self._exact, self._near = set[int](), set[int]()  # numbers of conversations
         self._index = _near_index([found for _, found in self._held_out])
+        self._num_runs, self._unread = num_runs, set[int]()
         self.problems: list[str] = []  # what could not be scanned, in sentences
         if self._index is None:
             self.problems.append("near copies of held-out replies are not looked for: pip install 'gpt2ft[report]'")
+
+    def leave_out(self, run: int, problem: str) -> None:
+        """Note that the data of a run cannot be read: nothing is then known of what it has learnt by heart."""
+        self._unread.add(run)
+        self.problems.append(problem)
 
     def scan(self, text: str, run: int = 0) -> None:
         codes = word_codes(text)
@@ -103,16 +109,20 @@ class TrainingData:
                 self._near.add(number)
 
     def learnt_by_heart(self, model: str, seed: int, runs: Sequence[int] = ()) -> Heart:
-        """Return the share of the n-grams in a model's replies that stand in the data of some runs, or of all."""
-        heart = {}
+        """Return the share of the n-grams in a model's replies that stand in the data of some runs, or of all.
+
+        It is empty if those of one could not be read.
+        """
+        heart: Heart = {}
+        if self._unread.intersection(runs or range(self._num_runs)):
+            return heart
         for n in HEART:
             found = self._found[n][list(runs)] if runs else self._found[n]
             known = self._wanted[n][found.any(axis=0)]
-            columns = np.array(
-                [[np.isin(each, known).sum(), len(each)] for each in self._replies[model, n]], np.float64
-            )
-            if columns[:, 1].sum():
-                share = bootstrap(columns, lambda sums: sums[..., 0] / np.maximum(sums[..., 1], 1), seed)
+            said = [each for each in self._replies[model, n] if len(each)]
+            columns = np.array([[np.isin(each, known).sum(), len(each)] for each in said], np.float64)
+            if said:
+                share = bootstrap(columns, lambda sums: sums[..., 0] / sums[..., 1], seed)
                 heart[f"grams_{n}"] = {**share, "count": int(columns[:, 1].sum())}
         return heart
 
@@ -120,9 +130,11 @@ class TrainingData:
         """Return how many held-out conversations overlap with what was scanned, and [conversations] which."""
         overlapping = np.zeros(conversations, bool)
         overlapping[sorted(self._exact | self._near)] = True
-        found: Overlap = {"conversations": conversations, "exact": len(self._exact), "problems": self.problems}
-        if self._index is not None:
-            found["near"] = len(self._near | self._exact)
+        found: Overlap = {"conversations": conversations, "problems": self.problems}
+        if len(self._unread) < self._num_runs:
+            found["exact"] = len(self._exact)
+            if self._index is not None:
+                found["near"] = len(self._near | self._exact)
         return found, overlapping
 
 

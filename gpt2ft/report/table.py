@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gpt2ft.report.intervals import FEWEST
 from gpt2ft.report.schema import Report
 from gpt2ft.text.display import escape_control_characters
 
@@ -24,7 +25,8 @@ class Figure:
         """Return a number as text; `sign` "+" shows that of a difference."""
         if self.form == "%":
             return f"{100 * value:{sign}.{1 if 0 < abs(value) < 0.0995 else 0}f}"
-        return f"{value:{sign}{self.form if abs(value) < 1e6 else '.3g'}}"
+        form = self.form.removeprefix("+") if sign else self.form
+        return f"{value:{sign}{form if abs(value) < 1e6 else '.3g'}}"
 
 
 @dataclass(frozen=True)
@@ -74,15 +76,22 @@ REPLIES = [
     OBEYS,
     ON_TOPIC,
 ]
-PREFERENCES = [
+PREFERENCES = [  # changes are those from each model's own reference, and a margin grows with its beta: not compared
     Figure("pairs", ("preferences", "pairs"), ",.0f", is_compared=False),
     ACCURACY,
     Figure("chosen reply likelier per token, %", ("preferences", "likelier"), "%", 1),
     Figure("what choosing the longer reply would get, %", ("preferences", "longer"), is_compared=False),
-    Figure("margin of the rewards", ("preferences", "margin"), ".3f", 1),
-    Figure("both replies less likely than before, %", ("preferences", "both_fall"), "%", -1),
-    Figure("change of chosen log-probs, nats/token", ("preferences", "chosen_change_per_token"), "+.3f"),
-    Figure("change of rejected log-probs, nats/token", ("preferences", "rejected_change_per_token"), "+.3f"),
+    Figure("margin of the rewards", ("preferences", "margin"), ".3f", is_compared=False),
+    Figure("both replies less likely than before, %", ("preferences", "both_fall"), is_compared=False),
+    Figure(
+        "change of chosen log-probs, nats/token", ("preferences", "chosen_change_per_token"), "+.3f", is_compared=False
+    ),
+    Figure(
+        "change of rejected log-probs, nats/token",
+        ("preferences", "rejected_change_per_token"),
+        "+.3f",
+        is_compared=False,
+    ),
     Figure("measured against", ("preferences", "reference")),
 ]
 MEMORY = [
@@ -146,20 +155,20 @@ def tables(report: Report) -> list[Table]:
         Figure(label, ("held_out", *path, unit), ".3f", -1, unit if path == ("total",) else "") for label, path in parts
     ]
     counts = {metric["count"] for model in report["models"] for metric in model.get("replies", {}).values()}
-    counts = sorted({min(counts, default=0), max(counts, default=0)})
+    counts = sorted({min(counts), max(counts)} if counts else ())
     differ = report.get("settings_that_differ", {}).items()
     settings = [(key, [None if value is None else Cell(str(value)) for value in values]) for key, values in differ]
     found = [
         in_short(report),
         _table(report, f"Held-out loss, {name}", held_out),
-        replace(_replies(report), note=f"Of {' to '.join(map(str, counts))} replies."),
+        replace(_replies(report), note=f"Of {' to '.join(map(str, counts))} replies." if counts else ""),
         _table(report, "Forgotten? Plain text", _plain_texts(report)),
         _table(report, "Preferences on held-out pairs", PREFERENCES),
         replace(_table(report, "Learnt by heart?", MEMORY), note=_overlap(report)),
         _table(report, "What it was trained on", TRAINING),
         Table("Settings that differ", _names(report), settings),
     ]
-    return [table for table in found if table.rows]
+    return [table for table in found if table.rows or table.note]
 
 
 def _table(report: Report, title: str, figures: Iterable[Figure]) -> Table:
@@ -227,7 +236,8 @@ def _cell(figure: Figure, value: Any, first: Any = None, paired: Mapping[str, fl
             f"\N{GREEK CAPITAL LETTER DELTA} {figure.write(paired['low'], '+')} to {figure.write(paired['high'], '+')}"
         )
     elif has_interval:
-        is_clear = value["low"] > first["high"] or value["high"] < first["low"]
+        is_known = min(value["count"], first["count"]) >= FEWEST
+        is_clear = is_known and (value["low"] > first["high"] or value["high"] < first["low"])
     gain = change * figure.better
     verdict = ("better" if gain > 0 else "worse" if gain < 0 else "changed") if is_clear else ""
     return Cell(figure.write(new), interval, figure.write(change, "+") + "*" * is_clear, verdict)

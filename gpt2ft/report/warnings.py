@@ -95,9 +95,9 @@ def forgetting(report: Report) -> Iterator[str]:
 
 
 def memorised(report: Report) -> Iterator[str]:
-    """Words of the training data that a model says, and the first one does not say anyway."""
+    """Words of the training data that a model says, and the first one, if it is of no run, does not say anyway."""
     first, *_ = report["models"]
-    said_anyway = number(measured(first, ("learnt_by_heart", "grams_13"))) or 0.0
+    said_anyway = 0.0 if "training" in first else number(measured(first, ("learnt_by_heart", "grams_13"))) or 0.0
     for model in report["models"]:
         share = number(measured(model, ("learnt_by_heart", "grams_13"))) or 0.0
         if share > said_anyway + MANY_BY_HEART:

@@ -35,6 +35,7 @@ from gpt2ft.runs.measurements import Bench, Measured, Subject, find_subjects, tr
 from gpt2ft.runs.preference_scores import describe_preferences
 from gpt2ft.runs.samples import answer, held_out_prompts
 from gpt2ft.settings.scripts import DPOSettings, EvaluateSettings, RunSettings
+from gpt2ft.text.display import escape_control_characters
 
 REPORT = "report.json"
 SHOWN = 3  # conversations
@@ -54,7 +55,7 @@ def run(settings: EvaluateSettings) -> None:
         return
     report = report_of(bench, measured)
     for line in lines(report, bench):
-        print(line)
+        print(escape_control_characters(line))
     write(report, settings, subjects)
 
 
@@ -87,7 +88,8 @@ def report_of(bench: Bench, measured: list[Measured]) -> Report:
             entry["held_out"] = _held_out(bench, each, measured[0], overlapping)
         if training and each.replies:
             own = [list(runs).index(_data_of(run)) for run in training_runs(each.subject)]
-            entry["learnt_by_heart"] = training.learnt_by_heart(each.subject.name, settings.seed, own)
+            heart = training.learnt_by_heart(each.subject.name, settings.seed, own)
+            entry |= {"learnt_by_heart": heart} if heart else {}
     report["warnings"] = warnings_of(report)
     return report
 
@@ -125,7 +127,8 @@ def _held_out(bench: Bench, measured: Measured, first: Measured, overlapping: ND
     if measured is not first and not first.failed:
         reference = bench.data(first.subject.loaded.tokenizer)
         if np.array_equal(rows, reference.conversations.rows):
-            found["difference"] = differences(measured.sums, first.sums, data is reference, bench.settings.seed)
+            compared = differences(measured.sums, first.sums, data is reference, bench.settings.seed)
+            found |= {"difference": compared} if compared else {}
     return found
 
 
@@ -156,7 +159,7 @@ def _scan_training_data(bench: Bench, measured: list[Measured], runs: Sequence[R
         try:
             corpus, _ = load_corpora(data, tokenizer, settings.training.seed, kind)
         except (Gpt2ftError, OSError) as error:
-            training.problems.append(f"the training data {', '.join(data.train)} cannot be read: {error}")
+            training.leave_out(run, f"the training data {', '.join(data.train)} cannot be read: {error}")
             continue
         for _, text in supervised_texts(corpus, tokenizer):
             training.scan(text, run)

@@ -112,6 +112,20 @@ def test_differences_are_paired():
     assert set(differences(better, first, False, 0)) == {"bits_per_byte"}
 
 
+def test_conversations_that_a_model_leaves_out_are_not_compared():
+    """No resample is without a token, and each holds the same text for both models."""
+    first = np.zeros((40, 3, 3, 3))
+    first[:7, 0, 0] = np.stack([np.arange(30, 37), np.full(7, 10), np.full(7, 40)], axis=1)
+    other = first.copy()
+    other[0] = 0
+    other[20, 0, 0] = 900, 10, 40
+    assert differences(other, first, True, 0) == {
+        name: {"value": 0.0, "low": 0.0, "high": 0.0} for name in ("nats_per_token", "bits_per_byte")
+    }
+    other[1] = 0
+    assert differences(other, first, True, 0) == {}  # too few for an interval
+
+
 def test_what_is_not_finite_is_absent():
     assert loss_of(np.array([math.nan, 3, 9])) == {"tokens": 3, "bytes": 9}
     assert loss_of(np.zeros(3)) == {"tokens": 0, "bytes": 0}

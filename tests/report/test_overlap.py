@@ -48,6 +48,17 @@ def test_a_model_is_asked_of_the_data_of_its_own_runs():
     assert [found.learnt_by_heart("a", 0, runs)["grams_8"]["value"] for runs in ([0], [1], [0, 1], [])] == [0, 1, 1, 1]
 
 
+def test_nothing_is_known_of_data_that_cannot_be_read():
+    found = TrainingData({"a": [STORY, "short"]}, [], num_runs=2)
+    found.scan(STORY, 0)
+    found.leave_out(1, "gone")
+    assert found.learnt_by_heart("a", 0, [0])["grams_8"] == {"value": 1, "low": 1, "high": 1, "count": 15}
+    assert found.learnt_by_heart("a", 0, [0, 1]) == found.learnt_by_heart("a", 0) == {}
+    assert found.overlap(0)[0]["exact"] == 0
+    found.leave_out(0, "gone too")
+    assert found.overlap(0)[0] == {"conversations": 0, "problems": ["gone", "gone too"]}
+
+
 def test_held_out_replies_that_stand_in_training():
     near = STORY.replace("kettle", "pot").capitalize() + "."  # 3 of 19 5-grams are others
     held_out = [STORY.upper(), near, "Yes.", "nothing of this stands in any other text at all, nor ever did"]

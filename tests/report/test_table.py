@@ -5,7 +5,7 @@ import copy
 import pytest
 from report.made_up import estimate, loss, made_up_report, model
 
-from gpt2ft.report.table import as_terminal, in_short, tables
+from gpt2ft.report.table import Figure, as_terminal, in_short, tables
 
 
 def cells(table, label):
@@ -79,3 +79,32 @@ def test_five_models_stand_beside_each_other(report):
     text = as_terminal(report)
     assert text.count("held-out perplexity") == 1
     assert all(f"[{n + 1}] runs/a-long-name-{n}" in text for n in range(5))
+
+
+def test_changes_from_a_reference_are_written_of_every_model_and_not_compared(report):
+    report["models"][0]["preferences"] = report["models"][1]["preferences"] | {
+        "chosen_change_per_token": 0.02,
+        "beta": 1,
+    }
+    [preferences] = [table for table in tables(report) if table.title.startswith("Preferences")]
+    assert [cell and cell.value for cell in cells(preferences, "change of chosen log-probs, nats/token")] == [
+        "+0.020", "-0.050", None,
+    ]  # fmt: skip
+    assert cells(preferences, "margin of the rewards")[1].difference == ""
+    assert Figure("a change", (), "+.3f").write(0.5, "+") == "+0.500"
+
+
+def test_a_few_replies_tell_no_difference_from_chance(report):
+    for entry, words in zip(report["models"], (7.0, 9.0), strict=False):
+        entry["replies"]["words"] = estimate(words, 0.0, count=5)
+    assert cells(in_short(report), "words in a reply")[1].difference == "+2.0"
+    for entry in report["models"][:2]:
+        entry["replies"]["words"]["count"] = 6
+    assert cells(in_short(report), "words in a reply")[1].difference == "+2.0*"
+
+
+def test_what_is_not_known_of_training_data_is_said_where_no_figure_is(report):
+    del report["models"][1]["learnt_by_heart"]
+    report["overlap"] = {"conversations": 100, "problems": ["the training data gone.jsonl cannot be read"]}
+    [memory] = [table for table in tables(report) if table.title == "Learnt by heart?"]
+    assert (memory.rows, memory.note) == ([], "the training data gone.jsonl cannot be read")

@@ -113,6 +113,8 @@ def test_replies_that_are_recited(sound):
     assert "30 % of the runs of 13 words" in the_warning(sound)
     sound["models"][0]["learnt_by_heart"]["grams_13"] = estimate(0.3, count=500)
     assert warnings_of(sound) == []  # said anyway
+    sound["models"][0]["training"] = sound["models"][1]["training"]
+    assert sum("it recites" in warning for warning in warnings_of(sound)) == 2  # each of its own run's data
 
 
 @pytest.mark.parametrize("kind", ["exact", "near"])

@@ -251,8 +251,17 @@ def test_training_data_that_are_gone_are_said_to_be(evaluate, run_folder, tmp_pa
     for name in ("model", "manifest.json", "metrics.jsonl"):
         (moved / name).symlink_to(run_folder / name)
     (moved / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    (problem,) = evaluate(moved)["overlap"]["problems"]
+    report = evaluate(moved)
+    (problem,) = report["overlap"]["problems"]
     assert "gone.jsonl" in problem
+    assert "learnt_by_heart" not in report
+    assert "exact" not in report["overlap"]
+
+
+def test_no_name_drives_the_terminal(evaluate, tiny_weights_folder, tmp_path, capsys):
+    red = copy_of(tiny_weights_folder, tmp_path / "\x1b[31mred", lambda weights: None)
+    assert "\x1b" in evaluate(tiny_weights_folder, red, num_prompts=0)["warnings"][0]
+    assert "\x1b" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
