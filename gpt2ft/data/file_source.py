@@ -23,7 +23,7 @@ _DOCUMENTS = (".txt", ".md")
 _MOST_NAMED = 5  # files that are not read
 # In folders written by `save_to_disk`, and in clones of data sets on the hub.
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-_SPLIT = re.compile(r"((?:train|test|validation|valid|val|dev|eval)(?:_[a-z]+)?)(?:-\d{5}-of-\d{5})?\.")
+_SPLIT = re.compile(r"((?:train|test|validation|valid|val|dev|eval)(?:_[a-z]+)?)(?:-\d{5}-of-\d{5})?\.", re.I)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _files_in(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     data = [file for file in visible if is_data(file)]
     records = [file for file in data if kind_of(file) not in _DOCUMENTS]
     files = records or data
-    splits = sorted({_split(file) for file in files} - {""})
+    splits = sorted({_split(file, folder) for file in files} - {""})
     if len(splits) > 1:
         raise DataError(
             f"{folder}: must hold one split, but holds {', '.join(splits)}: name the folder or files of one"
@@ -122,12 +122,13 @@ def _files_in(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     return tuple(files), tuple(file for file in visible if file not in set(files))
 
 
-def _split(file: Path) -> str:
-    """Return the split that a file is of, as `datasets` names folders and the hub names files; "" for all others."""
+def _split(file: Path, folder: Path) -> str:
+    """Return the split that a file is of, by the folders below `folder` or by its own name; "" for all others."""
     if (file.parent.parent / "dataset_dict.json").is_file():
         return file.parent.name
-    named = _SPLIT.match(file.name)
-    return named[1] if named else ""
+    folders = (f"{name}." for name in file.relative_to(folder).parts[:-1])
+    named = next(filter(None, map(_SPLIT.match, (*folders, file.name))), None)
+    return named[1].lower() if named else ""
 
 
 def _saved(state: Path) -> list[str]:

@@ -31,6 +31,7 @@ from gpt2ft.data.blocks import (
     refuse_wide_characters,
     whole,
 )
+from gpt2ft.data.formats.column_names import CONTEXTS, CONVERSATIONS, PROMPTS, REPLIES
 from gpt2ft.data.reading import DataError, Malformed, ReadContext, Record, show
 from gpt2ft.data.tables import read_arrow, read_parquet
 from gpt2ft.data.text_files import read_delimited, read_documents
@@ -38,6 +39,7 @@ from gpt2ft.data.text_files import read_delimited, read_documents
 # Keys of an object that is no record, but holds them all in a list.
 _WRAPPERS = ("data", "dataset", "records", "rows", "examples", "samples", "entries")
 _WRAPPERS += ("train", "training", "test", "validation", "valid", "val", "dev", "eval")
+_READ = frozenset((*PROMPTS, *CONTEXTS, *REPLIES, *CONVERSATIONS, "system", "system_prompt", "text"))  # of records
 _GULP = 1 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")
 
@@ -178,6 +180,7 @@ def _elements(file: Path) -> Iterator[tuple[tuple[int, Any], int]]:
     with whole(file), open_text(file) as handle:
         scanner = _Scanner(file, handle)
         wrapper = scanner.find_list()
+        scanner.refuse_lost()
         number, following = 0, "]" if scanner.next_character() == "]" else ","
         while following == ",":
             number += 1
@@ -190,6 +193,7 @@ def _elements(file: Path) -> Iterator[tuple[tuple[int, Any], int]]:
         scanner.at += 1
         if wrapper:
             scanner.close_wrapper(wrapper)
+            scanner.refuse_lost()
         if scanner.next_character():
             raise scanner.error("goes on after its end")
 
@@ -204,6 +208,7 @@ class _Scanner:
     def __init__(self, file: Path, handle: TextIO) -> None:
         self.file, self.handle = file, handle
         self.text, self.at = "", 0
+        self.beside: Record = {}  # what an object holds beside the list of records
 
     def read_on(self) -> bool:
         """Return false at the end of the file."""
@@ -266,7 +271,7 @@ class _Scanner:
                 return key if self.next_character() in ("{", "]") else None
             if key is None:
                 return None
-            self.value(1)
+            self.beside[key], _ = self.value(1)
             found = self.next_character()
         return None
 
@@ -278,10 +283,18 @@ class _Scanner:
                 raise self.error(f"holds two, `{key}` and `{other}`: give each a file of its own")
             if other is None:
                 break
-            self.value(1)
+            self.beside[other], _ = self.value(1)
         if self.next_character() != "}":
             raise self.error(f"the object around `{key}` does not end")
         self.at += 1
+
+    def refuse_lost(self) -> None:
+        """Raise a DataError if text or records that layouts read stand beside the list: they may belong to them all."""
+        for key, value in self.beside.items():
+            is_text = key in _READ and isinstance(value, str) and value.strip()
+            objects = (one for one in value if isinstance(one, dict)) if isinstance(value, list) else ()
+            if is_text or any(_READ & one.keys() for one in objects):
+                raise self.error(f"holds {show(key)} beside it, which would be lost: move it into the records")
 
     def _key(self) -> str | None:
         """Pass over a bracket or comma, a key and its colon; None if these do not follow."""

@@ -60,7 +60,7 @@ def _delimiter(file: Path) -> str:
     with open_text(file) as handle:
         lines = [line for line in handle.read(_LONGEST_HEADER).splitlines(keepends=True) if line.strip()]
     if lines and lines[0].lower().startswith("sep="):
-        return lines[0].strip()[len("sep=") :] or "\t"
+        return lines[0].strip()[len("sep=") :][:1] or "\t"  # it stands more than once where it was saved again
     choices = _DELIMITERS[kind_of(file)]
     return max(choices, key=lambda choice: len(next(csv.reader(lines, delimiter=choice), ())))
 

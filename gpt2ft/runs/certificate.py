@@ -73,7 +73,7 @@ def _digests(folder: Path) -> dict[str, str]:
 def check_model(file: Path, model: Path) -> str:
     """Tell whether a model is one of a certificate's; return why not in one sentence, empty if it is."""
     certificate, found = read_json(file), _digests(model)
-    if not isinstance(certificate, dict) or certificate.get("format") != FORMAT or not certificate["verified"]:
+    if not isinstance(certificate, dict) or certificate.get("format") != FORMAT or not certificate.get("verified"):
         return f"{file} is not the certificate of a run that verifies"
     for name, digests in certificate["models"].items():
         dtype = next((key for key, digest in digests.items() if digest == found["float32"]), None)

@@ -4,11 +4,13 @@ Before data are read, so that the answer is in words of settings and comes at on
 their content afterwards.
 """
 
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from gpt2ft.errors import SettingsError
+from gpt2ft.files import user_path
 from gpt2ft.runs.identity import settings_that_train
 from gpt2ft.runs.loaded_model import read_run_settings
 from gpt2ft.settings.scripts import DPOSettings, RunSettings
@@ -31,9 +33,10 @@ def refuse_other_run(folder: Path, settings: RunSettings, is_finished: bool) -> 
     if changes:
         more = f" and {len(changes) - MOST_NAMED} more" if len(changes) > MOST_NAMED else ""
         state = "is finished, and was another" if is_finished else "cannot be continued"
+        beside = shlex.quote(str(_beside(folder, settings)))
         raise SettingsError(
             f"the run in {folder} {state}: {', '.join(changes[:MOST_NAMED])}{more}; "
-            f"train beside it with `--output {_beside(folder, settings)}`, or move it aside with `--resume never`"
+            f"train beside it with `--output {beside}`, or move it aside with `--resume never`"
         )
 
 
@@ -73,7 +76,8 @@ def _words(value: Any) -> str:
 
 def _beside(folder: Path, settings: RunSettings) -> Path:
     """Return a folder that is free, named after the data where they are a file or a folder."""
-    source = Path(split_mixing_weight(settings.data.train[0])[0])
-    first = folder.with_name(source.name.partition(".")[0] if source.exists() else f"{folder.name}-2")
+    source = user_path(split_mixing_weight(settings.data.train[0])[0])
+    name = source.resolve().name.partition(".")[0] if source.exists() else ""
+    first = folder.with_name(name or f"{folder.name}-2")
     folders = (first, *(first.with_name(f"{first.name}-{number}") for number in range(2, 1000)))
     return next(other for other in folders if not other.exists())

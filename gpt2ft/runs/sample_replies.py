@@ -8,6 +8,7 @@ beside the output in files with `.partial-` in their names, one for each process
 import glob
 import hashlib
 import json
+import shlex
 import sys
 import uuid
 from collections import Counter
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from gpt2ft.command_line import same_command
+from gpt2ft.command_line import same_command, words_to_start
 from gpt2ft.conversation import tidy
 from gpt2ft.data.pairs import compared
 from gpt2ft.data.reading import DataError
@@ -27,7 +28,7 @@ from gpt2ft.distributed import watchdog
 from gpt2ft.distributed.accelerator import precision_of, start_accelerator
 from gpt2ft.distributed.agreement import check_agreement
 from gpt2ft.distributed.signals import Preempted, SignalHandler
-from gpt2ft.errors import SettingsError
+from gpt2ft.errors import SettingsError, reason
 from gpt2ft.files import failing_as, user_path, write_text
 from gpt2ft.inference.decoder import Decoder, suppressed_token_mask
 from gpt2ft.inference.generate import generate
@@ -84,8 +85,9 @@ def run(settings: SampleSettings) -> None:
     for file in _partial_files(output):
         file.unlink()
     print_row("written", f"{counted(len(rows), 'conversation' if settings.best else 'pair')} to {output}")
-    script = "sft.py my-data" if settings.best else "dpo.py my-data-dpo"
-    print_row("next", f"python launch/{script} --model.path {loaded.source} --data.train {output}")
+    script, recipe = ("sft", "my-data") if settings.best else ("dpo", "my-data-dpo")
+    words = [*words_to_start(script), recipe, "--model.path", loaded.source, "--data.train", str(output)]
+    print_row("next", shlex.join(words))
 
 
 def read_prompts(settings: SampleSettings) -> list[Prompt]:
@@ -106,7 +108,7 @@ def _lines(source: str) -> Iterator[Prompt]:
     try:
         lines = user_path(source).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{source} cannot be read: {error}") from error
+        raise DataError(f"{source} cannot be read: {reason(error)}") from error
     return ((("user", line.strip()),) for line in lines if line.strip())
 
 

@@ -294,6 +294,9 @@ class SampleSettings(InferenceSettings, FilterSettings):
         yield from source_problems(self.data, "data")
         if not self.data:
             yield "`data` must name at least one data source, but is empty"
+        yield from column_problems(self.columns, "columns")
+        if self.best and self.pairs != type(self).model_fields["pairs"].default:
+            yield "`pairs` must not be set with `best`, which writes conversations"
         if self.replies < 2 and not self.best:
             yield "`replies` must be at least 2 where pairs are made of them, but is 1"
         if self.temperature == 0 and self.replies > 1:

@@ -81,6 +81,8 @@ def _file_likeness(name: str, other: str) -> float:
     parts, others = name.split(".", 1), other.split(".", 1)
     if 5 <= len(others[0]) < len(parts[0]) <= 2 * len(others[0]) and parts[0].startswith(others[0]):  # `alpaca_en`
         parts[0] = others[0]
+    if len(parts) == len(others) == 2 and sorted(parts[1]) == sorted(others[1]):  # `.cvs`
+        parts[1] = others[1]
     return min(_likeness(part, another) for part, another in zip(parts, others, strict=False))
 
 

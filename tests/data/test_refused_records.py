@@ -108,6 +108,19 @@ def test_an_object_around_a_list_of_records(key, name, indent, read, error, tmp_
         assert tells(error(tmp_path / name, on_error="skip"), f"{tmp_path / name}: must be one JSON array")
 
 
+@pytest.mark.parametrize(
+    "beside", [{"system": "Be kind."}, {"instruction": "Translate"}, {"more": [GOOD]}, {"about": 1, "Prompt": " "}]
+)
+def test_what_may_belong_to_all_records_of_a_list_is_not_passed_over(beside, read, error, tmp_path):
+    for value in ({"data": [GOOD]} | beside, beside | {"data": [GOOD]}):
+        for indent in (None, 2):
+            (tmp_path / "t.json").write_text(json.dumps(value, indent=indent))
+            if "about" in beside:
+                assert len(read(tmp_path / "t.json")[0]) == 1
+            else:
+                assert tells(error(tmp_path / "t.json", on_error="skip"), f'{tmp_path}/t.json: ... "{min(beside)}"')
+
+
 def test_records_with_a_list_of_such_a_name_are_records(read, tmp_path):
     lines = [json.dumps({"data": ["Tea?", "Yes."], "id": n}) for n in range(2)]
     (tmp_path / "t.json").write_text("\n".join(lines))

@@ -168,13 +168,20 @@ class TestFolder:
         assert not +context.dropped
 
     @pytest.mark.parametrize(
-        "names", ["train-00000-of-00001.parquet test-00000-of-00001.parquet", "a/train.jsonl a/dev.jsonl"]
+        "names",
+        [
+            "train-00000-of-00001.parquet test-00000-of-00001.parquet",
+            "a/train.jsonl a/dev.jsonl",
+            "Train.jsonl Test.jsonl",
+            "train/a.jsonl test/a.jsonl",
+            "Train/en/a.jsonl validation/en/a.jsonl",
+        ],
     )
     def test_of_several_splits_it_is_refused(self, names, read, error, write, tmp_path):
         """Else what is meant for a test would be trained on."""
         _, test = (write(tmp_path / "all" / name, [{"text": "Tea."}]) for name in names.split())
         assert tells(error(tmp_path / "all"), f"{tmp_path}/all: ... one split ... train")
-        test.rename(test.with_name("training-data.jsonl" if test.suffix == ".jsonl" else "more.parquet"))
+        test.rename(tmp_path / "all" / f"training-data{test.suffix}")
         assert len(read(tmp_path / "all")[0]) == 2
 
     def test_without_data_it_is_refused(self, error, tmp_path):

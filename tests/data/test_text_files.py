@@ -59,6 +59,8 @@ class TestTables:
     def test_the_first_line_of_excel(self, read, tmp_path):
         (tmp_path / "t.csv").write_text("sep=|\nprompt|completion\nTea, with; milk?|Yes.\n")
         assert turns(read(tmp_path / "t.csv")[0]) == [["Tea, with; milk?", "Yes."]]
+        (tmp_path / "t.csv").write_text("sep=;;\nprompt;completion\nTea?;Yes.\n")  # saved again by another program
+        assert turns(read(tmp_path / "t.csv")[0]) == [["Tea?", "Yes."]]
 
     def test_long_fields(self, read, tmp_path):
         written(tmp_path / "t.csv", [("text",), ("x" * 200_000,)])

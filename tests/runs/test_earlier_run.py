@@ -47,6 +47,17 @@ def test_other_data_go_into_another_folder(refusal, tmp_path):
     (tmp_path / "runs" / "mine").mkdir()
     assert "runs/mine-2`" in refusal(parse(), parse("--data.train", "mine.json@0.5"))
     assert "runs/quickstart-2`" in refusal(parse(), parse("--data.train", "oasst1"))
+    (tmp_path / "my chats.csv").write_text("")
+    assert f"`--output '{tmp_path}/runs/my chats'`" in refusal(parse(), parse("--data.train", "my chats.csv"))
+    (tmp_path / ".hidden").mkdir()
+    assert "runs/quickstart-2`" in refusal(parse(), parse("--data.train", ".hidden"))
+
+
+@pytest.mark.parametrize(("source", "below"), [(".", "."), ("..", "sub"), ("./", ".")])
+def test_a_folder_without_a_name_of_its_own_names_none(source, below, refusal, tmp_path, monkeypatch):
+    (tmp_path / below).mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / below)
+    assert f"/runs/{tmp_path.name}`" in refusal(parse(), parse("--data.train", source))
 
 
 @pytest.mark.parametrize("is_finished", [True, False])

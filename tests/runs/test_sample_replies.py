@@ -1,6 +1,7 @@
 """launch/sample.py: the file it writes is the same however it came about, and is read as it is."""
 
 import json
+import shlex
 
 import processes
 import pytest
@@ -42,6 +43,21 @@ def test_pairs_are_what_dpo_reads(sample, tmp_path, tiny_weights_folder, run_dpo
         assert [turn["role"] for turn in (*row["chosen"], *row["rejected"])] == ["assistant"] * 2
     run_dpo(tmp_path / "run", steps=1, data={"train": [str(tmp_path / "pairs.jsonl")], "eval": []}, eval_every=None)
     assert f" {len(rows)} pairs of replies to " in capsys.readouterr().out
+
+
+def test_a_file_of_prompts_that_is_missing_is_named_once(sample, tmp_path, capsys):
+    with pytest.raises(DataError) as raised:
+        sample(data=[str(tmp_path / "none.txt")])
+    assert str(raised.value).count("none.txt") == 1
+    assert "Errno" not in str(raised.value)
+
+
+def test_the_next_command_can_be_copied(sample, tmp_path, tiny_weights_folder, capsys):
+    sample("my pairs.jsonl")
+    told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("next"))
+    words = shlex.split(told)
+    assert words[-4:] == ["--model.path", str(tiny_weights_folder), "--data.train", str(tmp_path / "my pairs.jsonl")]
+    assert "my-data-dpo" in words
 
 
 def test_ties_are_no_pairs(sample, capsys):

@@ -100,6 +100,11 @@ def test_a_finished_run_verifies_to_the_bit(run, data, tmp_path, capsys):
         assert told in capsys.readouterr().out
 
 
+def test_another_file_is_no_certificate(tiny_weights_folder, tmp_path):
+    write_json(tmp_path / "manifest.json", {"format": 1, "step": 3})
+    assert "is not the certificate of a run" in check(tmp_path / "manifest.json", tiny_weights_folder)
+
+
 def test_a_model_of_another_run_or_with_other_words_is_not_the_certificates(run, another, tiny_weights_folder):
     check(run, steps=1)
     for folder in (another / "model", tiny_weights_folder):

@@ -15,6 +15,7 @@ from gpt2ft.settings.scripts import (
     DPOSettings,
     EvaluateSettings,
     ExportSettings,
+    SampleSettings,
     ServeSettings,
     SFTSettings,
     VerifySettings,
@@ -196,6 +197,13 @@ def test_what_is_verified_is_one_folder_or_two(refused):
     assert parse_script(VerifySettings, "paths", []).paths == ()
     assert parse_script(VerifySettings, "paths", ["a", "b", "--steps", "5"]).paths == ("a", "b")
     assert keys(refused(parse_script, VerifySettings, "paths", ["a", "b", "c"])) == ["paths"]
+
+
+def test_what_is_sampled_is_pairs_or_conversations():
+    given = {"data": ("a",), "output": "b"}
+    assert keys(SampleSettings(**given, best=True, pairs="all").problems()) == ["pairs"]
+    assert keys(SampleSettings(**given, best=True).problems()) == []
+    assert keys(SampleSettings(**given, columns="prompt").problems()) == ["columns"]
 
 
 def test_a_chat_has_a_seed_and_a_server_takes_that_of_its_requests(refused):

@@ -158,4 +158,5 @@ def test_files_are_compared_by_their_own_names():
     assert nearest_path("quikstart", both) == " (did you mean `quickstart` or `runs/quickstart`?)"
     assert nearest_path("chats", files) == " (did you mean `/home/me/data/chats.jsonl`?)"
     assert nearest_path("/home/me/data/chats.json", files) == " (did you mean `/home/me/data/chats.jsonl`?)"
+    assert nearest_path("/home/me/data/notes.ttx", files) == " (did you mean `/home/me/data/notes.txt`?)"
     assert nearest_path("/home/me/data/a.jsonl", files) == nearest_path("/home/me/data/notes.csv", files) == ""
