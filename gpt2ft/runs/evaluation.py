@@ -11,6 +11,7 @@ from gpt2ft.distributed.accelerator import autocast
 from gpt2ft.distributed.signals import Preempted, SignalHandler
 from gpt2ft.runs.run_setup import RunSetup
 from gpt2ft.runs.samples import Sample, Turns, answer, sample_texts
+from gpt2ft.text.display import escape_control_characters
 from gpt2ft.training.evaluate import EvaluationInterrupted
 from gpt2ft.training.strategy import Strategy
 from gpt2ft.training.tracking import Tracker
@@ -91,4 +92,4 @@ class HeldOutEvaluation:
         """Return new sample replies as text, for the end of the run; all processes call it together."""
         samples = self.generate_samples()
         title = ["\nReplies to prompts it has never seen:"] if samples else []
-        return "\n\n".join([*title, *sample_texts(samples, self.samples_at_start), ""])
+        return escape_control_characters("\n\n".join([*title, *sample_texts(samples, self.samples_at_start), ""]))

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from gpt2ft.runs.evaluation import HeldOutEvaluation
 from gpt2ft.runs.finish import compared_with_start
+from gpt2ft.runs.samples import Sample
 
 LINES = [
     {"step": 0, "eval/loss": 5.3324, "eval/stopped": 0.0},
@@ -42,3 +44,12 @@ def test_a_run_that_has_not_evaluated_twice_says_nothing(compare, lines):
 
 def test_a_loss_that_is_not_finite_is_said_to_be(compare):
     assert "5.3324 -> nan" in compare([*LINES[:4], {"step": 266, "eval/loss": None, "eval/stopped": 0.0}])
+
+
+@pytest.mark.parametrize("at_start", [[], [Sample("Tea?", "\x1b[2J", True)]])
+def test_no_reply_drives_the_terminal(at_start, monkeypatch):
+    samples = [Sample("Tea?", "It is\n\x1b]0;hot\x07 and \x9b31m red.", True)]
+    monkeypatch.setattr(HeldOutEvaluation, "generate_samples", lambda self: samples)
+    transcript = HeldOutEvaluation(*[None] * 6, at_start).transcript()
+    assert "It is\n\\x1b]0;hot\\x07 and \\x9b31m red." in transcript
+    assert not {"\x1b", "\x07", "\x9b"} & set(transcript)
