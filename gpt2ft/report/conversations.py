@@ -40,7 +40,7 @@ def read_prompts(file: Path) -> list[Prompt]:
         SettingsError: naming the line that holds no prompt.
     """
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"`prompts` = {file} cannot be read: {error}") from error
     prompts = []
@@ -64,6 +64,7 @@ def _prompt(value: object) -> Prompt:
     for texts in (turns, earlier):
         if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text.strip() for text in texts):
             raise ValueError(f"found {texts!r}")
+        "".join(texts).encode()  # halves of surrogate pairs are no text
     if record or not turns:
         raise ValueError(f"found {', '.join(record) or 'no turn'}")
     return Prompt(tuple(turns), earlier=tuple(earlier))

@@ -28,13 +28,27 @@ def test_prompts_of_a_file(tmp_path):
     lines.write_text("\ufeffWhat is tea?\n\n  And milk?\n", encoding="utf-8")
     assert read_prompts(lines) == [Prompt(("What is tea?",)), Prompt(("And milk?",))]
     records = tmp_path / "prompts.jsonl"
-    records.write_text('"What is tea?"\n{"turns": ["I am Ann.", "Who am I?"], "earlier": ["Ann"]}\n')
-    assert read_prompts(records) == [Prompt(("What is tea?",)), Prompt(("I am Ann.", "Who am I?"), earlier=("Ann",))]
+    records.write_text(
+        '"What\u2028is tea?"\n{"turns": ["I am Ann.", "Who am I?"], "earlier": ["Ann"]}\n', encoding="utf-8"
+    )
+    first, second = read_prompts(records)
+    assert first == Prompt(("What\u2028is tea?",))
+    assert second == Prompt(("I am Ann.", "Who am I?"), earlier=("Ann",))
 
 
 @pytest.mark.parametrize(
     "line",
-    ["{", "5", "null", '{"turns": []}', '{"turns": "a"}', '{"turns": ["a", ""]}', '{"turns": ["a"], "b": 1}', "[]"],
+    [
+        '"\\ud83d"',
+        "{",
+        "5",
+        "null",
+        '{"turns": []}',
+        '{"turns": "a"}',
+        '{"turns": ["a", ""]}',
+        '{"turns": ["a"], "b": 1}',
+        "[]",
+    ],
 )
 def test_what_is_no_prompt_is_refused_with_its_line(line, tmp_path):
     file = tmp_path / "prompts.jsonl"
