@@ -48,6 +48,7 @@ Prompt = tuple[Turn, ...]  # the last turn is the user's
 Done = dict[int, list[Reply] | None]  # by the number of the prompt; None where it leaves no room for a reply
 Row = dict[str, Any]
 
+CHANGES_LITTLE = 256 * 4e-5  # width times learning rate
 _PARTIAL = ".partial-"
 _DECIDE = {"replies", "max_new_tokens", "seed", *SamplingDefaults.model_fields}  # settings that choose the replies
 
@@ -87,6 +88,8 @@ def run(settings: SampleSettings) -> None:
     print_row("written", f"{counted(len(rows), 'conversation' if settings.best else 'pair')} to {output}")
     script, recipe = ("sft", "my-data") if settings.best else ("dpo", "my-data-dpo")
     words = [*words_to_start(script), recipe, "--model.path", loaded.source, "--data.train", str(output)]
+    if not settings.best:  # a model that replies already is to be changed little
+        words += ["--optimizer.learning_rate", f"{CHANGES_LITTLE / max(256, loaded.gpt2.config.n_embd):.1g}"]
     print_row("next", shlex.join(words))
 
 

@@ -56,7 +56,8 @@ def test_the_next_command_can_be_copied(sample, tmp_path, tiny_weights_folder, c
     sample("my pairs.jsonl")
     told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("next"))
     words = shlex.split(told)
-    assert words[-4:] == ["--model.path", str(tiny_weights_folder), "--data.train", str(tmp_path / "my pairs.jsonl")]
+    assert words[-6:-4] == ["--model.path", str(tiny_weights_folder)]
+    assert words[-4:] == ["--data.train", str(tmp_path / "my pairs.jsonl"), "--optimizer.learning_rate", "4e-05"]
     assert "my-data-dpo" in words
 
 
