@@ -263,9 +263,13 @@ class Bench:
 
 
 def training_runs(subject: Subject) -> Iterator[RunSettings]:
-    """Yield the settings of every run that a model has come through, the last first."""
-    settings = subject.trained
-    while settings is not None:
+    """Yield the settings of every run that a model has come through, the last first.
+
+    They end where a folder comes twice: another run has taken the place of the one that was started from.
+    """
+    home, settings, met = subject.home, subject.trained, set[Path]()
+    while home and settings and home.resolve() not in met:
+        met.add(home.resolve())
         yield settings
         home = home_of(Path(settings.model.path))
         settings = read_run_settings(home) if home else None

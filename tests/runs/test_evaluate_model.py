@@ -16,8 +16,8 @@ from gpt2ft.model.pretrained import ModelError
 from gpt2ft.report.schema import Report
 from gpt2ft.runs import evaluate_model
 from gpt2ft.runs.export import write_folder
-from gpt2ft.runs.loaded_model import find_model, load_model
-from gpt2ft.runs.measurements import short_names
+from gpt2ft.runs.loaded_model import find_model, load_model, read_run_settings
+from gpt2ft.runs.measurements import Subject, short_names, training_runs
 from gpt2ft.settings.parsing import parse_script
 from gpt2ft.settings.scripts import EvaluateSettings
 from gpt2ft.settings.sections import ModelSettings
@@ -256,6 +256,17 @@ def test_training_data_that_are_gone_are_said_to_be(evaluate, run_folder, tmp_pa
     assert "gone.jsonl" in problem
     assert "learnt_by_heart" not in report
     assert "exact" not in report["overlap"]
+
+
+def test_runs_that_have_taken_each_other_s_place_are_read_once(tmp_path):
+    """SFT, DPO from it, and SFT from that into the folder of the first."""
+    homes = [tmp_path / name for name in ("sft", "dpo")]
+    for home, start in zip(homes, reversed(homes), strict=True):
+        home.mkdir()
+        recipe = {"model": {"path": str(start / "model")}, "data": {"train": [home.name]}}
+        (home / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    subject = Subject("sft", None, None, homes[0], homes[0], read_run_settings(homes[0]))
+    assert [run.data.train for run in training_runs(subject)] == [("sft",), ("dpo",)]
 
 
 def test_no_name_drives_the_terminal(evaluate, tiny_weights_folder, tmp_path, capsys):
