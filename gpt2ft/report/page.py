@@ -4,12 +4,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from gpt2ft.report import reference
 from gpt2ft.report.curves import curves
 from gpt2ft.report.schema import Reply, Report
 from gpt2ft.report.table import Table, tables
 from gpt2ft.text.display import escape_control_characters
 
 CURVES_NEED = "The curves of the runs need matplotlib: pip install 'gpt2ft[report]'"
+PAIRS = "What the start knows of the pairs"
 LEGEND = (
     "Differences are from the first model. A star: chance alone does not explain it. Beside a figure stands what 95 of "
     "100 samples like this one give; after \N{GREEK CAPITAL LETTER DELTA}, the same for the difference."
@@ -31,7 +33,10 @@ def html(report: Report) -> str:
         finalize=lambda value: shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
     )  # fmt: skip
     page = environment.get_template("page.html")
-    return page.render(report=report, tables=tables(report), curves=drawn, missing=missing, legend=LEGEND, note=note)
+    return page.render(
+        report=report, tables=tables(report), curves=drawn, missing=missing, legend=LEGEND, note=note,
+        pairs=_pairs_at_start(report), about_pairs=PAIRS,
+    )  # fmt: skip
 
 
 def markdown(report: Report) -> str:
@@ -63,6 +68,10 @@ def _fenced(text: str) -> list[str]:
     return [f"{fence}text", shown(text), fence, ""]
 
 
+def _pairs_at_start(report: Report) -> list[str]:
+    return reference.lines(report["pairs_at_start"]) if "pairs_at_start" in report else []
+
+
 def _lines(report: Report) -> Iterator[str]:
     names = [_inline(model["name"]) for model in report["models"]]
     yield from (f"# {', '.join(names)}", "")
@@ -79,6 +88,8 @@ def _lines(report: Report) -> Iterator[str]:
     yield from (LEGEND, "")
     for table in tables(report):
         yield from _table(table)
+    if pairs := _pairs_at_start(report):
+        yield from (f"## {PAIRS}", "", *_fenced("\n".join(pairs)))
     yield from ("## To get this again", "", *_fenced("\n".join(report.get("commands", ()))))
     for model in report["models"]:
         digests = [f"{key} {model[key]}" for key in ("weights", "tokenizer") if key in model]

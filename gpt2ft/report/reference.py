@@ -3,13 +3,17 @@
 Shape letters: R replies, P pairs.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from gpt2ft.errors import SettingsError
 
 SATURATED = 0.95  # sigmoid(beta x margin) from which a pair's gradient is below a twentieth of its largest
 BETAS = (0.01, 0.05, 0.1, 0.3, 1.0, 5.0)
@@ -131,6 +135,22 @@ def lines(report: dict[str, Any]) -> list[str]:
             f"    rejected: {_short(pair['rejected'])}",
         ]
     return text
+
+
+def read_report(file: Path) -> dict[str, Any]:
+    """Read what `launch/reference.py --report` has written.
+
+    Raises:
+        SettingsError: if it is something else, or cannot be read.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        lines(found)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise SettingsError(
+            f"`pairs_report` = {file} must be what `launch/reference.py --report` has written, but is not: {error!r}"
+        ) from error
+    return found
 
 
 def _short(text: str, most: int = 100) -> str:

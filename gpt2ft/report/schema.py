@@ -123,6 +123,7 @@ class Report(TypedDict, total=False):
     left_out: int  # messages that do not fit the context
     overlap: Overlap
     settings_that_differ: dict[str, list[Any]]  # by name, the value of each run, None for what is no run
+    pairs_at_start: dict[str, Any]  # what the log-probs of the start tell of the pairs (reference.figures)
     precision: str
     max_length: int
     seed: int

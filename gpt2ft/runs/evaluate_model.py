@@ -25,6 +25,7 @@ from gpt2ft.report.conversations import exchanges
 from gpt2ft.report.facts import facts, settings_that_differ
 from gpt2ft.report.losses import differences, held_out
 from gpt2ft.report.overlap import TrainingData, supervised_texts
+from gpt2ft.report.reference import read_report
 from gpt2ft.report.replies import behaviour, holds_word
 from gpt2ft.report.schema import Conversation, HeldOut, Loss, ModelReport, Report
 from gpt2ft.report.table import as_terminal
@@ -45,6 +46,7 @@ SHOWN = 3  # conversations
 def run(settings: EvaluateSettings) -> None:
     accelerator = start_accelerator(settings.precision)
     check_agreement(accelerator, settings.model_dump(exclude={"cache", "report", "output"}))
+    pairs_at_start = read_report(user_path(settings.pairs_report)) if settings.pairs_report else None
     backend = choose_backend(settings.attention, accelerator.device, "attention")  # refused before anything is loaded
     subjects = find_subjects(settings, accelerator.is_main_process)
     bench = Bench(settings, accelerator, backend, subjects)
@@ -54,6 +56,8 @@ def run(settings: EvaluateSettings) -> None:
     if not accelerator.is_main_process:
         return
     report = report_of(bench, measured)
+    if pairs_at_start:
+        report["pairs_at_start"] = pairs_at_start
     for line in lines(report, bench):
         print(escape_control_characters(line))
     write(report, settings, subjects)

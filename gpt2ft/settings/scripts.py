@@ -189,6 +189,8 @@ class EvaluateSettings(StreamSettings, CorpusSettings, FinishedModelSettings):
     """Implementation of attention, as in training."""
     seed: NotNegative = 0
     """Seed of the intervals; the same one gives the same report."""
+    pairs_report: str | None = None
+    """File of `launch/reference.py --report`, which becomes a section of the report."""
     report: str | None = None
     """File for the figures; default report.json in the folder of the last model, under a name that is free."""
     output: str | None = None

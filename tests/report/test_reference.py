@@ -1,11 +1,14 @@
 """What stored log-probs tell of pairs, on numbers made by hand."""
 
+import json
 import math
 
 import numpy as np
 import pytest
+from report.made_up import made_up_report
 
-from gpt2ft.report import reference
+from gpt2ft.errors import SettingsError
+from gpt2ft.report import page, reference
 from gpt2ft.report.reference import StoredPairs, divergence, length_bias, saturation
 
 # Replies of 2, 4, 10 and 5 tokens, each token likely by -1, -2, -3 and -1 nats.
@@ -59,3 +62,28 @@ def test_the_lines_fit_a_terminal():
     assert max(map(len, lines)) <= 125
     assert all("\n" not in line for line in lines)
     assert any("runs/x: 0.0123" in line for line in lines)
+
+
+def test_it_is_a_section_of_the_report(tmp_path):
+    file = tmp_path / "pairs.json"
+    hostile = "<script>alert(1)</script> ```"
+    found = reference.figures(STORED, 0.9, None)
+    found["suspicious"] = [{"prompt": hostile, "chosen": hostile, "rejected": hostile, "difference": -2.0}]
+    file.write_text(json.dumps(found))
+    report = made_up_report() | {"pairs_at_start": reference.read_report(file)}
+    html, markdown = page.html(report), page.markdown(report)
+    assert page.PAIRS in html
+    assert f"## {page.PAIRS}" in markdown
+    assert "likely mislabelled" in html
+    assert "<script>alert" not in html
+    del report["pairs_at_start"]
+    assert page.PAIRS not in page.html(report)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"pairs": 1}', "null"])
+def test_another_file_is_refused(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(SettingsError, match="pairs_report"):
+        reference.read_report(tmp_path / "x.json")
+    with pytest.raises(SettingsError, match="pairs_report"):
+        reference.read_report(tmp_path / "missing.json")
