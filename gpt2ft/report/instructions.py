@@ -10,7 +10,7 @@ from collections.abc import Callable
 import regex
 
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
-_NUMBER = rf"(?P<number>\d+|{'|'.join(NUMBERS)})"
+_NUMBER = rf"(?P<number>\d{{1,9}}|{'|'.join(NUMBERS)})"
 _QUOTED = r"(?:[\"“'‘`](?P<text>[^\"”'’`]+)[\"”'’`]|(?P<bare>\w+))"
 _MOST = r"(?P<most>at most|no more than|up to|fewer than|less than|under)"
 _NOT = r"(?:do not|don't|don’t|never|without) "
@@ -26,7 +26,9 @@ def _text(found: regex.Match) -> str:
 
 
 def _sentences(reply: str) -> int:
-    return len([part for part in regex.split(r"[.!?。！？]+[\"”'’)]*(?:\s+|$)", reply.strip()) if part.strip()])
+    return len(
+        [part for part in regex.split(r"(?<![.!?。！？])[.!?。！？]+[\"”'’)]*(?:\s+|$)", reply.strip()) if part.strip()]
+    )
 
 
 def _words(reply: str) -> int:
@@ -35,7 +37,7 @@ def _words(reply: str) -> int:
 
 def _items(reply: str) -> int:
     """Return the lines that begin as those of a list do."""
-    return len(regex.findall(r"^\s*(?:[-*•]|\d+[.)])\s+\S", reply, regex.MULTILINE))
+    return len(regex.findall(r"^[^\S\n]*(?:[-*•]|\d+[.)])\s+\S", reply, regex.MULTILINE))
 
 
 def _holds(reply: str, found: regex.Match) -> bool:

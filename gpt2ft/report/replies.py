@@ -4,9 +4,10 @@ Words are runs of letters and digits, each Chinese, Japanese or Thai character o
 as words in n-grams, so that a loop of them is seen.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Any
 
 import regex
 
@@ -18,7 +19,7 @@ _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}"
 _PIECES = regex.compile(rf"[{_UNSPACED}]|[\w--[{_UNSPACED}]]+|[^\w\s]", regex.V1)
 _USER = r"user|human|prompter|usuario|utilisateur|benutzer|nutzer|utente|пользователь|用户|ユーザー"
 _FORGED = regex.compile(
-    rf"(?:^|[.!?]\s)\W{{0,3}}(?:{_USER})\W{{0,3}}[:：]|<\|(?:user|prompter|im_start\|>user)|^\W*instruction\W*:|\[INST\]",
+    rf"(?:^|[.!?]\s)\W{{0,3}}(?:{_USER})\W{{0,3}}[:：]|<\|(?:user|prompter|im_start\|>user)|^\W{{0,9}}instruction\W{{0,9}}:|\[INST\]",
     regex.IGNORECASE | regex.MULTILINE,
 )
 COPIED = 8  # words of the prompt in a row, or all of it, that a reply must repeat to have copied it
@@ -65,10 +66,24 @@ def repeated_share(text: str, n: int = 4) -> float:
 
 
 def longest_repeat(text: str) -> int:
-    """Return the words of the longest run that stands in the text twice; the two may overlap."""
-    words = pieces(text)
-    suffixes = sorted(words[start:] for start in range(len(words)))
-    return max((_num_shared(one, other) for one, other in pairwise(suffixes)), default=0)
+    """Return the words of the longest run that stands in the text twice; the two may overlap.
+
+    Runs are compared by numbers for those of half their length (Karp, Miller and Rosenberg 1972): a loop of dots has
+    more pieces than could be compared run by run.
+    """
+    length, codes = 1, pieces(text)  # codes: what stands for each run of `length` words
+
+    def some_twice(longer: int) -> bool:
+        runs = list(zip(codes, codes[longer - length :], strict=False))
+        return len(set(runs)) < len(runs)
+
+    if not some_twice(1):
+        return 0
+    while some_twice(2 * length):
+        numbers: dict[tuple[Any, Any], int] = {}
+        codes = [numbers.setdefault(run, len(numbers)) for run in zip(codes, codes[length:], strict=False)]
+        length *= 2
+    return length - 1 + bisect_left(range(length, 2 * length), True, key=lambda longer: not some_twice(longer))
 
 
 def distinct_share(text: str, n: int) -> float | None:
@@ -122,8 +137,3 @@ def behaviour(exchanges: Sequence[Exchange], seed: int) -> dict[str, Metric]:
         if values:
             found[name] = mean(values, seed)
     return found
-
-
-def _num_shared(one: Sequence[str], other: Sequence[str]) -> int:
-    """Return the length of the longest common beginning."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

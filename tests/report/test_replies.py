@@ -97,6 +97,22 @@ def test_instructions_that_can_be_checked(prompt, good, bad):
     assert obeys(prompt, "") in (False, "without" in prompt or "not" in prompt)
 
 
+@pytest.mark.parametrize(
+    ("reply", "repeat"),
+    [("." * 20_000 + "x", 19_999), ("\n" * 20_000 + "x", 0), ("- " * 10_000, 9_999), ("tea." * 5_000, 9_998)],
+)
+def test_a_loop_of_any_length_can_be_measured(reply, repeat):
+    """Tokens of 64 dots in a row are among those that models loop on. Compared run by run, they would take minutes."""
+    assert longest_repeat(reply) == repeat
+    for prompt in ("Say it in one sentence.", "Name them as a list.", "Use the word tea and end with tea."):
+        assert obeys(prompt, reply) is not None
+    assert not writes_user_turn(reply)
+
+
+def test_a_number_that_no_reply_reaches_is_no_instruction():
+    assert obeys(f"Say it in {'9' * 5000} words.", "Tea.") is None
+
+
 def test_a_prompt_without_instructions_has_nothing_to_obey():
     assert obeys("I live in one house, and list nothing. What is tea?", "Tea.") is None
 
