@@ -47,6 +47,7 @@ def run(settings: ReferenceSettings) -> None:
             found = _report(setup, settings, model, signals)
             if accelerator.is_main_process:
                 print(escape_control_characters("\n".join(reference.lines(found))))
+                user_path(settings.report).parent.mkdir(parents=True, exist_ok=True)
                 write_json(user_path(settings.report), found)
                 print(f"written to {settings.report}")
     accelerator.end_training()

@@ -52,11 +52,11 @@ def _changes(folder: Path, settings: RunSettings) -> Iterator[str]:
         yield f"it was {before}, and is now to be {now}"
         return
     before, now = (dict(_flat(settings_that_train(run))) for run in (earlier, settings))
-    changed = [name for name in now if before.get(name) != now[name]]
+    changed = [name for name in now if name in before and before[name] != now[name]]  # passes count without `steps`
     if "data.train" in changed:  # settings that belong to the data change with them
         changed = ["data.train", *(name for name in changed if not name.startswith("data."))]
     for name in changed:
-        yield f"`{name}` was {_words(before.get(name))} and is now {_words(now[name])}"
+        yield f"`{name}` was {_words(before[name])} and is now {_words(now[name])}"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -297,6 +297,8 @@ class SampleSettings(InferenceSettings, FilterSettings):
         if not self.data:
             yield "`data` must name at least one data source, but is empty"
         yield from column_problems(self.columns, "columns")
+        if not self.output.lower().endswith(".jsonl"):
+            yield f"`output` must be a file that training reads a line at a time, .jsonl, but is {self.output!r}"
         if self.best and self.pairs != type(self).model_fields["pairs"].default:
             yield "`pairs` must not be set with `best`, which writes conversations"
         if self.replies < 2 and not self.best:

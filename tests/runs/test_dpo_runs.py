@@ -262,7 +262,7 @@ def test_a_reference_that_does_not_fit_the_start_is_refused(run_dpo, tmp_path):
 
 def test_the_store_tells_of_the_pairs_and_of_later_models(run_dpo, tiny_weights_folder, tmp_path, capsys):
     run_dpo(tmp_path / "run", STEPS, learning_rate=1e-2)
-    report, later = tmp_path / "report.json", (str(tiny_weights_folder), str(tmp_path / "run"))
+    report, later = tmp_path / "new" / "report.json", (str(tiny_weights_folder), str(tmp_path / "run"))
     run_dpo(tmp_path / "reference", STEPS, only_reference=True, report=str(report), later=later)
     found = json.loads(report.read_text())
     start, end = found["later"]

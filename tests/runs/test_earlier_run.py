@@ -88,6 +88,7 @@ def test_what_may_change_meanwhile_is_no_other_run(refusal):
     assert refusal(parse(), now, is_finished=False) == ""
     assert "another" not in refusal(parse(), now)
     steps = parse("--training.steps", 5)
+    assert refusal(steps, parse()).count(" was ") == 2  # one of them for the run; nothing is said of passes
     assert refusal(steps, parse("--training.steps", 5, "--training.epochs", 9), is_finished=False) == ""
 
 

@@ -100,6 +100,12 @@ def test_a_finished_run_verifies_to_the_bit(run, data, tmp_path, capsys):
         assert told in capsys.readouterr().out
 
 
+def test_lines_that_are_no_runs_are_named(run, another):
+    (run / "metrics.jsonl").write_text("1\n")
+    with pytest.raises(SettingsError, match=str(run / "metrics.jsonl")):
+        check(run, another)
+
+
 def test_another_file_is_no_certificate(tiny_weights_folder, tmp_path):
     write_json(tmp_path / "manifest.json", {"format": 1, "step": 3})
     assert "is not the certificate of a run" in check(tmp_path / "manifest.json", tiny_weights_folder)

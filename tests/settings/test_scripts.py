@@ -200,10 +200,11 @@ def test_what_is_verified_is_one_folder_or_two(refused):
 
 
 def test_what_is_sampled_is_pairs_or_conversations():
-    given = {"data": ("a",), "output": "b"}
+    given = {"data": ("a",), "output": "b.jsonl"}
     assert keys(SampleSettings(**given, best=True, pairs="all").problems()) == ["pairs"]
     assert keys(SampleSettings(**given, best=True).problems()) == []
     assert keys(SampleSettings(**given, columns="prompt").problems()) == ["columns"]
+    assert keys(SampleSettings(**given | {"output": "b.txt"}).problems()) == ["output"]
 
 
 def test_a_chat_has_a_seed_and_a_server_takes_that_of_its_requests(refused):
