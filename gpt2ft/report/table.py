@@ -147,13 +147,18 @@ def in_short(report: Report) -> Table:
 
 def tables(report: Report) -> list[Table]:
     """Return all tables of the page that have rows."""
-    unit, name = ("nats_per_token", "nats/token") if same_tokens(report) else ("bits_per_byte", "bits/byte")
+    are_same = same_tokens(report)  # without which a place is of other bytes in each model
+    unit, name = ("nats_per_token", "nats/token") if are_same else ("bits_per_byte", "bits/byte")
     parts = [("all", ("total",)), ("without overlap with training data", ("clean",))]
     for kind, words in (("by_depth", "turn"), ("by_place", "place"), ("by_source", "source")):
         parts += [(f"{words}: {key}", (kind, key)) for key in _keys(report, "held_out", kind)]
     held_out = [
-        Figure(label, ("held_out", *path, unit), ".3f", -1, unit if path == ("total",) else "") for label, path in parts
-    ]
+        Figure(
+            label, ("held_out", *path, unit), ".3f", -1, unit if path == ("total",) else "",
+            is_compared=are_same or path[0] != "by_place",
+        )
+        for label, path in parts
+    ]  # fmt: skip
     counts = {metric["count"] for model in report["models"] for metric in model.get("replies", {}).values()}
     counts = sorted({min(counts), max(counts)} if counts else ())
     differ = report.get("settings_that_differ", {}).items()
