@@ -115,13 +115,22 @@ class ReferenceStore:
         return found
 
     def read_tokens(self, keys: Sequence[Key]) -> list[list[float]]:
-        """Return the log-prob of each token of replies that the store has (see `read`)."""
+        """Return the log-prob of each token of replies.
+
+        Raises:
+            ReferenceLogProbError: if some are in the store of another machine.
+        """
         import pyarrow.parquet
 
         found: dict[Key, list[float]] = {}
         for file in sorted(self.folder.glob("*.parquet")):
             table = pyarrow.parquet.read_table(file, columns=["key", "log_probs"], page_checksum_verification=True)
             found = dict(zip(*(column.to_pylist() for column in table.columns), strict=True)) | found
+        if missing := set(keys) - found.keys():
+            raise ReferenceLogProbError(
+                f"{self.folder} must hold the log-probs of all replies, but lacks those of {len(missing):,}, "
+                "which were computed on another machine: use one alone, or a `data.cache` that all share"
+            )
         return [found[key] for key in keys]
 
     def _rows(self) -> dict[Key, tuple[float, int, Path]]:

@@ -37,6 +37,15 @@ def test_another_reference_lies_in_another_folder(name, make_store):
     assert make_store().read([b"k" * 16], [1]) == [-1.0]
 
 
+def test_tokens_that_another_machine_has_are_missed_in_a_sentence(make_store):
+    store = make_store()
+    store.create()
+    store.write([Row(b"k" * 16, -1.5, [-1.0, -0.5])])
+    assert store.read_tokens([b"k" * 16] * 2) == [[-1.0, -0.5]] * 2
+    with pytest.raises(ReferenceLogProbError, match="lacks those of 1"):
+        store.read_tokens([b"k" * 16, b"l" * 16])
+
+
 def test_the_folder_goes_by_what_is_really_used(tokenizer, tiny_gpt2, accelerator, model):
     def folder(policy, model=model):
         return store_for(policy, model, accelerator, cache=None).folder
