@@ -3,7 +3,6 @@
 Shape letters: R replies, P pairs.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2ft.errors import SettingsError
+from gpt2ft.files import read_json
 
 SATURATED = 0.95  # sigmoid(beta x margin) from which a pair's gradient is below a twentieth of its largest
 BETAS = (0.01, 0.05, 0.1, 0.3, 1.0, 5.0)
@@ -144,8 +144,8 @@ def read_report(file: Path) -> dict[str, Any]:
         SettingsError: if it is something else, or cannot be read.
     """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        lines(found)
+        found = read_json(file)
+        "\n".join(lines(found)).encode()  # halves of surrogate pairs are no text
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise SettingsError(
             f"`pairs_report` = {file} must be what `launch/reference.py --report` has written, but is not: {error!r}"

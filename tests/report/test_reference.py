@@ -80,7 +80,7 @@ def test_it_is_a_section_of_the_report(tmp_path):
     assert page.PAIRS not in page.html(report)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"pairs": 1}', "null"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"pairs": 1}', "null", "[" * 100_000], ids=lambda text: text[:9])
 def test_another_file_is_refused(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(SettingsError, match="pairs_report"):
