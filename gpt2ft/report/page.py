@@ -35,7 +35,7 @@ def html(report: Report) -> str:
     page = environment.get_template("page.html")
     return page.render(
         report=report, tables=tables(report), curves=drawn, missing=missing, legend=LEGEND, note=note,
-        pairs=_pairs_at_start(report), about_pairs=PAIRS,
+        pairs=_pairs_at_start(report), about_pairs=PAIRS, conditions=_conditions(report),
     )  # fmt: skip
 
 
@@ -68,6 +68,13 @@ def _fenced(text: str) -> list[str]:
     return [f"{fence}text", shown(text), fence, ""]
 
 
+def _conditions(report: Report) -> list[tuple[str, str | int]]:
+    """Return what the figures depend on besides the models."""
+    keys = ("seed", "precision", "max_length", "left_out")
+    facts = [(key, report[key]) for key in keys if key in report]
+    return [*facts, *report.get("data", {}).items(), *report.get("versions", {}).items()]
+
+
 def _pairs_at_start(report: Report) -> list[str]:
     return reference.lines(report["pairs_at_start"]) if "pairs_at_start" in report else []
 
@@ -94,10 +101,7 @@ def _lines(report: Report) -> Iterator[str]:
     for model in report["models"]:
         digests = [f"{key} {model[key]}" for key in ("weights", "tokenizer") if key in model]
         yield f"- {_inline(model['name'])}: {_inline(', '.join([model['model'], *digests]))}"
-    facts = report.get("data", {}) | report.get("versions", {})
-    keys = ("seed", "precision", "max_length", "left_out")
-    facts |= {key: report[key] for key in keys if key in report}
-    yield from (f"- {_inline(f'{key}: {value}')}" for key, value in facts.items())
+    yield from (f"- {_inline(f'{key}: {value}')}" for key, value in _conditions(report))
     yield ""
 
 
