@@ -11,18 +11,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from gpt2ft.errors import fail
+from gpt2ft.settings.measuring import BenchmarkSettings, EvaluateSettings, SampleSettings, VerifySettings
 from gpt2ft.settings.parsing import end_with, parse_recipe, parse_script
 from gpt2ft.settings.scripts import (
-    BenchmarkSettings,
     ChatSettings,
     DPOSettings,
-    EvaluateSettings,
     ExportSettings,
     ReferenceSettings,
-    SampleSettings,
     ServeSettings,
     SFTSettings,
-    VerifySettings,
 )
 from gpt2ft.settings.sections import Section
 from gpt2ft.text.display import outlive_readers

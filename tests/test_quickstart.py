@@ -18,7 +18,8 @@ from gpt2ft.runs import evaluate_model
 from gpt2ft.runs.export import write_adapter_folder
 from gpt2ft.runs.loaded_model import adapt, find_model, load_model
 from gpt2ft.runs.samples import answer, held_out_prompts
-from gpt2ft.settings.scripts import EvaluateSettings, SFTSettings
+from gpt2ft.settings.measuring import EvaluateSettings
+from gpt2ft.settings.scripts import SFTSettings
 from gpt2ft.settings.sections import DataSettings, FilterSettings, ModelSettings
 from gpt2ft.text.tokenizer import ChatTokenizer
 

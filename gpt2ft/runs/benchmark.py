@@ -28,7 +28,7 @@ from gpt2ft.objectives.dpo import DPO
 from gpt2ft.objectives.sft import SFT
 from gpt2ft.random import generator, seed_for
 from gpt2ft.runs.describe import parameter_counts
-from gpt2ft.settings.scripts import BenchmarkSettings
+from gpt2ft.settings.measuring import BenchmarkSettings
 from gpt2ft.settings.sections import OptimizerSettings, PreferenceSettings
 from gpt2ft.stream import TokenStream
 from gpt2ft.text.display import fit

@@ -35,7 +35,8 @@ from gpt2ft.runs.identity import versions
 from gpt2ft.runs.measurements import Bench, Measured, Subject, find_subjects, training_runs
 from gpt2ft.runs.preference_scores import describe_preferences
 from gpt2ft.runs.samples import answer, held_out_prompts
-from gpt2ft.settings.scripts import DPOSettings, EvaluateSettings, RunSettings
+from gpt2ft.settings.measuring import EvaluateSettings
+from gpt2ft.settings.scripts import DPOSettings, RunSettings
 from gpt2ft.text.display import escape_control_characters
 
 REPORT = "report.json"

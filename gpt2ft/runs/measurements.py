@@ -32,8 +32,9 @@ from gpt2ft.runs.loaded_model import LoadedModel, find_model, finished_runs, hom
 from gpt2ft.runs.preference_scores import score_preferences
 from gpt2ft.runs.run_setup import digest_of_sources
 from gpt2ft.runs.samples import Turns, held_out_paths
+from gpt2ft.settings.measuring import EvaluateSettings
 from gpt2ft.settings.parsing import refuse_problems
-from gpt2ft.settings.scripts import EvaluateSettings, RunSettings
+from gpt2ft.settings.scripts import RunSettings
 from gpt2ft.settings.sections import CorpusSettings, DataSettings, stream_problems
 from gpt2ft.text.display import print_row
 from gpt2ft.text.tokenizer import ChatTokenizer

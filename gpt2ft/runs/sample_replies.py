@@ -39,7 +39,7 @@ from gpt2ft.report.instructions import obeys
 from gpt2ft.report.replies import Exchange
 from gpt2ft.report.schema import Reply
 from gpt2ft.runs.loaded_model import LoadedModel, find_model
-from gpt2ft.settings.scripts import SampleSettings
+from gpt2ft.settings.measuring import SampleSettings
 from gpt2ft.settings.sections import SamplingDefaults, SamplingSettings
 from gpt2ft.text.display import print_row
 from gpt2ft.wording import counted

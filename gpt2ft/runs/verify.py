@@ -35,7 +35,8 @@ from gpt2ft.runs.recompute import Recomputation, choose, largest_difference
 from gpt2ft.runs.run_setup import cast_to_precision, load_start, set_up, target_log_probs
 from gpt2ft.runs.train_dpo import PreferenceTuning
 from gpt2ft.runs.train_sft import FineTuning
-from gpt2ft.settings.scripts import DPOSettings, SFTSettings, VerifySettings
+from gpt2ft.settings.measuring import VerifySettings
+from gpt2ft.settings.scripts import DPOSettings, SFTSettings
 from gpt2ft.training.tracking import line_digests, training_lines
 
 # On other hardware, versions or processes sums are rounded in another order. By precision:

@@ -8,7 +8,7 @@ from gpt2ft.errors import SettingsError
 from gpt2ft.objectives.dpo import DPO
 from gpt2ft.runs import benchmark, evaluate_model
 from gpt2ft.runs.benchmark import Streams
-from gpt2ft.settings.scripts import BenchmarkSettings, EvaluateSettings
+from gpt2ft.settings.measuring import BenchmarkSettings, EvaluateSettings
 from gpt2ft.settings.sections import PreferenceSettings
 
 

@@ -18,8 +18,8 @@ from gpt2ft.runs import evaluate_model
 from gpt2ft.runs.export import write_folder
 from gpt2ft.runs.loaded_model import find_model, load_model, read_run_settings
 from gpt2ft.runs.measurements import Subject, short_names, training_runs
+from gpt2ft.settings.measuring import EvaluateSettings
 from gpt2ft.settings.parsing import parse_script
-from gpt2ft.settings.scripts import EvaluateSettings
 from gpt2ft.settings.sections import ModelSettings
 
 FEW = {"data": ("quickstart:held_out",), "num_prompts": 21, "max_new_tokens": 8, "precision": "fp32"}

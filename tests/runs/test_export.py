@@ -20,8 +20,9 @@ from gpt2ft.runs.finish import next_commands
 from gpt2ft.runs.loaded_model import find_model
 from gpt2ft.runs.output import Output
 from gpt2ft.runs.samples import answer, held_out_prompts
+from gpt2ft.settings.measuring import EvaluateSettings
 from gpt2ft.settings.parsing import parse_script
-from gpt2ft.settings.scripts import EvaluateSettings, SFTSettings
+from gpt2ft.settings.scripts import SFTSettings
 from gpt2ft.settings.sections import CorpusSettings, DataSettings, FilterSettings
 from gpt2ft.text.template import CHAT_TEMPLATE, TRAINING_TEMPLATE, render_prompt
 from gpt2ft.text.tokenizer import ChatTokenizer

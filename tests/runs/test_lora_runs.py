@@ -12,7 +12,8 @@ from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.pretrained import ModelError
 from gpt2ft.runs import evaluate_model
 from gpt2ft.runs.loaded_model import find_model, load_model
-from gpt2ft.settings.scripts import EvaluateSettings, SFTSettings
+from gpt2ft.settings.measuring import EvaluateSettings
+from gpt2ft.settings.scripts import SFTSettings
 from gpt2ft.settings.sections import ModelSettings
 
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": ["q", "v", "o", "fc"]}

@@ -9,7 +9,7 @@ import pytest
 from gpt2ft.data.reading import DataError
 from gpt2ft.errors import SettingsError
 from gpt2ft.runs import sample_replies
-from gpt2ft.settings.scripts import SampleSettings
+from gpt2ft.settings.measuring import SampleSettings
 
 PROMPTS = ["What is tea?", "Who are you?", "And now?", "Why is it raining so much today?", "Name a colour."]
 

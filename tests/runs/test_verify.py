@@ -15,7 +15,8 @@ from gpt2ft.errors import SettingsError
 from gpt2ft.files import file_digest, write_json
 from gpt2ft.runs import export, verify
 from gpt2ft.runs.recompute import choose
-from gpt2ft.settings.scripts import ExportSettings, VerifySettings
+from gpt2ft.settings.measuring import VerifySettings
+from gpt2ft.settings.scripts import ExportSettings
 from gpt2ft.training.tracking import line_digests
 
 STEPS = 7

@@ -4,8 +4,8 @@ import pytest
 from facts import tells
 
 from gpt2ft.settings import strict_yaml
+from gpt2ft.settings.measuring import EvaluateSettings
 from gpt2ft.settings.parsing import parse_script
-from gpt2ft.settings.scripts import EvaluateSettings
 
 
 @pytest.mark.parametrize(

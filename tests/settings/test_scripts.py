@@ -7,19 +7,10 @@ import pytest
 from processes import run
 
 from gpt2ft import __main__ as main_module
+from gpt2ft.settings.measuring import BenchmarkSettings, EvaluateSettings, SampleSettings, VerifySettings
 from gpt2ft.settings.parsing import parse_recipe, parse_script
 from gpt2ft.settings.recipes import RECIPES
-from gpt2ft.settings.scripts import (
-    BenchmarkSettings,
-    ChatSettings,
-    DPOSettings,
-    EvaluateSettings,
-    ExportSettings,
-    SampleSettings,
-    ServeSettings,
-    SFTSettings,
-    VerifySettings,
-)
+from gpt2ft.settings.scripts import ChatSettings, DPOSettings, ExportSettings, ServeSettings, SFTSettings
 from gpt2ft.settings.sections import names_of
 
 LAUNCH = RECIPES.parent

@@ -2,7 +2,8 @@
 
 import pytest
 
-from gpt2ft.settings.scripts import EvaluateSettings, ServeSettings, SFTSettings
+from gpt2ft.settings.measuring import EvaluateSettings
+from gpt2ft.settings.scripts import ServeSettings, SFTSettings
 from gpt2ft.settings.sections import RENAMED, DataSettings, FilterSettings, SamplingSettings, split_mixing_weight
 
 
