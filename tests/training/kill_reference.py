@@ -50,10 +50,10 @@ def is_in_store(argument: object) -> bool:
 if __name__ == "__main__":
     from gpt2ft.runs import compute_reference, main
     from gpt2ft.settings.parsing import parse_recipe
-    from gpt2ft.settings.scripts import DPOSettings
+    from gpt2ft.settings.scripts import ReferenceSettings
 
     kills, seed = int(sys.argv[1]), int(sys.argv[2])
-    settings = parse_recipe(DPOSettings, "quickstart-dpo", sys.argv[3:])
+    settings = parse_recipe(ReferenceSettings, "quickstart-dpo", sys.argv[3:])
     moments = random.Random(seed)
     for _ in range(kills):
         call = moments.randint(12, 40)
