@@ -15,6 +15,7 @@ from gpt2ft.distributed.launch_checks import LaunchError
 from gpt2ft.distributed.signals import Preempted
 from gpt2ft.model.pretrained import ModelError
 from gpt2ft.runs import main
+from gpt2ft.runs.verify import NotVerified
 from gpt2ft.settings.scripts import SFTSettings
 from gpt2ft.training.fit import TrainingDiverged
 from gpt2ft.training.memory_probe import DoesNotFit
@@ -34,6 +35,7 @@ ENDS = [  # error, exit code, said by every process, says that the same command 
     (ReferenceLogProbError, 2, False, False),
     (Preempted, 75, False, True),
     (TrainingDiverged, 1, False, False),
+    (NotVerified, 1, False, False),
     (DoesNotFit, 1, True, False),
     (OSError, 1, True, True),
     (torch.OutOfMemoryError, 1, True, False),
