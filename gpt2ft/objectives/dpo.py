@@ -6,7 +6,8 @@ Shape letters: P pairs, R replies, S supervised targets.
 import torch
 from torch import Tensor
 
-from gpt2ft.objectives.losses import PairLogProbs, pair_losses
+from gpt2ft.objectives.losses import pair_losses
+from gpt2ft.preference_losses import PairLogProbs
 from gpt2ft.settings.sections import PreferenceSettings
 from gpt2ft.stream import TokenStream
 

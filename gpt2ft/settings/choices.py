@@ -1,40 +1,9 @@
-"""Choices by name, each list in one place: preference losses, LoRA targets, published models.
+"""Choices by name, each list in one place: LoRA targets, published models. Losses have their own: preference_losses.py.
 
 Settings offer the names, and whatever carries a choice out looks it up here. Data alone: nothing of torch.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
-
-
-@dataclass(frozen=True)
-class LossTraits:
-    """Traits of a preference loss; its function in gpt2ft/objectives/losses.py has its name.
-
-    Attributes:
-        meaning: in a few words, for --help.
-        parameters: settings of `dpo` that it takes beside `beta`; the others must be 0.
-    """
-
-    meaning: str
-    needs_reference: bool = True
-    parameters: tuple[str, ...] = ("rpo_alpha",)
-
-
-PREFERENCE_LOSSES = {
-    "sigmoid": LossTraits("DPO as published"),
-    "cdpo": LossTraits("for labels that are sometimes wrong", parameters=("label_smoothing", "rpo_alpha")),
-    "robust": LossTraits("the same without bias", parameters=("label_smoothing", "rpo_alpha")),
-    "ipo": LossTraits("a margin to meet, not to pass"),
-    "hinge": LossTraits("a margin to reach"),
-    "sigmoid_norm": LossTraits("DPO per token"),
-    "apo_zero": LossTraits("chosen up, rejected down"),
-    "apo_down": LossTraits("both down, rejected further"),
-    "nca": LossTraits("each reply against the reference"),
-    "sppo": LossTraits("a margin to meet for each reply"),
-    "simpo": LossTraits("without a reference", needs_reference=False, parameters=("gamma", "rpo_alpha")),
-    "orpo": LossTraits("without a reference, beside the NLL of the chosen reply", False, parameters=()),
-}
 
 
 class TargetColumns(NamedTuple):

@@ -12,7 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
-from gpt2ft.settings.choices import LORA_TARGETS, PREFERENCE_LOSSES, PUBLISHED_MODELS
+from gpt2ft.preference_losses import PREFERENCE_LOSSES
+from gpt2ft.settings.choices import LORA_TARGETS, PUBLISHED_MODELS
 from gpt2ft.settings.columns import column_words
 
 Positive = Annotated[int, Field(gt=0)]
@@ -22,7 +23,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 MessageWeight = Literal["once", "leaves"]
 PublishedModel = Literal[*PUBLISHED_MODELS]
 LoRATarget = Literal[*LORA_TARGETS]
-PreferenceLoss = Literal[*PREFERENCE_LOSSES]
+LossName = Literal[*PREFERENCE_LOSSES]
 PairRule = Literal["all", "best_worst", "adjacent"]
 PairWeight = Literal["pair", "prompt"]
 
@@ -316,8 +317,8 @@ class PreferenceSettings(Section):
     """The loss on pairs of replies."""
 
     loss: Annotated[
-        PreferenceLoss,
-        Field(description="; ".join(f"{name}: {traits.meaning}" for name, traits in PREFERENCE_LOSSES.items()) + "."),
+        LossName,
+        Field(description="; ".join(f"{name}: {loss.meaning}" for name, loss in PREFERENCE_LOSSES.items()) + "."),
     ] = "sigmoid"
     beta: Annotated[float, Field(gt=0)] = 0.1
     """Strength with which the policy is held to the reference; of orpo, the weight of the odds ratio."""
@@ -338,10 +339,11 @@ class PreferenceSettings(Section):
 
     def problems(self) -> Iterator[str]:
         taken = PREFERENCE_LOSSES[self.loss].parameters
-        for name in ("label_smoothing", "gamma", "rpo_alpha"):
-            if getattr(self, name) and name not in taken:
-                takers = ", ".join(loss for loss, traits in PREFERENCE_LOSSES.items() if name in traits.parameters)
-                yield f"`dpo.{name}` must be 0 with `dpo.loss` = {self.loss}: only {takers} have it"
+        for name in dict.fromkeys(name for loss in PREFERENCE_LOSSES.values() for name in loss.parameters):
+            default = type(self).model_fields[name].default
+            if getattr(self, name) != default and name not in taken:
+                takers = ", ".join(name_of for name_of, loss in PREFERENCE_LOSSES.items() if name in loss.parameters)
+                yield f"`dpo.{name}` must be {default:g} with `dpo.loss` = {self.loss}: only {takers} have it"
         if "label_smoothing" in taken and not self.label_smoothing:
             yield f"`dpo.label_smoothing` must be above 0 with `dpo.loss` = {self.loss}, which is sigmoid otherwise"
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gpt2ft.objectives.dpo import DPO, pair_log_probs
-from gpt2ft.settings.choices import PREFERENCE_LOSSES
+from gpt2ft.preference_losses import PREFERENCE_LOSSES
 from gpt2ft.settings.sections import PreferenceSettings
 from gpt2ft.stream import Pairs, TokenStream
 

@@ -4,14 +4,15 @@ import math
 from collections import defaultdict
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
 
 from gpt2ft.objectives.dpo import pair_metrics
-from gpt2ft.objectives.losses import LOSSES, PairLogProbs, pair_losses, start_loss
-from gpt2ft.settings.choices import PREFERENCE_LOSSES
-from gpt2ft.settings.sections import PreferenceSettings
+from gpt2ft.objectives.losses import pair_losses, start_loss
+from gpt2ft.preference_losses import PREFERENCE_LOSSES, PairLogProbs, PreferenceLoss, sigmoid
+from gpt2ft.settings.sections import LossName, PreferenceSettings
 
 SETTINGS = {
     "sigmoid": PreferenceSettings(loss="sigmoid", beta=0.3),
@@ -29,13 +30,17 @@ SETTINGS = {
 }
 
 
-def test_every_loss_that_settings_offer_has_its_function_and_is_tested():
-    assert LOSSES.keys() == PREFERENCE_LOSSES.keys() == SETTINGS.keys()
+def test_every_loss_is_tested():
+    assert PREFERENCE_LOSSES.keys() == SETTINGS.keys()
+    assert all(
+        loss.function.__name__ == name and loss.arguments[0] == "beta" for name, loss in PREFERENCE_LOSSES.items()
+    )
+    assert set(get_args(LossName)) == PREFERENCE_LOSSES.keys()
 
 
 @pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
 def test_a_loss_takes_its_own_parameters_and_no_others(loss):
-    """The function reads a parameter if and only if the settings let it be set."""
+    """What settings let be set changes the loss, and nothing else does."""
     traits, pairs, own = PREFERENCE_LOSSES[loss], random_pairs(5), SETTINGS[loss]
     assert not list(own.problems())
     for name, value in {"label_smoothing": 0.3, "gamma": 0.7, "rpo_alpha": 0.5}.items():
@@ -177,7 +182,7 @@ def test_orpo_is_that_of_trl():
 # --- the losses themselves ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
 def test_gradients(loss):
     pairs = random_pairs(4, seed=1)
     sums = [values.clone().requires_grad_() for values in (pairs.chosen, pairs.rejected)]
@@ -205,11 +210,15 @@ def test_the_loss_of_the_start_depends_on_the_data():
 
 
 def test_the_start_of_a_new_loss_is_found_out(monkeypatch):
-    """Also if it needs a reference and looks at more than changes."""
-    monkeypatch.setitem(LOSSES, "twice", lambda settings, pairs: 2 * LOSSES["sigmoid"](settings, pairs))
-    monkeypatch.setitem(LOSSES, "more", lambda settings, pairs: LOSSES["sigmoid"](settings, pairs) - pairs.chosen)
-    assert start_loss(PreferenceSettings.model_construct(loss="twice")) == 2 * math.log(2)
+    """Also if it needs a reference and looks at more than changes. Its entry alone makes it known."""
+    twice = PreferenceLoss(lambda pairs, beta, gamma: 2 * sigmoid(pairs, beta) + gamma, "twice")
+    more = PreferenceLoss(lambda pairs, beta: sigmoid(pairs, beta) - pairs.chosen, "more", has_nll=True)
+    monkeypatch.setitem(PREFERENCE_LOSSES, "twice", twice)
+    monkeypatch.setitem(PREFERENCE_LOSSES, "more", more)
+    assert start_loss(PreferenceSettings.model_construct(loss="twice", gamma=1.0)) == 2 * math.log(2) + 1
     assert start_loss(PreferenceSettings.model_construct(loss="more")) is None
+    assert twice.parameters == ("gamma", "rpo_alpha")
+    assert more.parameters == ()
 
 
 def test_robust_is_unbiased_where_labels_are_flipped():
@@ -223,7 +232,7 @@ def test_robust_is_unbiased_where_labels_are_flipped():
     torch.testing.assert_close(mean, pair_losses(PreferenceSettings(loss="sigmoid"), pairs))
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
 def test_extreme_log_probs_stay_finite(loss):
     chosen = torch.tensor([-1e-7, -1e5, -1e5, -1e-7], dtype=torch.float64).requires_grad_()
     rejected = torch.tensor([-1e5, -1e-7, -1e5, -1e-7], dtype=torch.float64).requires_grad_()

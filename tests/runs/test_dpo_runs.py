@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from gpt2ft.errors import SettingsError
 from gpt2ft.objectives.losses import start_loss
+from gpt2ft.preference_losses import PREFERENCE_LOSSES
 from gpt2ft.runs import evaluate_model
 from gpt2ft.runs.loaded_model import find_model, load_model
-from gpt2ft.settings.choices import PREFERENCE_LOSSES
 from gpt2ft.settings.measuring import EvaluateSettings
 from gpt2ft.settings.sections import ModelSettings, PreferenceSettings
 from gpt2ft.training.reference_store import ReferenceLogProbError

@@ -1,0 +1,185 @@
+"""Preference losses: one for every pair of a chosen and a rejected reply to the same prompt.
+
+They compare log-probs of whole replies, c and r, and how far these have moved from the reference:
+
+    change(y) = log policy(y) - log reference(y)         h = change(chosen) - change(rejected)
+
+Each loss is a pure function of `PairLogProbs`, [P] -> [P], and of the settings of `dpo` that stand in its signature.
+`PREFERENCE_LOSSES`, at the end, is the list of them: settings offer what stands there, and nothing else needs to know.
+Settings load without torch, so it is not imported here before a loss is computed. Shape letter: P pairs.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PairLogProbs:
+    """Log-probs of the replies of each pair, summed over their targets."""
+
+    chosen: "Tensor"  # [P] under the policy
+    rejected: "Tensor"  # [P]
+    reference_chosen: "Tensor"  # [P] under the reference; losses without one do not read it
+    reference_rejected: "Tensor"  # [P]
+    chosen_lengths: "Tensor"  # [P] targets
+    rejected_lengths: "Tensor"  # [P]
+
+    @property
+    def chosen_change(self) -> "Tensor":
+        """Log-prob under the policy minus that under the reference."""
+        return self.chosen - self.reference_chosen
+
+    @property
+    def rejected_change(self) -> "Tensor":
+        return self.rejected - self.reference_rejected
+
+    @property
+    def change_margin(self) -> "Tensor":
+        """h of the losses."""
+        return self.chosen_change - self.rejected_change
+
+    @property
+    def change_margin_per_token(self) -> "Tensor":
+        """h with each change divided by the length of its reply."""
+        return self.chosen_change / self.chosen_lengths - self.rejected_change / self.rejected_lengths
+
+    @property
+    def chosen_mean(self) -> "Tensor":
+        """Log-prob per token under the policy."""
+        return self.chosen / self.chosen_lengths
+
+    @property
+    def rejected_mean(self) -> "Tensor":
+        return self.rejected / self.rejected_lengths
+
+
+def sigmoid(pairs: PairLogProbs, beta: float) -> "Tensor":
+    """-log sigmoid(beta h). Rafailov et al. 2023, "Direct Preference Optimization", eq. 7."""
+    return -_log_sigmoid(beta * pairs.change_margin)
+
+
+def cdpo(pairs: PairLogProbs, beta: float, label_smoothing: float) -> "Tensor":
+    """Conservative DPO: the label is right with probability 1 - eps. Mitchell 2023, "A note on DPO with noisy
+    preferences", eq. 3."""
+    margin, eps = beta * pairs.change_margin, label_smoothing
+    return -(1 - eps) * _log_sigmoid(margin) - eps * _log_sigmoid(-margin)
+
+
+def robust(pairs: PairLogProbs, beta: float, label_smoothing: float) -> "Tensor":
+    """Unbiased where labels are flipped with probability eps. Chowdhury et al. 2024, "Provably robust DPO", eq. 12."""
+    margin, eps = beta * pairs.change_margin, label_smoothing
+    return (-(1 - eps) * _log_sigmoid(margin) + eps * _log_sigmoid(-margin)) / (1 - 2 * eps)
+
+
+def ipo(pairs: PairLogProbs, beta: float) -> "Tensor":
+    """(h - 1 / (2 beta))^2 with changes per token, as TRL has it. Azar et al. 2023, "A general theoretical paradigm",
+    eq. 17."""
+    return (pairs.change_margin_per_token - 1 / (2 * beta)).square()
+
+
+def hinge(pairs: PairLogProbs, beta: float) -> "Tensor":
+    """max(0, 1 - beta h). Liu et al. 2023, "Statistical rejection sampling improves preference optimization", eq. 9."""
+    return (1 - beta * pairs.change_margin).relu()
+
+
+def sigmoid_norm(pairs: PairLogProbs, beta: float) -> "Tensor":
+    """DPO with changes per token. Lambert et al. 2024, "Tulu 3", eq. 6."""
+    return -_log_sigmoid(beta * pairs.change_margin_per_token)
+
+
+def apo_zero(pairs: PairLogProbs, beta: float) -> "Tensor":
+    """1 - sigmoid(beta change(c)) + sigmoid(beta change(r)): the chosen reply is to become likelier, the rejected one
+    less so. D'Oosterlinck et al. 2024, "Anchored preference optimization", eq. 7."""
+    return (-beta * pairs.chosen_change).sigmoid() + (beta * pairs.rejected_change).sigmoid()
+
+
+def apo_down(pairs: PairLogProbs, beta: float) -> "Tensor":
+    """sigmoid(beta change(c)) + 1 - sigmoid(beta h): both are to become less likely, the rejected one more so.
+    D'Oosterlinck et al. 2024, eq. 8."""
+    return (beta * pairs.chosen_change).sigmoid() + (-beta * pairs.change_margin).sigmoid()
+
+
+def nca(pairs: PairLogProbs, beta: float) -> "Tensor":
+    """Each reply against the reference, not against the other. Chen et al. 2024, "Noise contrastive alignment", eq. 10
+    for pairs."""
+    chosen, rejected = beta * pairs.chosen_change, beta * pairs.rejected_change
+    return -_log_sigmoid(chosen) - 0.5 * _log_sigmoid(-chosen) - 0.5 * _log_sigmoid(-rejected)
+
+
+def sppo(pairs: PairLogProbs, beta: float) -> "Tensor":
+    """(change(c) - 1 / (2 beta))^2 + (change(r) + 1 / (2 beta))^2, with labels taken as certain. Wu et al. 2024,
+    "Self-play preference optimization", eq. 4.7."""
+    target = 1 / (2 * beta)
+    return (pairs.chosen_change - target).square() + (pairs.rejected_change + target).square()
+
+
+def simpo(pairs: PairLogProbs, beta: float, gamma: float) -> "Tensor":
+    """-log sigmoid(beta (c per token - r per token) - gamma), without a reference. Meng et al. 2024, "SimPO", eq. 6."""
+    return -_log_sigmoid(beta * (pairs.chosen_mean - pairs.rejected_mean) - gamma)
+
+
+def orpo(pairs: PairLogProbs, beta: float) -> "Tensor":
+    """NLL of the chosen reply per token, and beta times that of the odds ratio. Hong et al. 2024, "ORPO", eq. 6, 7."""
+    ratio = _log_odds(pairs.chosen_mean) - _log_odds(pairs.rejected_mean)
+    return -pairs.chosen_mean - beta * _log_sigmoid(ratio)
+
+
+def _log_sigmoid(x: "Tensor") -> "Tensor":
+    """log(1 / (1 + exp(-x)))"""
+    from torch.nn.functional import logsigmoid
+
+    return logsigmoid(x)
+
+
+def _log_odds(log_prob: "Tensor") -> "Tensor":
+    """log(p / (1 - p))"""
+    return log_prob - (-log_prob.expm1()).log()
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """A loss, and all that settings must know of it.
+
+    Attributes:
+        function: of `PairLogProbs` and of settings of `dpo`, `beta` first.
+        meaning: in a few words, for --help.
+        has_nll: the NLL of the chosen reply is a part of it, so `rpo_alpha` would add it once more.
+    """
+
+    function: Callable[..., "Tensor"]
+    meaning: str
+    needs_reference: bool = True
+    has_nll: bool = False
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Settings that the function itself takes."""
+        return tuple(inspect.signature(self.function).parameters)[1:]
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Settings of `dpo` that have a meaning beside `beta`."""
+        return (*self.arguments[1:], *(() if self.has_nll else ("rpo_alpha",)))
+
+
+PREFERENCE_LOSSES = {
+    "sigmoid": PreferenceLoss(sigmoid, "DPO as published"),
+    "cdpo": PreferenceLoss(cdpo, "for labels that are sometimes wrong"),
+    "robust": PreferenceLoss(robust, "the same without bias"),
+    "ipo": PreferenceLoss(ipo, "a margin to meet, not to pass"),
+    "hinge": PreferenceLoss(hinge, "a margin to reach"),
+    "sigmoid_norm": PreferenceLoss(sigmoid_norm, "DPO per token"),
+    "apo_zero": PreferenceLoss(apo_zero, "chosen up, rejected down"),
+    "apo_down": PreferenceLoss(apo_down, "both down, rejected further"),
+    "nca": PreferenceLoss(nca, "each reply against the reference"),
+    "sppo": PreferenceLoss(sppo, "a margin to meet for each reply"),
+    "simpo": PreferenceLoss(simpo, "without a reference", needs_reference=False),
+    "orpo": PreferenceLoss(
+        orpo, "without a reference, beside the NLL of the chosen reply", needs_reference=False, has_nll=True
+    ),
+}
