@@ -28,15 +28,17 @@ class PairLogProbs:
     reference_rejected: "Tensor"  # [P]
     chosen_lengths: "Tensor"  # [P] targets
     rejected_lengths: "Tensor"  # [P]
+    chosen_ignored: "Tensor | float" = 0.0  # [P] share of the change that LD-DPO leaves out of account
+    rejected_ignored: "Tensor | float" = 0.0
 
     @property
     def chosen_change(self) -> "Tensor":
         """Log-prob under the policy minus that under the reference."""
-        return self.chosen - self.reference_chosen
+        return self.chosen - self.reference_chosen - self.chosen_ignored
 
     @property
     def rejected_change(self) -> "Tensor":
-        return self.rejected - self.reference_rejected
+        return self.rejected - self.reference_rejected - self.rejected_ignored
 
     @property
     def change_margin(self) -> "Tensor":
@@ -164,7 +166,8 @@ class PreferenceLoss:
     @property
     def parameters(self) -> tuple[str, ...]:
         """Settings of `dpo` that have a meaning beside `beta`."""
-        return (*self.arguments[1:], *(() if self.has_nll else ("rpo_alpha",)))
+        on_any_pairs = {"rpo_alpha": not self.has_nll, "ld_alpha": self.needs_reference}
+        return (*self.arguments[1:], *(name for name, has_meaning in on_any_pairs.items() if has_meaning))
 
 
 PREFERENCE_LOSSES = {

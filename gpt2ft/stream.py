@@ -36,6 +36,7 @@ class Pairs:
     reference: Tensor  # [R] float64, log-prob of each reply under the reference; NaN where none is known
     lengths: Tensor  # [R] float32, targets of each reply; 1 in the tail
     num_pairs: int
+    reference_tails: Tensor | None = None  # [P, 2] float64, of the tokens by which either reply is longer, for LD-DPO
 
 
 @dataclass(frozen=True)

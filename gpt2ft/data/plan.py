@@ -26,6 +26,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from gpt2ft.data.chunks import Chunks
@@ -65,8 +66,9 @@ class Plan:
         self.capacity = min(capacity, self._most(chunks.sizes, 128))
         self.target_capacity = self._most(chunks.supervised, 64)
         self.pair_capacity, self.reply_capacity = self._most(chunks.pairs, 8), self._most(chunks.replies, 8)
-        self._first_replies = np.cumsum(chunks.replies) - chunks.replies  # [n] of each chunk, among all
         self.reference = np.full(int(chunks.replies.sum()), np.nan)  # log-prob of each reply, once it is known
+        self.reference_tails: NDArray[np.float64] | None = None  # [pairs, 2] see stream.Pairs
+        self._until = {"replies": np.cumsum(chunks.replies), "pairs": np.cumsum(chunks.pairs)}  # [n] each chunk's end
         self.streams_per_step = min(micro_batches_per_step, len(self.streams))
         self.epochs = epochs
         if epochs is not None and min_steps:
@@ -113,7 +115,12 @@ class Plan:
         if not self.pair_capacity:
             return stream
         reference = self.reference[self.replies_of(micro_batch)]
-        return replace(stream, pairs=build_pairs(trees, reference, self.pair_capacity, self.reply_capacity))
+        pairs = build_pairs(trees, reference, self.pair_capacity, self.reply_capacity)
+        if self.reference_tails is not None:
+            tails = np.zeros((self.pair_capacity, 2))
+            tails[: pairs.num_pairs] = self.reference_tails[self._places("pairs", micro_batch)]
+            pairs = replace(pairs, reference_tails=torch.from_numpy(tails))
+        return replace(stream, pairs=pairs)
 
     def training_stream(self, step: int, number: int) -> TokenStream:
         """Build micro-batch `number` of a step."""
@@ -142,8 +149,12 @@ class Plan:
 
     def replies_of(self, micro_batch: Sequence[int]) -> NDArray[np.int64]:
         """Return the places of the replies of a micro-batch in `reference`, in the order of its stream."""
-        counts = self.chunks.replies
-        places = (self._first_replies[chunk] + np.arange(counts[chunk]) for chunk in micro_batch)
+        return self._places("replies", micro_batch)
+
+    def _places(self, what: str, micro_batch: Sequence[int]) -> NDArray[np.int64]:
+        """Return the places of the replies or pairs of a micro-batch among those of all chunks, in its order."""
+        counts, until = getattr(self.chunks, what), self._until[what]
+        places = (np.arange(until[chunk] - counts[chunk], until[chunk]) for chunk in micro_batch)
         return np.concatenate([np.zeros(0, np.int64), *places])
 
     def _drawn_order(self, epoch: int) -> list[int]:

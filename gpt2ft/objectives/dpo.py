@@ -54,20 +54,28 @@ class DPO:
         return float(stream.pairs.weights.double().sum())
 
     def loss(self, log_probs: Tensor, stream: TokenStream) -> Tensor:
-        losses = pair_losses(self.settings, pair_log_probs(log_probs, stream))
+        losses = pair_losses(self.settings, pair_log_probs(log_probs, stream, self.settings.ld_alpha))
         # The second term is zero: it keeps a stream without pairs connected to the gradient all-reduce.
         return (_weights(stream) * losses).sum().float() + 0.0 * log_probs.sum()
 
     def metrics(self, log_probs: Tensor, stream: TokenStream) -> Tensor:
-        metrics = pair_metrics(self.settings, pair_log_probs(log_probs.detach(), stream))
+        metrics = pair_metrics(self.settings, pair_log_probs(log_probs.detach(), stream, self.settings.ld_alpha))
         return torch.stack([(_weights(stream) * values).sum() for values in metrics.values()])
 
 
-def pair_log_probs(log_probs: Tensor, stream: TokenStream) -> PairLogProbs:
+def pair_log_probs(log_probs: Tensor, stream: TokenStream, ld_alpha: float = 1.0) -> PairLogProbs:
     """Return the log-probs of a stream's pairs from those of its targets [S], the tail left out.
 
     In float64: log-probs of whole replies are large, and their differences small.
+
+    Args:
+        ld_alpha: how much the tokens count by which a reply is longer than the other, under the policy and under the
+            reference alike. Liu et al. 2024, "Length desensitization in DPO".
     """
+    ignored = (0.0, 0.0)
+    if ld_alpha < 1:
+        tails = tail_log_probs(log_probs, stream) - stream.pairs.reference_tails[: stream.pairs.num_pairs]
+        ignored = ((1 - ld_alpha) * tails).unbind(1)
     replies = reply_log_probs(log_probs, stream)
     chosen, rejected = stream.pairs.index[: stream.pairs.num_pairs].unbind(1)
     reference, lengths = stream.pairs.reference, stream.pairs.lengths.double()
@@ -78,7 +86,21 @@ def pair_log_probs(log_probs: Tensor, stream: TokenStream) -> PairLogProbs:
         reference[rejected],
         lengths[chosen],
         lengths[rejected],
+        *ignored,
     )
+
+
+def tail_log_probs(log_probs: Tensor, stream: TokenStream) -> Tensor:
+    """Return [P, 2] float64, for both replies of each pair the log-prob of the tokens by which it is longer.
+
+    By a product with 0 and 1, as sums of stretches by differences of running sums are not deterministic on CUDA.
+    """
+    lengths = stream.pairs.lengths.long()
+    within = torch.arange(len(stream.groups), device=lengths.device) - (lengths.cumsum(0) - lengths)[stream.groups]
+    index = stream.pairs.index[: stream.pairs.num_pairs]
+    shorter = lengths[index].amin(1)[:, None, None]
+    is_tail = (stream.groups == index[..., None]) & (within >= shorter)  # [P, 2, S]
+    return is_tail.double() @ (stream.weights * log_probs).double()
 
 
 def reply_log_probs(log_probs: Tensor, stream: TokenStream) -> Tensor:

@@ -80,15 +80,8 @@ def _report(
 
 def _stored_pairs(setup: RunSetup) -> tuple[StoredPairs, Any]:
     """Return the pairs of the plan, and a function from the number of one to its texts."""
-    chunks, places, pairs = setup.plan.chunks, [], []
-    numbers: list[tuple[int, int]] = []  # chunk and node of each reply
-    for index in range(len(chunks)):
-        tree = chunks.tree(index)
-        nodes = np.flatnonzero(tree.weights > 0).tolist()
-        number = {node: len(numbers) + place for place, node in enumerate(nodes)}
-        numbers += [(index, node) for node in nodes]
-        pairs += [[number[chosen], number[rejected]] for chosen, rejected in tree.pairs.tolist()]
-        places += [(index, chosen, rejected) for chosen, rejected in tree.pairs.tolist()]
+    chunks, asked = setup.plan.chunks, reply_keys(setup.plan)
+    places = [(index, *pair) for index in range(len(chunks)) for pair in chunks.tree(index).pairs.tolist()]
 
     def texts(pair: int) -> dict[str, str]:
         index, chosen, rejected = places[pair]
@@ -97,5 +90,4 @@ def _stored_pairs(setup: RunSetup) -> tuple[StoredPairs, Any]:
         ids = {name: tree.tokens[tree.starts[node] + 1 :][: tree.lengths[node] - 1] for name, node in nodes.items()}
         return {name: tokenizer.decode(part[part != tokenizer.end_id].tolist()) for name, part in ids.items()}
 
-    lengths = np.array(reply_keys(setup.plan).tokens)
-    return StoredPairs(np.array(pairs), lengths, setup.plan.reference.copy()), texts
+    return StoredPairs(asked.pairs, np.array(asked.tokens), setup.plan.reference.copy()), texts

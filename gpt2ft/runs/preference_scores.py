@@ -20,7 +20,7 @@ from gpt2ft.settings.measuring import EvaluateSettings
 from gpt2ft.settings.scripts import DPOSettings, RunSettings
 from gpt2ft.settings.sections import PreferenceSettings
 from gpt2ft.training.evaluate import evaluate_objective
-from gpt2ft.training.reference_pass import attach_reference
+from gpt2ft.training.reference_pass import attach_reference, attach_tails
 
 ALWAYS = ("likelier", "chosen_length", "rejected_length")  # measured without a reference and without a run
 
@@ -52,6 +52,8 @@ def score_preferences(
         signals = SignalHandler()
         with signals.listening():
             attach_reference([plan], store, model, accelerator, signals)
+        if objective.ld_alpha < 1:
+            attach_tails([plan], store, accelerator)
         model.cpu()
     # Rewards are changes from the reference where there is one, whether the loss reads it or not.
     rewards = objective if objective.needs_reference or not reference else PreferenceSettings(beta=objective.beta)

@@ -60,6 +60,8 @@ class PreferenceTuning:
         store = store_for(setup.loaded, model, setup.accelerator, self.settings.data.cache)
         plans = setup.plans()
         computed = reference_pass.attach_reference(plans, store, model, setup.accelerator, signals)
+        if self.settings.dpo.ld_alpha < 1:
+            reference_pass.attach_tails(plans, store, setup.accelerator)
         replies = sum(len(plan.reference) for plan in plans)
         if setup.accelerator.is_main_process:
             now = f"{computed:,} of them computed now"

@@ -332,6 +332,8 @@ class PreferenceSettings(Section):
     """Margin to reach, of simpo."""
     rpo_alpha: Annotated[float, Field(ge=0)] = 0.0
     """Weight of an added negative log-likelihood of the chosen reply, per token."""
+    ld_alpha: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Below 1: how much the tokens count by which a reply is longer than the other (LD-DPO, Liu et al. 2024)."""
 
     @property
     def needs_reference(self) -> bool:

@@ -81,6 +81,19 @@ def attach_reference(
     return len(missing)
 
 
+def attach_tails(plans: Sequence[Plan], store: ReferenceStore, accelerator: Any) -> None:
+    """Put into the plans, in place, what the reference gives to the tokens by which a reply of a pair is longer.
+
+    All processes call it together, once the store holds all replies.
+    """
+    for plan in plans:
+        asked = reply_keys(plan)
+        keys = [asked.keys[reply] for reply in asked.pairs.ravel().tolist()]
+        shorter = np.array(asked.tokens)[asked.pairs].min(axis=1)
+        tails = store.read_tails(keys, np.repeat(shorter, 2).tolist())
+        plan.reference_tails = _known_anywhere(tails, accelerator).reshape(-1, 2)
+
+
 def _missing(asked: ReplyKeys, found: NDArray[np.float64]) -> list[Key]:
     return [asked.keys[index] for index in np.flatnonzero(np.isnan(found))]
 

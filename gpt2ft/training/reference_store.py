@@ -120,18 +120,30 @@ class ReferenceStore:
         Raises:
             ReferenceLogProbError: if some are in the store of another machine.
         """
-        import pyarrow.parquet
-
-        found: dict[Key, list[float]] = {}
-        for file in sorted(self.folder.glob("*.parquet")):
-            table = pyarrow.parquet.read_table(file, columns=["key", "log_probs"], page_checksum_verification=True)
-            found = dict(zip(*(column.to_pylist() for column in table.columns), strict=True)) | found
+        found = self._tokens()
         if missing := set(keys) - found.keys():
             raise ReferenceLogProbError(
                 f"{self.folder} must hold the log-probs of all replies, but lacks those of {len(missing):,}, "
                 "which were computed on another machine: use one alone, or a `data.cache` that all share"
             )
         return [found[key] for key in keys]
+
+    def read_tails(self, keys: Sequence[Key], firsts: Sequence[int]) -> NDArray[np.float64]:
+        """Return [n] the log-prob of the tokens of each reply from number `first` on, NaN where the store has none."""
+        found = self._tokens()
+        return np.array(
+            [math.fsum(found[key][n:]) if key in found else np.nan for key, n in zip(keys, firsts, strict=True)]
+        )
+
+    def _tokens(self) -> dict[Key, list[float]]:
+        """Read the log-probs of every row."""
+        import pyarrow.parquet
+
+        found: dict[Key, list[float]] = {}
+        for file in sorted(self.folder.glob("*.parquet")):
+            table = pyarrow.parquet.read_table(file, columns=["key", "log_probs"], page_checksum_verification=True)
+            found = dict(zip(*(column.to_pylist() for column in table.columns), strict=True)) | found
+        return found
 
     def _rows(self) -> dict[Key, tuple[float, int, Path]]:
         """Read (log-prob, tokens, shard) of every row."""
@@ -180,17 +192,20 @@ class ReplyKeys:
 
     keys: list[Key]
     tokens: list[int]  # targets of each
+    pairs: NDArray[np.int64]  # [P, 2] places of the chosen and of the rejected reply of each pair
 
 
 def reply_keys(plan: Plan) -> ReplyKeys:
-    """Return the key and the number of targets of every reply of a plan."""
-    keys, tokens = [], []
+    """Return the key and the number of targets of every reply of a plan, and its pairs."""
+    keys, tokens, pairs = [], [], []
     for index in range(len(plan.chunks)):
         tree = plan.chunks.tree(index)
-        for node in np.flatnonzero(tree.weights > 0).tolist():
+        replies = np.flatnonzero(tree.weights > 0)
+        pairs.append(len(keys) + np.searchsorted(replies, tree.pairs))
+        for node in replies.tolist():
             keys.append(reply_key(tree, node))
             tokens.append(int(tree.lengths[node]) - 1)
-    return ReplyKeys(keys, tokens)
+    return ReplyKeys(keys, tokens, np.concatenate(pairs))
 
 
 def reply_key(tree: TokenTree, node: int) -> Key:

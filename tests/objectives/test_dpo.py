@@ -9,7 +9,7 @@ from gpt2ft.preference_losses import PREFERENCE_LOSSES
 from gpt2ft.settings.sections import PreferenceSettings
 from gpt2ft.stream import Pairs, TokenStream
 
-PARAMETERS = {"label_smoothing": 0.15, "gamma": 0.5, "rpo_alpha": 0.0}
+PARAMETERS = {"label_smoothing": 0.15, "gamma": 0.5, "rpo_alpha": 0.0, "ld_alpha": 1.0}
 SETTINGS = {
     loss: PreferenceSettings(loss=loss, beta=0.3, **{name: PARAMETERS[name] for name in traits.parameters})
     for loss, traits in PREFERENCE_LOSSES.items()
@@ -95,4 +95,4 @@ def test_the_tail_adds_nothing_and_an_empty_stream_stays_connected(loss):
 def test_replies_are_summed_by_their_number():
     stream = make_stream([([2, 3], [-1.0, -2.0], [(1, 0)], 1.0)])
     pairs = pair_log_probs(-torch.arange(64.0), stream)
-    assert [float(values) for values in vars(pairs).values()] == [-9.0, -1.0, -2.0, -1.0, 3.0, 2.0]
+    assert [float(values) for values in vars(pairs).values()] == [-9.0, -1.0, -2.0, -1.0, 3.0, 2.0, 0.0, 0.0]

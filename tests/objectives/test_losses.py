@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import get_args
@@ -9,10 +10,11 @@ from typing import get_args
 import pytest
 import torch
 
-from gpt2ft.objectives.dpo import pair_metrics
+from gpt2ft.objectives.dpo import DPO, pair_metrics, tail_log_probs
 from gpt2ft.objectives.losses import pair_losses, start_loss
 from gpt2ft.preference_losses import PREFERENCE_LOSSES, PairLogProbs, PreferenceLoss, sigmoid
 from gpt2ft.settings.sections import LossName, PreferenceSettings
+from gpt2ft.stream import Pairs, TokenStream
 
 SETTINGS = {
     "sigmoid": PreferenceSettings(loss="sigmoid", beta=0.3),
@@ -43,12 +45,13 @@ def test_a_loss_takes_its_own_parameters_and_no_others(loss):
     """What settings let be set changes the loss, and nothing else does."""
     traits, pairs, own = PREFERENCE_LOSSES[loss], random_pairs(5), SETTINGS[loss]
     assert not list(own.problems())
-    for name, value in {"label_smoothing": 0.3, "gamma": 0.7, "rpo_alpha": 0.5}.items():
+    for name, value in {"label_smoothing": 0.3, "gamma": 0.7, "rpo_alpha": 0.5, "ld_alpha": 0.5}.items():
         changed = own.model_copy(update={name: value})
         problems = list(changed.problems())
         if name in traits.parameters:
             assert not problems
-            assert not torch.equal(pair_losses(changed, pairs), pair_losses(own, pairs))
+            other = replace(pairs, chosen_ignored=pairs.chosen / 9) if name == "ld_alpha" else pairs
+            assert not torch.equal(pair_losses(changed, other), pair_losses(own, pairs))
         else:
             assert [f"`dpo.{name}`" in problem and loss in problem for problem in problems] == [True]
 
@@ -77,43 +80,57 @@ def trl_dpo_loss(pairs, index, loss_types, beta, label_smoothing=0.0, weights=(1
     trl = pytest.importorskip("trl.trainer.dpo_trainer", reason="needs trl")
     lengths = [int(pairs.chosen_lengths[index]), int(pairs.rejected_lengths[index])]
     sums = [float(pairs.chosen[index]), float(pairs.rejected[index])]
+    parts = [torch.linspace(1, 2, length, dtype=torch.float64) for length in lengths]
+    policy = [total * part / part.sum() for total, part in zip(sums, parts, strict=True)]
+    trainer, inputs, model = trl_dpo(policy, loss_types, beta, label_smoothing=label_smoothing, loss_weights=[*weights])
+    inputs |= {
+        "ref_chosen_logps": pairs.reference_chosen[index : index + 1],
+        "ref_rejected_logps": pairs.reference_rejected[index : index + 1],
+    }
+    loss = trl.DPOTrainer._compute_loss(trainer, model, inputs, return_outputs=False)
+    return float(loss), {name: values[-1] for name, values in trainer._metrics["train"].items() if values}
+
+
+def trl_dpo(log_probs_of_tokens, loss_types, beta, **others):
+    """A trainer, its inputs for one pair, and the "model" that answers them with these log-probs of tokens."""
+    lengths = [len(values) for values in log_probs_of_tokens]
     width = 3 + max(lengths)
     completion_mask = torch.zeros(2, width, dtype=torch.long)
     log_probs = torch.zeros(2, width - 1, dtype=torch.float64)
-    for row, (length, total) in enumerate(zip(lengths, sums, strict=True)):
-        completion_mask[row, 3 : 3 + length] = 1
-        parts = torch.linspace(1, 2, length, dtype=torch.float64)
-        log_probs[row, 2 : 2 + length] = total * parts / parts.sum()
+    for row, values in enumerate(log_probs_of_tokens):
+        completion_mask[row, 3 : 3 + len(values)] = 1
+        log_probs[row, 2 : 2 + len(values)] = values
     zeros = torch.zeros_like(log_probs)
     outputs = SimpleNamespace(log_probs=log_probs, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
     inputs = {
         "input_ids": torch.ones(2, width, dtype=torch.long),
         "attention_mask": torch.ones(2, width, dtype=torch.long),
         "completion_mask": completion_mask,
-        "ref_chosen_logps": pairs.reference_chosen[index : index + 1],
-        "ref_rejected_logps": pairs.reference_rejected[index : index + 1],
     }
-    accelerator = SimpleNamespace(
-        device=torch.device("cpu"), gather=lambda value: value, gather_for_metrics=lambda value: value
-    )
-    trainer = SimpleNamespace(
-        model=torch.nn.Identity(),
-        accelerator=accelerator,
-        aux_loss_enabled=False,
-        ld_alpha=None,
-        precompute_ref_logps=True,
-        f_divergence_type="reverse_kl",
-        loss_types=loss_types,
-        loss_weights=list(weights),
-        beta=beta,
-        label_smoothing=label_smoothing,
-        use_weighting=False,
-        _metrics=defaultdict(lambda: defaultdict(list)),
-        _total_train_tokens=0,
-        _tp_size=1,
-    )
-    loss = trl.DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, return_outputs=False)
-    return float(loss), {name: values[-1] for name, values in trainer._metrics["train"].items() if values}
+    trainer = {
+        "model": SimpleNamespace(training=True, is_gradient_checkpointing=False),
+        "accelerator": SimpleNamespace(
+            device=torch.device("cpu"),
+            gather=lambda value: value,
+            gather_for_metrics=lambda value: value,
+            autocast=nullcontext,
+        ),
+        "args": SimpleNamespace(gradient_checkpointing_kwargs=None),
+        "ref_model": "another",
+        "aux_loss_enabled": False,
+        "ld_alpha": None,
+        "precompute_ref_logps": True,
+        "f_divergence_type": "reverse_kl",
+        "loss_types": loss_types,
+        "loss_weights": [1.0],
+        "beta": beta,
+        "label_smoothing": 0.0,
+        "use_weighting": False,
+        "_metrics": defaultdict(lambda: defaultdict(list)),
+        "_total_train_tokens": 0,
+        "_tp_size": 1,
+    }
+    return SimpleNamespace(**(trainer | others)), inputs, lambda **_: outputs
 
 
 @pytest.mark.parametrize(
@@ -149,6 +166,42 @@ def test_the_nll_term_is_that_of_trl():
     for index in range(10):
         expected, _ = trl_dpo_loss(pairs, index, ["sigmoid", "sft"], 0.3, weights=(1.0, 0.7))
         assert float(losses[index]) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("lengths", [(7, 3), (2, 9), (4, 4), (1, 2)], ids=str)
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_ld_dpo_is_that_of_trl(loss, lengths):
+    trl = pytest.importorskip("trl.trainer.dpo_trainer", reason="needs trl")
+    policy, reference = ([-3 * torch.rand(length, dtype=torch.float64) for length in lengths] for _ in range(2))
+    trainer, inputs, model = trl_dpo(policy, [loss], 0.3, ld_alpha=0.4)
+    start = trl_dpo(reference, [loss], 0.3)[2]
+    inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = trl.DPOTrainer.compute_ref_log_probs(
+        trainer, start, inputs
+    )
+    expected = float(trl.DPOTrainer._compute_loss(trainer, model, inputs, return_outputs=False))
+
+    stream = stream_of_pair(torch.cat(reference), lengths)
+    tails = tail_log_probs(torch.cat(reference), stream)
+    stream = replace(stream, pairs=replace(stream.pairs, reference_tails=tails))
+    settings = PreferenceSettings(loss=loss, beta=0.3, ld_alpha=0.4)
+    found = DPO(settings).loss(torch.cat(policy), stream)
+    assert float(found) == pytest.approx(expected, rel=1e-6)
+    metrics = dict(zip(DPO(settings).metric_names, DPO(settings).metrics(torch.cat(policy), stream), strict=True))
+    logged = trainer._metrics["train"]
+    assert float(metrics["reward_chosen"]) == pytest.approx(logged["rewards/chosen"][-1], abs=1e-6)
+    assert float(metrics["margin"]) == pytest.approx(logged["rewards/margins"][-1], abs=1e-6)
+    plain = float(DPO(PreferenceSettings(loss=loss, beta=0.3)).loss(torch.cat(policy), stream))
+    assert (float(found) == pytest.approx(plain, rel=1e-9)) == (lengths == (4, 4))
+
+
+def stream_of_pair(log_probs, lengths):
+    """A stream of two replies of these log-probs, of which the first is chosen."""
+    groups = torch.repeat_interleave(torch.arange(2), torch.tensor(lengths))
+    reference = torch.zeros(2, dtype=torch.float64).index_add(0, groups, log_probs)
+    pairs = Pairs(torch.tensor([[0, 1]]), torch.ones(1), reference, torch.tensor(lengths).float(), num_pairs=1)
+    nothing = torch.zeros(sum(lengths), dtype=torch.long)
+    ones = torch.ones(sum(lengths))
+    return TokenStream(*[nothing] * 5, ones, groups, sum(lengths), sum(lengths), pairs=pairs)
 
 
 def test_simpo_is_that_of_trl():
@@ -217,8 +270,8 @@ def test_the_start_of_a_new_loss_is_found_out(monkeypatch):
     monkeypatch.setitem(PREFERENCE_LOSSES, "more", more)
     assert start_loss(PreferenceSettings.model_construct(loss="twice", gamma=1.0)) == 2 * math.log(2) + 1
     assert start_loss(PreferenceSettings.model_construct(loss="more")) is None
-    assert twice.parameters == ("gamma", "rpo_alpha")
-    assert more.parameters == ()
+    assert twice.parameters == ("gamma", "rpo_alpha", "ld_alpha")
+    assert more.parameters == ("ld_alpha",)
 
 
 def test_robust_is_unbiased_where_labels_are_flipped():

@@ -13,10 +13,10 @@ from gpt2ft.data.plan import Plan
 from gpt2ft.distributed.signals import Preempted, SignalHandler
 from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.logprobs import TargetLogProbs
-from gpt2ft.objectives.dpo import DPO
+from gpt2ft.objectives.dpo import DPO, tail_log_probs
 from gpt2ft.objectives.losses import start_loss
 from gpt2ft.settings.sections import PreferenceSettings
-from gpt2ft.training.reference_pass import attach_reference, check_start, compute_start
+from gpt2ft.training.reference_pass import attach_reference, attach_tails, check_start, compute_start
 from gpt2ft.training.reference_store import ReferenceLogProbError, reply_key, reply_keys
 
 
@@ -71,6 +71,24 @@ def test_the_plan_gets_every_reply_in_its_place(make_plan, make_store, model, ac
             stream = plan.stream(micro_batch)
             replies = plan.replies_of(micro_batch)
             assert stream.pairs.reference[: len(replies)].tolist() == plan.reference[replies].tolist()
+
+
+@torch.no_grad()
+def test_the_plan_gets_what_is_longer_of_every_pair(make_plan, make_store, model, accelerator):
+    """So LD-DPO starts where the reference is, whatever alpha."""
+    plan, store = make_plan(seed=3), make_store()
+    attach_reference([plan], store, model, accelerator, SignalHandler())
+    attach_tails([plan], store, accelerator)
+    for micro_batch in plan.streams[:3]:
+        stream = plan.stream(micro_batch)
+        log_probs, lengths = model(stream), stream.pairs.lengths[stream.pairs.index[: stream.pairs.num_pairs]]
+        known = stream.pairs.reference_tails[: stream.pairs.num_pairs]
+        torch.testing.assert_close(tail_log_probs(log_probs, stream), known, rtol=0, atol=1e-9)
+        assert ((known < 0) == (lengths > lengths.amin(1, keepdim=True))).all()
+        objective = DPO(PreferenceSettings(ld_alpha=0.0))
+        mean = objective.loss(log_probs, stream) / objective.normalizer(stream)
+        assert float(mean) == pytest.approx(start_loss(PreferenceSettings()), abs=1e-6)
+    assert (plan.reference_tails < 0).any(0).all()
 
 
 def test_only_what_is_missing_is_computed(make_plan, make_store, model, accelerator):
