@@ -126,9 +126,15 @@ class GPT2(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
-    def forward(self, tokens: Tensor, positions: Tensor, attend: Attention) -> Tensor:
-        """Return hidden states [N, E] of tokens and positions [N]; `attend` is the attention of their stream."""
-        x = self.drop(self.wte(tokens) + self.wpe(positions))
+    def forward(self, tokens: Tensor, positions: Tensor, attend: Attention, noise: Tensor | None = None) -> Tensor:
+        """Return hidden states [N, E] of tokens and positions [N].
+
+        Args:
+            attend: the attention of their stream.
+            noise: [N, E] on the embeddings of the tokens.
+        """
+        embeddings = self.wte(tokens) if noise is None else self.wte(tokens) + noise
+        x = self.drop(embeddings + self.wpe(positions))
         activation_checkpointing = self.activation_checkpointing and torch.is_grad_enabled()
         for block in self.h:
             x = checkpoint(block, x, attend, use_reentrant=False) if activation_checkpointing else block(x, attend)

@@ -157,7 +157,7 @@ def target_log_probs(setup: RunSetup) -> TargetLogProbs:
     """Return the model as training calls it, in float32 and on the device."""
     loaded, settings = setup.loaded, setup.settings
     loaded.gpt2.activation_checkpointing = settings.training.activation_checkpointing
-    model = TargetLogProbs(loaded.gpt2, len(loaded.tokenizer), setup.backend)
+    model = TargetLogProbs(loaded.gpt2, len(loaded.tokenizer), setup.backend, settings.model.neftune_alpha)
     return model.to(setup.accelerator.device)
 
 

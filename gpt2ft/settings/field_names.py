@@ -39,6 +39,7 @@ FIELD_NAMES = {
     **_named("attn_implementation attn flash_attention flash_attn use_flash_attention", "model.attention attention"),
     **_named("resid_pdrop embd_pdrop attn_pdrop hidden_dropout hidden_dropout_prob", "model.dropout"),
     **_named("lora_dropout peft_dropout", "lora.dropout"),
+    **_named("neftune_noise_alpha neftune noise_alpha training.neftune_alpha", "model.neftune_alpha"),
     **_named(
         "n_layer n_layers num_layers n_head n_heads num_heads n_embd hidden_size d_model vocab_size model.size size "
         "model_size model.layers",

@@ -90,10 +90,10 @@ class DPOSettings(RunSettings):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         yield from self.dpo.problems()
-        if self.model.dropout or self.lora.dropout:
+        if self.model.dropout or self.lora.dropout or self.model.neftune_alpha:
             yield (
-                "`model.dropout` and `lora.dropout` must be 0 in DPO: the reference has no dropout, and what is "
-                "compared with it may have none either"
+                "`model.dropout`, `lora.dropout` and `model.neftune_alpha` must be 0 in DPO: the reference has no "
+                "dropout and no noise, and what is compared with it may have none either"
             )
         if self.data.message_weight != "once":
             yield "`data.message_weight` must be once in DPO, where pairs are weighed: see `dpo.pair_weight`"

@@ -120,6 +120,9 @@ class ModelSettings(Section):
     """Implementation of attention; auto is flex on CUDA, else segments."""
     dropout: Fraction = 0.0
     """Dropout after the embeddings and on both residual branches."""
+    neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
+    """Of SFT: noise on the embeddings in training, 5 is usual (NEFTune, Jain et al. 2023). It is divided by the square
+    root of the width times the tokens of the longest path through a token."""
 
 
 class LoRASettings(Section):
@@ -248,7 +251,7 @@ class TrainingSettings(StreamSettings):
     micro_batches_per_step: Positive = 8
     """Most streams in one optimizer step over all processes. Accumulation is this divided by the processes."""
     seed: NotNegative = 0
-    """Seed of initial weights, packing, order and dropout."""
+    """Seed of initial weights, packing, order, dropout and noise."""
     log_every: Positive = 10
     """Steps between lines of metrics."""
     eval_every: Positive | None = None

@@ -37,6 +37,7 @@ def run_sft(tiny_model_folder, one_thread, tmp_path_factory):
                 "path": str(path or tiny_model_folder),
                 "random_init": path is None,
                 "dropout": dropout,
+                "neftune_alpha": 5 * dropout,  # noise wherever there is dropout
             },
             lora=lora or {},
             data=quickstart_data(cache) | {"max_rank": max_rank} | (data or {}),

@@ -42,7 +42,7 @@ def uninterrupted(run_sft, tmp_path_factory):
 def test_a_run_stopped_after_any_step_ends_in_the_same_bits(
     stop_after, uninterrupted, run_sft, stopped_after, tmp_path, capsys
 ):
-    """With dropout on, over epoch ends, saving every second step: so also from work that is done again."""
+    """With dropout and noise on, over epoch ends, saving every second step: so also from work that is done again."""
     with stopped_after(stop_after):
         run_sft(tmp_path / "run", steps=STEPS)
     run_sft(tmp_path / "run", steps=STEPS)

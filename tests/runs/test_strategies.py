@@ -136,7 +136,7 @@ class Runs:
         adapts, compares = run.endswith("lora"), kind == "dpo"
         from_weights = {"path": str(self.weights)}
         random = {"path": str(self.shape), "random_init": True}
-        dropout = {} if compares else {"dropout": 0.1}
+        dropout = {} if compares else {"dropout": 0.1, "neftune_alpha": 1.0}
         return {
             "model": (from_weights if adapts or compares else random) | dropout,
             "lora": (LORA | {"dropout": 0.0} if compares else LORA) if adapts else {},

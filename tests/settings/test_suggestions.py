@@ -126,7 +126,7 @@ def test_what_is_not_to_be_set_is_said(name):
 
 
 UNKNOWN = """
-    zzz revision ld_alpha bias message verbose trust_remote_code use_cache neftune_noise_alpha eval_delay x training.x
+    zzz revision ld_alpha bias message verbose trust_remote_code use_cache use_liger_kernel eval_delay x training.x
     optimizer.momentum_decay data.text dpo.pairs stage strict
 """
 
