@@ -21,6 +21,7 @@ from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.objectives.dpo import DPO, reply_log_probs
 from gpt2ft.settings.sections import FilterSettings, PreferenceSettings
 from gpt2ft.stream import TokenStream
+from gpt2ft.training.reference_store import reply_keys
 
 TOLERANCE = 1e-5  # relative, in float32
 BETA = 0.1
@@ -35,19 +36,24 @@ class Case:
     micro_batches: list[list[int]]
 
 
+def rows_of(store):
+    return np.array([(0, row) for row in range(len(store))])
+
+
 def case_of(store, vocabulary, gpt2, max_length, capacity, chosen):
     """A plan of the smallest prompts with four replies or more, of several turns, and of those that are cut."""
-    rows, chunking = (
-        np.array([(0, row) for row in range(len(store))]),
-        PreferencePairs("all", "prompt", max_length, capacity),
-    )
+    rows, chunking = rows_of(store), PreferencePairs("all", "prompt", max_length, capacity)
     chunks = chunk([store], rows, chunking)
     by_size = np.argsort(chunks.sizes, kind="stable").tolist()
     large = [index for index in by_size if chunks.replies[index] >= 4]
     deep = [index for index in by_size if len(chunks.tree(index).parents) - chunks.replies[index] >= 3]
     cut = [index for index in by_size if chunks.is_cut[index]]
     small = np.unique([chunks.rows[index, 1] for kind in (large, deep, cut) for index in kind[:chosen]])
-    plan = Plan(chunk([store], rows[small], chunking), capacity, 4, seed=0)
+    return planned(chunk([store], rows[small], chunking), vocabulary, gpt2, capacity)
+
+
+def planned(chunks, vocabulary, gpt2, capacity):
+    plan = Plan(chunks, capacity, 4, seed=0)
     plan.reference = np.random.default_rng(0).uniform(-300, -30, len(plan.reference))
     return Case(plan, TargetLogProbs(gpt2, vocabulary, "segments"), plan.streams)
 
@@ -61,14 +67,32 @@ def random_case(tokenizer, tiny_gpt2, write_groups, cache, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def oasst_case(test_data, gpt2_tokenizer, tiny_gpt2, cache):
-    file = str(test_data("oasst/en_100_tree.jsonl"))
-    store = open_store(file, FilterSettings(), gpt2_tokenizer, cache, kind=PREFERENCES)
+def oasst_case(oasst_groups, gpt2_tokenizer, tiny_gpt2):
     gpt2 = tiny_gpt2(gpt2_tokenizer.padded_size, 1024, n_embd=32, seed=2)
-    return case_of(store, len(gpt2_tokenizer), gpt2, 1024, 2048, chosen=2)
+    return case_of(oasst_groups, len(gpt2_tokenizer), gpt2, 1024, 2048, chosen=2)
 
 
-@pytest.fixture(params=["random", "oasst"])
+@pytest.fixture(scope="module")
+def oasst_groups(test_data, gpt2_tokenizer, cache):
+    file = str(test_data("oasst/en_100_tree.jsonl"))
+    return open_store(file, FilterSettings(), gpt2_tokenizer, cache, kind=PREFERENCES)
+
+
+@pytest.fixture(scope="module")
+def merged_case(oasst_groups, gpt2_tokenizer, tiny_gpt2):
+    """The smallest of OASST's trees that hold three prompts or more, and one prompt that is cut."""
+    conversations, rows = oasst_groups.conversations(), rows_of(oasst_groups)
+    chunking = PreferencePairs("all", "prompt", max_length=512, capacity=2048, merges=True)
+    chunks = chunk([oasst_groups], rows, chunking)
+    by_size = np.argsort(chunks.sizes, kind="stable").tolist()
+    chosen = [index for index in by_size if len(chunks.merged.get(index, ())) >= 2][:2]
+    chosen += [index for index in by_size if chunks.is_cut[index]][:1]
+    small = np.isin(conversations, conversations[chunks.rows[chosen, 1]])
+    gpt2 = tiny_gpt2(gpt2_tokenizer.padded_size, 512, n_embd=32, seed=2)
+    return planned(chunk([oasst_groups], rows[small], chunking), len(gpt2_tokenizer), gpt2, 2048)
+
+
+@pytest.fixture(params=["random", "oasst", "merged"])
 def case(request):
     return request.getfixturevalue(f"{request.param}_case")
 
@@ -226,12 +250,58 @@ def test_a_group_says_the_same_whatever_it_is_packed_with(case):
     assert at > 3
 
 
-def test_real_groups_need_a_third_of_the_tokens_of_their_pairs(test_data, gpt2_tokenizer, cache):
+def test_whole_trees_have_the_losses_and_gradients_of_their_groups(merged_case, oasst_groups):
+    """Also the same pairs, weights, and keys of reference log-probs."""
+    merged = merged_case.plan
+    rows, whole = merged.chunks.all_rows, merged.chunks.chunking
+    groups = Plan(chunk([oasst_groups], rows[np.argsort(rows[:, 1])], replace(whole, merges=False)), 2048, 4, seed=0)
+    assert len(groups.chunks) > len(merged.chunks)
+    assert groups.tokens > merged.tokens
+    found = {}
+    for plan in (groups, merged):
+        keys = reply_keys(plan)
+        known = {key: -3.0 * tokens for key, tokens in zip(keys.keys, keys.tokens, strict=True)}
+        plan.reference = np.array([known[key] for key in keys.keys])
+        objective = DPO(PreferenceSettings(loss="sigmoid", beta=BETA))
+        merged_case.model.zero_grad()
+        sums = np.zeros(2 + len(objective.metric_names))
+        for micro_batch in plan.streams:
+            stream = plan.stream(micro_batch)
+            log_probs = merged_case.model(stream)
+            loss = objective.loss(log_probs, stream)
+            loss.backward()
+            sums += [float(loss.detach()), objective.normalizer(stream), *objective.metrics(log_probs, stream).tolist()]
+        gradient = {name: parameter.grad.clone() for name, parameter in merged_case.model.named_parameters()}
+        found[plan is merged] = sorted(keys.keys), plan.chunks.pairs.sum(), plan.chunks.replies.sum(), sums, gradient
+    *same, sums, gradient = found[True]
+    *expected, expected_sums, expected_gradient = found[False]
+    assert same == expected
+    assert sums == pytest.approx(expected_sums, rel=TOLERANCE)
+    for name, values in gradient.items():
+        assert (values - expected_gradient[name]).norm() <= TOLERANCE * values.norm() > 0, name
+
+
+def test_ranked_replies_of_real_trees_stand_at_several_depths(oasst_groups):
+    """The saving that the README gives."""
+    chunks = {
+        merges: chunk([oasst_groups], rows_of(oasst_groups), PreferencePairs("all", "pair", 1024, 8192, merges))
+        for merges in (False, True)
+    }
+    depths = {}
+    for row, conversation in enumerate(oasst_groups.conversations().tolist()):
+        tree = oasst_groups.tree(row, 0)
+        depths.setdefault(conversation, set()).add(len(tree.path_to(len(tree.parents) - 1)))
+    assert (len(depths), sum(len(found) > 1 for found in depths.values())) == (100, 74)
+    assert (len(chunks[False]), len(chunks[True]), len(chunks[True].all_rows)) == (212, 113, 212)
+    assert {merges: int(found.sizes.sum()) for merges, found in chunks.items()} == {False: 144915, True: 125887}
+    assert np.array_equal(chunks[True].counts[:, 2:].sum(axis=0), chunks[False].counts[:, 2:].sum(axis=0))
+
+
+def test_real_groups_need_a_third_of_the_tokens_of_their_pairs(oasst_groups):
     """All pairs of OASST's ranked siblings, against two sequences for each."""
-    file = str(test_data("oasst/en_100_tree.jsonl"))
-    store = open_store(file, FilterSettings(), gpt2_tokenizer, cache, kind=PREFERENCES)
-    rows = np.array([(0, row) for row in range(len(store))])
-    chunks = chunk([store], rows, PreferencePairs("all", "pair", max_length=1024, capacity=8192))
+    chunks = chunk(
+        [oasst_groups], rows_of(oasst_groups), PreferencePairs("all", "pair", max_length=1024, capacity=8192)
+    )
     plan = Plan(chunks, 8192, micro_batches_per_step=8, seed=0)
     assert (chunks.pairs.sum(), chunks.replies.sum(), chunks.repeated.sum()) == (754, 641, 0)
     sequences = 0

@@ -6,9 +6,9 @@ preferences      PreferencePairs (see pairs.py)       shortened at its prompt or
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, reduce
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from gpt2ft.data.kinds import CONVERSATIONS, DataKind
 from gpt2ft.data.reading import DataError, listed
 from gpt2ft.data.store import TokenStore
-from gpt2ft.data.token_tree import TEXT, TokenTree, counts, fit_context, split, text_part, weigh
+from gpt2ft.data.token_tree import TEXT, TokenTree, counts, fit_context, merge, split, text_part, weigh
 from gpt2ft.settings.sections import MessageWeight
 
 Rows = NDArray[np.int64]  # [n, 2]: number of the store, row in it
@@ -33,6 +33,7 @@ class ChunkingRule(Protocol):
     kind: ClassVar[DataKind]
     max_length: int  # tokens of context
     capacity: int  # tokens of a stream
+    merges: bool  # whole trees of one conversation are one chunk, as far as that fits
 
     @property
     def replies_cut_at(self) -> int | None:
@@ -67,6 +68,7 @@ class ConversationTrees:
     capacity: int
     kind: ClassVar[DataKind] = CONVERSATIONS
     replies_cut_at: ClassVar[None] = None
+    merges: ClassVar[bool] = False
 
     def count(self, store: TokenStore) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         tokens, supervised = store.sizes()
@@ -116,6 +118,7 @@ class Chunks:
     contents_from: NDArray[np.int64]  # [n + 1] where those of each chunk begin
     repeated: NDArray[np.int64]  # [n] tokens that an earlier part holds too: the context of later turns
     left_out: Counter[str]  # what is in no chunk, by reason
+    merged: Mapping[int, list[int]] = field(default_factory=dict)  # chunk -> rows whose trees are merged into its own
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -150,13 +153,22 @@ class Chunks:
         """[n] true where a chunk is a part of its tree."""
         return self.parts >= 0
 
+    @property
+    def all_rows(self) -> Rows:
+        """Rows of all trees, those that are merged into another's chunk and the copies of a mixing weight included."""
+        merged = [(self.rows[number, 0], row) for number, rows in self.merged.items() for row in rows]
+        return np.concatenate([self.rows, np.array(merged, np.int64).reshape(-1, 2)])
+
     @cached_property
     def pieces(self) -> NDArray[np.uint64]:
-        """[n, 4] what each chunk is, wherever the same data are read: key of its tree, part, tokens, targets."""
-        keys = np.zeros(len(self.rows), np.uint64)
+        """[n, 4] what each chunk is, wherever the same data are read: keys of its trees, part, tokens, targets."""
+        of_rows = self.all_rows
+        keys = np.zeros(len(of_rows), np.uint64)
         for number, store in enumerate(self.stores):
-            here = self.rows[:, 0] == number
-            keys[here] = store.keys()[self.rows[here, 1]]
+            here = of_rows[:, 0] == number
+            keys[here] = store.keys()[of_rows[here, 1]]
+        keys, merged = np.split(keys, [len(self)])
+        np.add.at(keys, [number for number, rows in self.merged.items() for _ in rows], merged)
         return np.stack([keys, *(values.astype(np.uint64) for values in (self.parts, *self.counts[:, :2].T))], axis=1)
 
     def tree(self, number: int) -> TokenTree:
@@ -165,7 +177,8 @@ class Chunks:
         tree = self.chunking.whole(self.stores[store], row, group=store)
         part = int(self.parts[number])
         if part < 0:
-            return tree
+            others = self.merged.get(number, ())
+            return reduce(merge, (self.chunking.whole(self.stores[store], row, group=store) for row in others), tree)
         return self.chunking.part(tree, part, self.contents[slice(*self.contents_from[number : number + 2])])
 
 
@@ -213,9 +226,48 @@ def chunk(stores: Sequence[TokenStore], rows: Rows, chunking: ChunkingRule) -> C
         found = f"left out are {listed(left_out)}"
         raise DataError(f"nothing fits `data.max_length` = {chunking.max_length} tokens: {found}")
     contents_from = np.cumsum(contents_from)
-    return Chunks(
+    found = Chunks(
         stores, chunking, rows, counted, part_numbers, np.concatenate(contents), contents_from, repeated, +left_out
     )
+    return _merged(found) if chunking.merges else found
+
+
+def _merged(chunks: Chunks) -> Chunks:
+    """Return the chunks with whole trees of one conversation merged, in their order, as far as they fit a stream."""
+    counted, absorbed = chunks.counts.copy(), np.zeros(len(chunks), bool)
+    merged: dict[int, list[int]] = {}  # number of a chunk -> the rows merged into its tree
+    for numbers in _of_one_conversation(chunks):
+        first, tree = numbers[0], chunks.tree(numbers[0])
+        for number in numbers[1:]:
+            both = merge(tree, chunks.tree(number))
+            if both is not None and len(both.tokens) <= chunks.chunking.capacity:
+                tree, absorbed[number], counted[first] = both, True, counts(both)
+                merged.setdefault(first, []).append(int(chunks.rows[number, 1]))
+            else:
+                first, tree = number, chunks.tree(number)
+    left = np.flatnonzero(~absorbed)
+    return replace(
+        chunks,
+        **{name: getattr(chunks, name)[left] for name in ("rows", "parts", "repeated")},
+        counts=counted[left],
+        contents_from=chunks.contents_from[[*left, -1]],  # a whole tree has no contents
+        merged={new: merged[old] for new, old in enumerate(left.tolist()) if old in merged},
+    )
+
+
+def _of_one_conversation(chunks: Chunks) -> Iterator[list[int]]:
+    """Yield the numbers of whole trees of the same conversation; copies that a mixing weight makes stay apart."""
+    for number, store in enumerate(chunks.stores):
+        whole = np.flatnonzero((chunks.rows[:, 0] == number) & ~chunks.is_cut)
+        whole = whole[np.argsort(chunks.rows[whole, 1], kind="stable")]
+        rows = chunks.rows[whole, 1]
+        copies = np.arange(len(rows)) - np.searchsorted(rows, rows)
+        keys = store.conversations()[rows] + copies.astype(np.uint64)
+        _, conversations, sizes = np.unique(keys, return_inverse=True, return_counts=True)
+        by_conversation = whole[np.argsort(conversations, kind="stable")]
+        for found in np.split(by_conversation, np.cumsum(sizes)[:-1]):
+            if len(found) > 1:
+                yield found.tolist()
 
 
 def _repeated(parts: Sequence[TokenTree]) -> list[int]:

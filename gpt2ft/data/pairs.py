@@ -7,7 +7,15 @@ A group is a token tree with one path, the prompt, and its ranked replies below 
     2   assistant   Leaves in water.  parent 0     rank 1      pairs (1, 2), (1, 3), (2, 3)
     3   assistant   Okay.             parent 0     rank 2
 
-So a prompt is computed once, and so is each reply, however many pairs they are in.
+So a prompt is computed once, and so is each reply, however many pairs they are in. Groups of one conversation may be
+merged into one tree (see chunks.py), in which a reply is part of the prompts below it:
+
+    0 user            What is tea?        parent -1
+    1   assistant       A hot drink.      parent 0     rank 0
+    2     user            And cold?       parent 1
+    3       assistant       Iced tea.     parent 2     rank 0
+    4       assistant       No.           parent 2     rank 1      pair (3, 4)
+    5   assistant       Okay.             parent 0     rank 1      pair (1, 5)
 """
 
 from collections import Counter
@@ -40,6 +48,7 @@ class PreferencePairs:
     weight: PairWeight
     max_length: int
     capacity: int
+    merges: bool = False
     kind: ClassVar[DataKind] = PREFERENCES
 
     @property

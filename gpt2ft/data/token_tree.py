@@ -3,6 +3,7 @@
     weigh          how much each supervised node counts
     fit_context    covers what lies too deep by windows, cuts what is plain text
     split          cuts a tree that is larger than a stream at its branches
+    merge          makes one tree of two that begin alike
 
 Each returns new trees. Shape letters: n tokens, K nodes, P pairs of nodes.
 """
@@ -67,6 +68,9 @@ class TokenTree:
         """Targets of non-zero weight."""
         return int(((self.lengths - 1) * (self.weights > 0)).sum())
 
+    def node_tokens(self, node: int) -> NDArray[np.integer]:
+        return self.tokens[self.starts[node] : self.starts[node] + self.lengths[node]]
+
     def path_to(self, node: int) -> list[int]:
         path = []
         while node >= 0:
@@ -89,7 +93,7 @@ class TokenTree:
                 parent = int(self.parents[parent])
             parents.append(new_index.get(parent, -1))
         return TokenTree(
-            tokens=np.concatenate([self.tokens[self.starts[i] : self.starts[i] + self.lengths[i]] for i in nodes]),
+            tokens=np.concatenate([self.node_tokens(node) for node in nodes]),
             lengths=self.lengths[nodes],
             parents=np.array(parents, np.int32),
             roles=self.roles[nodes],
@@ -263,6 +267,49 @@ def split(tree: TokenTree, capacity: int) -> list[TokenTree]:
         trees.append(tree.select(nodes, weights))
         weights[nodes] = 0
     return trees
+
+
+def merge(first: TokenTree, second: TokenTree) -> TokenTree | None:
+    """Return a tree that holds what two trees share once, and the pairs of both; None if they do not begin alike.
+
+    A node is shared where its tokens and those of all nodes above it are the same. It is supervised if it is in either.
+    """
+    parents = first.parents.tolist()
+    known = {(parent, first.node_tokens(node).tobytes()): node for node, parent in enumerate(parents)}
+    places: list[int] = []  # of the nodes of `second`, among those of `first` and then the new ones
+    new: list[int] = []
+    for node, parent in enumerate(second.parents.tolist()):
+        above = places[parent] if parent >= 0 else -1
+        place = known.setdefault((above, second.node_tokens(node).tobytes()), len(parents))
+        if place == len(parents):
+            parents.append(above)
+            new.append(node)
+        places.append(place)
+    if places[0] != 0:
+        return None
+    paths = [(0,)]
+    for node, parent in enumerate(parents[1:], start=1):
+        paths.append((*paths[parent], node))
+    order = sorted(range(len(parents)), key=paths.__getitem__)  # depth first
+    place_of = np.argsort(order).astype(np.int32)
+    weights = np.append(first.weights, np.zeros(len(new), np.float32))
+    np.maximum.at(weights, places, second.weights)
+    tokens = [*map(first.node_tokens, range(len(first.parents))), *map(second.node_tokens, new)]
+
+    def column(name: str) -> NDArray:
+        return np.concatenate([getattr(first, name), getattr(second, name)[new]])[order]
+
+    return TokenTree(
+        tokens=np.concatenate([tokens[node] for node in order]),
+        lengths=column("lengths"),
+        parents=np.array([-1, *(place_of[parents[node]] for node in order[1:])], np.int32),
+        roles=column("roles"),
+        weights=weights[order],
+        groups=column("groups"),
+        messages=column("messages"),
+        pairs=place_of[np.concatenate([first.pairs, np.array(places)[second.pairs]])],
+        pair_weights=np.concatenate([first.pair_weights, second.pair_weights]),
+    )
 
 
 def _with_ancestors(tree: TokenTree, nodes: list[int], top: int = 0) -> list[int]:

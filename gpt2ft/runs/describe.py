@@ -180,7 +180,7 @@ def shares(corpus: Corpus, plan: Plan) -> list[SourceShare]:
     """Return the shares of a corpus's sources, in its order."""
     found = []
     for number, (store, mixing_weight) in enumerate(zip(corpus.stores, corpus.mixing_weights, strict=True)):
-        here = plan.chunks.rows[:, 0] == number
+        here, rows_used = plan.chunks.rows[:, 0] == number, plan.chunks.all_rows
         rows = corpus.rows[corpus.rows[:, 0] == number]
         share = SourceShare(
             source=store.source,
@@ -188,7 +188,7 @@ def shares(corpus: Corpus, plan: Plan) -> list[SourceShare]:
             mixing_weight=mixing_weight,
             messages_read=store.statistics.read if corpus.has_own_sources else None,
             dropped=store.statistics.dropped if corpus.has_own_sources else {},
-            conversations=len(np.unique(plan.chunks.rows[here, 1])),
+            conversations=len(np.unique(rows_used[rows_used[:, 0] == number, 1])),
             conversations_read=store.statistics.conversations if corpus.has_own_sources else len(rows),
             tokens=int(plan.chunks.sizes[here].sum()),
             supervised=int(plan.chunks.supervised[here].sum()),

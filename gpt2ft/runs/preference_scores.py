@@ -70,7 +70,7 @@ def score_preferences(
         found |= {"reference": reference.source, "reference_weights": reference.digest}
     counts = {"pairs": plan.chunks.pairs, "compared_replies": plan.chunks.replies}
     return found | {name: int(count.sum()) for name, count in counts.items()} | {
-        "prompts": len(plan.chunks), "longer": _longer_is_better(plan.chunks),
+        "prompts": len(np.unique(plan.chunks.all_rows, axis=0)), "longer": _longer_is_better(plan.chunks),
     }  # fmt: skip
 
 

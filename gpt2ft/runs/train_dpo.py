@@ -51,7 +51,8 @@ class PreferenceTuning:
         """Evaluation counts every pair once."""
         dpo, data = self.settings.dpo, self.settings.data
         weight = dpo.pair_weight if for_training else "pair"
-        return PreferencePairs(dpo.pairs, weight, data.max_length, self.settings.training.tokens_per_micro_batch)
+        capacity = self.settings.training.tokens_per_micro_batch
+        return PreferencePairs(dpo.pairs, weight, data.max_length, capacity, merges=dpo.whole_trees)
 
     def prepare_reference(self, setup: RunSetup, model: TargetLogProbs, signals: SignalHandler) -> dict[str, Any]:
         """Attach the reference to the plans, read from the store; missing log-probs are computed first."""

@@ -329,6 +329,8 @@ class PreferenceSettings(Section):
     """Replies to a prompt that are compared: all of different rank, the best with the worst, or adjacent ranks."""
     pair_weight: PairWeight = "pair"
     """pair counts every pair the same; prompt counts every prompt the same, however many replies it has."""
+    whole_trees: bool = False
+    """Compute prompts of one conversation, at whatever depth, in one pass. Pairs and their weights stay the same."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Share of pairs taken to be the wrong way round, of cdpo and robust."""
     gamma: Annotated[float, Field(ge=0)] = 0.0

@@ -210,7 +210,7 @@ def reply_keys(plan: Plan) -> ReplyKeys:
 
 def reply_key(tree: TokenTree, node: int) -> Key:
     """Return a digest of the ids of the prompt, of the ids of the reply, and of which of these are targets."""
-    parts = [tree.tokens[tree.starts[i] : tree.starts[i] + tree.lengths[i]] for i in tree.path_to(node)]
+    parts = [tree.node_tokens(i) for i in tree.path_to(node)]
     prompt, reply = np.concatenate(parts[:-1]), parts[-1]
     is_target = np.arange(len(reply)) > 0
     digest = hashlib.blake2b(len(prompt).to_bytes(8, "little"), digest_size=16)

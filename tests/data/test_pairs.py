@@ -387,6 +387,59 @@ def test_the_sum_of_weights_is_one_for_each_prompt_or_for_each_pair(
     assert split > 50 or rule != "all"
 
 
+def ways(chunks):
+    """{(ids of the prompt, ids of chosen and of rejected reply): (times, weight)} over all chunks."""
+    found = {}
+    for index in range(len(chunks)):
+        tree = chunks.tree(index)
+        assert counts(tree) == tuple(chunks.counts[index].tolist())
+        assert (tree.parents[1:] < np.arange(1, len(tree.parents))).all()
+        assert tree.ends[0] == len(tree.tokens)
+        for (chosen, rejected), weight in zip(tree.pairs.tolist(), tree.pair_weights.tolist(), strict=True):
+            prompt = [tokens_of(tree, node) for node in tree.path_to(chosen)[:-1]]
+            assert prompt == [tokens_of(tree, node) for node in tree.path_to(rejected)[:-1]]
+            pair = str((prompt, tokens_of(tree, chosen), tokens_of(tree, rejected)))
+            times, sum_of_weights = found.get(pair, (0, 0.0))
+            found[pair] = times + 1, round(sum_of_weights + weight, 5)
+    return found
+
+
+class TestMergedGroups:
+    @pytest.mark.parametrize(("rule", "weight"), [("all", "pair"), ("best_worst", "prompt")])
+    @pytest.mark.parametrize(("max_length", "capacity"), [(512, 512), (128, 256), (96, 192)])
+    def test_every_pair_stands_in_them_as_often_and_with_the_same_weight(
+        self, tokenizer, cache, rule, weight, max_length, capacity
+    ):
+        """Of two sources, rows out of order, some of which a mixing weight takes twice; some groups are cut."""
+        names = ("quickstart", "quickstart:held_out")
+        stores = [open_store(name, FilterSettings(), tokenizer, cache, kind=PREFERENCES) for name in names]
+        rows = np.array([(number, row) for number in (0, 1) for row in range(0, len(stores[number]))])
+        rows = np.random.default_rng(0).permutation(np.concatenate([rows, rows[::3]]))
+        chunking = PreferencePairs(rule, weight, max_length, capacity)
+        apart, merged = (chunk(stores, rows, replace(chunking, merges=merges)) for merges in (False, True))
+        assert ways(merged) == ways(apart)
+        assert len(merged) + sum(map(len, merged.merged.values())) == len(apart)
+        assert sorted(merged.all_rows.tolist()) == sorted(apart.all_rows.tolist())
+        assert merged.sizes.max() <= capacity
+        assert merged.sizes.sum() < apart.sizes.sum()
+        assert apart.is_cut.sum() == merged.is_cut.sum()
+        assert apart.is_cut.any() == (max_length < 512)
+        assert merged.left_out == apart.left_out
+        assert len(np.unique(merged.pieces, axis=0)) > 0.95 * len(np.unique(merged.rows, axis=0))
+
+    def test_replies_to_one_prompt_in_several_records_share_it(self, tokenizer, cache, write, tmp_path):
+        """And only those are compared that one record compares."""
+        pairs = [("What is tea?", "A hot drink.", "No."), ("What is tea?", "Leaves.", "No."), ("Tea!", "Yes.", "No.")]
+        records = [dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in pairs]
+        file = str(write(tmp_path / "pairs.jsonl", records))
+        store = open_store(file, FilterSettings(), tokenizer, cache, kind=PREFERENCES)
+        chunking = PreferencePairs("all", "pair", PLENTY, PLENTY)
+        apart, merged = (chunk([store], rows_of(store), replace(chunking, merges=merges)) for merges in (False, True))
+        assert ways(merged) == ways(apart)
+        assert merged.counts[:, 2:4].tolist() == [[3, 2], [2, 1]]  # replies, pairs
+        assert merged.tree(0).parents.tolist() == [-1, 0, 0, 0]
+
+
 def test_replies_are_numbered_through(store):
     chunking = PreferencePairs("all", "pair", 64, 128)
     trees = number_replies([chunking.whole(store, row, 0) for row in range(5)])

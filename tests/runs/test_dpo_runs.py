@@ -130,12 +130,13 @@ def test_the_output_is_a_run_like_any(run_folder):
 def test_a_stopped_run_ends_in_the_same_bits(lora, stop_after, run_dpo, stopped_after, tmp_path, capsys):
     """And never takes the reference from the policy it has come to: that is still the start's."""
     caches = [{"cache": str(tmp_path / name)} for name in ("one", "two")]
-    run_dpo(tmp_path / "whole", STEPS, lora=lora, data=caches[0], learning_rate=1e-2)
+    how = {"lora": lora, "learning_rate": 1e-2, "dpo": {"whole_trees": bool(lora)}}
+    run_dpo(tmp_path / "whole", STEPS, data=caches[0], **how)
     with stopped_after(stop_after):
-        run_dpo(tmp_path / "run", STEPS, lora=lora, data=caches[1], learning_rate=1e-2)
+        run_dpo(tmp_path / "run", STEPS, data=caches[1], **how)
     for file in (tmp_path / "two" / "reference").glob("*/*"):
         file.unlink()  # what is missing is computed again, from the start
-    run_dpo(tmp_path / "run", STEPS, lora=lora, data=caches[1], learning_rate=1e-2)
+    run_dpo(tmp_path / "run", STEPS, data=caches[1], **how)
     assert f"from step 0 to step {STEPS}: held-out loss 0.6931 -> " in capsys.readouterr().out
     for name in ("model", "best"):
         expected, found = (load_file(tmp_path / run / name / "model.safetensors") for run in ("whole", "run"))
