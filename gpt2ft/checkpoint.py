@@ -51,6 +51,7 @@ class TrainState:
     best_loss: float | None = None  # lowest evaluation loss so far
     best_step: int | None = None
     evaluated_step: int | None = None  # the last step after which evaluation ran
+    evaluations_since_best: int = 0  # in a row, none of them better
     sums: Mapping[str, float] = field(default_factory=dict)  # of the steps since the last logged line, if saved then
 
     def after_step(self, updated: bool) -> "TrainState":
@@ -62,9 +63,11 @@ class TrainState:
     def after_evaluation(self, loss: float | None) -> "TrainState":
         """Return the state after an evaluation; `loss` is None without held-out data, and the best only if finite."""
         after = replace(self, evaluated_step=self.step)
-        if loss is None or not math.isfinite(loss) or (self.best_loss is not None and loss >= self.best_loss):
+        if loss is None:
             return after
-        return replace(after, best_loss=loss, best_step=self.step)
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
+            return replace(after, best_loss=loss, best_step=self.step, evaluations_since_best=0)
+        return replace(after, evaluations_since_best=self.evaluations_since_best + 1)
 
     @classmethod
     def from_json(cls, values: Any) -> "TrainState":
@@ -74,9 +77,11 @@ class TrainState:
             ValueError: if no run can stand there.
         """
         names = [field.name for field in fields(cls) if field.name != "sums"]
-        if not isinstance(values, dict) or values.keys() | {"sums"} != {*names, "sums"}:  # earlier versions had no sums
+        added = {"evaluations_since_best": 0, "sums": {}}  # which earlier versions have not
+        if not isinstance(values, dict) or added.keys() | values.keys() != {*names, "sums"}:
             raise ValueError(f"`state` must hold {', '.join(names)}, but holds {shown(values)}")
-        sums = values.get("sums", {})
+        values = added | values
+        sums = values["sums"]
         if not isinstance(sums, dict) or not all(type(value) is float for value in sums.values()):
             raise ValueError(f"`state.sums` must be an object of numbers, but is {shown(sums)}")
         step, loss = values["step"], values["best_loss"]

@@ -21,6 +21,15 @@ def test_the_best_is_the_lowest_finite_loss():
     assert (state.best_loss, state.best_step) == (2.0, 3)
 
 
+def test_evaluations_since_the_best_are_counted():
+    """One without held-out data is none, and a loss that is not finite is no better than any."""
+    state, counts = TrainState(step=9), []
+    for loss in (math.nan, 3.0, 3.0, None, math.inf, 2.9, 3.0):
+        state = state.after_evaluation(loss)
+        counts.append(state.evaluations_since_best)
+    assert counts == [1, 0, 1, 1, 2, 0, 1]
+
+
 def test_a_skipped_step_is_a_step_but_no_update():
     state = TrainState().after_step(True).after_step(False).after_step(False)
     assert (state.step, state.updates, state.skipped_in_a_row) == (3, 1, 2)

@@ -86,6 +86,8 @@ def test_a_checkpoint_written_by_hand_is_read(tmp_path):
         ({"best_loss": None}, "null"),
         ({"best_step": 6}, "6"),
         ({"evaluated_step": {}}, "{}"),
+        ({"evaluations_since_best": 5}, "5"),
+        ({"evaluations_since_best": None}, "None"),
         ({"evaluated_step": 10**99}, f"1{'0' * 79}..."),
     ],
 )

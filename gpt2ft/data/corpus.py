@@ -9,7 +9,7 @@ import numpy as np
 
 from gpt2ft.data.chunks import Rows
 from gpt2ft.data.kinds import CONVERSATIONS, DataKind
-from gpt2ft.data.mixing import Keys, first_of_each, is_held_out, is_held_out_by_itself, sampled
+from gpt2ft.data.mixing import Keys, first_of_each, is_held_out, is_held_out_by_itself, is_within, sampled
 from gpt2ft.data.reading import DataError
 from gpt2ft.data.sources import Origin, read_trees
 from gpt2ft.data.store import TokenStore, open_store
@@ -84,6 +84,8 @@ def load_corpora(
             corpus = replace(corpus, rows=corpus.rows[~chosen])
     if not len(corpus.rows):
         raise DataError("no conversation is left to train on: all of them are held out")
+    if held_out and settings.eval_limit:  # what it leaves out is not trained on either
+        held_out = _limited(held_out, settings.eval_limit)
     return _sampled(corpus, [split_mixing_weight(source)[1] for source in settings.train], seed), held_out
 
 
@@ -132,6 +134,12 @@ def _unique(kind: DataKind, stores: list[TokenStore], kept_back: Keys, reason: s
         seen = np.concatenate([seen, keys[new]])
         rows.append(np.stack([np.full(len(new), number), new], axis=1))
     return Corpus(kind, stores, [1.0] * len(stores), np.concatenate(rows), +dropped)
+
+
+def _limited(corpus: Corpus, limit: int) -> Corpus:
+    chosen = is_within(corpus.conversations(), limit)
+    over = Counter({f"{corpus.kind.unit} over the limit": int((~chosen).sum())})
+    return replace(corpus, rows=corpus.rows[chosen], dropped=+(corpus.dropped + over))
 
 
 def _sampled(corpus: Corpus, mixing_weights: list[float], seed: int) -> Corpus:

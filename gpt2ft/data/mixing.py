@@ -36,6 +36,17 @@ def is_held_out_by_itself(keys: Keys) -> NDArray[np.bool_]:
     return numbers < max(0.05, np.nextafter(numbers.min(), 1))
 
 
+def is_within(keys: Keys, limit: int) -> NDArray[np.bool_]:
+    """Return true for the trees of `limit` conversations, the same in every run; a larger limit adds to them.
+
+    Args:
+        keys: of the conversation that each tree is of; several may be of one.
+    """
+    conversations = np.unique(keys)
+    order = np.argsort(_numbers(conversations, seed_for(0, "limit of held-out data")), kind="stable")
+    return np.isin(keys, conversations[order[:limit]])
+
+
 def sampled(keys: Keys, weight: float, seed: int) -> NDArray[np.int64]:
     """Return indices of the trees, in their order: of each as many as the mixing weight is in whole, of some one more.
 

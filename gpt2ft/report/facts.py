@@ -22,7 +22,7 @@ def facts(settings: RunSettings, manifest: Mapping[str, Any], metrics: Path) -> 
         "supervised_share": plan["supervised"] / plan["tokens"],
         "repeated_share": plan["repeated"] / plan["tokens"],
         "fill": plan.get("fill", plan["tokens"] / in_full),
-        "steps": plan["steps"],
+        "steps": manifest.get("finished", {}).get("step", plan["steps"]),  # which `patience` may have cut short
         "curves": curves(metrics.read_text(encoding="utf-8") if metrics.is_file() else ""),
     }
 

@@ -1,5 +1,6 @@
 """Plan of a run in a few rows for people."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,6 +74,8 @@ def describe(setup: "RunSetup", hardware: Hardware) -> Iterator[tuple[str, str]]
             "as many",
         )
     yield "training", describe_steps(plan, setup.steps, setup.settings.optimizer.learning_rate)
+    if setup.settings.training.patience:
+        yield "", describe_patience(setup.settings.training, setup.steps, plan)
     if setup.steps < FEW_STEPS:
         yield "warning", few_steps_warning(setup.steps, setup.settings.training)
     yield "devices", str(hardware)
@@ -102,6 +105,13 @@ def describe_steps(plan: Plan, steps: int, learning_rate: float) -> str:
         f"{f'{plan.steps_per_epoch:,.1f}'.removesuffix('.0')} to an epoch, "
         f"{epochs:,.3g} {'epoch' if epochs == 1 else 'epochs'}, learning rate {learning_rate:.2g}"
     )
+
+
+def describe_patience(training: TrainingSettings, steps: int, plan: Plan) -> str:
+    """Return after how many evaluations a run ends early, and how many there would be in all."""
+    in_all = math.ceil(steps / (training.eval_every or plan.steps_per_epoch))
+    evaluations = counted(training.patience, "evaluation")
+    return f"ends early after {evaluations} in a row without a better held-out loss, of {in_all:,} in all"
 
 
 def parameter_counts(gpt2: GPT2) -> tuple[int, int]:

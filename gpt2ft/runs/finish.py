@@ -24,6 +24,7 @@ from gpt2ft.settings.sections import CorpusSettings
 from gpt2ft.text.display import fit
 from gpt2ft.training.strategy import Strategy
 from gpt2ft.training.tracking import line_digests
+from gpt2ft.wording import counted
 
 
 def finish(
@@ -38,6 +39,8 @@ def finish(
     print(transcript)
     if comparison := compared_with_start(output.metrics):
         print(fit(comparison, 4))
+    if state.step < setup.steps:
+        print(fit(early_end(state, setup.steps, output.best), 4))
     print(f"finished: {output.model}")
     for command in next_commands(setup.settings, setup.loaded, output):
         print(f"next: {command}")
@@ -61,6 +64,13 @@ def compared_with_start(metrics: Path) -> str | None:
     if "eval/stopped" in start and "eval/stopped" in end:
         line += f", sample replies that end by themselves {start['eval/stopped']:.0%} -> {end['eval/stopped']:.0%}"
     return line
+
+
+def early_end(state: TrainState, steps: int, best: Path) -> str:
+    """Return a line that says why a run has ended before its last step, and where its best model is."""
+    evaluations = counted(state.evaluations_since_best, "evaluation")
+    where = "none was finite" if state.best_step is None else f"the best, of step {state.best_step}, is in {best}"
+    return f"ended early, after step {state.step} of {steps}: {evaluations} without a better held-out loss; {where}"
 
 
 def export(output: Output, settings: RunSettings, loaded: LoadedModel, state: TrainState) -> None:

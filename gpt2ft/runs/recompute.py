@@ -74,9 +74,10 @@ class Recomputation:
         state = checkpoint.read_state(saved[self.step])[0] if self.step else TrainState()
         with redirect_stdout(StringIO()):  # it tells how long the whole run would take
             self.strategy = prepare_strategy(start, model, ResumePoint(state, saved.get(self.step)))
+        training = setup.settings.training.model_copy(update={"patience": None})  # nothing is evaluated
         inputs = LoopInputs(
             accelerator=setup.accelerator, strategy=self.strategy, objective=task.objective, batches=setup.plan,
-            steps=setup.steps, training=setup.settings.training, optimization=setup.settings.optimizer, tracker=self,
+            steps=setup.steps, training=training, optimization=setup.settings.optimizer, tracker=self,
             evaluate=lambda step: None, save=lambda state: None, signals=self,
         )  # fmt: skip
         with suppress(Preempted):

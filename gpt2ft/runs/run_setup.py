@@ -65,6 +65,10 @@ def set_up(settings: RunSettings, task: "Task", accelerator: Any) -> RunSetup:
     rule, eval_rule = task.chunking(for_training=True), task.chunking(for_training=False)
     digest = digest_of_sources(accelerator)
     corpus, held_out = load_corpora(settings.data, loaded.tokenizer, training.seed, rule.kind, digest)
+    if training.patience and held_out is None:
+        raise SettingsError(
+            "`training.patience` needs held-out data, but there are too few conversations to spare one: set `data.eval`"
+        )
     plan = plan_for(corpus, settings, rule, for_training=True)
     eval_plan = plan_for(held_out, settings, eval_rule, for_training=False) if held_out else None
     steps = training.steps or plan.steps
@@ -143,13 +147,13 @@ def for_plan(settings: RunSettings, plan: Plan, has_held_out: bool) -> RunSettin
     """Return the settings with times to evaluate and save where epochs are too short for it.
 
     Small data that are passed over until there are enough steps would be evaluated every few steps: it is done twice
-    in the run instead.
+    in the run instead, or ten times where the run may end early.
     """
     training = settings.training
     if plan.epochs is None or plan.epochs == training.epochs:
         return settings
     name = "eval_every" if has_held_out else "save_every"
-    every = getattr(training, name) or math.ceil(plan.steps / 2)
+    every = getattr(training, name) or math.ceil(plan.steps / (10 if training.patience else 2))
     return settings.model_copy(update={"training": training.model_copy(update={name: every})})
 
 

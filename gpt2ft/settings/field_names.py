@@ -78,6 +78,12 @@ FIELD_NAMES = {
         "A share, as 0.1.",
     ),
     **_named(
+        "max_eval_samples eval_samples num_eval_samples eval_subset eval_num_samples max_val_samples eval_iters "
+        "eval_batches limit_val_batches limit_eval_batches max_eval_batches eval_max_samples",
+        "data.eval_limit",
+        "Conversations.",
+    ),
+    **_named(
         "max_seq_length max_seq_len seq_length seq_len sequence_length sequence_len cutoff_len block_size "
         "context_length context_size n_ctx max_len max_length model_max_length context max_source_length",
         "data.max_length max_length",
@@ -149,15 +155,20 @@ FIELD_NAMES = {
         "Steps between; by default each epoch.",
     ),
     **_named(
-        "save_steps save_interval checkpoint_every save_every_n_steps save_freq checkpoint_interval save_strategy "
+        "save save_steps save_interval checkpoint_every save_every_n_steps save_freq checkpoint_interval save_strategy "
         "checkpointing_steps saves_per_epoch ckpt_interval",
         "training.save_every",
-        "Steps between; by default with each evaluation.",
+        "Steps between; by default with each evaluation and by time.",
     ),
+    **_named("save_interval_minutes save_every_minutes checkpoint_minutes save_time", "training.save_minutes"),
     **_named("save_total_limit keep_last max_checkpoints num_checkpoints", "training.keep_checkpoints"),
     **_named(
-        "load_best_model_at_end metric_for_best_model greater_is_better early_stopping early_stopping_patience "
-        "patience",
+        "early_stopping_patience patience early_stopping early_stop es_patience early_stopping_rounds",
+        "training.patience",
+        "Evaluations without a better held-out loss.",
+    ),
+    **_named(
+        "load_best_model_at_end metric_for_best_model greater_is_better",
         note="The model of the lowest held-out loss is always kept in best/.",
     ),
     **_named("grad_clip clip_grad gradient_clipping max_norm clip_grad_norm grad_clip_norm", "training.max_grad_norm"),

@@ -71,10 +71,10 @@ class RunSettings(Section):
         yield from self.lora.problems()
         if self.lora.rank and self.model.random_init:
             yield "`model.random_init` must be off where `lora.rank` is set: adapters need trained weights to adapt"
-        if training.eval_every and not data.holds_out:
-            yield (
-                "`training.eval_every` needs held-out data: set `data.eval` or `data.eval_fraction`, or set it to none"
-            )
+        needing = {"training.eval_every": training.eval_every, "training.patience": training.patience}
+        for name, value in (needing | {"data.eval_limit": data.eval_limit}).items():
+            if value and not data.holds_out:
+                yield f"`{name}` needs held-out data: set `data.eval` or `data.eval_fraction`, or set it to none"
 
 
 class SFTSettings(RunSettings):

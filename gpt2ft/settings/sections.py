@@ -4,6 +4,7 @@ A section is used as it is by whatever it sets, so no default and no range stand
 setting is its help on the command line.
 """
 
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,8 @@ LoRATarget = Literal[*LORA_TARGETS]
 LossName = Literal[*PREFERENCE_LOSSES]
 PairRule = Literal["all", "best_worst", "adjacent"]
 PairWeight = Literal["pair", "prompt"]
+
+MINUTES_BETWEEN_SAVES = 30.0
 
 # What suits the bundled base, which is 256 wide.
 QUICKSTART_WIDTH, QUICKSTART_RATE, QUICKSTART_STEPS = 256, 1e-3, 240
@@ -195,6 +198,9 @@ class DataSettings(CorpusSettings):
     eval_fraction: Fraction | None = 0.0
     """Without `eval`: the share of whole trees to hold out of `train`. none: about a twentieth, one conversation at
     least, but nothing of fewer than ten."""
+    eval_limit: Positive | None = None
+    """Most held-out conversations to evaluate on while training, chosen by their content: the same ones in every run.
+    The others stay held out."""
     max_length: Positive = 1024
     """Tokens of context. Where a path is longer, its oldest turns give way, whole turns at a time."""
     message_weight: MessageWeight = "once"
@@ -256,9 +262,14 @@ class TrainingSettings(StreamSettings):
     """Steps between lines of metrics."""
     eval_every: Positive | None = None
     """Steps between evaluations; default: at the end of every epoch. The last step always evaluates."""
+    patience: Positive | None = None
+    """Evaluations in a row without a better held-out loss, after which the run ends; default: it never ends early. The
+    learning rate follows its schedule for all steps, and best/ holds the best model either way."""
     save_every: Positive | None = None
-    """Steps between checkpoints; default: whenever evaluation runs, and 30 minutes after the last. The last step
-    always saves."""
+    """Steps between checkpoints; default: whenever evaluation runs, and by time. The last step always saves."""
+    save_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Minutes after the last checkpoint at which another is saved, wherever the run is; default: 30, but none where
+    `save_every` is set."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """Number of newest checkpoints to keep, besides the best."""
     keep_for_verification: NotNegative = 0
@@ -280,6 +291,13 @@ class TrainingSettings(StreamSettings):
         """Return these settings with a least number of steps."""
         steps = round(QUICKSTART_STEPS * min(1.0, QUICKSTART_WIDTH / width))
         return self if self.min_steps is not None else self.model_copy(update={"min_steps": steps})
+
+    @property
+    def seconds_between_saves(self) -> float:
+        """Seconds after a checkpoint at which another one is due; infinite where steps alone count."""
+        if self.save_minutes is None:
+            return math.inf if self.save_every else MINUTES_BETWEEN_SAVES * 60
+        return self.save_minutes * 60
 
     def steps_to_keep(self, steps: int) -> set[int]:
         """Return the steps of a run of `steps` whose checkpoints `keep_for_verification` keeps."""

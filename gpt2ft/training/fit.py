@@ -4,7 +4,7 @@
         set the learning rate; add up the normalizer over all streams and processes
         for each of this process's streams
             log-probs = model(stream); backward of loss sum / normalizer
-        update; log; save and stop after a signal; evaluate; save
+        update; log; save and stop after a signal; evaluate, and end if that has got no better for too long; save
 
 It knows streams, log-probs and the interface of an objective; neither SFT nor DPO, nor how processes share the model.
 """
@@ -33,13 +33,19 @@ from gpt2ft.training.strategy import Strategy
 from gpt2ft.training.tracking import Tracker
 from gpt2ft.wording import counted
 
-SECONDS_BETWEEN_SAVES = 30 * 60.0  # unless `save_every` is set
-
 
 class TrainingDiverged(Gpt2ftError):
     """Too many steps in a row without a finite gradient."""
 
     exit_code = 1
+
+
+class OutOfPatience(Exception):
+    """The end of a run before its last step: its held-out loss has got no better. All processes raise it together."""
+
+    def __init__(self, state: TrainState) -> None:
+        super().__init__()
+        self.state = state  # which is saved
 
 
 @dataclass(frozen=True)
@@ -60,23 +66,30 @@ class LoopInputs:
 
 
 def fit(inputs: LoopInputs, state: TrainState) -> TrainState:
-    """Train from `state` to the last step; return the state after it.
+    """Train from `state` to the last step, or until `patience` is at its end; return the state after it.
 
     Raises:
         Preempted: after a signal on any process, once the step under way is saved.
         TrainingDiverged: after `max_skipped_steps` steps in a row without a finite gradient.
     """
+    try:
+        return train_steps(inputs, state)
+    except OutOfPatience as end:
+        return end.state
+
+
+def train_steps(inputs: LoopInputs, state: TrainState) -> TrainState:
+    """Train as `fit` does; raise OutOfPatience where that ends the run early."""
     accelerator, objective, strategy = inputs.accelerator, inputs.objective, inputs.strategy
     model, device = strategy.model, accelerator.device
     model.train()
     sums, state = MetricSums(device, objective.metric_names, state.sums), replace(state, sums={})
-    state = evaluate_if_due(inputs, state, sums, is_saved=True)  # a signal may have cut it short before the resume
+    state = evaluate_if_due(inputs, state, sums, is_resumed=True)  # a signal may have cut it short before the resume
     saved_at = time.monotonic()
     for step, counts, streams in step_streams(accelerator, objective, inputs.batches, range(state.step, inputs.steps)):
         watchdog.mark_progress("step", step)
         # Before the backward pass, because DeepSpeed updates the weights within it.
-        rate = learning_rate(step, inputs.steps, inputs.optimization)
-        set_learning_rate(strategy.optimizer, rate)
+        set_learning_rate(strategy.optimizer, learning_rate(step, inputs.steps, inputs.optimization))
         # A step is sum / normalizer over all its streams on all processes, so every loss is scaled by the same number.
         counts = device_sum(accelerator, on_device(accelerator, *counts))
         scale = loss_scale(accelerator, counts[0])
@@ -98,40 +111,58 @@ def fit(inputs: LoopInputs, state: TrainState) -> TrainState:
         step_sums, (is_told_to_stop, is_time) = sum_and_any(accelerator, step_sums, *flags)
         sums.add(step_sums, counts, grad_norm)
         if is_due(inputs, state.step, inputs.training.log_every):
-            log_metrics(inputs, state, sums, rate)
+            log_metrics(inputs, state, sums, steps_left=inputs.steps - state.step)
         if is_told_to_stop:
             save_and_stop(inputs, state, sums)
         # Evaluated first, so that the checkpoint knows the result and whether it is the best.
         state = evaluate_if_due(inputs, state, sums)
-        if is_save_due(inputs, state.step) or is_time or state.best_step == state.step:
+        if is_save_due(inputs, state) or is_time:
             saved_at = save(inputs, state, sums)
     return state
 
 
-def log_metrics(inputs: LoopInputs, state: TrainState, sums: MetricSums, rate: float) -> None:
+def log_metrics(inputs: LoopInputs, state: TrainState, sums: MetricSums, steps_left: int) -> None:
     """Log the means since the last call, on the main process."""
     metrics, seconds_per_step = sums.take()
+    rate = learning_rate(state.step - 1, inputs.steps, inputs.optimization)
     metrics |= {"learning_rate": rate, "skipped_steps": state.step - state.updates}
     metrics = {f"train/{name}": value for name, value in metrics.items()} | inputs.batches.position(state.step)
     inputs.tracker.log(state.step, metrics)
-    inputs.tracker.show(state.step, metrics, seconds_per_step * (inputs.steps - state.step))
+    inputs.tracker.show(state.step, metrics, seconds_per_step * steps_left)
 
 
-def evaluate_if_due(inputs: LoopInputs, state: TrainState, sums: MetricSums, is_saved: bool = False) -> TrainState:
+def evaluate_if_due(inputs: LoopInputs, state: TrainState, sums: MetricSums, is_resumed: bool = False) -> TrainState:
     """Return the state after the evaluation that is due after its step, or the same state where none is.
 
     Args:
-        is_saved: there is a checkpoint of this step already, should a signal cut the evaluation short.
+        is_resumed: there is a checkpoint of this step already, should a signal cut the evaluation short; that it does
+            not know the result is made up for.
+
+    Raises:
+        OutOfPatience: if the run ends here.
     """
-    due = is_due(inputs, state.step, inputs.training.eval_every)
-    if state.step == 0 or state.evaluated_step == state.step or not due:
-        return state
-    try:
-        with sums.paused():
-            loss = inputs.evaluate(state.step)
-    except EvaluationInterrupted:
-        save_and_stop(inputs, state, sums, is_saved)
-    return state.after_evaluation(loss)
+    if state.step and state.evaluated_step != state.step and is_due(inputs, state.step, inputs.training.eval_every):
+        try:
+            with sums.paused():
+                loss = inputs.evaluate(state.step)
+        except EvaluationInterrupted:
+            save_and_stop(inputs, state, sums, is_saved=is_resumed)
+        state = state.after_evaluation(loss)
+        if is_resumed and is_save_due(inputs, state):
+            save(inputs, state, sums)
+    end_if_out_of_patience(inputs, state, sums)
+    return state
+
+
+def end_if_out_of_patience(inputs: LoopInputs, state: TrainState, sums: MetricSums) -> None:
+    """Log and save as after a last step, and raise OutOfPatience, where too many evaluations were not better."""
+    patience = inputs.training.patience
+    if patience is None or state.evaluations_since_best < patience or state.step == inputs.steps:
+        return
+    if sums.updates:  # since the last line
+        log_metrics(inputs, state, sums, steps_left=0)
+    save(inputs, state, sums)
+    raise OutOfPatience(state)
 
 
 def save(inputs: LoopInputs, state: TrainState, sums: MetricSums) -> float:
@@ -157,15 +188,15 @@ def stop_if_diverged(inputs: LoopInputs, state: TrainState) -> None:
         )
 
 
-def is_save_due(inputs: LoopInputs, step: int) -> bool:
+def is_save_due(inputs: LoopInputs, state: TrainState) -> bool:
     """Return True every `save_every` steps, by default after each evaluation, and where a checkpoint is to be kept."""
-    every = inputs.training.save_every or inputs.training.eval_every
-    return is_due(inputs, step, every) or step in inputs.training.steps_to_keep(inputs.steps)
+    every, kept = inputs.training.save_every or inputs.training.eval_every, inputs.training.steps_to_keep(inputs.steps)
+    return is_due(inputs, state.step, every) or state.step in {state.best_step, *kept}
 
 
 def is_time_to_save(inputs: LoopInputs, saved_at: float) -> bool:
-    """Return True if a kill would cost too much, where nobody has said after how many steps to save."""
-    return not inputs.training.save_every and time.monotonic() - saved_at > SECONDS_BETWEEN_SAVES
+    """Return True if a kill would cost too much time. Bits do not depend on it: a run resumes from any step alike."""
+    return time.monotonic() - saved_at > inputs.training.seconds_between_saves
 
 
 def is_due(inputs: LoopInputs, step: int, every: int | None) -> bool:

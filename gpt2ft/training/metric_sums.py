@@ -84,6 +84,6 @@ class MetricSums:
             "grad_norm": self.grad_norms / self.updates if self.updates else math.nan,
             "tokens_per_second": float(self.tokens) / seconds,
         }
-        seconds_per_step = seconds / self.steps
+        seconds_per_step = seconds / max(1, self.steps)  # none since a run went on, to end at once
         self._begin({})
         return metrics, seconds_per_step

@@ -88,6 +88,38 @@ class TestFraction:
             load(train=(write(tmp_path / "a.jsonl", ["x"]),), eval_fraction=0.999)
 
 
+class TestLimit:
+    def test_the_same_conversations_in_every_order_of_files(self, load, tmp_path):
+        files = [write(tmp_path / f"{name}.jsonl", [f"{name}{number}" for number in range(20)]) for name in "ab"]
+        (_, one), (_, other) = (load(train=("quickstart",), eval=each, eval_limit=9) for each in (files, files[::-1]))
+        assert set(ids(one)) == set(ids(other))
+        assert len(one.rows) == 9
+        assert {id[0] for id in ids(one)} == {"a", "b"}
+        assert one.dropped == {"conversations over the limit": 31}
+        assert one.identity()["conversations"] == 9
+
+    def test_what_is_over_it_is_not_trained_on(self, load):
+        whole, held_out = load(train=("quickstart",), eval_fraction=0.2)
+        corpus, few = load(train=("quickstart",), eval_fraction=0.2, eval_limit=5)
+        assert np.array_equal(corpus.rows, whole.rows)
+        assert len(few.rows) == 5
+        assert set(ids(few)) < set(ids(held_out))
+        assert few.dropped == {"conversations over the limit": len(held_out.rows) - 5}
+
+    def test_a_limit_that_is_not_reached_changes_nothing(self, load):
+        _, held_out = load(train=("quickstart",), eval=("quickstart:held_out",))
+        _, same = load(train=("quickstart",), eval=("quickstart:held_out",), eval_limit=1000)
+        assert np.array_equal(same.rows, held_out.rows)
+        assert same.identity() == held_out.identity()
+        assert not same.dropped
+
+    def test_prompts_of_one_conversation_stay_together(self, tokenizer, cache):
+        settings = DataSettings(cache=str(cache), train=("quickstart",), eval_fraction=0.3, eval_limit=4)
+        _, few = load_corpora(settings, tokenizer, kind=PREFERENCES)
+        assert len(set(few.conversations().tolist())) == 4 < len(few.rows)
+        assert list(few.dropped) == ["prompts over the limit"]
+
+
 class TestOverlap:
     def test_a_held_out_conversation_is_dropped_from_training_and_counted(self, load, tmp_path):
         train = write(tmp_path / "train.jsonl", ["a", "b", "c", "d"])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2ft.data.mixing import LEAST_TO_HOLD_OUT, first_of_each, is_held_out, is_held_out_by_itself, sampled
+from gpt2ft.data.mixing import LEAST_TO_HOLD_OUT, first_of_each, is_held_out, is_held_out_by_itself, is_within, sampled
 from gpt2ft.random import seed_for
 
 KEYS = np.random.default_rng(0).integers(0, 2**64, 10_001, dtype=np.uint64)
@@ -54,6 +54,20 @@ def test_of_few_conversations_none_is_held_out_by_itself():
     assert not is_held_out_by_itself(KEYS[:0]).any()
     twice = KEYS[:LEAST_TO_HOLD_OUT].repeat(2)
     assert set(twice[is_held_out_by_itself(twice)]).isdisjoint(twice[~is_held_out_by_itself(twice)])
+
+
+def test_a_limit_takes_the_same_conversations_whatever_their_order_with_all_their_rows():
+    keys = KEYS[:100].repeat(3)
+    some, more = (set(keys[is_within(keys, limit)].tolist()) for limit in (10, 30))
+    assert (len(some), len(more)) == (10, 30)
+    assert some < more
+    assert is_within(keys, 10).sum() == 30
+    order = np.random.default_rng(1).permutation(300)
+    assert set(keys[order][is_within(keys[order], 10)].tolist()) == some
+    assert is_within(keys, 100).all()
+    assert is_within(keys, 10**9).all()
+    held_out = KEYS[is_held_out(KEYS, 0.05)]  # neither the least nor the greatest of those
+    assert 0.3 < np.searchsorted(np.sort(held_out), held_out[is_within(held_out, 100)]).mean() / len(held_out) < 0.7
 
 
 few_keys = st.lists(st.integers(0, 12), max_size=20).map(lambda keys: np.array(keys, np.uint64))

@@ -49,7 +49,14 @@ CAMPAIGN = [
 
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": ["q", "v", "o", "fc"]}
 KINDS = ["sft", "sft lora", "dpo", "dpo lora", "sometimes nan"]
-FEW = ["sft", "sft stopped", "sft continued", "dpo lora", "sometimes nan"]  # with these the plain tests make do
+FEW = [
+    "sft",
+    "sft stopped",
+    "sft continued",
+    "dpo lora",
+    "sometimes nan",
+    "impatient",
+]  # with these the plain tests make do
 REST = ["sft lora", "sft lora stopped", "sft lora continued", "dpo"]
 BF16 = [f"{run}{how}" for run in ("bf16", "bf16 lora") for how in ("", " stopped", " continued")]
 
@@ -137,6 +144,7 @@ class Runs:
         from_weights = {"path": str(self.weights)}
         random = {"path": str(self.shape), "random_init": True}
         dropout = {} if compares else {"dropout": 0.1, "neftune_alpha": 1.0}
+        too_fast = run == "impatient"  # the loss rises, and the run ends early
         return {
             "model": (from_weights if adapts or compares else random) | dropout,
             "lora": (LORA | {"dropout": 0.0} if compares else LORA) if adapts else {},
@@ -152,7 +160,8 @@ class Runs:
                 "epochs": 2,
                 "tokens_per_micro_batch": 256,
                 "micro_batches_per_step": MICRO_BATCHES,
-                "eval_every": 3,
+                "eval_every": 1 if too_fast else 3,
+                "patience": 1 if too_fast else None,
                 "save_every": 2,
                 "log_every": 1,
                 "sample_prompts": 1,
@@ -161,7 +170,7 @@ class Runs:
                 "precision": "bf16" if "bf16" in run else "fp32",
                 "activation_checkpointing": adapts,
             },
-            "optimizer": {"learning_rate": LEARNING_RATE},
+            "optimizer": {"learning_rate": 1.0 if too_fast else LEARNING_RATE},
         }
 
 
@@ -216,6 +225,14 @@ def test_steps_without_a_finite_gradient_are_left_out_alike(run, topology, runs)
     skipped = logged(runs.get(topology, run), "train/skipped_steps")
     assert 0 < skipped[STEPS] < STEPS
     assert skipped == logged(runs.get(ALONE, run), "train/skipped_steps")
+
+
+@everywhere(["impatient"])
+def test_all_processes_end_early_together(run, topology, runs):
+    found, alone = (
+        json.loads((runs.get(name, run) / "manifest.json").read_text())["finished"] for name in (topology, ALONE)
+    )
+    assert found["step"] == alone["step"] == found["best_step"] + 1 < STEPS
 
 
 @everywhere(["sft", "sft lora"])

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from small_loop import STEPS, NaNFrom, WithMetrics, assert_equal, weights, witho
 
 from gpt2ft.checkpoint import CheckpointError, TrainState
 from gpt2ft.distributed.signals import Preempted, SignalHandler
+from gpt2ft.settings.sections import TrainingSettings
 from gpt2ft.training import fit as fit_module
 from gpt2ft.training.fit import fit
 
@@ -52,8 +54,7 @@ def test_checkpoints_come_by_time_too_unless_their_steps_are_set(make_run, monke
     """Every step takes a minute here. They change nothing but what a kill would cost."""
     clock = itertools.count(step=30.0)  # it is asked once, and then twice a step at most
     monkeypatch.setattr(fit_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    monkeypatch.setattr(fit_module, "SECONDS_BETWEEN_SAVES", 70.0)
-    inputs, diary = make_run(log_every=100, eval_every=100)
+    inputs, diary = make_run(log_every=100, eval_every=100, save_minutes=70 / 60)
     fit(inputs, TrainState())
     assert [event for event in diary.events if "save" in event] == ["save 3", "save 6"]
     by_steps, other = make_run(log_every=100, eval_every=100, save_every=5)
@@ -61,6 +62,15 @@ def test_checkpoints_come_by_time_too_unless_their_steps_are_set(make_run, monke
     assert [event for event in other.events if "save" in event] == ["save 5", "save 6"]
     assert_equal(weights(inputs), weights(by_steps))
     assert without_speed(diary.metrics) == without_speed(other.metrics)
+    both, another = make_run(log_every=100, eval_every=100, save_every=5, save_minutes=70 / 60)
+    fit(both, TrainState())
+    assert [event for event in another.events if "save" in event] == ["save 3", "save 5", "save 6"]
+
+
+def test_time_counts_by_itself_unless_steps_are_set():
+    assert TrainingSettings().seconds_between_saves == 1800
+    assert TrainingSettings(save_every=5).seconds_between_saves == math.inf
+    assert TrainingSettings(save_every=5, save_minutes=0.5).seconds_between_saves == 30
 
 
 def test_the_time_of_any_process_has_all_save(make_run):
