@@ -2,6 +2,13 @@
 
     x W + b  +  scaling * dropout(x) A^T B^T          A [r, in] random, B [out, r] zero at first
 
+DoRA (Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", equation 5) trains the norm of each column too:
+
+    W' = (|W| + change) * (W + scaling A^T B^T) / |W + scaling A^T B^T|
+
+in which the divisor counts as a constant of the gradient (section 4.3). What is trained is the change of |W| and not
+its value: so W' is W at first, to the bit, in any precision and on any device.
+
 GPT-2 computes q, k and v in one matrix; here each has an A and a B of its own, in its third of the columns. The
 matrices themselves are frozen and get no gradient. The rows of the chat tokens are trained along, or the model
 would never learn to stop: they are parameters of their own, [n, E], written into the frozen table before each use,
@@ -29,19 +36,22 @@ def columns_of(target: str, width: int) -> slice:
     return slice(part * width // num_parts, (part + 1) * width // num_parts)
 
 
-def scaling_of(settings: LoRASettings) -> float:
+def scaling_of(settings: LoRASettings, target: str) -> float:
     """Return alpha / rank; with `rslora` alpha / sqrt(rank) (Kalajdzievski 2023, "A Rank Stabilization Scaling
     Factor")."""
-    return settings.alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
+    rank = settings.rank_of(target)
+    return settings.alpha_of(target) / (math.sqrt(rank) if settings.rslora else rank)
 
 
 class Adapter(nn.Module):
-    """Low-rank matrices A and B of one target."""
+    """Low-rank matrices A and B of one target, and with DoRA the change of the norms of its columns."""
 
-    def __init__(self, size_in: int, size_out: int, rank: int) -> None:
+    def __init__(self, size_in: int, size_out: int, settings: LoRASettings, target: str) -> None:
         super().__init__()
-        self.A = nn.Parameter(torch.empty(rank, size_in))
-        self.B = nn.Parameter(torch.zeros(size_out, rank))
+        self.rank, self.scaling = settings.rank_of(target), scaling_of(settings, target)
+        self.A = nn.Parameter(torch.empty(self.rank, size_in))
+        self.B = nn.Parameter(torch.zeros(size_out, self.rank))
+        self.magnitude_change = nn.Parameter(torch.zeros(size_out)) if settings.dora else None
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
@@ -57,18 +67,46 @@ class AdaptedProjection(Projection):
     def __init__(self, base: Projection, settings: LoRASettings, targets: Sequence[str]) -> None:
         nn.Module.__init__(self)
         self.weight, self.bias = base.weight, base.bias
-        self.scaling, self.dropout = scaling_of(settings), settings.dropout
+        self.dropout = settings.dropout
         size_in, size_out = base.weight.shape
         sizes = {target: size_out // LORA_TARGETS[target].num_parts for target in targets}
-        self.adapters = nn.ModuleDict({target: Adapter(size_in, sizes[target], settings.rank) for target in targets})
+        self.adapters = nn.ModuleDict({target: Adapter(size_in, sizes[target], settings, target) for target in targets})
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
         x = dropout(x, self.dropout, self.training)
         low = linear(x, torch.cat([adapter.A for adapter in self.adapters.values()]))  # [N, r] for each target
-        for part, (target, adapter) in zip(low.chunk(len(self.adapters), dim=-1), self.adapters.items(), strict=True):
-            y[..., columns_of(target, y.shape[-1])] += self.scaling * linear(part, adapter.B)
+        parts = low.split([adapter.rank for adapter in self.adapters.values()], dim=-1)
+        for part, (target, adapter) in zip(parts, self.adapters.items(), strict=True):
+            columns = columns_of(target, y.shape[-1])
+            added = adapter.scaling * linear(part, adapter.B)
+            if adapter.magnitude_change is not None:
+                # Written as what is added to y, so that nothing is rounded again while nothing has changed.
+                without_bias = y[..., columns] - self.bias[columns]
+                added = added + (self.magnitude_factor(target) - 1) * (without_bias + added)
+            y[..., columns] += added
         return y
+
+    def magnitude_factor(self, target: str) -> Tensor:
+        """Return what DoRA multiplies the columns of a target by, [out] in float32. See the head of this file.
+
+        One copy of the columns is made. The norms of W are taken of it too, by the same sums, so that the factor is 1
+        while nothing has changed.
+        """
+        adapter = self.adapters[target]
+        with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
+            columns = self.weight[:, columns_of(target, self.weight.shape[1])].to(adapter.A.dtype, copy=True)
+            before = columns.norm(dim=0)
+            after = columns.addmm_(adapter.A.t(), adapter.B.t(), alpha=adapter.scaling).norm(dim=0)
+        return (before + adapter.magnitude_change) / after
+
+    @torch.no_grad()
+    def magnitudes(self) -> Tensor:
+        """Return the norms that DoRA gives the columns, [out] in float32: those of W where no target is."""
+        norms = self.weight.float().norm(dim=0)
+        for target, adapter in self.adapters.items():
+            norms[columns_of(target, len(norms))] += adapter.magnitude_change
+        return norms
 
     @torch.no_grad()
     def merged(self) -> Tensor:
@@ -76,7 +114,9 @@ class AdaptedProjection(Projection):
         weight = self.weight.float().clone()
         for target, adapter in self.adapters.items():
             columns = columns_of(target, weight.shape[1])
-            weight[:, columns] += self.scaling * (adapter.B.float() @ adapter.A.float()).t()
+            weight[:, columns] += adapter.scaling * (adapter.B.float() @ adapter.A.float()).t()
+            if adapter.magnitude_change is not None:
+                weight[:, columns] *= self.magnitude_factor(target)
         return weight
 
 
@@ -173,7 +213,12 @@ def merged_weights(gpt2: GPT2) -> dict[str, Tensor]:
     return plain | merged
 
 
-def adapted_projections(gpt2: GPT2) -> Iterator[tuple[str, AdaptedProjection]]:
+def output_matrices(gpt2: nn.Module) -> set[nn.Parameter]:
+    """Return the matrices B of all adapters, which LoRA+ gives a learning rate of their own."""
+    return {adapter.B for _, module in adapted_projections(gpt2) for adapter in module.adapters.values()}
+
+
+def adapted_projections(gpt2: nn.Module) -> Iterator[tuple[str, AdaptedProjection]]:
     return ((name, module) for name, module in gpt2.named_modules() if isinstance(module, AdaptedProjection))
 
 

@@ -56,7 +56,7 @@ def run(settings: BenchmarkSettings) -> None:
     gpt2.to(device)
     model = TargetLogProbs(gpt2, VOCABULARY, backend)
     sizes = parameter_counts(gpt2)  # shards have none
-    optimizer = adamw(gpt2, OptimizerSettings(), fused=device.type == "cuda")
+    optimizer = adamw(gpt2, OptimizerSettings(), device.type == "cuda", settings.lora.plus_ratio)
     strategy = prepare(accelerator, model, optimizer, max_grad_norm=1.0)
     model = strategy.model
     streams = Streams(settings, accelerator.process_index)

@@ -16,7 +16,7 @@ from gpt2ft.checkpoint import TrainState
 from gpt2ft.command_line import words_to_start
 from gpt2ft.model.lora import trainable_parameters
 from gpt2ft.runs.export import write_adapter_folder, write_folder
-from gpt2ft.runs.loaded_model import LoadedModel, is_adapter, load_model, plain_model
+from gpt2ft.runs.loaded_model import LoadedModel, is_adapter, load_model, plain_model, with_trained_weights
 from gpt2ft.runs.output import Output
 from gpt2ft.runs.run_setup import RunSetup
 from gpt2ft.settings.scripts import DPOSettings, RunSettings
@@ -80,24 +80,28 @@ def export(output: Output, settings: RunSettings, loaded: LoadedModel, state: Tr
     """
     config, tokenizer = loaded.gpt2.config, loaded.tokenizer
 
-    def plain(trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return plain_model(settings, trained, loaded.digest).weights() if settings.lora.rank else dict(trained)
+    def in_float32(trained: Mapping[str, Tensor]) -> LoadedModel:
+        return with_trained_weights(settings, trained, loaded.digest)
 
     if state.best_step is not None:
         folder = checkpoint.step_folder(output.checkpoints, state.best_step)
         try:
             checkpoint.verify(folder)
-            write_folder(output.best, plain(checkpoint.read_weights(folder)), config, tokenizer)
+            best = checkpoint.read_weights(folder)
+            best = plain_model(in_float32(best)).weights() if settings.lora.rank else best
+            write_folder(output.best, best, config, tokenizer)
         except checkpoint.CheckpointError as error:
             print(f"warning: best/ is not written: {error}", file=sys.stderr)
-    merged = plain(trainable_parameters(loaded.gpt2))
+    merged = trainable_parameters(loaded.gpt2)
     if settings.lora.rank:
+        adapted = in_float32(merged)
+        merged = plain_model(adapted).weights()
         base = settings.model.path
         if is_adapter(base):
             start = load_model(settings.model, settings.training.seed)
             write_folder(output.start, start.weights(), config, tokenizer)
             base = str(output.start)
-        write_adapter_folder(output.adapter, loaded, settings, merged, base)
+        write_adapter_folder(output.adapter, replace(loaded, gpt2=adapted.gpt2), settings, merged, base)
     write_folder(output.model, merged, config, tokenizer)
 
 

@@ -201,7 +201,7 @@ def home_of(folder: Path | None) -> Path | None:
 def _load_checkpoint(folder: Path) -> LoadedModel:
     """Return the model that the run starts from, with the checkpoint's trained weights."""
     adapted, _ = load_adapted(folder)
-    return _plain(adapted)
+    return plain_model(adapted)
 
 
 def load_adapted(folder: Path) -> tuple[LoadedModel, RunSettings]:
@@ -213,7 +213,7 @@ def load_adapted(folder: Path) -> tuple[LoadedModel, RunSettings]:
     checkpoint.verify(folder)
     settings = read_run_settings(folder.parent.parent)
     _, identity = checkpoint.read_state(folder)
-    loaded = _with_weights(settings, checkpoint.read_weights(folder), identity.get("initial_weights"))
+    loaded = with_trained_weights(settings, checkpoint.read_weights(folder), identity.get("initial_weights"))
     return replace(loaded, source=str(folder), tokenizer=loaded.tokenizer.as_trained()), settings
 
 
@@ -230,21 +230,17 @@ def read_run_settings(folder: Path) -> RunSettings:
     return read_recipe(kind, recipe)
 
 
-def plain_model(settings: RunSettings, trained: Mapping[str, Tensor], initial_digest: str | None) -> LoadedModel:
-    """Return the model that a run starts from with trained weights, as a plain one: adapters merged, in float32.
+def with_trained_weights(
+    settings: RunSettings, trained: Mapping[str, Tensor], initial_digest: str | None
+) -> LoadedModel:
+    """Return the model that a run starts from, with adapters for LoRA, and with trained weights, all in float32.
 
     Args:
         initial_digest: of the weights that the run started from.
 
     Raises:
-        ModelError: if the weights at `model.path` have changed, the trained ones are of another run, or the merged
-            model does not compute the same as the adapted one.
+        ModelError: if the weights at `model.path` have changed, or the trained ones are of another run.
     """
-    return _plain(_with_weights(settings, trained, initial_digest))
-
-
-def _with_weights(settings: RunSettings, trained: Mapping[str, Tensor], initial_digest: str | None) -> LoadedModel:
-    """Return the model that a run starts from, with adapters for LoRA, and with trained weights; arguments as above."""
     loaded = load_model(settings.model, settings.training.seed)
     if settings.lora.rank and loaded.digest != initial_digest:
         raise pretrained.ModelError(f"{settings.model.path} has changed since these adapters were trained on it")
@@ -257,8 +253,12 @@ def _with_weights(settings: RunSettings, trained: Mapping[str, Tensor], initial_
     return loaded
 
 
-def _plain(loaded: LoadedModel) -> LoadedModel:
-    """Return the same model with its adapters merged, if it has any."""
+def plain_model(loaded: LoadedModel) -> LoadedModel:
+    """Return the same model with its adapters merged, if it has any.
+
+    Raises:
+        ModelError: if the merged model does not compute the same as the adapted one.
+    """
     adapted = loaded.gpt2
     if is_adapted(adapted):
         plain = GPT2(adapted.config)

@@ -87,7 +87,8 @@ def prepare_strategy(setup: RunSetup, model: TargetLogProbs, resume_point: Resum
             raise CheckpointError(
                 f"{resume_point.checkpoint} does not hold the weights of this run: {error}"
             ) from error
-    optimizer = adamw(model.gpt2, settings.optimizer, fused=accelerator.device.type == "cuda")
+    is_fused = accelerator.device.type == "cuda"
+    optimizer = adamw(model.gpt2, settings.optimizer, is_fused, settings.lora.plus_ratio)
     is_sharded = launch_checks.strategy() != "ddp"
     streams = settings.training.model_copy(update={"tokens_per_micro_batch": setup.plan.capacity})
     advice = memory_advice(streams, settings.data.max_length, bool(settings.lora.rank), is_sharded)

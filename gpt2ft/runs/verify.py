@@ -216,7 +216,9 @@ class Verification:
     def judge(self, found: Recomputation) -> str:
         """Tell how close a stretch has come out; raise NotVerified if not to the bit or, elsewhere, not near enough."""
         reason, precision, told = self.elsewhere(found.first, found.last), precision_of(self.accelerator), []
-        rates = self.setup.settings.optimizer.learning_rate * (found.last - found.first)
+        settings = self.setup.settings
+        highest = settings.optimizer.learning_rate * max(1.0, settings.lora.plus_ratio)
+        rates = highest * (found.last - found.first)
         of_weights = WEIGHT_TOLERANCES[precision] * rates
         kinds = ("metrics", found.metrics, TOLERANCES[precision]), ("weights", found.weights, of_weights)
         for name, deviations, tolerance in kinds:

@@ -53,7 +53,11 @@ FIELD_NAMES = {
         "lora_target_modules target_modules lora_target lora_targets lora_modules lora.modules modules",
         "lora.targets",
     ),
+    **_named("rank_pattern lora_rank_pattern", "lora.rank_per_target", "As q=16 v=4."),
+    **_named("alpha_pattern lora_alpha_pattern", "lora.alpha_per_target", "As q=32 v=8."),
     **_named("use_rslora rs_lora", "lora.rslora"),
+    **_named("use_dora peft_use_dora lora_use_dora", "lora.dora"),
+    **_named("loraplus_lr_ratio lora_plus loraplus lora_plus_lr_ratio loraplus_ratio", "lora.plus_ratio"),
     **_named(
         "load_in_4bit load_in_8bit qlora quantization quantization_bit quantize bnb_4bit_quant_type",
         note="Weights are not quantised here: `lora.rank` keeps gradients and moments small.",

@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from gpt2ft.preference_losses import PREFERENCE_LOSSES
 from gpt2ft.settings.choices import LORA_TARGETS, PUBLISHED_MODELS
 from gpt2ft.settings.columns import column_words
+from gpt2ft.settings.per_target import by_target, per_target
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -139,8 +140,22 @@ class LoRASettings(Section):
     """Dropout on the input of the adapters, in training."""
     targets: tuple[LoRATarget, ...] = ("q", "k", "v", "o")
     """Projections that get an adapter: of the attention (q, k, v, o) and of the MLP (fc, proj)."""
+    rank_per_target: Annotated[tuple[str, ...], BeforeValidator(per_target(int))] = ()
+    """Other ranks for some targets: q=16 v=4."""
+    alpha_per_target: Annotated[tuple[str, ...], BeforeValidator(per_target(float))] = ()
+    """Other alphas for some targets: q=32 v=8."""
     rslora: bool = False
     """Multiply by alpha / sqrt(rank) instead, which suits high ranks (Kalajdzievski 2023)."""
+    dora: bool = False
+    """Train the norms of the adapted matrices' columns too (DoRA, Liu et al. 2024)."""
+    plus_ratio: Annotated[float, Field(gt=0)] = 1.0
+    """Learning rate of the adapters' second matrix, B, over that of all else (LoRA+, Hayou et al. 2024)."""
+
+    def rank_of(self, target: str) -> int:
+        return int(by_target(self.rank_per_target).get(target, self.rank))
+
+    def alpha_of(self, target: str) -> float:
+        return float(by_target(self.alpha_per_target).get(target, self.alpha))
 
     def problems(self) -> Iterator[str]:
         if not self.rank and self != type(self)():
@@ -148,6 +163,10 @@ class LoRASettings(Section):
         if self.rank and (not self.targets or len(set(self.targets)) < len(self.targets)):
             known, given = ", ".join(LORA_TARGETS), ", ".join(self.targets) or "nothing"
             yield f"`lora.targets` must name at least one of {known}, each once, but names {given}"
+        for name in ("rank_per_target", "alpha_per_target"):
+            odd = [target for target in by_target(getattr(self, name)) if target not in self.targets]
+            if odd:
+                yield f"`lora.{name}` must name targets that `lora.targets` names, but names {', '.join(odd)}"
 
 
 class FilterSettings(Section):

@@ -5,24 +5,33 @@ import math
 import torch
 from torch import nn
 
+from gpt2ft.model.lora import output_matrices
 from gpt2ft.settings.sections import OptimizerSettings
 
 
-def adamw(model: nn.Module, settings: OptimizerSettings, fused: bool) -> torch.optim.AdamW:
+def adamw(
+    model: nn.Module, settings: OptimizerSettings, fused: bool, lora_plus_ratio: float = 1.0
+) -> torch.optim.AdamW:
     """Return AdamW over the trainable parameters. Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization".
 
     Matrices and embeddings decay; biases and norms do not.
 
     Args:
         fused: one kernel for the whole update, on CUDA.
+        lora_plus_ratio: learning rate of the adapters' B over that of all else. Hayou et al. 2024, "LoRA+: Efficient
+            Low Rank Adaptation of Large Models".
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    faster = output_matrices(model)
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            ratio = lora_plus_ratio if parameter in faster else 1.0
+            groups.setdefault((parameter.ndim < 2, ratio), []).append(parameter)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [
+            {"params": parameters, "weight_decay": 0.0 if is_vector else settings.weight_decay, "rate_ratio": ratio}
+            for (is_vector, ratio), parameters in sorted(groups.items(), key=lambda group: group[0])
+        ],
         lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
         eps=settings.epsilon,
@@ -52,4 +61,4 @@ def learning_rate(step: int, steps: int, settings: OptimizerSettings) -> float:
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """Set the learning rate of every parameter group. It depends on the step alone, so no scheduler is checkpointed."""
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group["rate_ratio"]

@@ -14,7 +14,6 @@ from gpt2ft.model.lora import (
     cast_frozen_matrices,
     load_trainable_parameters,
     merged_weights,
-    scaling_of,
     trainable_parameters,
 )
 from gpt2ft.settings.choices import LORA_TARGETS
@@ -66,18 +65,37 @@ def log_probs(model, stream):
     return TargetLogProbs(model, VOCABULARY, "dense")(stream)
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("targets", SOME_TARGETS, ids="-".join)
-def test_nothing_changes_at_first(base, stream, targets):
-    model = adapted(base, LoRASettings(rank=4, alpha=8.0, targets=targets), learnt=False)
+def test_nothing_changes_at_first(base, stream, targets, dora):
+    model = adapted(base, LoRASettings(rank=4, alpha=8.0, targets=targets, dora=dora), learnt=False)
     with torch.no_grad():
         assert torch.equal(log_probs(model, stream), log_probs(base, stream))
         assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in merged_weights(model).items())
 
 
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("dora", [False, True])
+def test_nothing_changes_at_first_in_half(base, stream, dora):
+    """Also where matrices are held in bf16, whose columns have other norms."""
+    model, other = (
+        adapted(base, LoRASettings(rank=4, dora=dora), learnt=False),
+        adapted(base, LoRASettings(rank=1), False),
+    )
+    for one in (model, other):
+        cast_frozen_matrices(one, torch.bfloat16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(log_probs(model, stream), log_probs(other, stream))
+
+
+OF_EACH = {"rank_per_target": ("q=3", "proj=7"), "alpha_per_target": ("v=2", "fc=9")}
+
+
+@pytest.mark.parametrize(
+    "kind", [{}, {"rslora": True}, {"dora": True}, OF_EACH, OF_EACH | {"rslora": True, "dora": True}]
+)
 @pytest.mark.parametrize("targets", SOME_TARGETS, ids="-".join)
-def test_merged_is_adapted(base, stream, targets, rslora):
-    model = adapted(base, LoRASettings(rank=5, alpha=7.0, targets=targets, rslora=rslora))
+def test_merged_is_adapted(base, stream, targets, kind):
+    model = adapted(base, LoRASettings(rank=5, alpha=7.0, targets=targets, **kind))
     with torch.no_grad():
         found, before = log_probs(model, stream), log_probs(base, stream)
         assert (found - before).abs().max() > 0.5
@@ -86,7 +104,7 @@ def test_merged_is_adapted(base, stream, targets, rslora):
 
 def test_gradients_are_those_of_the_merged_matrices(base, stream):
     """dB = s G^T A^T and dA = s B^T G^T in the columns of each target, where G is the gradient of the plain matrix."""
-    settings = LoRASettings(rank=3, alpha=6.0, targets=tuple(LORA_TARGETS))
+    settings, scaling = LoRASettings(rank=3, alpha=6.0, targets=tuple(LORA_TARGETS)), 6.0 / 3
     model = adapted(base, settings)
     other = plain(model)
     for one in (model, other):
@@ -100,8 +118,8 @@ def test_gradients_are_those_of_the_merged_matrices(base, stream):
             G = other.get_parameter(f"h.{block}.{module}.weight").grad.chunk(num_parts, dim=1)[part]
             adapter = model.get_submodule(f"h.{block}.{module}").adapters[target]
             for found, expected in (
-                (adapter.B.grad, scaling_of(settings) * G.t() @ adapter.A.t()),
-                (adapter.A.grad, scaling_of(settings) * adapter.B.t() @ G.t()),
+                (adapter.B.grad, scaling * G.t() @ adapter.A.t()),
+                (adapter.A.grad, scaling * adapter.B.t() @ G.t()),
             ):
                 assert (found - expected).norm() < 1e-4 * expected.norm()
             seen.add(float(G.abs().max()) > 1e-3)
@@ -155,8 +173,20 @@ def test_the_mean_over_dropout_masks_is_what_is_without(base):
     assert_close(mean, expected, atol=0.15, rtol=0.1)
 
 
-def test_frozen_matrices_are_held_once_in_half(base, stream):
-    model = adapted(base, LoRASettings(rank=4, alpha=8.0))
+def test_no_matrix_waits_for_the_backward_pass_of_dora(base):
+    """The norms are of a sum as large as the matrix, which must be gone before the next matrix has its own."""
+    projection = adapted(base, LoRASettings(rank=4, dora=True)).h[0].attn.c_attn
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        projection(torch.ones(7, 64, requires_grad=True))
+    assert len(kept) > 9
+    as_large = [tensor for tensor in kept if tensor.numel() > 7 * 192]
+    assert {tensor.data_ptr() for tensor in as_large} == {projection.weight.data_ptr()}
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_frozen_matrices_are_held_once_in_half(base, stream, dora):
+    model = adapted(base, LoRASettings(rank=4, alpha=8.0, dora=dora))
     whole = log_probs(model, stream)
     size = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     cast_frozen_matrices(model, torch.bfloat16)
@@ -189,3 +219,36 @@ def test_a_target_that_there_is_not():
     with pytest.raises(ValueError, match="targets"):
         LoRASettings(rank=4, targets=("q", "gate"))
     assert any("`lora.targets`" in problem for problem in LoRASettings(rank=4, targets=()).problems())
+
+
+@pytest.mark.parametrize(
+    ("given", "ranks"),
+    [
+        ({"q": 16, "v": 4}, {"q": 16, "k": 8, "v": 4}),
+        (["v=4", "q=16"], {"q": 16, "k": 8, "v": 4}),
+        ("q=16,v=4", {"q": 16, "k": 8, "v": 4}),
+        ((), {"q": 8, "k": 8, "v": 8}),
+    ],
+)
+def test_ranks_of_single_targets_however_they_are_given(given, ranks):
+    settings = LoRASettings(rank=8, targets=("q", "k", "v"), rank_per_target=given)
+    assert {target: settings.rank_of(target) for target in ranks} == ranks
+    assert settings.rank_per_target in (("q=16", "v=4"), ())
+    assert LoRASettings.model_validate(settings.model_dump(mode="json")) == settings
+    assert not list(settings.problems())
+
+
+@pytest.mark.parametrize("setting", ["rank_per_target", "alpha_per_target"])
+@pytest.mark.parametrize(
+    "given", ["q", "q=", "=4", "w=4", "q=0", "q=-1", "q=nan", "q=inf", "q=x", ["q=4", "q=4"], {"q": True}]
+)
+def test_numbers_of_single_targets_that_mean_nothing(setting, given):
+    with pytest.raises(ValueError, match=f"{setting}\n.*must be TARGET=NUMBER"):
+        LoRASettings(rank=4, **{setting: given})
+
+
+def test_numbers_of_targets_that_get_no_adapter():
+    settings = LoRASettings(rank=4, targets=("q",), rank_per_target="v=4", alpha_per_target="q=4")
+    assert [problem.split(",")[0] for problem in settings.problems()] == [
+        "`lora.rank_per_target` must name targets that `lora.targets` names"
+    ]

@@ -26,6 +26,7 @@ SETTINGS = {
     "simpo": {"beta": 2.0, "gamma": 0.5},
 }
 LORA = {"rank": 4, "alpha": 8.0, "targets": ["q", "v", "o", "fc"]}
+DORA = LORA | {"dora": True, "plus_ratio": 4.0, "rank_per_target": ["v=6"]}
 
 
 def logged(folder, prefix):
@@ -124,7 +125,7 @@ def test_the_output_is_a_run_like_any(run_folder):
         pytest.param({}, 3, id="full, 3", marks=pytest.mark.long),
         pytest.param(LORA, 1, id="lora, 1"),
         pytest.param({}, 1, id="full, 1", marks=pytest.mark.long),
-        pytest.param(LORA, 3, id="lora, 3", marks=pytest.mark.long),
+        pytest.param(DORA, 3, id="dora, 3", marks=pytest.mark.long),
     ],
 )
 def test_a_stopped_run_ends_in_the_same_bits(lora, stop_after, run_dpo, stopped_after, tmp_path, capsys):
@@ -145,10 +146,10 @@ def test_a_stopped_run_ends_in_the_same_bits(lora, stop_after, run_dpo, stopped_
     assert len(stored(tmp_path / "one")) > 100
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_adapters_in_bf16_start_from_their_reference(seed, run_dpo, tmp_path, capsys):
+@pytest.mark.parametrize(("seed", "lora"), [(0, LORA), (1, DORA)], ids=["lora", "dora"])
+def test_adapters_in_bf16_start_from_their_reference(seed, lora, run_dpo, tmp_path, capsys):
     """Frozen matrices are rounded before the reference is computed, and what they are held in names its folder."""
-    run_dpo(tmp_path / "run", 1, seed=seed, lora=LORA, precision="bf16", sample_prompts=0)
+    run_dpo(tmp_path / "run", 1, seed=seed, lora=lora, precision="bf16", sample_prompts=0)
     assert "the start is the reference within 0 nats/token, loss 0.6931" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["reference"]["computed_by"]["rounds_frozen_matrices"] is True
@@ -187,7 +188,7 @@ def test_a_sweep_shares_one_reference(run_dpo, tmp_path, capsys):
     assert "0 of them computed now" not in capsys.readouterr().out
     rows = stored(tmp_path / "cache")
     sweep = [
-        {"lora": LORA, "learning_rate": 5e-3, "dpo": {"beta": 0.5}},
+        {"lora": DORA, "learning_rate": 5e-3, "dpo": {"beta": 0.5}},
         {"dpo": {"loss": "ipo", "pairs": "best_worst"}, "seed": 7, "tokens_per_micro_batch": 2048},
     ]
     for number, settings in enumerate(sweep):

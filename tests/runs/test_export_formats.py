@@ -25,7 +25,7 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 gguf = pytest.importorskip("gguf")
 
-LORA = {"rank": 4, "alpha": 8.0, "targets": ["q", "v", "o", "fc"]}
+LORA = {"rank": 4, "alpha": 8.0, "targets": ["q", "v", "o", "fc"], "dora": True, "rank_per_target": ["v=6"]}
 LAST_STEP = "checkpoints/step-00000002"
 TURNS = [("system", "Talk of tea."), ("user", " What's 12 + 3?\n\n  é🙂"), ("assistant", ""), ("user", "日本")]
 

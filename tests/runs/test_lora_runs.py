@@ -17,13 +17,19 @@ from gpt2ft.settings.scripts import SFTSettings
 from gpt2ft.settings.sections import ModelSettings
 
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": ["q", "v", "o", "fc"]}
+DORA = LORA | {"dora": True, "plus_ratio": 4.0, "rank_per_target": ["v=6", "fc=2"], "alpha_per_target": ["v=3"]}
 STEPS = 6
 
 
-@pytest.fixture(scope="module", params=["fp32", "bf16"])
-def run_folder(request, run_sft, tiny_weights_folder, tmp_path_factory):
+@pytest.fixture(scope="module", params=[(LORA, "fp32"), (DORA, "bf16")], ids=["lora-fp32", "dora-bf16"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def run_folder(kind, run_sft, tiny_weights_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora") / "run"
-    run_sft(folder, STEPS, path=tiny_weights_folder, lora=LORA, precision=request.param)
+    run_sft(folder, STEPS, path=tiny_weights_folder, lora=kind[0], precision=kind[1])
     return folder
 
 
@@ -82,10 +88,11 @@ def test_run_adapter_and_checkpoint_evaluate_alike(run_folder, tmp_path):
     assert found == pytest.approx([found[0]] * 3, rel=1e-5)
 
 
-def test_checkpoints_hold_what_is_trained_alone(run_folder, tiny_weights_folder):
+def test_checkpoints_hold_what_is_trained_alone(kind, run_folder, tiny_weights_folder):
+    per_adapter = {"A", "B", "magnitude_change"} if kind[0] is DORA else {"A", "B"}
     names = set(checkpoint.read_weights(run_folder / "checkpoints" / f"step-{STEPS:08d}"))
-    assert {name.rpartition(".")[2] for name in names} == {"A", "B", "rows"}
-    assert len(names) == 2 * 4 * 2 + 1
+    assert {name.rpartition(".")[2] for name in names} == {*per_adapter, "rows"}
+    assert len(names) == 2 * 4 * len(per_adapter) + 1
     before, after = (load_file(folder / "model.safetensors") for folder in (tiny_weights_folder, run_folder / "model"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name.partition(".h.")[2][2:] or "wte" for name in changed} == {
@@ -99,10 +106,9 @@ def test_checkpoints_hold_what_is_trained_alone(run_folder, tiny_weights_folder)
 
 @pytest.mark.parametrize("stop_after", [4, pytest.param(1, marks=pytest.mark.long)])
 def test_a_stopped_run_ends_in_the_same_bits(
-    stop_after, run_folder, run_sft, tiny_weights_folder, stopped_after, tmp_path
+    stop_after, kind, run_folder, run_sft, tiny_weights_folder, stopped_after, tmp_path
 ):
-    precision = json.loads((run_folder / "manifest.json").read_text())["precision"]
-    settings = {"steps": STEPS, "path": tiny_weights_folder, "lora": LORA, "precision": precision}
+    settings = {"steps": STEPS, "path": tiny_weights_folder, "lora": kind[0], "precision": kind[1]}
     with stopped_after(stop_after):
         run_sft(tmp_path / "run", **settings)
     run_sft(tmp_path / "run", **settings)
@@ -112,9 +118,9 @@ def test_a_stopped_run_ends_in_the_same_bits(
         assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_an_adapter_is_merged_before_it_is_adapted_again(run_folder, run_sft, tmp_path):
+def test_an_adapter_is_merged_before_it_is_adapted_again(kind, run_folder, run_sft, tmp_path):
     """`start/` is the whole model that the new adapter stands on."""
-    run_sft(tmp_path / "run", 2, path=run_folder / "adapter", lora=LORA)
+    run_sft(tmp_path / "run", 2, path=run_folder / "adapter", lora=kind[0])
     ids = torch.arange(40)
     first, start, adapter, merged = (
         logits(find_model(str(folder))[0].gpt2, ids)
@@ -133,11 +139,17 @@ def test_what_cannot_be_adapted_is_refused():
     ]
 
 
-def test_another_setting_of_the_adapters_is_another_run(run_folder, run_sft, tiny_weights_folder, tmp_path):
+def test_another_setting_of_the_adapters_is_another_run(run_sft, tiny_weights_folder, tmp_path):
     run_sft(tmp_path / "run", 2, path=tiny_weights_folder, lora=LORA)
     (tmp_path / "run" / "model" / "config.json").unlink()
-    with pytest.raises(SettingsError, match=r"`lora.alpha` was 8.0 and is now 9.0"):
-        run_sft(tmp_path / "run", 2, path=tiny_weights_folder, lora=LORA | {"alpha": 9.0})
+    for name, value, said in (
+        ("alpha", 9.0, r"`lora.alpha` was 8.0 and is now 9.0"),
+        ("dora", True, r"`lora.dora` was False and is now True"),
+        ("plus_ratio", 2.0, r"`lora.plus_ratio` was 1.0 and is now 2.0"),
+        ("rank_per_target", ["q=5"], r"`lora.rank_per_target` was \[\] and is now \['q=5'\]"),
+    ):
+        with pytest.raises(SettingsError, match=said):
+            run_sft(tmp_path / "run", 2, path=tiny_weights_folder, lora=LORA | {name: value})
 
 
 def test_an_adapter_without_its_base_says_so(run_folder, tmp_path):

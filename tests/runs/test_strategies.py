@@ -48,6 +48,7 @@ CAMPAIGN = [
 ]
 
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": ["q", "v", "o", "fc"]}
+DORA = LORA | {"dropout": 0.0, "dora": True, "plus_ratio": 2.0, "rank_per_target": ["v=6"]}
 KINDS = ["sft", "sft lora", "dpo", "dpo lora", "sometimes nan"]
 FEW = [
     "sft",
@@ -147,7 +148,7 @@ class Runs:
         too_fast = run == "impatient"  # the loss rises, and the run ends early
         return {
             "model": (from_weights if adapts or compares else random) | dropout,
-            "lora": (LORA | {"dropout": 0.0} if compares else LORA) if adapts else {},
+            "lora": (DORA if compares else LORA) if adapts else {},
             "data": {
                 "train": ["quickstart@0.28" if compares else "quickstart@0.4"],
                 "eval": [],

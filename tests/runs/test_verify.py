@@ -125,7 +125,7 @@ def test_a_model_of_another_run_or_with_other_words_is_not_the_certificates(run,
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_a_lora_run_verifies(run_sft, tiny_weights_folder, tmp_path, precision):
-    lora = {"rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": ["q", "v", "o", "fc"]}
+    lora = {"rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": ["q", "v", "o", "fc"], "dora": True, "plus_ratio": 4.0}
     run_sft(tmp_path / "run", 4, path=tiny_weights_folder, lora=lora, precision=precision)
     assert failures(tmp_path / "run") == {}
     assert "metrics to the bit, weights to the bit" in claims(tmp_path / "run")["steps"]["detail"]

@@ -70,6 +70,7 @@ def test_every_setting_refuses_what_does_not_fit_in_our_words(script):
         ("lora.targets", ["q", "w"], "a list of q, k, v, o, fc and proj, but holds 'w'"),
         ("model.attention", "felx", "auto, flex, segments or dense, but is 'felx'"),
         ("lora.targets", "q,k", "a list of q, k, v, o, fc and proj, but holds 'q,k': words are set apart by spaces"),
+        ("lora.rank_per_target", {"w": 4}, "TARGET=NUMBER, as q=16, for some of q, k, v, o, fc, proj, but holds w=4"),
         ("output", ["a", "b"], "a single value, in quotes if it has spaces, but is ['a', 'b']"),
         ("data.train", [["a"]], "a list of words, but holds ['a']"),
         ("training", ["a"], "a section with settings of its own, but is ['a']"),

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from gpt2ft.settings.sections import OptimizerSettings
-from gpt2ft.training.optimizer import adamw, learning_rate
+from gpt2ft.model.lora import apply_lora, trainable_parameters
+from gpt2ft.settings.sections import LoRASettings, OptimizerSettings
+from gpt2ft.training.optimizer import adamw, learning_rate, set_learning_rate
 
 STEPS = 100
 
@@ -42,6 +43,25 @@ def test_decay_falls_on_matrices_alone():
     assert [p.ndim for p in decayed["params"]] == [2]  # the embedding: what is frozen is left out
     assert {p.ndim for p in plain["params"]} == {1}
     assert optimizer.defaults["betas"] == (0.9, 0.9)
+
+
+def test_the_second_matrix_of_adapters_has_a_rate_of_its_own(tiny_gpt2):
+    gpt2 = tiny_gpt2(64, 16)
+    settings = OptimizerSettings(learning_rate=1e-3, weight_decay=0.3)
+    apply_lora(gpt2, LoRASettings(rank=2, dora=True), [60], torch.Generator().manual_seed(1))
+    optimizer = adamw(gpt2, settings, fused=False, lora_plus_ratio=16.0)
+    names = {parameter: name for name, parameter in gpt2.named_parameters()}
+    for step in (0, 50, 99):
+        rate = learning_rate(step, 100, settings)
+        set_learning_rate(optimizer, rate)
+        found = {names[p]: group for group in optimizer.param_groups for p in group["params"]}
+        assert found.keys() == trainable_parameters(gpt2).keys()
+        for name, group in found.items():
+            assert group["lr"] == rate * (16.0 if name.endswith(".B") else 1.0)
+            assert group["weight_decay"] == (0.0 if name.endswith(".magnitude_change") else 0.3)
+    assert {name.rpartition(".")[2] for name in found} == {"A", "B", "magnitude_change", "rows"}
+    ratios = [group["rate_ratio"] for group in adamw(gpt2, settings, fused=False).param_groups]
+    assert ratios == [1.0, 1.0]
 
 
 def test_the_first_step_is_adams():
