@@ -1,6 +1,5 @@
 """A report as Markdown and as one page of HTML. Replies and names are hostile: whatever they hold is shown as text."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from gpt2ft.report import reference
 from gpt2ft.report.curves import curves
 from gpt2ft.report.schema import Reply, Report
 from gpt2ft.report.table import Table, tables
-from gpt2ft.text.display import escape_control_characters
+from gpt2ft.text.markdown import fenced, inline, shown
 
 CURVES_NEED = "The curves of the runs need matplotlib: pip install 'gpt2ft[report]'"
 PAIRS = "What the start knows of the pairs"
@@ -52,22 +51,6 @@ def note(reply: Reply | None) -> str:
     return ", ".join(filter(None, [empty, "" if reply["stopped"] else "cut off"]))
 
 
-def shown(text: str) -> str:
-    """Return text that can be written and looked at: control characters spelled out, halves of surrogates replaced."""
-    return escape_control_characters(text).encode("utf-8", "replace").decode("utf-8")
-
-
-def _inline(text: str) -> str:
-    """Return text that means nothing in Markdown."""
-    return re.sub(r"([\\`*_\[\]<>|&~#!])", r"\\\1", " ".join(shown(text).split()))
-
-
-def _fenced(text: str) -> list[str]:
-    longest = max(map(len, re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return [f"{fence}text", shown(text), fence, ""]
-
-
 def _conditions(report: Report) -> list[tuple[str, str | int]]:
     """Return what the figures depend on besides the models."""
     keys = ("seed", "precision", "max_length", "left_out")
@@ -80,36 +63,36 @@ def _pairs_at_start(report: Report) -> list[str]:
 
 
 def _lines(report: Report) -> Iterator[str]:
-    names = [_inline(model["name"]) for model in report["models"]]
+    names = [inline(model["name"]) for model in report["models"]]
     yield from (f"# {', '.join(names)}", "")
-    yield from (f"- **{_inline(warning)}**" for warning in report.get("warnings", ()))
+    yield from (f"- **{inline(warning)}**" for warning in report.get("warnings", ()))
     yield ""
     for number, conversation in enumerate(report.get("conversations", ()), start=1):
         yield from (f"## Conversation {number}", "")
         for turn in conversation["turns"]:
-            yield from ("The user:", "", *_fenced(turn["user"]))
+            yield from ("The user:", "", *fenced(turn["user"]))
             for name, reply in zip(names, turn["replies"], strict=True):
                 remark = note(reply)
                 yield from (f"{name}{f' ({remark})' if remark else ''}:", "")
-                yield from _fenced(reply["text"]) if reply and reply["text"].strip() else ()
+                yield from fenced(reply["text"]) if reply and reply["text"].strip() else ()
     yield from (LEGEND, "")
     for table in tables(report):
         yield from _table(table)
     if pairs := _pairs_at_start(report):
-        yield from (f"## {PAIRS}", "", *_fenced("\n".join(pairs)))
-    yield from ("## To get this again", "", *_fenced("\n".join(report.get("commands", ()))))
+        yield from (f"## {PAIRS}", "", *fenced("\n".join(pairs)))
+    yield from ("## To get this again", "", *fenced("\n".join(report.get("commands", ()))))
     for model in report["models"]:
         digests = [f"{key} {model[key]}" for key in ("weights", "tokenizer") if key in model]
-        yield f"- {_inline(model['name'])}: {_inline(', '.join([model['model'], *digests]))}"
-    yield from (f"- {_inline(f'{key}: {value}')}" for key, value in _conditions(report))
+        yield f"- {inline(model['name'])}: {inline(', '.join([model['model'], *digests]))}"
+    yield from (f"- {inline(f'{key}: {value}')}" for key, value in _conditions(report))
     yield ""
 
 
 def _table(table: Table) -> Iterator[str]:
-    yield from (f"## {_inline(table.title)}", "", *([_inline(table.note), ""] if table.note else ()))
-    yield "| |" + "".join(f" {_inline(name)} |" for name in table.columns)
+    yield from (f"## {inline(table.title)}", "", *([inline(table.note), ""] if table.note else ()))
+    yield "| |" + "".join(f" {inline(name)} |" for name in table.columns)
     yield "|---|" + "---:|" * len(table.columns)
     for label, cells in table.rows:
         texts = [f"{c.value} {c.difference} {f'({c.interval})' if c.interval else ''}" if c else "" for c in cells]
-        yield f"| {_inline(label)} |" + "".join(f" {_inline(text)} |" for text in texts)
+        yield f"| {inline(label)} |" + "".join(f" {inline(text)} |" for text in texts)
     yield ""
