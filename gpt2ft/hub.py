@@ -1,5 +1,7 @@
-"""Names on the Hugging Face hub, `owner/name`, the commit that a branch, a tag or nothing stands for, and a hub that
-cannot be reached: its libraries, which would try again for half a minute, then look into their caches at once."""
+"""Names on the Hugging Face hub, `owner/name`, the commit that a branch, a tag or nothing stands for, and uploads.
+
+Where the hub cannot be reached, its libraries, which would try again for half a minute, look into their caches at once.
+"""
 
 import os
 import re
@@ -12,7 +14,7 @@ from typing import Literal, NamedTuple
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from gpt2ft.errors import NetworkError
+from gpt2ft.errors import NetworkError, SettingsError
 
 _NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(/[^:@]+)?(:[^@]+)?(@.+)?", re.ASCII)
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -72,7 +74,7 @@ def commit_of(repository: str, revision: str, kind: Literal["model", "dataset"])
         cached = Path(constants.HF_HUB_CACHE, folder, "refs", revision)
         if cached.is_file():
             return cached.read_text(encoding="utf-8").strip()
-        cause = unreachable or " ".join(str(error).split())
+        cause = unreachable or _words(error)
         raise NetworkError(
             f"{repository} is no path here, and could not be looked up on the hub ({cause}); with its commit, as "
             f"{repository}@COMMIT, the cache is enough"
@@ -116,3 +118,66 @@ def answers(url: str, seconds: float) -> bool:
     thread.start()
     thread.join(seconds)
     return bool(answered)
+
+
+def push_target(name: str, is_public: bool) -> str:
+    """Return the repository `owner/name` that may be pushed to, there already or not.
+
+    Raises:
+        SettingsError: if the name is none, there is no key or one that the hub does not know, or it is there for other
+            eyes than asked for.
+        NetworkError: if the hub cannot be asked.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise SettingsError(f"`push` must be a name on the hub, but is {name!r}: {error}") from error
+    if not get_token():
+        raise SettingsError("`push` needs a key of the hub that may write: `hf auth login`, or set HF_TOKEN")
+    if unreachable := rely_on_cache_unless_reachable():
+        raise NetworkError(f"`push` = {name} needs the hub: {unreachable}")
+    try:
+        owner = HfApi().whoami()["name"]
+        repository = name if "/" in name else f"{owner}/{name}"
+        is_private = HfApi().repo_info(repository, repo_type="model").private
+    except RepositoryNotFoundError:
+        return repository
+    except HfHubHTTPError as error:
+        raise SettingsError(f"`push` needs a key that the hub takes, but it says: {_words(error)}") from error
+    if is_private == is_public:
+        seen, flag = ("private", "leave --public out") if is_private else ("public", "pass --public true")
+        raise SettingsError(f"`push` = {repository} is there already and {seen}: {flag}, or name another")
+    return repository
+
+
+def push(folder: Path, repository: str, is_public: bool) -> str:
+    """Upload the files of a folder and return in words what was done; a README.md that is there already stays.
+
+    Raises:
+        NetworkError: if the hub refuses it.
+    """
+    from huggingface_hub import HfApi
+
+    api, card = HfApi(), "README.md"
+    try:
+        api.create_repo(repository, private=not is_public, exist_ok=True)
+        is_kept = api.file_exists(repository, card)
+        api.upload_folder(
+            repo_id=repository, folder_path=folder, ignore_patterns=[card] if is_kept else None,
+            commit_message="Upload a model of gpt2ft",
+        )  # fmt: skip
+    except Exception as error:  # a network fails in many classes
+        raise NetworkError(
+            f"{folder} is written, but could not be pushed: {_words(error)}; `hf upload {repository} {folder}` tries "
+            "again"
+        ) from error
+    place = f"{api.endpoint}/{repository}, {'public' if is_public else 'private'}"
+    return f"{place}; the {card} that was there is kept" if is_kept else place
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())

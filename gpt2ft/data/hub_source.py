@@ -22,6 +22,7 @@ class HubSource:
     split: str = "train"
     splits: tuple[str, ...] = ("train",)  # empty where they are not known
     config: str | None = None
+    license: str | None = None  # where it is known, by the hub's name for it
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -47,10 +48,16 @@ class HubSource:
 
 SOURCES = {
     "oasst1": HubSource(
-        "OpenAssistant/oasst1", "fdf72ae0827c1cda404aff25b6603abec9e3399b", splits=("train", "validation")
+        "OpenAssistant/oasst1",
+        "fdf72ae0827c1cda404aff25b6603abec9e3399b",
+        splits=("train", "validation"),
+        license="apache-2.0",
     ),
     "oasst2": HubSource(
-        "OpenAssistant/oasst2", "179dd21fc55192153d94adb0e0ce8f69e222bf75", splits=("train", "validation")
+        "OpenAssistant/oasst2",
+        "179dd21fc55192153d94adb0e0ce8f69e222bf75",
+        splits=("train", "validation"),
+        license="apache-2.0",
     ),
     "smoltalk": HubSource(
         "HuggingFaceTB/smoltalk", "5feaf2fd3ffca7c237fc38d1861bc30365d48ffa", splits=("train", "test"), config="all"
@@ -60,19 +67,23 @@ SOURCES = {
         "8049631c405ae6576f93f445c6b8166f76f5505a",
         split="train_sft",
         splits=("train_sft", "test_sft"),
+        license="mit",
     ),
-    "alpaca": HubSource("tatsu-lab/alpaca", "dce01c9b08f87459cf36a430d809084718273017"),
-    "dolly": HubSource("databricks/databricks-dolly-15k", "bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a"),
+    "alpaca": HubSource("tatsu-lab/alpaca", "dce01c9b08f87459cf36a430d809084718273017", license="cc-by-nc-4.0"),
+    "dolly": HubSource(
+        "databricks/databricks-dolly-15k", "bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a", license="cc-by-sa-3.0"
+    ),
     # preferences
     "hh-rlhf": HubSource(
-        "Anthropic/hh-rlhf", "09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa", splits=("train", "test")
+        "Anthropic/hh-rlhf", "09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa", splits=("train", "test"), license="mit"
     ),  # helpful and harmless
-    "ultrafeedback": HubSource("openbmb/UltraFeedback", "40b436560ca83a8dba36114c22ab3c66e43f6d5e"),
+    "ultrafeedback": HubSource("openbmb/UltraFeedback", "40b436560ca83a8dba36114c22ab3c66e43f6d5e", license="mit"),
     "ultrafeedback-binarized": HubSource(
         "HuggingFaceH4/ultrafeedback_binarized",
         "3949bf5f8c17c394422ccfab0c31ea9c20bdeb85",
         split="train_prefs",
         splits=("train_prefs", "test_prefs"),
+        license="mit",
     ),
 }
 

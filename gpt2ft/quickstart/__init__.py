@@ -12,6 +12,7 @@ model/           the base: a small GPT-2 that has read some English, with its mo
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
+LICENSE, MODEL_LICENSE = "mit", "apache-2.0"  # of the conversations, which were written for this project; of the base
 TREES = FOLDER / "trees.jsonl"
 HELD_OUT = FOLDER / "held_out.jsonl"
 MORE_TREES = FOLDER / "more_trees.jsonl"

@@ -14,23 +14,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gpt2ft import checkpoint
 from gpt2ft.errors import SettingsError
 from gpt2ft.files import complete_folder, write_json, write_text
-from gpt2ft.hub import commit_of, hub_model
+from gpt2ft.hub import commit_of, hub_model, push, push_target
 from gpt2ft.model.gguf import SHORT_NAMES, GGUFTokenizer, write_gguf
 from gpt2ft.model.gpt2 import GPT2Config
 from gpt2ft.model.lora import is_adapted, merged_weights
-from gpt2ft.model.peft import merge_adapter, write_adapter
+from gpt2ft.model.peft import merge_adapter, read_base, write_adapter
 from gpt2ft.model.pretrained import ModelError, find_folder, write_model
 from gpt2ft.runs.loaded_model import (
     LoadedModel,
     find_model,
+    home_of,
     is_adapter,
     load_adapted,
     load_model,
     newest_run,
     read_run_settings,
 )
+from gpt2ft.runs.model_card import NAME as CARD
+from gpt2ft.runs.model_card import Card, Layout, read_facts, write_card
 from gpt2ft.settings.choices import PUBLISHED_MODELS
 from gpt2ft.settings.scripts import ExportSettings, RunSettings
 from gpt2ft.text.chat_tokens import END
@@ -57,24 +61,63 @@ def run(settings: ExportSettings) -> None:
         raise SettingsError(f"`output` must be a folder for the .gguf file to lie in, but is {output}: give {folder}")
     if settings.format == "gguf" and importlib.util.find_spec("gguf") is None:
         raise SettingsError("`format` = gguf needs the package gguf: pip install -e '.[gguf]'")
-    {"hf": _export_folder, "adapter": _export_adapter, "gguf": _export_gguf}[settings.format](settings, output)
+    repository = None if settings.push is None else push_target(settings.push, settings.public)
+    model = settings.model or newest_run()
+    if repository and settings.format == "adapter":
+        _check_base_is_on_hub(Path(model))
+    {"hf": _export_folder, "adapter": _export_adapter, "gguf": _export_gguf}[settings.format](model, settings, output)
     print_row("exported", f"{output}, read back and compared")
+    if repository:
+        print_row("pushed", push(output, repository, settings.public))
 
 
-def _export_folder(settings: ExportSettings, output: Path) -> None:
-    loaded = _chat_model(settings.model)
+def _check_base_is_on_hub(model: Path) -> None:
+    """Raise SettingsError where the adapter of a run, or of its checkpoint, stands on a folder of this machine."""
+    home = home_of(model)
+    if home is None:
+        return
+    adapter = home / "adapter"
+    base = read_base(adapter) if is_adapter(adapter) else read_run_settings(home).model.path
+    if Path(base).exists() or not (base in PUBLISHED_MODELS or hub_model(base)):
+        raise SettingsError(
+            f"`push` needs an adapter whose base others can have, but that of {home} stands on {base}, which is on "
+            "this machine alone: push the whole model with --format hf"
+        )
+
+
+def _export_folder(model: str, settings: ExportSettings, output: Path) -> None:
+    loaded = _chat_model(model)
     dtype = getattr(torch, settings.dtype or "float32")
-    write_folder(output, loaded.weights(), loaded.gpt2.config, loaded.tokenizer, dtype)
+    write_folder(output, loaded.weights(), loaded.gpt2.config, loaded.tokenizer, dtype, _card(model, loaded, "hf"))
 
 
-def _export_gguf(settings: ExportSettings, output: Path) -> None:
-    loaded = _chat_model(settings.model)
+def _card(model: str, loaded: LoadedModel, layout: Layout) -> str:
+    """Return the card of a model that a run has trained: its own, if it is for this layout; empty for any other."""
+    home = home_of(folder := Path(model))
+    facts = home and read_facts(home)
+    place = folder.relative_to(home).parts[:1] if facts else ("start",)
+    if place not in ((), ("model",), ("best",), ("adapter",), ("checkpoints",)):
+        return ""
+    written = (home / "model" if folder == home else folder) / CARD
+    if layout == "hf" and place != ("adapter",) and written.is_file():
+        return written.read_text(encoding="utf-8")
+    if place == ("checkpoints",):
+        step = checkpoint.read_state(folder)[0].step
+    else:
+        step = facts["finished"]["best_step" if place == ("best",) else "step"]
+    shape = replace(loaded.gpt2.config, vocab_size=len(loaded.tokenizer))
+    return Card(facts, home / "metrics.jsonl", shape, step).text(layout)
+
+
+def _export_gguf(model: str, settings: ExportSettings, output: Path) -> None:
+    loaded = _chat_model(model)
     tokenizer, config, dtype = loaded.tokenizer, loaded.gpt2.config, getattr(torch, settings.dtype or "float16")
     file = f"{output.name}-{SHORT_NAMES[dtype]}.gguf"
     with complete_folder(output) as temporary:
         write_gguf(temporary / file, loaded.weights(), config, gguf_tokenizer(tokenizer), dtype)
         modelfile = MODELFILE.format(file=file, template=OLLAMA_TEMPLATE, stop=END, context=config.n_positions)
         write_text(temporary / "Modelfile", modelfile)
+        write_card(temporary, _card(model, loaded, "gguf"))
 
 
 def gguf_tokenizer(tokenizer: ChatTokenizer) -> GGUFTokenizer:
@@ -101,16 +144,17 @@ def gguf_tokenizer(tokenizer: ChatTokenizer) -> GGUFTokenizer:
     )
 
 
-def _export_adapter(settings: ExportSettings, output: Path) -> None:
+def _export_adapter(model: str, settings: ExportSettings, output: Path) -> None:
     """Write the adapter of a checkpoint or a copy of a finished run's, compared with the merged model either way."""
-    folder = Path(settings.model or newest_run())
+    folder = Path(model)
     if (folder / "state.json").is_file():
         adapted, run_settings = load_adapted(folder)
         if is_adapted(adapted.gpt2):
             base = run_settings.model.path
             if is_adapter(base):
                 raise ModelError(f"{folder} stands on the adapter {base}: export the finished run, or use --format hf")
-            write_adapter_folder(output, adapted, run_settings, merged_weights(adapted.gpt2), base)
+            card = _card(model, adapted, "adapter")
+            write_adapter_folder(output, adapted, run_settings, merged_weights(adapted.gpt2), base, card)
             return
     elif is_adapter(folder):
         raise ModelError(f"{folder} is an adapter already: copy the folder")
@@ -127,7 +171,7 @@ def _export_adapter(settings: ExportSettings, output: Path) -> None:
     )
 
 
-def _chat_model(model: str | None) -> LoadedModel:
+def _chat_model(model: str) -> LoadedModel:
     """Return the model to export, adapters merged.
 
     Raises:
@@ -140,7 +184,7 @@ def _chat_model(model: str | None) -> LoadedModel:
 
 
 def write_adapter_folder(
-    folder: Path, adapted: LoadedModel, settings: RunSettings, merged: Mapping[str, Tensor], base: str
+    folder: Path, adapted: LoadedModel, settings: RunSettings, merged: Mapping[str, Tensor], base: str, card: str = ""
 ) -> None:
     """Write a complete adapter folder in the layout of PEFT, with the tokenizer, or none.
 
@@ -148,6 +192,7 @@ def write_adapter_folder(
         settings: of the run that trained the adapters.
         merged: the weights that the adapter must make of its base.
         base: the whole model that it stands on: what `model.path` names, or a folder with the same weights.
+        card: README.md; none is written where it is empty.
 
     Raises:
         OSError: if it could not be written, or does not.
@@ -163,6 +208,7 @@ def write_adapter_folder(
     with complete_folder(folder) as temporary:
         save_tokenizer(adapted.tokenizer, temporary, adapted.gpt2.config.n_positions)
         write_adapter(temporary, adapted.gpt2, settings.lora, place)
+        write_card(temporary, card)
         _check_adapter(temporary, settings, merged)
 
 
@@ -184,8 +230,9 @@ def write_folder(
     config: GPT2Config,
     tokenizer: ChatTokenizer,
     dtype: torch.dtype = torch.float32,
+    card: str = "",
 ) -> None:
-    """Write a complete model folder, or none.
+    """Write a complete model folder, or none; `card` is its README.md, which is left out where it is empty.
 
     Raises:
         ModelError: if a weight is too large for `dtype`.
@@ -198,5 +245,6 @@ def write_folder(
         generation = token_ids | {"eos_token_id": [eos, pad], "do_sample": False}
         write_json(temporary / "generation_config.json", generation)
         write_model(temporary, weights, replace(config, vocab_size=len(tokenizer)), token_ids, dtype)
+        write_card(temporary, card)
         if ChatTokenizer.from_folder(temporary).digest != tokenizer.digest:
             raise OSError(f"{folder} is not kept: its tokenizer is another when read back")

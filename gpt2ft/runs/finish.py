@@ -1,6 +1,5 @@
 """End of a run: exported models, sample replies, and the commands to go on with."""
 
-import json
 import math
 import shlex
 import sys
@@ -17,6 +16,7 @@ from gpt2ft.command_line import words_to_start
 from gpt2ft.model.lora import trainable_parameters
 from gpt2ft.runs.export import write_adapter_folder, write_folder
 from gpt2ft.runs.loaded_model import LoadedModel, is_adapter, load_model, plain_model, with_trained_weights
+from gpt2ft.runs.model_card import Card, evaluations
 from gpt2ft.runs.output import Output
 from gpt2ft.runs.run_setup import RunSetup
 from gpt2ft.settings.scripts import DPOSettings, RunSettings
@@ -34,8 +34,9 @@ def finish(
     model = strategy.full_model()
     if model is None:
         return
-    output.write_manifest(manifest | {"finished": asdict(state), "metrics": line_digests(output.metrics)})
-    export(output, setup.settings, replace(setup.loaded, gpt2=model), state)
+    manifest = manifest | {"finished": asdict(state), "metrics": line_digests(output.metrics)}
+    output.write_manifest(manifest)
+    export(output, setup.settings, replace(setup.loaded, gpt2=model), state, manifest)
     print(transcript)
     if comparison := compared_with_start(output.metrics):
         print(fit(comparison, 4))
@@ -52,13 +53,10 @@ def compared_with_start(metrics: Path) -> str | None:
     Args:
         metrics: metrics.jsonl, which a run keeps when it is resumed.
     """
-    logged = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    evaluations = [line for line in logged if "eval/loss" in line]
-    if len(evaluations) < 2:
+    found = list(evaluations(metrics).values())
+    if len(found) < 2:
         return None
-    start, end = (
-        {name: math.nan if value is None else value for name, value in evaluations[i].items()} for i in (0, -1)
-    )
+    start, end = ({name: math.nan if value is None else value for name, value in found[i].items()} for i in (0, -1))
     steps = f"from step {start['step']} to step {end['step']}"
     line = f"{steps}: held-out loss {start['eval/loss']:.4f} -> {end['eval/loss']:.4f}"
     if "eval/stopped" in start and "eval/stopped" in end:
@@ -73,12 +71,15 @@ def early_end(state: TrainState, steps: int, best: Path) -> str:
     return f"ended early, after step {state.step} of {steps}: {evaluations} without a better held-out loss; {where}"
 
 
-def export(output: Output, settings: RunSettings, loaded: LoadedModel, state: TrainState) -> None:
+def export(
+    output: Output, settings: RunSettings, loaded: LoadedModel, state: TrainState, manifest: Mapping[str, Any]
+) -> None:
     """Write `best/` where evaluation ran, `adapter/` for LoRA, and `model/` last: it makes the run finished.
 
     An adapter is loaded onto a plain model: where the run started from another adapter, that is `start/`.
     """
     config, tokenizer = loaded.gpt2.config, loaded.tokenizer
+    card = Card(manifest, output.metrics, replace(config, vocab_size=len(tokenizer)), state.step)
 
     def in_float32(trained: Mapping[str, Tensor]) -> LoadedModel:
         return with_trained_weights(settings, trained, loaded.digest)
@@ -89,7 +90,7 @@ def export(output: Output, settings: RunSettings, loaded: LoadedModel, state: Tr
             checkpoint.verify(folder)
             best = checkpoint.read_weights(folder)
             best = plain_model(in_float32(best)).weights() if settings.lora.rank else best
-            write_folder(output.best, best, config, tokenizer)
+            write_folder(output.best, best, config, tokenizer, card=replace(card, step=state.best_step).text("hf"))
         except checkpoint.CheckpointError as error:
             print(f"warning: best/ is not written: {error}", file=sys.stderr)
     merged = trainable_parameters(loaded.gpt2)
@@ -101,8 +102,10 @@ def export(output: Output, settings: RunSettings, loaded: LoadedModel, state: Tr
             start = load_model(settings.model, settings.training.seed)
             write_folder(output.start, start.weights(), config, tokenizer)
             base = str(output.start)
-        write_adapter_folder(output.adapter, replace(loaded, gpt2=adapted.gpt2), settings, merged, base)
-    write_folder(output.model, merged, config, tokenizer)
+        write_adapter_folder(
+            output.adapter, replace(loaded, gpt2=adapted.gpt2), settings, merged, base, card.text("adapter")
+        )
+    write_folder(output.model, merged, config, tokenizer, card=card.text("hf"))
 
 
 def next_commands(settings: RunSettings, loaded: LoadedModel, output: Output) -> Iterator[str]:

@@ -11,6 +11,7 @@ from gpt2ft.distributed.accelerator import precision_of
 from gpt2ft.distributed.restarts import launch
 from gpt2ft.runs.describe import dropped, shares
 from gpt2ft.runs.identity import identity_of, versions
+from gpt2ft.runs.lineage import lineage
 from gpt2ft.runs.run_setup import RunSetup
 from gpt2ft.text.template import template_digest
 
@@ -22,6 +23,7 @@ def manifest_of(setup: RunSetup, attention: str) -> dict[str, Any]:
         attention: the backend in use.
     """
     plan, held_out, eval_plan = setup.plan, setup.held_out, setup.eval_plan
+    sources = shares(setup.corpus, plan)
     return {
         "command": full_command(),
         "launch": launch(),
@@ -31,7 +33,8 @@ def manifest_of(setup: RunSetup, attention: str) -> dict[str, Any]:
         "precision": "bf16" if precision_of(setup.accelerator) == "bf16" else "fp32",
         "attention": attention,
         "identity": identity_of(setup),
-        "sources": [asdict(share) for share in shares(setup.corpus, plan)],
+        "sources": [asdict(share) for share in sources],
+        "lineage": lineage(setup.settings, sources),
         "dropped": dropped(setup.corpus, plan),
         "dropped_held_out": dropped(held_out, eval_plan) if held_out and eval_plan else {},
         "plan": {

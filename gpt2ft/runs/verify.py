@@ -236,8 +236,8 @@ class Verification:
         load_trainable_parameters(loaded.gpt2, checkpoint.read_weights(folder))
         with TemporaryDirectory() as temporary:
             again = Output(str(Path(temporary).resolve()))
-            again.checkpoints = self.output.checkpoints
-            export(again, self.settings, loaded, state)
+            again.checkpoints, again.metrics = self.output.checkpoints, self.output.metrics
+            export(again, self.settings, loaded, state, self.manifest)
             is_elsewhere = self.elsewhere(state.step - 1, state.step) is not None
             rounding = 1e-5 if is_elsewhere and self.settings.lora.rank else 0.0  # of merged adapters
             trained_in = str(Path(self.settings.output).resolve())

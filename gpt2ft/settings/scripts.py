@@ -169,8 +169,14 @@ class ExportSettings(Section):
     """Folder to write, which must not exist yet."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Precision of the weights, in gguf of the matrices; default float32 in hf, float16 in gguf."""
+    push: str | None = None
+    """Name on the Hugging Face hub, owner/name or a name of your own, to upload the folder to once it is written."""
+    public: bool = False
+    """Show what `push` uploads to everybody; otherwise to you, or your organisation, alone."""
 
     def problems(self) -> Iterator[str]:
+        if self.public and self.push is None:
+            yield "`public` needs a name on the hub: give it in `push`"
         if self.format == "adapter" and self.dtype:
             yield "`dtype` must not be set where `format` is adapter: adapters are written as they were trained"
 

@@ -231,7 +231,7 @@ def test_the_modelfile_names_what_lies_beside_it(gguf_folder):
     assert lines[2].startswith('TEMPLATE """{{ range .Messages }}<|{{ .Role }}|>{{ .Content }}<|end|>{{ end }}')
     assert lines[3:] == ['PARAMETER stop "<|end|>"', "PARAMETER num_ctx 256"]
     assert sorted(file.name for file in gguf_folder.iterdir()) == sorted(
-        [lines[1].removeprefix("FROM ./"), "Modelfile"]
+        [lines[1].removeprefix("FROM ./"), "Modelfile", "README.md"]
     )
 
 
