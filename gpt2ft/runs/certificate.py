@@ -13,7 +13,10 @@ from gpt2ft.command_line import full_command
 from gpt2ft.files import file_digest, write_json, write_text
 from gpt2ft.model.pretrained import dtype_name, weights_digest
 from gpt2ft.runs.loaded_model import find_model
+from gpt2ft.runs.model_card import NAME as CARD
+from gpt2ft.runs.model_card import name_certificate
 from gpt2ft.runs.output import Output
+from gpt2ft.text.markdown import inline
 
 FORMAT, NAME = 1, "certificate.json"
 Claim = dict[str, str]  # name, result (holds, fails or not checked) and detail of one thing that was checked
@@ -46,19 +49,23 @@ The sha256 of {name} is `{digest}`; there are those of all files of the run.
 def write_certificate(output: Output, claims: Sequence[Claim], environment: Mapping[str, Any]) -> None:
     """Write the certificate of a run into its folder, with digests of all that the run has left."""
     is_verified = all(claim["result"] == "holds" for claim in claims)
-    models = [folder for folder in (output.model, output.best, output.adapter) if folder.is_dir() and is_verified]
-    names = [str(file.relative_to(output.folder)) for file in sorted(output.folder.rglob("*")) if file.is_file()]
-    names = [name for name in names if not name.startswith((".", "tensorboard", "certificate"))]
+    files = (file.relative_to(output.folder) for file in sorted(output.folder.rglob("*")) if file.is_file())
+    files = [
+        file for file in files if not str(file).startswith((".", "tensorboard", "certificate")) and file.name != CARD
+    ]
+    folders = [folder for folder in (output.model, output.best, output.adapter) if folder.is_dir()]
     about = {"run": str(output.folder.resolve()), "verified": is_verified, "command": full_command()}
     about |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment, "claims": claims}
-    of_models = {folder.name: _digests(folder) for folder in models}
-    digests = {name: file_digest(output.folder / name) for name in names}
+    of_models = {folder.name: _digests(folder) for folder in folders if is_verified}
+    digests = {str(file): file_digest(output.folder / file) for file in files}
     write_json(output.folder / NAME, {"format": FORMAT, **about, "models": of_models, "files": digests})
     page = about | {"name": NAME, "digest": file_digest(output.folder / NAME)}
     page["verdict"] = "Verified" if is_verified else "**Not verified**"
     page["environment"] = yaml.safe_dump(dict(environment), sort_keys=False)
-    page["claims"] = "\n".join(f"| {' | '.join(claim.values())} |" for claim in claims)
+    page["claims"] = "\n".join(f"| {' | '.join(map(inline, claim.values()))} |" for claim in claims)
     write_text(output.folder / "certificate.md", PAGE.format_map(page))
+    for folder in folders:
+        name_certificate(folder, page["digest"] if is_verified else "")
     print(f"certificate {output.folder / NAME}, sha256 {page['digest']}", flush=True)
 
 

@@ -1,7 +1,6 @@
 """Two runs side by side: what they were made of, and the first step at which they differ."""
 
 from pathlib import Path
-from typing import Any
 
 from gpt2ft.checkpoint import differences
 from gpt2ft.errors import SettingsError
@@ -18,13 +17,6 @@ KINDS = {  # by how a key of the manifest begins; what is in none is not compare
 }  # fmt: skip
 
 
-def _lines(metrics: Path) -> dict[int, dict[str, Any]]:
-    try:
-        return training_lines(metrics)
-    except (ValueError, LookupError, TypeError) as error:
-        raise SettingsError(f"{metrics} must hold the lines that a run wrote, but does not: {error}") from error
-
-
 def compare_runs(*folders: Path) -> str:
     """Print what two runs differ in; return the first step at which they do in one sentence, empty if there is none."""
     outputs = [Output(str(folder)) for folder in folders]
@@ -35,7 +27,7 @@ def compare_runs(*folders: Path) -> str:
         kind = next((kind for start, kind in KINDS.items() if f"{key}.".startswith(f"{start}.")), None)
         if kind:
             print(f"{kind:<11} `{key.removeprefix('settings.')}`: {here!r} and {there!r}")
-    one, other = (_lines(output.metrics) for output in outputs)
+    one, other = (training_lines(output.metrics) for output in outputs)
     common = sorted(one.keys() & other.keys())
     for step in common:
         found = [*differences({"data": one[step].get("data")}, {"data": other[step].get("data")})]

@@ -98,9 +98,7 @@ class Recomputation:
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Compare a line with the one that was written, if that covers the same steps: `log_every` may have changed."""
         begin, self.logged = self.logged, step
-        if step not in self.written or begin not in (self.first, *self.written):
-            return
-        if any(begin < other < step for other in self.written):
+        if step not in self.written or begin != max(other for other in (self.first, *self.written) if other < step):
             return
         for name in sorted(metrics.keys() - UNREPEATABLE):
             then, now = self.written[step].get(name), as_json(metrics[name])

@@ -7,9 +7,9 @@ verify.py RUN_A RUN_B          names the first step at which two runs differ, an
 
 import json
 import secrets
-from collections.abc import Callable
-from dataclasses import replace
-from itertools import islice, zip_longest
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,18 +38,20 @@ from gpt2ft.runs.train_sft import FineTuning
 from gpt2ft.settings.measuring import VerifySettings
 from gpt2ft.settings.scripts import DPOSettings, SFTSettings
 from gpt2ft.training.tracking import line_digests, training_lines
+from gpt2ft.wording import counted
 
-# On other hardware, versions or processes sums are rounded in another order. By precision:
-TOLERANCES = {"no": 1e-3, "bf16": 0.02}  # of a metric, relative
-WEIGHT_TOLERANCES = {"no": 0.1, "bf16": 1.0}  # of a weight, in learning rates for each step computed again
-PARTS = {  # what the manifest and the identity in it say, by claim
-    "template": ("template",),
-    "tokenizer": ("tokenizer",),
-    "start": ("initial_weights",),
-    "data": ("tokenised_data", "held_out_data", "sources", "dropped", "dropped_held_out"),
-    "plan": ("plan", "identity"),
+# Elsewhere sums are rounded in another order. What that may change of metrics, relative, and of weights, in learning
+# rates for each step computed again; in float32 and in half precision.
+TOLERANCES = {"metrics": (1e-3, 0.02), "weights": (0.1, 1.0)}
+PARTS = {  # claims about what the manifest says, and the identity in it: what they need, and the keys
+    "template": (("setup",), ("template",)),
+    "tokenizer": (("setup",), ("tokenizer",)),
+    "start": (("setup",), ("initial_weights",)),
+    "data": (("template", "tokenizer"), ("tokenised_data", "held_out_data", "sources", "dropped", "dropped_held_out")),
+    "plan": (("data", "start"), ("plan", "identity")),
 }
 EXPORTS = ("model", "best", "adapter", "start")
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError)  # files of another shape than any run's
 
 
 class NotVerified(Gpt2ftError):
@@ -65,39 +67,41 @@ def run(settings: VerifySettings) -> None:
         problem = Verification(paths[0], settings).run()
     else:
         problem = (check_model if paths[0].is_file() else compare_runs)(*paths)
-    if problem:
-        raise NotVerified(problem)
+    refuse("", problem)
 
 
 def refuse(place: Any, problem: str | None) -> None:
     if problem:
-        raise NotVerified(f"{place}: {problem}")
+        raise NotVerified(f"{place}: {problem}" if place else problem)
 
 
-def compare(place: Any, then: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise NotVerified with the first five keys that differ."""
-    found = ("`{}` was {!r} and is now {!r}".format(*each) for each in islice(differences(then, now), 5))
+def compare(place: Any, then: Mapping[Any, Any], now: Mapping[Any, Any], prefix: str = "") -> str:
+    """Return in words what is the same; raise NotVerified with the first five keys that differ."""
+    found = ("`{}` was {!r} and is now {!r}".format(*each) for each in islice(differences(then, now, prefix), 5))
     refuse(place, "; ".join(found))
+    return (
+        f"the same: {', '.join(map(str, then)) if len(then) <= len(PARTS) else counted(len(then), 'entry', 'entries')}"
+    )
 
 
 class Verification:
     """One finished run, and the claims about it."""
 
     def __init__(self, folder: Path, asked: VerifySettings) -> None:
-        self.most, self.output, self.claims = asked.steps, Output(str(folder)), list[Claim]()
-        self.manifest = self.output.read_manifest()
-        if not {"settings", "starts", "finished", "metrics"} <= self.manifest.keys():
-            raise SettingsError(f"{folder} must be a finished run of this version, but its manifest.json is of none")
-        is_dpo = "dpo" in self.manifest["settings"]
-        try:
-            self.settings = (DPOSettings if is_dpo else SFTSettings).model_validate(self.manifest["settings"])
-        except ValueError as error:
-            raise SettingsError(f"{folder}/manifest.json must hold the settings of a run: {error}") from error
-        self.task = (PreferenceTuning if is_dpo else FineTuning)(self.settings)
-        training, precision = self.settings.training, "bf16" if self.manifest["precision"] == "bf16" else "fp32"
-        self.accelerator = start_accelerator(precision, training.micro_batches_per_step, training.deterministic)
         from accelerate.utils import broadcast_object_list
 
+        self.most, self.output, self.claims = asked.steps, Output(str(folder)), list[Claim]()
+        self.saved = {int(path.name[5:]): path for path in checkpoint.folders(self.output.checkpoints)}  # by step
+        self.manifest = self.output.read_manifest()
+        keys = ("settings", "precision", "starts", "finished", "metrics", "identity")
+        try:
+            given, precision, *_ = (self.manifest[key] for key in keys)
+            kind, task = (DPOSettings, PreferenceTuning) if "dpo" in given else (SFTSettings, FineTuning)
+            self.settings = kind.model_validate(given)
+        except UNREADABLE as error:
+            raise SettingsError(f"{folder} must be a finished run of this version, but is not: {error!r}") from error
+        self.task, training = task(self.settings), self.settings.training
+        self.accelerator = start_accelerator(precision, training.micro_batches_per_step, training.deterministic)
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
         self.random = np.random.default_rng(broadcast_object_list([seed])[0])
 
@@ -107,8 +111,7 @@ class Verification:
         self.check("metrics", self.metrics)
         self.check("checkpoints", self.checkpoints)
         self.check("setup", self.set_up)
-        for name, keys in PARTS.items():
-            needs = {"data": ("template", "tokenizer"), "plan": ("data", "start")}.get(name, ("setup",))
+        for name, (needs, keys) in PARTS.items():
             self.check(name, lambda keys=keys: self.part(keys), *needs)
         self.check("order", self.order, "plan")
         if "reference" in self.manifest:
@@ -118,8 +121,8 @@ class Verification:
             self.check("models", self.models, "setup")
             write_certificate(self.output, self.claims, environment(self.accelerator))
         self.accelerator.end_training()
-        failed = [claim["name"] for claim in self.claims if claim["result"] != "holds"]
-        return f"{self.output.folder} does not verify: {', '.join(failed)}" if failed else ""
+        failed = ", ".join(claim["name"] for claim in self.claims if claim["result"] != "holds")
+        return failed and f"{self.output.folder} does not verify: {failed}"
 
     def check(self, name: str, find: Callable[[], str], *needs: str) -> None:
         """Make and print a claim: `find` returns what was found, or raises an error where it does not hold."""
@@ -128,7 +131,7 @@ class Verification:
             result, detail = ("not checked", f"needs {', '.join(missing)}") if missing else ("holds", find())
         except (Gpt2ftError, OSError) as error:
             result, detail = "fails", str(error)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:  # files of another shape than any run's
+        except UNREADABLE as error:
             result, detail = "fails", f"the files of the run cannot be read: {error!r}"
         self.claims.append({"name": name, "result": result, "detail": detail})
         if self.accelerator.is_main_process:
@@ -136,32 +139,24 @@ class Verification:
 
     def recipe(self) -> str:
         found = read_run_settings(self.output.folder).model_dump(mode="json")
-        compare(self.output.folder / RECIPE, self.manifest["settings"] | {"resume": "auto"}, found)
-        return f"{RECIPE} holds the settings of the run"
+        return compare(self.output.folder / RECIPE, self.manifest["settings"] | {"resume": "auto"}, found)
 
     def metrics(self) -> str:
-        lines = zip_longest(self.manifest["metrics"], line_digests(self.output.metrics))
-        changed = [number for number, (written, found) in enumerate(lines, start=1) if written != found]
-        refuse(self.output.metrics, f"line {changed[0]} is not the one that the run wrote" if changed else None)
-        return f"{len(self.manifest['metrics'])} lines as the run wrote them"
+        then, now = (dict(enumerate(each, 1)) for each in (self.manifest["metrics"], line_digests(self.output.metrics)))
+        return compare(self.output.metrics, then, now, "line ")
 
     def checkpoints(self) -> str:
-        for folder in self.saved().values():
+        for folder in self.saved.values():
             checkpoint.verify(folder)
-            _, identity = checkpoint.read_state(folder)
-            compare(f"{folder} is of another run", self.manifest["identity"], identity)
-        self.last_checkpoint()
-        return f"of steps {', '.join(map(str, sorted(self.saved())))}: whole, and of this run"
+            compare(f"{folder} is of another run", self.manifest["identity"], checkpoint.read_state(folder)[1])
+        folder, state = self.last()
+        compare(f"{folder} is not where the run ended", self.manifest["finished"] | {"sums": {}}, asdict(state))
+        return f"of steps {', '.join(map(str, sorted(self.saved)))}: whole, and of this run"
 
-    def saved(self) -> dict[int, Path]:
-        return {int(folder.name[5:]): folder for folder in checkpoint.folders(self.output.checkpoints)}
-
-    def last_checkpoint(self) -> tuple[Path, TrainState]:
+    def last(self) -> tuple[Path, TrainState]:
         """Return the checkpoint that was exported, and its state."""
-        finished, folder = TrainState.from_json(self.manifest["finished"]), max(self.saved().items())[1]
-        state = replace(checkpoint.read_state(folder)[0], sums={})
-        refuse(folder, None if state == finished else f"the run has finished at {finished}, but this is {state}")
-        return folder, state
+        folder = self.saved[max(self.saved)]
+        return folder, replace(checkpoint.read_state(folder)[0], sums={})
 
     def set_up(self) -> str:
         self.setup = set_up(self.settings, self.task, self.accelerator)
@@ -170,18 +165,14 @@ class Verification:
         return "model and data are there"
 
     def part(self, keys: tuple[str, ...]) -> str:
-        """Compare what the manifest, or the identity in it, says of these with what is found now."""
-        then, now = (manifest | manifest["identity"] for manifest in (self.manifest, self.now))
-        for key in keys:
-            compare("now", {key: then.get(key)}, {key: now.get(key)})
-        return f"the same: {', '.join(keys)}"
+        then, now = ({key: (found | found["identity"]).get(key) for key in keys} for found in (self.manifest, self.now))
+        return compare("now", then, now)
 
     def order(self) -> str:
         lines = training_lines(self.output.metrics)
-        for step, line in lines.items():
-            problem = f"until step {step} other pieces were trained on than are planned"
-            refuse(self.output.metrics, None if line["data"] == self.setup.plan.digest(step) else problem)
-        return f"what was trained on until each of {len(lines)} lines is what is planned"
+        planned = {step: self.setup.plan.digest(step) for step in lines}
+        found = {step: line["data"] for step, line in lines.items()}
+        return compare(self.output.metrics, planned, found, "what was trained on until step ")
 
     def reference(self) -> str:
         """Compute the reference of a step's replies again, and compare all with what the run was trained against."""
@@ -196,50 +187,47 @@ class Verification:
     def elsewhere(self, first: int, last: int) -> str | None:
         """Return in words why bits may differ from those of a stretch of the run; None if they must be the same."""
         starts, now = self.manifest["starts"], environment(self.accelerator)
-        ends = [*(start["step"] for start in starts[1:]), np.inf]
-        of_stretch = [start for start, end in zip(starts, ends, strict=True) if start["step"] < last and first < end]
-        found = (difference({key: start[key] for key in now}, now) for start in of_stretch)
+        for start, end in zip(starts, [*(start["step"] for start in starts[1:]), np.inf], strict=True):
+            found = difference({key: start[key] for key in now}, now)
+            if found and start["step"] < last and first < end:
+                return found
         is_inexact = self.accelerator.device.type == "cuda" and not self.settings.training.deterministic
-        return next(filter(None, found), "a GPU adds up in any order unless `deterministic`" if is_inexact else None)
+        return "a GPU adds up in any order unless `deterministic`" if is_inexact else None
 
     def steps(self) -> str:
         """Compute steps again: the lines must come out the same, and the weights of checkpoints."""
-        saved, lines = self.saved(), training_lines(self.output.metrics)
-        stretches = choose(lines, saved, self.most, self.random)
+        lines = training_lines(self.output.metrics)
+        stretches = choose(lines, self.saved, self.most, self.random)
         if not stretches:
             raise SettingsError(f"no line is within `steps` = {self.most} of a checkpoint before it: raise it")
         # All first, on all processes, as the main one alone may find a difference.
-        found = [Recomputation(self.setup, self.task, stretch, saved, lines) for stretch in stretches]
+        found = [Recomputation(self.setup, self.task, stretch, self.saved, lines) for stretch in stretches]
         told = [f"from {stretch.first} to {stretch.last} {self.judge(stretch)}" for stretch in found]
         return f"{sum(stretch.last - stretch.first for stretch in found)} computed again: {'; '.join(told)}"
 
     def judge(self, found: Recomputation) -> str:
         """Tell how close a stretch has come out; raise NotVerified if not to the bit or, elsewhere, not near enough."""
-        reason, precision, told = self.elsewhere(found.first, found.last), precision_of(self.accelerator), []
         settings = self.setup.settings
+        reason, is_half = self.elsewhere(found.first, found.last), precision_of(self.accelerator) != "no"
         highest = settings.optimizer.learning_rate * max(1.0, settings.lora.plus_ratio)
-        rates = highest * (found.last - found.first)
-        of_weights = WEIGHT_TOLERANCES[precision] * rates
-        kinds = ("metrics", found.metrics, TOLERANCES[precision]), ("weights", found.weights, of_weights)
-        for name, deviations, tolerance in kinds:
-            wrong = [sentence for size, sentence in deviations if not size <= (tolerance if reason else 0.0)]
-            refuse(name, wrong[0] if wrong else None)
+        rates, told = highest * (found.last - found.first), []
+        for name, deviations, unit in (("metrics", found.metrics, 1.0), ("weights", found.weights, rates)):
+            tolerance = TOLERANCES[name][is_half] * unit if reason else 0.0
+            refuse(name, next((sentence for size, sentence in deviations if size > tolerance), None))
             if deviations:
-                worst = max(size for size, _ in deviations)
+                worst, _ = max(deviations)
                 told.append(f"{name} within {worst:.1g} (tolerance {tolerance:.1g})" if worst else f"{name} to the bit")
         return ", ".join(told) + (f" ({reason})" if reason else "")
 
     def models(self) -> str:
         """Export the last and the best checkpoint again, merging adapters: the same files must come of it."""
-        folder, state = self.last_checkpoint()
-        loaded = load_start(self.settings)
+        (folder, state), loaded = self.last(), load_start(self.settings)
         load_trainable_parameters(loaded.gpt2, checkpoint.read_weights(folder))
         with TemporaryDirectory() as temporary:
             again = Output(str(Path(temporary).resolve()))
             again.checkpoints, again.metrics = self.output.checkpoints, self.output.metrics
             export(again, self.settings, loaded, state, self.manifest)
-            is_elsewhere = self.elsewhere(state.step - 1, state.step) is not None
-            rounding = 1e-5 if is_elsewhere and self.settings.lora.rank else 0.0  # of merged adapters
+            rounding = 1e-5 if self.settings.lora.rank and self.elsewhere(state.step - 1, state.step) else 0.0
             trained_in = str(Path(self.settings.output).resolve())
             folders = [root / name for root in (self.output.folder, again.folder) for name in EXPORTS]
             files = {file.relative_to(folder.parent) for folder in folders for file in folder.rglob("*")}

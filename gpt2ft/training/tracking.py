@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2ft.checkpoint import TrainState
+from gpt2ft.errors import SettingsError
 from gpt2ft.files import write_text
 from gpt2ft.text.display import fit, uses_colour
 
@@ -99,9 +100,12 @@ def as_json(value: float | str) -> float | str | None:
 
 
 def training_lines(metrics: Path) -> dict[int, dict[str, Any]]:
-    """Return the lines of metrics.jsonl that are of training, by step."""
-    lines = map(json.loads, metrics.read_text(encoding="utf-8").splitlines())
-    return {line["step"]: line for line in lines if "train/loss" in line}
+    """Return the lines of metrics.jsonl that are of training, by step; raise SettingsError if they are no run's."""
+    try:
+        lines = map(json.loads, metrics.read_text(encoding="utf-8").splitlines())
+        return {line["step"]: line for line in lines if "train/loss" in line}
+    except (ValueError, LookupError, TypeError) as error:
+        raise SettingsError(f"{metrics} must hold the lines that a run wrote, but does not: {error}") from error
 
 
 def line_digests(metrics: Path) -> list[str]:

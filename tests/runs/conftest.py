@@ -124,6 +124,32 @@ def stopped_after():
     return stopped_after
 
 
+@pytest.fixture(scope="session")
+def own_trees(tmp_path_factory):
+    """A half of the quickstart's trees in a file of their own."""
+    from gpt2ft import quickstart
+
+    file = tmp_path_factory.mktemp("data") / "trees.jsonl"
+    file.write_text("".join(quickstart.TREES.read_text(encoding="utf-8").splitlines(keepends=True)[::2]), "utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def finished(run_sft, own_trees, tmp_path_factory):
+    """A run of 7 steps to be verified: copy it before it is changed."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run_sft(folder, 7, data={"train": [str(own_trees)]}, keep_for_verification=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def another(run_sft, own_trees, tmp_path_factory):
+    """The same with another seed."""
+    folder = tmp_path_factory.mktemp("another") / "run"
+    run_sft(folder, 7, data={"train": [str(own_trees)]}, seed=1)
+    return folder
+
+
 SMALL_STEPS = {
     "tokens_per_micro_batch": 512,
     "micro_batches_per_step": 6,
