@@ -20,7 +20,7 @@ from starlette.responses import Response
 from gpt2ft.server.engine import Engine
 from gpt2ft.server.errors import ApiError, internal
 from gpt2ft.server.http.refusal import refusal
-from gpt2ft.server.http.streaming import ReplyResponse, ReplyStream, StreamBridge
+from gpt2ft.server.http.streaming import StreamBridge, reply_stream, whole_reply
 from gpt2ft.server.openai.conversion import RequestConverter
 from gpt2ft.server.openai.requests import BaseRequest, ChatRequest, CompletionRequest, parse
 from gpt2ft.server.openai.responses import Json, Kind, OpenAIResponseBuilder, ServedModel, render_error
@@ -100,7 +100,7 @@ def _add_replies(app: FastAPI, engine: Engine, converter: RequestConverter, mode
         engine.refuse_if_unavailable()
         bridge = StreamBridge(engine, await run_in_threadpool(convert, request))
         builder = OpenAIResponseBuilder(kind, model, request.includes_usage)
-        return (ReplyStream if request.stream else ReplyResponse)(bridge, builder)
+        return (reply_stream if request.stream else whole_reply)(bridge, builder)
 
 
 async def _same(response: Response) -> Response:

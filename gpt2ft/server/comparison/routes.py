@@ -13,7 +13,7 @@ from starlette.responses import Response
 from gpt2ft.server.comparison.engines import Engines
 from gpt2ft.server.comparison.pairs import Comparison, VoteRequest
 from gpt2ft.server.errors import ApiError
-from gpt2ft.server.http.streaming import PairResponse
+from gpt2ft.server.http.streaming import several_replies
 from gpt2ft.server.openai.requests import ChatRequest, json_body, parse, validated
 from gpt2ft.server.openai.responses import Json, ServedModel, dumped
 from gpt2ft.server.reply import Reply
@@ -44,7 +44,7 @@ def _add_pairs(app: FastAPI, engines: Engines, comparison: Comparison, model: Se
         def complete(replies: Sequence[Reply], texts: Sequence[str]) -> bytes:
             return dumped(comparison.offer(asked, replies, texts))
 
-        return PairResponse(asked.id, zip(engines.all, asked.requests, strict=True), complete)
+        return several_replies(asked.id, zip(engines.all, asked.requests, strict=True), complete)
 
     @app.post(VOTES)
     async def vote(http_request: Request) -> Json:

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from gpt2ft.server.engine import Engine
 from gpt2ft.server.errors import ApiError
-from gpt2ft.server.http.access import ClientLeft, Receive, Scope, Send
+from gpt2ft.server.http.access import App, ClientLeft, Receive, Scope, Send
 from gpt2ft.server.reply import Delta, GenerationRequest, Reply
 
 KEEP_ALIVE = 15.0  # seconds without a token after which a comment is sent, so that no proxy gives the connection up
@@ -119,12 +119,14 @@ class AwaitedResponse(Response):
 
     Args:
         id: of the response, for the log.
+        send_reply: sends all of it once it is called as an ASGI application; ClientLeft ends it.
     """
 
-    def __init__(self, id: str, *bridges: StreamBridge) -> None:
+    def __init__(self, id: str, bridges: Sequence[StreamBridge], send_reply: App) -> None:
         super().__init__()
         self._id = id
         self._bridges = bridges
+        self._send_reply = send_reply
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watches = [asyncio.create_task(bridge.wait_for_disconnect(receive)) for bridge in self._bridges]
@@ -138,69 +140,61 @@ class AwaitedResponse(Response):
             for bridge in self._bridges:
                 bridge.close(self._id)
 
-    async def _send_reply(self, scope: Scope, receive: Receive, send: Send) -> None:
-        raise NotImplementedError
 
+def whole_reply(bridge: StreamBridge, builder: ResponseBuilder) -> Response:
+    """Return the response that sends the reply once it is complete."""
 
-class ReplyResponse(AwaitedResponse):
-    """Sends the reply once it is complete."""
-
-    def __init__(self, bridge: StreamBridge, builder: ResponseBuilder) -> None:
-        super().__init__(builder.id, bridge)
-        self._bridge = bridge
-        self._builder = builder
-
-    async def _send_reply(self, scope: Scope, receive: Receive, send: Send) -> None:
-        text, reply = await self._bridge.whole_text(), self._bridge.reply
-        body, headers = self._builder.whole(reply, text), self._builder.headers(reply)
+    async def send_reply(scope: Scope, receive: Receive, send: Send) -> None:
+        text, reply = await bridge.whole_text(), bridge.reply
+        body, headers = builder.whole(reply, text), builder.headers(reply)
         await Response(body, headers=headers, media_type="application/json")(scope, receive, send)
 
+    return AwaitedResponse(builder.id, [bridge], send_reply)
 
-class PairResponse(AwaitedResponse):
-    """Sends what is made of several replies, each of an engine of its own, once all are complete.
+
+def reply_stream(bridge: StreamBridge, builder: ResponseBuilder) -> Response:
+    """Return the response that sends the reply as it comes, as server-sent events."""
+
+    async def send_reply(scope: Scope, receive: Receive, send: Send) -> None:
+        reply = bridge.reply
+        headers = STREAM_HEADERS | builder.headers(reply)
+        pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": pairs})
+        await _send_part(send, _events(builder.opening(reply)))
+        async for delta in bridge.deltas(KEEP_ALIVE):
+            await _send_part(send, b": keep-alive\n\n" if delta is None else _events(builder.chunks(reply, delta)))
+        await _send_part(send, b"", is_last=True)
+
+    return AwaitedResponse(builder.id, [bridge], send_reply)
+
+
+def several_replies(
+    id: str,
+    requests: Iterable[tuple[Engine, GenerationRequest]],
+    complete: Callable[[Sequence[Reply], Sequence[str]], bytes],
+) -> Response:
+    """Return the response that sends what is made of several replies, each of an engine of its own, once all are there.
 
     Args:
         complete: returns the body for the replies and their texts; it may wait, as it is called in a thread of its own.
     Raises:
         ApiError: if an engine does not take its request; the others are then given up.
     """
+    bridges: list[StreamBridge] = []
+    try:
+        for engine, request in requests:
+            bridges.append(StreamBridge(engine, request))
+    except ApiError:
+        for bridge in bridges:
+            bridge.close(id)
+        raise
 
-    def __init__(
-        self,
-        id: str,
-        requests: Iterable[tuple[Engine, GenerationRequest]],
-        complete: Callable[[Sequence[Reply], Sequence[str]], bytes],
-    ) -> None:
-        bridges: list[StreamBridge] = []
-        try:
-            for engine, request in requests:
-                bridges.append(StreamBridge(engine, request))
-        except ApiError:
-            for bridge in bridges:
-                bridge.close(id)
-            raise
-        super().__init__(id, *bridges)
-        self._complete = complete
-
-    async def _send_reply(self, scope: Scope, receive: Receive, send: Send) -> None:
-        texts = [await bridge.whole_text() for bridge in self._bridges]  # none waits for another to be read
-        replies = [bridge.reply for bridge in self._bridges]
-        body = await asyncio.to_thread(self._complete, replies, texts)
+    async def send_reply(scope: Scope, receive: Receive, send: Send) -> None:
+        texts = [await bridge.whole_text() for bridge in bridges]  # none waits for another to be read
+        body = await asyncio.to_thread(complete, [bridge.reply for bridge in bridges], texts)
         await Response(body, media_type="application/json")(scope, receive, send)
 
-
-class ReplyStream(ReplyResponse):
-    """Sends the reply as it comes, as server-sent events."""
-
-    async def _send_reply(self, scope: Scope, receive: Receive, send: Send) -> None:
-        builder, reply = self._builder, self._bridge.reply
-        headers = STREAM_HEADERS | builder.headers(reply)
-        pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
-        await send({"type": "http.response.start", "status": 200, "headers": pairs})
-        await _send_part(send, _events(builder.opening(reply)))
-        async for delta in self._bridge.deltas(KEEP_ALIVE):
-            await _send_part(send, b": keep-alive\n\n" if delta is None else _events(builder.chunks(reply, delta)))
-        await _send_part(send, b"", is_last=True)
+    return AwaitedResponse(id, bridges, send_reply)
 
 
 async def _send_part(send: Send, body: bytes, is_last: bool = False) -> None:

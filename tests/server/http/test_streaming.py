@@ -11,7 +11,7 @@ pytest.importorskip("starlette", reason="needs the extra [serve]")
 from gpt2ft.inference.prompt_format import Prompt
 from gpt2ft.server.errors import ApiError, internal, unavailable
 from gpt2ft.server.http import streaming
-from gpt2ft.server.http.streaming import ReplyResponse, ReplyStream, StreamBridge
+from gpt2ft.server.http.streaming import StreamBridge, reply_stream, whole_reply
 from gpt2ft.server.reply import GenerationRequest
 
 
@@ -106,14 +106,14 @@ def respond(*arguments):
 def test_a_whole_reply(caplog):
     caplog.set_level(logging.INFO)
     engine = Engine(say("tea"))
-    status, headers, body = respond(ReplyResponse, engine)
+    status, headers, body = respond(whole_reply, engine)
     assert (status, headers[b"content-type"], headers[b"x-own"], body) == (200, b"application/json", b"1", b"<tea>")
     assert not engine.abandoned.is_set()
     assert "reply-1: 2 + 3 tokens, stop, " in caplog.text
 
 
 def test_a_stream_is_events_up_to_its_end():
-    status, headers, body = respond(ReplyStream, Engine(say("tea")))
+    status, headers, body = respond(reply_stream, Engine(say("tea")))
     assert (status, headers[b"content-type"]) == (200, b"text/event-stream; charset=utf-8")
     first, *events, last, end = body.split(b"\n\n")
     assert (first, last, end) == (b"data: <", b"data: >", b"")
@@ -132,19 +132,19 @@ def test_a_silent_stream_is_kept_alive(monkeypatch):
         if message.get("body") == b": keep-alive\n\n":
             kept_alive.set()
 
-    body = respond(ReplyStream, Engine(talk), stay, notice)[2]
+    body = respond(reply_stream, Engine(talk), stay, notice)[2]
     assert body.startswith(b"data: <\n\n: keep-alive\n\n")
     assert body.endswith(b"data: >\n\n")
 
 
 def test_a_failure_is_an_error_before_the_reply_and_an_event_amid_it():
     with pytest.raises(ApiError) as error:
-        respond(ReplyResponse, Engine(lambda reply: reply.fail(unavailable("stopped"))))
+        respond(whole_reply, Engine(lambda reply: reply.fail(unavailable("stopped"))))
     assert error.value.status == 503
-    assert respond(ReplyStream, Engine(lambda reply: reply.fail(internal())))[2] == b"data: <\n\ndata: !\n\n"
+    assert respond(reply_stream, Engine(lambda reply: reply.fail(internal())))[2] == b"data: <\n\ndata: !\n\n"
 
 
-@pytest.mark.parametrize("kind", [ReplyResponse, ReplyStream])
+@pytest.mark.parametrize("kind", [whole_reply, reply_stream])
 def test_a_client_that_leaves_ends_the_reply(kind, caplog):
     caplog.set_level(logging.INFO)
     engine = Engine()
@@ -160,7 +160,7 @@ def test_an_engine_that_refuses_is_not_waited_for():
             raise unavailable("full")
 
     with pytest.raises(ApiError):
-        respond(ReplyResponse, Full())
+        respond(whole_reply, Full())
 
 
 def test_a_loop_that_is_closed_gives_the_reply_up():
