@@ -42,7 +42,7 @@ gpg --armor --detach-sign {name}                            # gpg --verify
 minisign -Sm {name}                                         # minisign -V
 ```
 
-The sha256 of {name} is `{digest}`; there are those of all files of the run.
+The sha256 of {name} is `{digest}`; there are those of all files of the run but its model cards.
 """
 
 
