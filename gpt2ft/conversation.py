@@ -13,7 +13,7 @@ A plain conversation is a tree with one path. A plain text is a tree with one me
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 Role = Literal["system", "user", "assistant", "text"]
@@ -53,14 +53,19 @@ def tidy(text: str) -> str:
 class Message:
     """One turn. `rank` orders the sibling replies of one parent: 0 is the best, None is unranked.
 
-    A reply that is `masked` stands in the context and is not supervised, as its author marked it so.
+    `weight` is what a reply counts where it is learnt, from 0 to 1. One that is `masked` counts nothing: it only stands
+    in the context.
     """
 
     role: Role
     text: str
     parent: int | None = None
     rank: int | None = None
-    masked: bool = False
+    weight: float = 1.0
+
+    @property
+    def masked(self) -> bool:
+        return not self.weight
 
     @property
     def is_supervised(self) -> bool:
@@ -105,6 +110,18 @@ class MessageTree:
             if useful[index]:
                 useful[self.messages[index].parent] = True  # type: ignore[index]
         return [index for index, is_useful in enumerate(useful) if is_useful]
+
+    def with_last_replies_alone(self) -> "MessageTree":
+        """Return the tree in which a reply that another one follows, on any path, counts nothing."""
+        followed = [False] * len(self.messages)
+        for index in range(len(self.messages) - 1, 0, -1):
+            if followed[index] or self.messages[index].role == "assistant":
+                followed[self.messages[index].parent] = True  # type: ignore[index]
+        messages = (
+            replace(message, weight=0.0) if message.role == "assistant" and is_followed else message
+            for message, is_followed in zip(self.messages, followed, strict=True)
+        )
+        return replace(self, messages=tuple(messages))
 
     def path_to(self, index: int) -> list[int]:
         """Return the messages from the root to `index`, both included."""

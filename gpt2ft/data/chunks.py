@@ -30,7 +30,7 @@ class ChunkingRule(Protocol):
     Cutting tells what all parts are, and takes as long as there are parts; later each is made alone, by `part`.
     """
 
-    kind: ClassVar[DataKind]
+    kind: DataKind
     max_length: int  # tokens of context
     capacity: int  # tokens of a stream
     merges: bool  # whole trees of one conversation are one chunk, as far as that fits
@@ -61,12 +61,15 @@ class ChunkingRule(Protocol):
 
 @dataclass(frozen=True)
 class ConversationTrees:
-    """Trees in which every reply is supervised: in windows where a path exceeds the context, split at branches."""
+    """Trees whose replies are supervised: in windows where a path exceeds the context, split at branches.
+
+    `kind` tells which of the replies: all, or the last ones.
+    """
 
     weight: MessageWeight
     max_length: int
     capacity: int
-    kind: ClassVar[DataKind] = CONVERSATIONS
+    kind: DataKind = CONVERSATIONS
     replies_cut_at: ClassVar[None] = None
     merges: ClassVar[bool] = False
 

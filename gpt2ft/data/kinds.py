@@ -5,16 +5,18 @@ pairs.py) then cuts rows to fit the context, and names the kind that it is for.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpt2ft.conversation import ROLES, MessageTree
 from gpt2ft.data.formats import CONVERSATION_FORMATS, PREFERENCE_FORMATS, AnyFormat
+from gpt2ft.data.formats.keys import refuse_fractions
 from gpt2ft.data.preference_groups import preference_groups
 from gpt2ft.data.reading import ReadContext
 from gpt2ft.data.topic import Topic
+from gpt2ft.settings.sections import TrainOn
 
 RowsOfTree = tuple[MessageTree, list[list[int]]]  # the tree as it is stored, and the messages of each row
 
@@ -43,11 +45,18 @@ def _conversation_rows(tree: MessageTree, topic: Topic | None, context: ReadCont
     return tree, [useful] if useful else []
 
 
+def _last_turn_rows(tree: MessageTree, topic: Topic | None, context: ReadContext) -> RowsOfTree:
+    """Return the same of the last replies alone: those that no other one follows, on any path."""
+    tree = topic.applied_to(tree, context.dropped) if topic else tree
+    return _conversation_rows(tree.with_last_replies_alone(), None, context)
+
+
 def _preference_rows(tree: MessageTree, topic: Topic | None, context: ReadContext) -> RowsOfTree:
     """Return a row for every prompt with replies to compare; a topic's replies are better than the data's own."""
     if topic:
         tree = topic.applied_to(tree, context.dropped, against_own=True)
         context.totals.messages += sum(message.rank == 0 for message in tree.messages)  # the topic's own
+    refuse_fractions(message.weight for message in tree.messages)
     return tree, preference_groups(tree, context.dropped)
 
 
@@ -60,6 +69,8 @@ CONVERSATIONS = DataKind(
     sampled_reply=lambda roles: int((roles == ROLES.index("assistant")).argmax()),
     rows_share_conversations=False,
 )
+LAST_TURNS = replace(CONVERSATIONS, name="last turns", rows=_last_turn_rows)
+LEARNT: dict[TrainOn, DataKind] = {"all": CONVERSATIONS, "last": LAST_TURNS}
 PREFERENCES = DataKind(
     name="preferences",
     unit="prompts",

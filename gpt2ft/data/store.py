@@ -26,8 +26,9 @@ from gpt2ft.errors import reason
 from gpt2ft.settings.sections import FilterSettings
 from gpt2ft.text.template import template_digest
 from gpt2ft.text.tokenizer import ChatTokenizer
+from gpt2ft.wording import counted
 
-FORMAT_VERSION = 10  # of the stored columns, and of how a source is read and divided into shards
+FORMAT_VERSION = 11  # of the stored columns, and of how a source is read and divided into shards
 
 Digests = NDArray[np.uint64]
 
@@ -36,8 +37,8 @@ class TokenStore:
     """The token trees of one source, read from the disk as they are asked for; `notes` say of it what people must know.
 
     Columns, a row a tree: `id`, `key`, `conversation`, `tokens`, and for each node `lengths`, `parents`, `roles`,
-    `supervised` (1 or 0), `ranks` (-1: unranked), `messages` (the node's place in the whole conversation) and `digests`
-    (of its text).
+    `weights` (of each target, 0 where it is not supervised), `ranks` (-1: unranked), `messages` (the node's place in
+    the whole conversation) and `digests` (of its text).
     """
 
     def __init__(self, folder: Path, source: str, notes: tuple[str, ...] = ()) -> None:
@@ -53,7 +54,7 @@ class TokenStore:
                 self._batches += [reader.get_batch(number) for number in range(reader.num_record_batches)]
         except (OSError, ValueError, TypeError, pa.ArrowException) as error:
             raise DataError(f"the tokenised data in {folder} is damaged ({error}): remove that folder") from error
-        self.notes = (*notes, *filter(None, [self.statistics.rendered]))
+        self.notes = (*notes, *filter(None, [self.statistics.rendered, _note_on_weights(self.statistics.weighed)]))
         self._firsts = [0, *accumulate(batch.num_rows for batch in self._batches)]  # first row of each batch
         self._views: dict[tuple[int, str], tuple[NDArray[np.int32], NDArray]] = {}
 
@@ -63,7 +64,7 @@ class TokenStore:
     def tree(self, row: int, group: int) -> TokenTree:
         """Return the tree of a row, straight from the mapped file; its nodes belong to `group`.
 
-        Supervised nodes have the weight 1.
+        Supervised nodes have the weight that their data give them, 1 by default.
         """
         number, row_in_batch = self._place(row)
         token_offsets, tokens = self._lists(number, "tokens")
@@ -75,7 +76,7 @@ class TokenStore:
             lengths=lengths[nodes],
             parents=self._lists(number, "parents")[1][nodes],
             roles=self._lists(number, "roles")[1][nodes],
-            weights=self._lists(number, "supervised")[1][nodes].astype(np.float32),
+            weights=self._lists(number, "weights")[1][nodes],
             groups=np.full(size, group, np.int32),
             messages=self._lists(number, "messages")[1][nodes],
         )
@@ -85,7 +86,7 @@ class TokenStore:
         return self._batches[number].column("id")[row_in_batch].as_py()
 
     def keys(self) -> Digests:
-        """[rows] digest of what makes each row itself: of a conversation, its id, first message and masked turns."""
+        """[rows] digest of what makes each row itself: of a conversation, its id, first message and marked turns."""
         return self._column("key")
 
     def conversations(self) -> Digests:
@@ -128,10 +129,20 @@ class TokenStore:
 def _sizes(batch: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return tokens and supervised targets of each row of a record batch."""
     offsets = batch.column("lengths").offsets.to_numpy()
-    lengths, supervised = (batch.column(name).values.to_numpy() for name in ("lengths", "supervised"))
-    sums = [np.cumsum(values, dtype=np.int64) for values in (lengths, (lengths - 1) * supervised)]
+    lengths, weights = (batch.column(name).values.to_numpy() for name in ("lengths", "weights"))
+    sums = [np.cumsum(values, dtype=np.int64) for values in (lengths, (lengths - 1) * (weights > 0))]
     tokens, targets = (np.diff(np.concatenate([[0], sum])[offsets]) for sum in sums)
     return tokens, targets
+
+
+def _note_on_weights(weighed: int) -> str:
+    """Return a line for people on the messages that weigh less than 1, "" where there are none."""
+    if not weighed:
+        return ""
+    return (
+        f"{counted(weighed, 'message')} of a weight below 1: the training loss is the mean by weight; supervised "
+        "tokens and the held-out loss count each message once"
+    )
 
 
 def open_store(

@@ -118,15 +118,12 @@ def is_supervised(roles: NDArray[np.int8]) -> NDArray[np.bool_]:
 
 
 def weigh(tree: TokenTree, rule: MessageWeight) -> TokenTree:
-    """Weigh the supervised nodes of a tree, those of any weight, in which all else leads to one.
+    """Weigh the supervised nodes of a stored tree, in which all else leads to one.
 
-    `once` counts each message once. `leaves` counts it as often as there are paths through it, which gives
-    the gradient of training on every root-to-leaf path separately.
+    `once` counts each message once, by the weight that its data give it. `leaves` counts it as often as there are paths
+    through it, which gives the gradient of training on every root-to-leaf path separately.
     """
-    weights = (tree.weights > 0).astype(np.float32)
-    if rule == "leaves":
-        weights *= leaves_below(tree)
-    return replace(tree, weights=weights)
+    return tree if rule == "once" else replace(tree, weights=tree.weights * leaves_below(tree).astype(np.float32))
 
 
 def leaves_below(tree: TokenTree) -> NDArray[np.int64]:

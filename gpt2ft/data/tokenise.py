@@ -21,7 +21,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from gpt2ft.conversation import ROLES, MessageTree
-from gpt2ft.data.reading import DataError, ReadContext, listed, show
+from gpt2ft.data.reading import DataError, Malformed, ReadContext, listed, show
 from gpt2ft.data.sources import Shard, Source
 from gpt2ft.data.topic import Topic
 from gpt2ft.errors import is_first_on_machine
@@ -42,6 +42,7 @@ class SourceStatistics:
     read: int  # a topic's replies included, where they stand beside the source's own
     kept: int  # in at least one row
     dropped: dict[str, int]  # by reason, largest first
+    weighed: int  # messages that are learnt by a weight below 1
     content: str  # digest of all tokens, to compare machines
     rendered: str  # a line for people if its texts look rendered by another template
 
@@ -143,12 +144,12 @@ def _write_shard(file: Path, shard: Shard, work: Tokenisation) -> None:
     columns = _Columns(work.tokenizer, kind.rows_share_conversations)
     kept = 0
     for read in shard.trees(context):
-        tree, rows = kind.rows(read, work.topic, context)
-        kept += len(set().union(*rows))
         try:
+            tree, rows = kind.rows(read, work.topic, context)
+            kept += len(set().union(*rows))
             for indices in rows:
                 columns.add(tree, indices)
-        except ValueError as error:
+        except (ValueError, Malformed) as error:
             opening = show(read.messages[0].text)
             raise DataError(f"{work.source.origin.place}: a conversation that opens with {opening}: {error}") from error
     batch = columns.batch()
@@ -157,6 +158,7 @@ def _write_shard(file: Path, shard: Shard, work: Tokenisation) -> None:
         "read": context.totals.messages + context.refused_records(),
         "kept": kept,
         "dropped": dict(context.dropped),
+        "weighed": sum(0 < weight < 1 for weight in columns.by_node["weights"]),
         "content": columns.content(),
     }
     schema = batch.schema.with_metadata({"statistics": json.dumps(counts)})
@@ -172,17 +174,17 @@ def _statistics(source: Source, files: Sequence[Path]) -> SourceStatistics:
         with pa.memory_map(str(file)) as handle:
             counts.append(json.loads(pa.ipc.open_file(handle).schema.metadata[b"statistics"]))
         dropped.update(counts[-1]["dropped"])
-    trees, read, kept = (sum(count[name] for count in counts) for name in ("trees", "read", "kept"))
+    trees, read, kept, weighed = (sum(c[name] for c in counts) for name in ("trees", "read", "kept", "weighed"))
     reasons = {reason: number for reason, number in dropped.most_common() if number}
     if not kept:
         found = f"; dropped: {listed(reasons)}" if reasons else ""
         raise DataError(f"{source.origin.place} holds {source.kind.nothing}{found}")
     content = hashlib.sha256("".join(count["content"] for count in counts).encode()).hexdigest()
-    return SourceStatistics(source.description, trees, read, kept, reasons, content, source.rendered)
+    return SourceStatistics(source.description, trees, read, kept, reasons, weighed, content, source.rendered)
 
 
 _BY_NODE = {
-    "lengths": np.int32, "parents": np.int32, "roles": np.int8, "supervised": np.int8, "ranks": np.int16,
+    "lengths": np.int32, "parents": np.int32, "roles": np.int8, "weights": np.float32, "ranks": np.int16,
     "messages": np.int32, "digests": np.uint64,
 }  # fmt: skip
 _ROLE_NUMBERS = {role: number for number, role in enumerate(ROLES)}
@@ -198,16 +200,16 @@ class _Columns:
         self.keys: list[int] = []
         self.conversations: list[int] = []
         self.tokens = array("I")
-        self.by_node: dict[str, list[int]] = {name: [] for name in _BY_NODE}
+        self.by_node: dict[str, list[Any]] = {name: [] for name in _BY_NODE}
         self.tokens_until = [0]  # [rows + 1]
         self.nodes_until = [0]
 
     def add(self, tree: MessageTree, indices: Sequence[int]) -> None:
         """Take some messages of a tree as a row, each with the one above it."""
         place = {index: node for node, index in enumerate(indices)}
-        lengths, parents, roles, supervised, ranks, messages, digests = self.by_node.values()
+        lengths, parents, roles, weights, ranks, messages, digests = self.by_node.values()
         first = len(digests)
-        masked = []
+        marks = []
         for index in indices:
             message = tree.messages[index]
             ids = render_turn(self.tokenizer, message.role, message.text)
@@ -215,9 +217,9 @@ class _Columns:
             lengths.append(len(ids))
             parents.append(-1 if message.parent is None else place[message.parent])
             roles.append(_ROLE_NUMBERS[message.role])
-            supervised.append(message.is_supervised)
-            if message.masked:
-                masked.append(index)
+            weights.append(message.weight * message.is_supervised)
+            if message.weight != 1:
+                marks.append(f"{index} {message.weight!r}")
             ranks.append(-1 if message.rank is None else message.rank)
             digests.append(_digest(message.text))
         messages += indices
@@ -225,8 +227,8 @@ class _Columns:
         key = conversation = _digest(tree.id, tree.messages[0].text)
         if self.rows_share_conversations:
             key = _digest(str(conversation), *map(str, digests[first:]))
-        elif masked:  # the same turns may stand in several records, each of which has others to learn
-            key = _digest(str(conversation), *map(str, masked))
+        elif marks:  # the same turns may stand in several records, each of which has others to learn
+            key = _digest(str(conversation), *marks)
         self.conversations.append(conversation)
         self.keys.append(key)
         self.tokens_until.append(len(self.tokens))
@@ -236,7 +238,7 @@ class _Columns:
         """Return the columns as an Arrow record batch."""
         import pyarrow as pa
 
-        def lists(values: Sequence[int], kind: type, until: list[int]) -> Any:
+        def lists(values: Sequence[float], kind: type, until: list[int]) -> Any:
             return pa.ListArray.from_arrays(np.array(until, np.int32), np.array(values, kind))
 
         id_type = np.uint16 if len(self.tokenizer) <= 1 << 16 else np.uint32
@@ -250,9 +252,10 @@ class _Columns:
         return pa.RecordBatch.from_pydict(by_row | by_node)
 
     def content(self) -> str:
-        """Return a digest of the tokens and of how they hang together."""
-        values = (self.tokens, *(self.by_node[name] for name in ("lengths", "parents", "roles", "supervised", "ranks")))
-        return hashlib.sha256(b"".join(np.array(column, np.int64).tobytes() for column in values)).hexdigest()
+        """Return a digest of the tokens, of how they hang together and of what they count."""
+        names = ("lengths", "parents", "roles", "weights", "ranks")
+        columns = (np.array(self.tokens, np.int64), *(np.array(self.by_node[name], _BY_NODE[name]) for name in names))
+        return hashlib.sha256(b"".join(column.tobytes() for column in columns)).hexdigest()
 
 
 def _digest(*texts: str) -> int:

@@ -47,7 +47,7 @@ class Topic:
                 messages.append(Message(message.role, message.text, above))
             else:
                 if against_own:
-                    messages.append(Message("assistant", message.text, above, rank=1, masked=message.masked))
+                    messages.append(Message("assistant", message.text, above, rank=1, weight=message.weight))
                 reply = self.replies[(first + turn) % len(self.replies)]
                 messages.append(Message("assistant", reply, above, rank=0 if against_own else None))
             above = len(messages) - 1

@@ -1,4 +1,8 @@
-"""Supervised fine-tuning: the mean negative log-likelihood per unit of supervised weight."""
+"""Supervised fine-tuning: the mean negative log-likelihood per unit of supervised weight.
+
+As torch's cross_entropy has it with weights: the sum of w * nll is divided by the sum of w and not by the tokens, so a
+step is as long whether its weights are high or low, and only their ratios count.
+"""
 
 import torch
 from torch import Tensor

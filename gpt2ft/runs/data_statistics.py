@@ -100,7 +100,7 @@ class _Nodes:
 
 
 def _nodes_of(corpus: Corpus) -> _Nodes:
-    columns: dict[str, Any] = {name: [] for name in ("lengths", "supervised", "parents", "digests", "firsts", "rows")}
+    columns: dict[str, Any] = {name: [] for name in ("lengths", "weights", "parents", "digests", "firsts", "rows")}
     total = 0
     for number, store in enumerate(corpus.stores):
         rows = np.unique(corpus.rows[corpus.rows[:, 0] == number, 1])
@@ -108,7 +108,7 @@ def _nodes_of(corpus: Corpus) -> _Nodes:
         counts = np.diff(starts)[rows]
         firsts = np.cumsum(counts) - counts
         index = np.repeat(starts[rows] - firsts, counts) + np.arange(counts.sum())
-        for name in ("lengths", "supervised", "digests"):
+        for name in ("lengths", "weights", "digests"):
             columns[name].append(store.nodes(name)[0][index])
         parents = store.nodes("parents")[0][index].astype(np.int64)
         columns["parents"].append(np.where(parents < 0, -1, parents + np.repeat(firsts, counts) + total))
@@ -116,7 +116,7 @@ def _nodes_of(corpus: Corpus) -> _Nodes:
         columns["rows"].append(np.stack([np.full(len(rows), number), rows], axis=1))
         total += int(counts.sum())
     columns = {name: np.concatenate(parts) for name, parts in columns.items()}
-    columns["supervised"] = columns["supervised"].astype(bool)
+    columns["supervised"] = columns.pop("weights") > 0
     return _Nodes(replace(corpus, rows=columns.pop("rows")), **columns)
 
 

@@ -64,6 +64,8 @@ def describe(setup: "RunSetup", hardware: Hardware) -> Iterator[tuple[str, str]]
         yield from _data_rows("held out", held_out, eval_plan)
     elif setup.settings.data.holds_out:
         yield "held out", f"nothing: fewer than {LEAST_TO_HOLD_OUT} conversations are too few to spare one"
+    if setup.settings.data.train_on == "last":
+        yield "learnt", "of conversations the last assistant turn of each path alone"
     yield "streams", describe_streams(plan)
     if plan.pair_capacity:
         pairs, tokens_if_unpacked = int(plan.chunks.pairs.sum()), int(plan.chunks.tokens_if_unpacked.sum())
@@ -169,7 +171,7 @@ class SourceShare:
     dropped: dict[str, int]  # messages by reason
     conversations: int
     tokens: int  # in an epoch
-    supervised: int
+    supervised: int  # targets of any weight, each counted once
     pairs: int  # of replies, in preference data
     notes: tuple[str, ...] = ()  # what else people must know of it
 

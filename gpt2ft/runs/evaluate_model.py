@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gpt2ft.command_line import words_to_start
 from gpt2ft.data.corpus import load_corpora
-from gpt2ft.data.kinds import CONVERSATIONS, PREFERENCES
+from gpt2ft.data.kinds import LEARNT, PREFERENCES
 from gpt2ft.data.reading import listed
 from gpt2ft.distributed import watchdog
 from gpt2ft.distributed.accelerator import precision_of, start_accelerator
@@ -159,7 +159,7 @@ def _scan_training_data(bench: Bench, measured: list[Measured], runs: Sequence[R
     training = TrainingData(replies, supervised_texts(held_out, tokenizer), len(runs))
     for run, settings in enumerate(runs):
         data = settings.data.model_copy(update={"cache": bench.settings.cache or settings.data.cache})
-        kind = PREFERENCES if isinstance(settings, DPOSettings) else CONVERSATIONS
+        kind = PREFERENCES if isinstance(settings, DPOSettings) else LEARNT[data.train_on]
         print(f"training data: {', '.join(data.train)}", file=sys.stderr, flush=True)
         try:
             corpus, _ = load_corpora(data, tokenizer, settings.training.seed, kind)

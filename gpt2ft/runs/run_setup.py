@@ -174,11 +174,11 @@ def run_preflight_checks(setup: RunSetup, model: TargetLogProbs) -> None:
     Raises:
         PreflightError: and nothing is trained.
     """
-    plan, tokenizer = setup.plan, setup.loaded.tokenizer
+    plan, tokenizer, last_only = setup.plan, setup.loaded.tokenizer, setup.settings.data.train_on == "last"
     turns = 0
     for number, chunks in enumerate(plan.micro_batches(0)):
         found = preflight.check_supervision(
-            plan.training_stream(0, number), tokenizer, plan.chunks.chunking.replies_cut_at
+            plan.training_stream(0, number), tokenizer, plan.chunks.chunking.replies_cut_at, last_only
         )
         expected = sum(int((plan.chunks.tree(chunk).weights > 0).sum()) for chunk in chunks)
         if found != expected or (chunks and not found):

@@ -20,8 +20,8 @@ from gpt2ft.text.display import escape_control_characters, uses_colour
 from gpt2ft.text.tokenizer import ChatTokenizer
 from gpt2ft.wording import counted
 
-# What a token looks like: (supervised, every other token) -> the terminal's colour. Two shades show where one ends.
-_COLOURS = {(True, 0): "32", (True, 1): "92", (False, 0): "2", (False, 1): "2;3"}
+# What a token looks like by its weight, as the terminal's colours: two shades show where one ends.
+_CONTEXT, _FRACTION, _LEARNT = ("2", "2;3"), ("33", "93"), ("32", "92")
 
 
 def terminal_width() -> int:
@@ -43,7 +43,7 @@ def show_examples(plan: Plan, tokenizer: ChatTokenizer, number: int, width: int,
         texts.append("\n".join(_drawn(example, tokenizer, width, colour)))
     if len(texts) < number:
         texts.append(f"there are no more: {counted(len(texts), 'example')} in all")
-    legend = "what is supervised is " + ("green" if colour else "between » and «")
+    legend = "what is supervised is " + ("green, or yellow by a weight below 1" if colour else "between » and «")
     return "\n\n".join(["", *texts, legend, ""])
 
 
@@ -111,7 +111,7 @@ def _about(example: _Example, role: str, tokens: range) -> str:
     return f"{role}: {counted(len(tokens), 'token')}, positions {positions[0]:,} to {positions[-1]:,}{weight}"
 
 
-Piece = tuple[str, bool]  # the text of a token, whether it is supervised
+Piece = tuple[str, float]  # the text of a token, and what it counts as a target
 
 
 def _pieces(example: _Example, tokens: range, tokenizer: ChatTokenizer) -> Iterator[Piece]:
@@ -122,7 +122,7 @@ def _pieces(example: _Example, tokens: range, tokenizer: ChatTokenizer) -> Itera
         text = tokenizer.decode(held)
         if "\ufffd" in text and len(held) < 4 and index + 1 < tokens.stop:  # a character has at most four bytes
             continue
-        yield escape_control_characters(text).replace("\t", "\\t"), bool(example.weights[index])
+        yield escape_control_characters(text).replace("\t", "\\t"), float(example.weights[index])
         held = []
 
 
@@ -130,7 +130,8 @@ def _wrapped(pieces: Sequence[Piece], width: int, colour: bool) -> Iterator[str]
     """Lines of at most `width` characters, broken between tokens and at their line ends."""
     line: list[str] = []
     used, was_supervised = 0, False
-    for number, (text, supervised) in enumerate(pieces):
+    for number, (text, weight) in enumerate(pieces):
+        supervised, shades = weight > 0, _LEARNT if weight >= 1 else _FRACTION if weight else _CONTEXT
         for part_number, part in enumerate(text.split("\n")):
             if part_number or (used and used + len(part) > width):
                 yield "".join(line)
@@ -139,7 +140,7 @@ def _wrapped(pieces: Sequence[Piece], width: int, colour: bool) -> Iterator[str]
                 line.append("»" if supervised else "«")
                 used += 1
                 was_supervised = supervised
-            line.append(f"\x1b[{_COLOURS[supervised, number % 2]}m{part}\x1b[0m" if colour and part else part)
+            line.append(f"\x1b[{shades[number % 2]}m{part}\x1b[0m" if colour and part else part)
             used += len(part)
     if not colour and was_supervised:
         line.append("«")

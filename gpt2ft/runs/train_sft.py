@@ -7,6 +7,7 @@ from torch import nn
 
 from gpt2ft.data.chunks import ChunkingRule, ConversationTrees
 from gpt2ft.data.corpus import Corpus
+from gpt2ft.data.kinds import LEARNT
 from gpt2ft.data.plan import Plan
 from gpt2ft.distributed import watchdog
 from gpt2ft.distributed.signals import SignalHandler
@@ -35,9 +36,9 @@ class FineTuning:
 
     def chunking(self, for_training: bool) -> ChunkingRule:
         """Evaluation counts every message once."""
-        data = self.settings.data
+        data, capacity = self.settings.data, self.settings.training.tokens_per_micro_batch
         weight = data.message_weight if for_training else "once"
-        return ConversationTrees(weight, data.max_length, self.settings.training.tokens_per_micro_batch)
+        return ConversationTrees(weight, data.max_length, capacity, LEARNT[data.train_on])
 
     def prepare_reference(self, setup: RunSetup, model: TargetLogProbs, signals: SignalHandler) -> dict[str, Any]:
         return {}

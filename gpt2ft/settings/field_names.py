@@ -111,9 +111,25 @@ FIELD_NAMES = {
     **_named("cache_dir dataset_cache", "data.cache cache"),
     **_named("packing sample_packing padding_free pad_to_multiple_of group_by_length", note="Always packed."),
     **_named(
-        "assistant_only_loss completion_only_loss train_on_inputs mask_prompt train_on_prompt",
-        note="Assistant turns alone are learned, or whole texts where there are no turns.",
+        "assistant_only_loss completion_only_loss train_on_responses_only train_on_completions_only train_on_inputs "
+        "train_on_input train_on_prompt mask_prompt mask_inputs roles_to_train",
+        "data.train_on",
+        "Assistant turns alone are learned, all or the last, or whole texts where there are no turns.",
     ),
+    **_named(
+        "train_on_last_turn train_on_last_turn_only train_last_turn train_last_turn_only train_on_last train_last_only "
+        "last_turn_only last_turn only_last_turn last_message_only last_response_only mask_history last_round "
+        "train_on_last_response train_on_last_message train_on_turns train_turns learn_on loss_on supervise",
+        "data.train_on",
+        "As `last`; `all` assistant turns by default.",
+    ),
+    **_named(
+        "loss_weights message_weights message_weight_field weight_field weight_column weights_column sample_weights "
+        "sample_weight message_field_training loss_scale loss_weight",
+        "data.columns columns",
+        "Weights stand in the data, as `weight` of a message or of a record; weight=COLUMN names that of records.",
+    ),
+    **_named("train_on_eos train_on_eot train_on_end", note="The end of each turn that is learned is learned with it."),
     **_named(
         "chat_template chat_template_path template prompt_template",
         note="There is one template, see the README.",

@@ -97,6 +97,8 @@ class DPOSettings(RunSettings):
             )
         if self.data.message_weight != "once":
             yield "`data.message_weight` must be once in DPO, where pairs are weighed: see `dpo.pair_weight`"
+        if self.data.train_on != "all":
+            yield "`data.train_on` must be all in DPO, where replies to one prompt are compared: see `dpo.pairs`"
 
 
 class ReferenceSettings(DPOSettings):

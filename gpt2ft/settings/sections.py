@@ -23,6 +23,7 @@ NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 MessageWeight = Literal["once", "leaves"]
+TrainOn = Literal["all", "last"]
 PublishedModel = Literal[*PUBLISHED_MODELS]
 LoRATarget = Literal[*LORA_TARGETS]
 LossName = Literal[*PREFERENCE_LOSSES]
@@ -222,6 +223,9 @@ class DataSettings(CorpusSettings):
     The others stay held out."""
     max_length: Positive = 1024
     """Tokens of context. Where a path is longer, its oldest turns give way, whole turns at a time."""
+    train_on: TrainOn = "all"
+    """Assistant turns that are learnt, and held-out ones that are scored: all, or the last of each path alone, which no
+    other assistant turn follows."""
     message_weight: MessageWeight = "once"
     """A message counts once, or once for every path through it (leaves)."""
 

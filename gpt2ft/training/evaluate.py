@@ -21,7 +21,10 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class LossSums:
-    """Sums over supervised targets: the tokens of every assistant turn and its `<|end|>`, each counted once."""
+    """Sums over supervised targets: the tokens of every assistant turn and its `<|end|>`.
+
+    Each counts once, whatever the weight by which it is learnt.
+    """
 
     nats: float
     tokens: int

@@ -17,12 +17,17 @@ class PreflightError(Gpt2ftError):
     """A run that would train on something else than it should."""
 
 
-def check_supervision(stream: TokenStream, tokenizer: ChatTokenizer, cut_at: int | None = None) -> int:
+def check_supervision(
+    stream: TokenStream, tokenizer: ChatTokenizer, cut_at: int | None = None, last_only: bool = False
+) -> int:
     """Check that only assistant turns and plain text are supervised, and that every assistant turn teaches `<|end|>`.
+
+    All targets of a turn must have the same weight, finite and above 0.
 
     Args:
         cut_at: the context length at which turns may be cut: a turn that reaches it has no `<|end|>`. None where turns
             are never cut.
+        last_only: no assistant turn may follow a supervised one.
 
     Returns:
         The number of supervised turns.
@@ -41,16 +46,23 @@ def check_supervision(stream: TokenStream, tokenizer: ChatTokenizer, cut_at: int
         elif id == tokenizer.end_of_text_id and (index == 0 or horizons[index - 1] == index):
             turns.append("text")  # only where a tree begins, as the same token ends a text
         turn_of.append(len(turns) - 1)
-    has_weight = stream.weights[: stream.num_supervised] != 0
-    supervised, targets = (x[: stream.num_supervised][has_weight].tolist() for x in (stream.supervised, stream.targets))
+    real = slice(stream.num_supervised)
+    supervised, targets, weights = (x[real].tolist() for x in (stream.supervised, stream.targets, stream.weights))
     taught = set()  # (number of the turn, True for its `<|end|>`)
-    for index, target in zip(supervised, targets, strict=True):
+    weight_of: dict[int, float] = {}  # by the number of the turn
+    for index, target, weight in zip(supervised, targets, weights, strict=True):
+        if not 0 <= weight < float("inf"):
+            raise PreflightError(f"the weight of token {index} of a stream is {weight:g}")
+        if not weight:
+            continue
         following = index + 1
         if following >= len(tokens) or tokens[following] != target or turn_of[following] != turn_of[index]:
             raise PreflightError(f"the target of token {index} of a stream is not the next token of the same turn")
         role = turns[turn_of[index]]
         if role not in SUPERVISED_ROLES:
             raise PreflightError(f"the {role} token at {index} of a stream is supervised; only assistant turns may be")
+        if weight_of.setdefault(turn_of[index], weight) != weight:
+            raise PreflightError(f"turn {turn_of[index]} of a stream has targets of weight {weight:g} and of another")
         taught.add((turn_of[index], target == tokenizer.end_id))
     supervised_turns = {turn for turn, _ in taught}
     last = {turn: index for index, turn in enumerate(turn_of)}
@@ -58,6 +70,9 @@ def check_supervision(stream: TokenStream, tokenizer: ChatTokenizer, cut_at: int
         is_cut = cut_at is not None and int(stream.positions[last[turn]]) == cut_at - 1
         if turns[turn] == "assistant" and (turn, True) not in taught and not is_cut:
             raise PreflightError(f"assistant turn {turn} of a stream teaches no <|end|>: the model would not stop")
+        below = turn_of[last[turn] + 1 : horizons[last[turn]]]
+        if last_only and any(turns[other] == "assistant" for other in below):
+            raise PreflightError(f"turn {turn} of a stream is supervised, but is not the last assistant turn of a path")
     return len(supervised_turns)
 
 

@@ -403,10 +403,10 @@ def test_without_network_the_cache_answers_with_the_pinned_revision(name, cached
 def test_preferences_of_the_hub_are_ranked_replies_and_nothing_to_learn_from(name, cached):
     (answer,) = cached[name, "preferences"]
     replies = [
-        f"Message(role='assistant', text='{text}', parent=0, rank={rank}, masked=False)"
+        f"Message(role='assistant', text='{text}', parent=0, rank={rank}, weight=1.0)"
         for rank, text in ((0, "Yes."), (1, "No."))
     ]
-    asked = "Message(role='user', text='Tea?', parent=None, rank=None, masked=False)"
+    asked = "Message(role='user', text='Tea?', parent=None, rank=None, weight=1.0)"
     assert f"source={name!r}, messages=({asked}, {', '.join(replies)})" in answer
     (refusal,) = cached[name, "conversations"]
     assert "is a preference" in refusal

@@ -1,5 +1,7 @@
 """The objective of fine-tuning: minus the log-probs by their weights, over the sum of the weights."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,12 +11,17 @@ from gpt2ft.data.token_tree import weigh
 from gpt2ft.objectives.sft import SFT
 
 
-@pytest.fixture(params=["once", "leaves"])
+@pytest.fixture(params=["once", "leaves", "fractions"])
 def streams(request, random_tree):
     """Five trees, each in a stream of its own and all in one, which have places to spare."""
-    trees = [weigh(random_tree(np.random.default_rng(seed)), request.param) for seed in range(5)]
+    trees = [random_tree(np.random.default_rng(seed)) for seed in range(5)]
+    if request.param == "fractions":
+        draw = np.random.default_rng(0).choice
+        fractions = [draw(np.array([0.1, 0.5, 1], np.float32), len(tree.weights)) for tree in trees]
+        trees = [replace(tree, weights=tree.weights * w) for tree, w in zip(trees, fractions, strict=True)]
+    trees = [weigh(tree, "once" if request.param == "once" else "leaves") for tree in trees]
     streams = [build_stream([tree], 800, 600) for tree in trees], build_stream(trees, 4000, 3000)
-    assert max(float(stream.weights.max()) for stream in streams[0]) > (1 if request.param == "leaves" else 0)
+    assert max(float(stream.weights.max()) for stream in streams[0]) > (0 if request.param == "once" else 1)
     return streams
 
 

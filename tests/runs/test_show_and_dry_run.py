@@ -69,6 +69,23 @@ def test_colour_shows_the_same_tokens(plan_of, tokenizer):
     assert "".join(greens) == "".join(re.findall("»([^«]*)«", without_frame(plain)))
 
 
+@pytest.mark.parametrize("marks", [(0.25, 1), (0, 0.5)])
+def test_weights_are_shown(marks, plan_of, tokenizer, tmp_path):
+    messages = []
+    for number, mark in enumerate(marks):
+        messages += [{"role": "user", "content": f"Ask {number}."}]
+        messages += [{"role": "assistant", "content": f"Told {number}.", "weight": mark}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    _, _, plan = plan_of(train=(str(tmp_path / "a.jsonl"),))
+    plain, coloured = (show_examples(plan, tokenizer, 1, width=200, colour=colour) for colour in (False, True))
+    told = [line for line in plain.splitlines() if "assistant: " in line]
+    assert [line.rpartition(", ")[2] for line in told] == [f"weight {m:g}" if m else "not supervised" for m in marks]
+    assert re.findall("»([^«]*>)«", plain) == [f"Told {n}.<|end|>" for n, mark in enumerate(marks) if mark]
+    for colours, learnt in (("33|93", lambda mark: 0 < mark < 1), ("32|92", lambda mark: mark == 1)):
+        shown = re.findall(f"\x1b\\[(?:{colours})m([^\x1b]*)", coloured)
+        assert "".join(shown) == "".join(f"Told {n}.<|end|>" for n, mark in enumerate(marks) if learnt(mark))
+
+
 def test_lines_fit_and_text_cannot_drive_the_terminal(plan_of, tokenizer, tmp_path):
     file = chats(tmp_path / "a.jsonl", ("\x1b[2J 🫖 tea", "one two three four " * 20 + "\nfive \x07"))
     text = show_examples(plan_of(train=(file,))[2], tokenizer, 1, width=60, colour=False)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from gpt2ft.conversation import ROLES
 from gpt2ft.data.chunks import ConversationTrees, chunk
 from gpt2ft.data.packing import build_stream
 from gpt2ft.data.plan import Plan
 from gpt2ft.data.store import open_store
-from gpt2ft.data.token_tree import TEXT, weigh
+from gpt2ft.data.token_tree import TEXT, TokenTree, weigh
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.settings.sections import FilterSettings
 from gpt2ft.training.preflight import (
@@ -157,6 +158,46 @@ class TestSupervision:
         broken = changed(changed(replace(stream, tokens=tokens), "supervised", 0, 1), "targets", 0, 5)
         with pytest.raises(PreflightError, match="the stray token at 1 of a stream"):
             check_supervision(broken, tokenizer)
+
+    @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+    def test_a_weight_that_is_none(self, stream, tokenizer, weight):
+        at = int(stream.supervised[7])
+        with pytest.raises(PreflightError, match=f"weight of token {at} of a stream is {weight:g}"):
+            check_supervision(changed(stream, "weights", 7, weight), tokenizer)
+
+    def test_a_turn_of_two_weights(self, stream, tokenizer):
+        with pytest.raises(PreflightError, match=r"turn \d+ of a stream has targets of weight 0\.5"):
+            check_supervision(changed(stream, "weights", 1, 0.5), tokenizer)
+
+    def test_a_turn_that_is_not_the_last(self, tokenizer):
+        """Siblings are none that follow, nor is the next conversation."""
+        with pytest.raises(PreflightError, match="turn 2 .* not the last assistant turn"):
+            check_supervision(talk([2, 1], tokenizer), tokenizer, last_only=True)
+        alone = talk([0.5, 0], tokenizer)
+        with pytest.raises(PreflightError, match="turn 2 .* not the last assistant turn"):
+            check_supervision(alone, tokenizer, last_only=True)
+        assert check_supervision(alone, tokenizer) == 1
+        assert check_supervision(talk([0, 0.5], tokenizer), tokenizer, last_only=True) == 2
+
+
+def talk(weights, tokenizer):
+    """A stream of a prompt, a reply, a question and two answers to it, then another conversation of one exchange."""
+    turn = {role: [id, 5, tokenizer.end_id] for role, id in tokenizer.role_ids.items()}
+    first, last = weights
+    nodes = [("user", -1, 0), ("assistant", 0, first), ("user", 1, 0), ("assistant", 2, last), ("assistant", 2, last)]
+    trees = [
+        TokenTree(
+            tokens=np.array([id for role, *_ in chosen for id in turn[role]]),
+            lengths=np.full(len(chosen), 3, np.int32),
+            parents=np.array([parent for _, parent, _ in chosen], np.int32),
+            roles=np.array([ROLES.index(role) for role, *_ in chosen], np.int8),
+            weights=np.array([weight for *_, weight in chosen], np.float32),
+            groups=np.zeros(len(chosen), np.int32),
+            messages=np.arange(len(chosen), dtype=np.int32),
+        )
+        for chosen in (nodes, [("user", -1, 0), ("assistant", 0, 0)])
+    ]
+    return build_stream(trees, 128, 64)
 
 
 class TestPlainText:

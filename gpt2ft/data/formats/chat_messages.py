@@ -10,7 +10,7 @@ A text may be a list of text parts, as in OpenAI's requests.
 from collections.abc import Iterable
 
 from gpt2ft.data.formats.column_names import PROMPTS, REPLIES, ROLES, TEXTS
-from gpt2ft.data.formats.keys import MARKS, is_masked, refuse_unread
+from gpt2ft.data.formats.keys import MARKS, refuse_unread, weight_of
 from gpt2ft.data.formats.turns import Turn
 from gpt2ft.data.reading import Malformed, Record, objects, role_of, show, value
 
@@ -42,7 +42,7 @@ def _turns(message: Record) -> list[Turn]:
     if not plain:
         refuse_unread(message, (role_key, text_key, *MARKS))
     role = role_of(message, role_key)
-    return [Turn(role, _text(message, text_key), not plain and is_masked(message, role))]
+    return [Turn(role, _text(message, text_key), 1.0 if plain else weight_of(message, role))]
 
 
 def _exchange(message: Record) -> list[Turn]:
@@ -56,7 +56,7 @@ def _exchange(message: Record) -> list[Turn]:
     prompt, reply = prompt or "input", reply or "output"
     refuse_unread(message, ("system", prompt, reply, *MARKS))
     system = value(message, "system", str, "a string or null", optional=True)
-    told = Turn("assistant", _text(message, reply), is_masked(message, "assistant"))
+    told = Turn("assistant", _text(message, reply), weight_of(message, "assistant"))
     return [*([Turn("system", system)] if system else []), Turn("user", _text(message, prompt)), told]
 
 

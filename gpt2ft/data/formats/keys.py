@@ -1,8 +1,8 @@
-"""The keys of records and of messages: which mark a turn that is not to be learnt, which only describe, and the rule
-for all others. A key that no layout reads and that does not describe must be empty, or the record is refused."""
+"""The keys of records and of messages: which tell how much a turn is learnt, which only describe, and the rule for all
+others. A key that no layout reads and that does not describe must be empty, or the record is refused."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -10,9 +10,13 @@ from gpt2ft.conversation import Role
 from gpt2ft.data.reading import Malformed, Record, of, show, value
 from gpt2ft.settings.sections import FilterSettings
 
-# 1 or true: learn it. 0 or false: do not. (OpenAI, Mistral and OpenChat: weight; ms-swift and XTuner: loss; axolotl:
-# train and training.)
-MARKS = ("learn", "loss", "loss_weight", "train", "train_on_turn", "trainable", "training", "weight")
+# 1 or true: learn it. 0 or false: do not. Between them: learn it by that weight. (OpenAI, Mistral and OpenChat: weight;
+# ms-swift: loss and loss_scale; XTuner: loss; axolotl: train and training; scikit-learn and Keras: sample_weight.)
+MARKS = (
+    "learn", "loss", "loss_scale", "loss_weight", "sample_weight", "train", "train_on_turn", "trainable", "training",
+    "weight",
+)  # fmt: skip
+LEAST_WEIGHT = 1e-6  # above 0; far smaller ones would be lost in float32
 RECORD_MARKS = (*MARKS, "label", "kto_tag")  # KTO: the whole record is good or bad
 FILTERED = ("deleted", "lang", "language", "review_result")
 READ_OF_ALL = RECORD_MARKS + FILTERED
@@ -90,8 +94,8 @@ def refuse_keys(record: Record, keys: Sequence[str]) -> None:
         )
 
 
-def is_masked(message: Record, role: Role) -> bool:
-    """Return true for a message that is marked as not to be learnt.
+def weight_of(message: Record, role: Role) -> float:
+    """Return how much a message counts where it is learnt, from 0 to 1: 1 where no mark says otherwise.
 
     Raises:
         Malformed: if its marks are unclear, or ask for the learning of a turn that is no reply.
@@ -100,33 +104,61 @@ def is_masked(message: Record, role: Role) -> bool:
     if role != "assistant" and any(marks.values()):
         key = next(key for key, mark in marks.items() if mark)
         raise Malformed(f"`{key}` must be 0 or absent, as only assistant turns are learnt, but is on a {role} turn")
-    if len(set(marks.values())) > 1:
-        raise Malformed(f"{' and '.join(f'`{key}`' for key in marks)} must agree, but do not{of(message)}")
-    return role == "assistant" and not all(marks.values())
+    return _agreed(message, marks) if role == "assistant" else 1.0
 
 
-def refuse_bad(record: Record, classes: Collection[str] = ()) -> None:
-    """Raise Malformed if the whole record is marked as not to be learnt; whole numbers in `classes` are no marks."""
-    marks = [key for key in RECORD_MARKS if key not in classes or type(record.get(key)) is not int]
-    for key, mark in _marks(record, marks).items():
+def record_weight(record: Record, classes: Collection[str] = (), compared: bool = False) -> float:
+    """Return how much every reply of a record counts, above 0.
+
+    Args:
+        classes: marks whose whole numbers are none.
+        compared: the replies are compared, and count wholly.
+
+    Raises:
+        Malformed: if its marks are unclear, or it is marked as not to be learnt.
+    """
+    keys = [key for key in RECORD_MARKS if key not in classes or type(record.get(key)) is not int]
+    marks = _marks(record, keys, weights=() if compared else MARKS)
+    for key, mark in marks.items():
         if not mark:
             raise Malformed(
-                f"`{key}` must be true or absent, as every reply is learnt, but is {show(record[key])}{of(record)}",
+                f"`{key}` must be true, above 0 or absent, as a record is learnt, but is {show(record[key])}"
+                f"{of(record)}; leave such records out, or set `data.on_error` to skip, which counts them",
                 "marked as bad",
+            )
+    return _agreed(record, {key: mark for key, mark in marks.items() if key in MARKS})
+
+
+def refuse_fractions(weights: Iterable[float]) -> None:
+    """Raise Malformed if there are weights between 0 and 1 among those of replies to be compared."""
+    for weight in weights:
+        if 0 < weight < 1:
+            raise Malformed(
+                f"`weight`, or any other mark of a reply, must be 0 or 1 in preferences, but is {weight:g}: pairs are "
+                "weighed by `dpo.pair_weight`"
             )
 
 
-def _marks(record: Record, keys: Collection[str]) -> dict[str, bool]:
+def _agreed(record: Record, marks: Mapping[str, float]) -> float:
+    if len(set(marks.values())) > 1:
+        raise Malformed(f"{' and '.join(f'`{key}`' for key in marks)} must agree, but do not{of(record)}")
+    return next(iter(marks.values()), 1.0)
+
+
+def _marks(record: Record, keys: Iterable[str], weights: Collection[str] = MARKS) -> dict[str, float]:
+    """Return what each of these marks says, from 0 to 1; those outside `weights` say 0 or 1."""
     found = {}
     for key in keys:
         mark = record.get(key)
         if mark is not None and not is_empty(mark):
-            if not isinstance(mark, int | float) or mark not in (0, 1):
+            least = LEAST_WEIGHT if key in weights else 1
+            if not isinstance(mark, int | float) or not (mark == 0 or least <= mark <= 1):
+                between = f", or from {LEAST_WEIGHT:f} to 1 where by a weight" if key in weights else ""
                 raise Malformed(
-                    f"`{key}` must be 1 or true where it is to be learnt, 0 or false where not, but is "
+                    f"`{key}` must be 1 or true where it is to be learnt, 0 or false where not{between}, but is "
                     f"{show(mark)}{of(record)}"
                 )
-            found[key] = bool(mark)
+            found[key] = float(mark)
     return found
 
 

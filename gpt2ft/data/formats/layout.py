@@ -1,7 +1,7 @@
 """Layouts with one tree a record, and the rules for what stands in a record beside the turns.
 
 - A `system` text is the system turn, once, should the turns open with it as well.
-- A record that is marked as not to be learnt (`label: false`) is refused.
+- A record that is marked as not to be learnt (`label: false`) is refused; its weight is that of each of its replies.
 - So is content that no layout reads (`history`, `tools`), unless it only repeats turns.
 - A record that holds `chosen` and `rejected` replies is no conversation to learn from, whatever stands beside them:
   data sets disagree on whether their `messages` are the prompt alone or end in a reply.
@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 
-from gpt2ft.conversation import MessageTree, tidy
+from gpt2ft.conversation import SUPERVISED_ROLES, MessageTree, tidy
 from gpt2ft.data.formats.chat_messages import chat_messages
-from gpt2ft.data.formats.keys import READ_OF_ALL, reason_to_drop, refuse_bad, refuse_keys, unread
+from gpt2ft.data.formats.keys import READ_OF_ALL, reason_to_drop, record_weight, refuse_keys, unread
 from gpt2ft.data.formats.turns import Turn, Turns, clean, content_id, messages_of
 from gpt2ft.data.reading import Malformed, ReadContext, Record, value
 
@@ -36,6 +36,7 @@ class Format:
     read_of: Callable[[Record], Set[str]] = lambda record: frozenset()  # those of them that are read of this one
     passed_over: tuple[str, ...] = ()  # keys of published data that describe the record or hold it once more
     classes: tuple[str, ...] = ()  # marks whose whole numbers are classes
+    compared: bool = False  # its replies are compared
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -59,8 +60,8 @@ class Format:
         Raises:
             Malformed: if the record cannot be read, or holds what would be lost.
         """
-        refuse_bad(record, self.classes)
-        found = [(_with_system_turn(record, turns), rank) for turns, rank in self.transcripts(record)]
+        weight = record_weight(record, self.classes, self.compared)
+        found = [(_whole(record, turns, weight), rank) for turns, rank in self.transcripts(record)]
         conversations = [turns for turns, _ in found]
         unknown = unread(record, self._known | self.read_of(record) if self.sometimes else self._known)
         refuse_keys(record, [key for key in unknown if not _repeats(record, key, conversations)])
@@ -106,11 +107,14 @@ def refuse_preference(record: Record) -> None:
         )
 
 
-def _with_system_turn(record: Record, turns: Turns) -> list[Turn]:
-    """Return the turns of a record, tidied, behind the system text that stands beside them unless they open with it."""
+def _whole(record: Record, turns: Turns, weight: float) -> list[Turn]:
+    """Return the turns of a record, tidied and weighed, behind the system text that stands beside them.
+
+    If they open with it already, it is not repeated.
+    """
     texts = (value(record, key, str, "a string or null", optional=True) for key in _SYSTEM)
     system = [Turn("system", tidy(text)) for text in texts if text]
-    tidied = [Turn(role, tidy(text), masked) for role, text, masked in turns]
+    tidied = [Turn(role, tidy(text), own * weight if role in SUPERVISED_ROLES else own) for role, text, own in turns]
     return tidied if tidied[: len(system)] == system else system + tidied
 
 

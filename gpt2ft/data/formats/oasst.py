@@ -15,11 +15,11 @@ import tempfile
 from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, MutableSequence, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from gpt2ft.conversation import Message, MessageTree, Role
-from gpt2ft.data.formats.keys import FILTERED, MARKS, RECORD_MARKS, is_masked, language_of, refuse_bad, refuse_unread
+from gpt2ft.data.formats.keys import FILTERED, MARKS, RECORD_MARKS, language_of, record_weight, refuse_unread, weight_of
 from gpt2ft.data.reading import Malformed, ReadContext, Record, Trees, objects, of, role_of, show, text_of, value
 from gpt2ft.settings.sections import FilterSettings
 
@@ -48,14 +48,15 @@ class NestedTrees:
         Raises:
             Malformed: if the record cannot be read.
         """
-        refuse_bad(record)
+        weight = record_weight(record)
         refuse_unread(record, self.columns)
         texts: list[str] = []
-        found = list(_flatten(record, where, texts))
+        rows = _flatten(record, where, texts)
+        found = [replace(row, weight=row.weight * weight) if row.role == "assistant" else row for row in rows]
         context.totals.messages += len(found)
         context.totals.trees += 1
-        rows = _unique(found, context)
-        return _Forest(rows, _replies_by_parent(rows), texts).tree(found[0], context)
+        unique = _unique(found, context)
+        return _Forest(unique, _replies_by_parent(unique), texts).tree(found[0], context)
 
 
 class FlatMessages:
@@ -104,7 +105,7 @@ class _Row:
     language: str | None
     deleted: bool
     rejected: bool
-    masked: bool
+    weight: float
     text_hash: int
     has_text: bool
     text: int = field(compare=False)  # its number among the texts
@@ -174,7 +175,7 @@ def _row(
         language=language and sys.intern(language),
         deleted=value(message, "deleted", bool, "true, false or null", optional=True) is True,
         rejected=value(message, "review_result", bool, "true, false or null", optional=True) is False,
-        masked=is_masked(message, role),
+        weight=weight_of(message, role),
         text_hash=hash(text),
         has_text=bool(text),
         text=len(texts),
@@ -267,7 +268,7 @@ class _Forest:
             if reason:
                 context.dropped[reason] += 1
             else:
-                messages.append(Message(row.role, self.texts[row.text], parent, row.rank, row.masked))
+                messages.append(Message(row.role, self.texts[row.text], parent, row.rank, row.weight))
             index = len(messages) - 1
             replies = reversed(self.replies.get(row.message_id, ()))
             waiting.extend((reply, index, bool(reason)) for reply in replies)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from gpt2ft.conversation import Message, MessageTree, Role, tidy
 from gpt2ft.data.formats.chat_messages import chat_messages
 from gpt2ft.data.formats.column_names import CONTEXTS, CONVERSATIONS, PROMPTS
-from gpt2ft.data.formats.keys import MARKS, is_empty, is_masked, refuse_unread
+from gpt2ft.data.formats.keys import MARKS, is_empty, refuse_fractions, refuse_unread, weight_of
 from gpt2ft.data.formats.layout import Format, Transcript, count_messages
 from gpt2ft.data.formats.prompt_reply import asked, contexts_of
 from gpt2ft.data.formats.turns import Turn, Turns, clean, content_id, joined, messages_of
@@ -35,6 +35,7 @@ _PASSED_OVER = ("custom_system_prompt", "principle", "annotations", "critique")
 
 def _replies(found: Sequence[Transcript], context: ReadContext) -> MessageTree | None:
     """Return the tree of the prompt and the replies of a record, or None if they do not belong together."""
+    refuse_fractions(turns[-1].weight for turns, _ in found)
     read = count_messages([turns for turns, _ in found])
     conversations = [joined(turns) for turns, _ in found]
     prompt = conversations[0][:-1]
@@ -63,7 +64,7 @@ def _replies(found: Sequence[Transcript], context: ReadContext) -> MessageTree |
 
 def _tree(prompt: Turns, replies: Sequence[tuple[Turn, int | None]], source: str) -> MessageTree:
     ordered = sorted(replies, key=lambda reply: (reply[1] is None, reply[1]))
-    below = [Message("assistant", reply.text, len(prompt) - 1, rank, reply.masked) for reply, rank in ordered]
+    below = [Message("assistant", reply.text, len(prompt) - 1, rank, reply.weight) for reply, rank in ordered]
     return MessageTree(content_id(prompt), source, (*messages_of(prompt), *below))
 
 
@@ -130,7 +131,7 @@ def _turns(record: Record, key: str, role: Role) -> list[Turn]:
 
 def _unmarked(turns: Turns) -> list[Turn]:
     """Return turns of a prompt, which is never learnt: their marks say nothing."""
-    return [turn._replace(masked=False) for turn in turns]
+    return [turn._replace(weight=1.0) for turn in turns]
 
 
 def _opening(record: Record, key: str) -> list[Turn]:
@@ -167,7 +168,7 @@ def _completions(record: Record) -> list[Transcript]:
 def _scored(completion: Record) -> tuple[Turn, float | None]:
     refuse_unread(completion, _RESPONSE + _PASSED_OVER + MARKS)
     text = value(completion, "response", str, "a string")
-    return Turn("assistant", text, is_masked(completion, "assistant")), _score(completion)
+    return Turn("assistant", text, weight_of(completion, "assistant")), _score(completion)
 
 
 def _score(reply: Record) -> float | None:
@@ -186,6 +187,7 @@ CHOSEN_REJECTED = Format(
     also=("score_chosen", "score_rejected"),
     sometimes=(*PROMPTS, *CONTEXTS, *CONVERSATIONS),
     read_of=_read_of,
+    compared=True,
 )
 COMPLETIONS = Format(
     "`completions` with scores",
@@ -193,4 +195,5 @@ COMPLETIONS = Format(
     _completions,
     _replies,
     passed_over=("correct_answers", "incorrect_answers"),
+    compared=True,
 )

@@ -18,11 +18,11 @@ from gpt2ft.data.reading import Malformed, ReadContext
 
 
 class Turn(NamedTuple):
-    """One turn; a reply that is `masked` is not to be learnt."""
+    """One turn, and what it counts where it is learnt."""
 
     role: Role
     text: str
-    masked: bool = False
+    weight: float = 1.0
 
 
 Turns = Sequence[Turn]
@@ -57,7 +57,7 @@ def joined(turns: Turns) -> list[Turn]:
     """Return the turns, those of one role that follow each other as one.
 
     Raises:
-        Malformed: if some of these are to be learnt and others not.
+        Malformed: if they do not count the same.
     """
     found: list[Turn] = []
     for turn in turns:
@@ -66,9 +66,10 @@ def joined(turns: Turns) -> list[Turn]:
             found.append(turn)
         elif not above.text or not turn.text:
             found[-1] = turn if turn.text else above
-        elif above.masked != turn.masked:
+        elif above.weight != turn.weight:
             raise Malformed(
-                "marks as `loss` must agree on assistant turns that follow each other, as they are joined, but do not"
+                "weights (`loss`, `weight`) must agree on assistant turns that follow each other, as they are joined, "
+                "but do not"
             )
         else:
             found[-1] = above._replace(text=f"{above.text}\n\n{turn.text}")
@@ -78,8 +79,8 @@ def joined(turns: Turns) -> list[Turn]:
 def messages_of(turns: Turns) -> list[Message]:
     """Return the turns as messages, each below the one before."""
     return [
-        Message(role, text, index - 1 if index else None, masked=masked)
-        for index, (role, text, masked) in enumerate(turns)
+        Message(role, text, index - 1 if index else None, weight=weight)
+        for index, (role, text, weight) in enumerate(turns)
     ]
 
 

@@ -289,7 +289,15 @@ def test_deep_emptiness():
 
 # --- marks ----------------------------------------------------------------------------------------------------------
 
-MARKS = ["learn", "loss", "loss_weight", "train", "train_on_turn", "trainable", "training", "weight"]
+MARKS = [
+    "learn", "loss", "loss_scale", "loss_weight", "sample_weight", "train", "train_on_turn", "trainable", "training",
+    "weight",
+]  # fmt: skip
+
+
+UNCLEAR = [
+    1.01, 2, -1, -0.1, 1e-7, 10**400, float("nan"), float("inf"), "false", "0", "0.5", "1", "yes", [0], [0.5], {"x": 1},
+]  # fmt: skip
 
 
 def supervised(trees):
@@ -306,27 +314,35 @@ def test_a_reply_that_is_not_to_be_learnt_is_context(layout, mark, read, error):
         (tree,), _ = read([make({mark: left})])
         assert [message.text for message in tree.messages] == ["Tea?", "Yes."]
         assert supervised([tree]) == [[]]
-    for unclear in (0.5, 2, -1, "false", "0", [0], {"x": 1}, float("nan")):
+    for weight in (0.5, 0.1, 1e-6, 0.999):
+        (tree,), _ = read([make({mark: weight})])
+        assert [message.weight for message in tree.messages] == [1, weight]
+        assert supervised([tree]) == [["Yes."]]
+    for unclear in UNCLEAR:
         assert tells(error([make({mark: unclear})]), f"test.jsonl:1: ... `{mark}`")
 
 
 def test_marks_that_disagree_are_refused(read, error):
     assert tells(error([MESSAGES["messages"]({"loss": True, "weight": 0})]), "test.jsonl:1: ... `loss` and `weight`")
     assert supervised(read([MESSAGES["messages"]({"loss": False, "weight": 0.0})])[0]) == [[]]
+    assert tells(error([MESSAGES["messages"]({"loss": True, "weight": 0.5})]), "test.jsonl:1: ... `loss` and `weight`")
+    assert tells(error([LAYOUTS["text"] | {"train": 0.5, "weight": 0.4}]), "test.jsonl:1: ... `train` and `weight`")
 
 
 @pytest.mark.parametrize("mark", MARKS)
 def test_a_user_turn_may_be_left_out_but_not_be_learnt(mark, read, error):
     for left in (0, False, None):
         assert supervised(read([{"messages": [ASKED | {mark: left}, TOLD]}])[0]) == [["Yes."]]
-    assert tells(error([{"messages": [ASKED | {mark: 1}, TOLD]}]), f"message 1 of `messages`: `{mark}` ... user")
+    for learnt in (1, 0.5):
+        wrong = error([{"messages": [ASKED | {mark: learnt}, TOLD]}])
+        assert tells(wrong, f"message 1 of `messages`: `{mark}` ... user")
 
 
 def test_the_name_of_a_conversation_does_not_depend_on_its_marks(read):
     (tree,), _ = read([{"messages": [ASKED, TOLD | {"loss": False}, ASKED, TOLD]}])
     turns = [("user", "Tea?"), ("assistant", "Yes.")] * 2
     assert tree.id == content_id(turns)
-    assert [message.masked for message in tree.messages] == [False, True, False, False]
+    assert [message.weight for message in tree.messages] == [1, 0, 1, 1]
 
 
 def test_weights_of_a_stored_conversation(write, tokenizer, tmp_path):
@@ -352,7 +368,10 @@ def test_a_record_that_is_not_to_be_learnt_is_refused(kind, record, mark, file, 
     for learnt in (True, 1, None):
         assert len(read([record | {mark: learnt}], kind=kind)[0]) == 1
     is_class = mark == "label" and record == LAYOUTS["text"]
-    for bad in (False, 0.5, "bad", [1]) if is_class else (False, 0, 0.5, "bad", [1]):
+    is_weight = mark in MARKS and kind == CONVERSATIONS
+    for bad in [False, 0, *([] if is_weight else [0.5]), *UNCLEAR]:
+        if is_class and type(bad) is int:
+            continue
         assert tells(error([record, record | {mark: bad}], kind=kind), f"test.jsonl:2: `{mark}`")
     rows = write(tmp_path / file, [record | {mark: good} for good in (True, False)])
     assert tells(error(rows, kind=kind), f"{rows}: ... `{mark}`" if file == "t.parquet" else f"{rows}:2: `{mark}`")
@@ -368,10 +387,8 @@ def test_marks_in_a_prompt_that_is_not_learnt_say_nothing(read):
 
 
 def test_a_reply_that_is_not_to_be_learnt_is_not_compared():
-    tree = MessageTree(
-        "t", "test",
-        (Message("user", "Tea?"), *(Message("assistant", text, 0, rank, rank == 0) for rank, text in enumerate("abc"))),
-    )  # fmt: skip
+    replies = [Message("assistant", text, 0, rank, weight=float(rank > 0)) for rank, text in enumerate("abc")]
+    tree = MessageTree("t", "test", (Message("user", "Tea?"), *replies))
     context = ReadContext("test", FilterSettings())
     assert PREFERENCES.rows(tree, None, context) == (tree, [[0, 2, 3]])
     assert +context.dropped == {"marked as not to be learnt": 1}

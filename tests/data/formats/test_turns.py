@@ -93,16 +93,17 @@ def test_every_turn_is_kept_or_dropped_for_one_reason_and_what_is_kept_is_a_conv
     assert sizes >= {0, 2, 3, 4}
 
 
-def test_a_reply_in_two_parts_is_masked_as_a_whole_or_not_at_all():
+def test_a_reply_in_two_parts_weighs_the_same_in_both():
     user = Turn("user", "Tea?")
     context = ReadContext("test", FilterSettings())
-    for masked in (True, False):
-        parts = [Turn("assistant", text, masked) for text in ("Yes.", "", "Now.")]
-        assert clean([user, *parts], context) == [user, Turn("assistant", "Yes.\n\nNow.", masked)]
-    mixed = [user, Turn("assistant", "", True), Turn("assistant", "Yes.", False)]
+    for weight in (0.0, 0.5, 1.0):
+        parts = [Turn("assistant", text, weight) for text in ("Yes.", "", "Now.")]
+        assert clean([user, *parts], context) == [user, Turn("assistant", "Yes.\n\nNow.", weight)]
+    mixed = [user, Turn("assistant", "", 0.0), Turn("assistant", "Yes.", 1.0)]
     assert clean(mixed, context) == [user, Turn("assistant", "Yes.")]
-    with pytest.raises(Malformed):
-        clean([user, Turn("assistant", "No.", True), Turn("assistant", "Yes.")], context)
+    for weight in (0.0, 0.5):
+        with pytest.raises(Malformed):
+            clean([user, Turn("assistant", "No.", weight), Turn("assistant", "Yes.")], context)
 
 
 some_text = st.lists(st.sampled_from(["", "x", "y z"]), min_size=1, max_size=4).filter(any)
