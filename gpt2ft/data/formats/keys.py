@@ -16,6 +16,7 @@ MARKS = (
     "learn", "loss", "loss_scale", "loss_weight", "sample_weight", "train", "train_on_turn", "trainable", "training",
     "weight",
 )  # fmt: skip
+PASS_OVER = "where it says nothing of the kind, name it in `data.ignore_keys`"
 LEAST_WEIGHT = 1e-6  # above 0; far smaller ones would be lost in float32
 RECORD_MARKS = (*MARKS, "label", "kto_tag")  # KTO: the whole record is good or bad
 FILTERED = ("deleted", "lang", "language", "review_result")
@@ -123,7 +124,7 @@ def record_weight(record: Record, classes: Collection[str] = (), compared: bool 
         if not mark:
             raise Malformed(
                 f"`{key}` must be true, above 0 or absent, as a record is learnt, but is {show(record[key])}"
-                f"{of(record)}; leave such records out, or set `data.on_error` to skip, which counts them",
+                f"{of(record)}; `data.on_error` = skip leaves such records out and counts them; {PASS_OVER}",
                 "marked as bad",
             )
     return _agreed(record, {key: mark for key, mark in marks.items() if key in MARKS})
@@ -156,7 +157,7 @@ def _marks(record: Record, keys: Iterable[str], weights: Collection[str] = MARKS
                 between = f", or from {LEAST_WEIGHT:f} to 1 where by a weight" if key in weights else ""
                 raise Malformed(
                     f"`{key}` must be 1 or true where it is to be learnt, 0 or false where not{between}, but is "
-                    f"{show(mark)}{of(record)}"
+                    f"{show(mark)}{of(record)}; {PASS_OVER}"
                 )
             found[key] = float(mark)
     return found
@@ -168,16 +169,28 @@ def reason_to_drop(record: Record, filters: FilterSettings) -> str | None:
     Raises:
         Malformed: if what they read is no answer.
     """
-    if value(record, "deleted", bool, "true, false or null", optional=True):
+    if fact_of(record, "deleted"):
         return "deleted"
     language = language_of(record)
     if filters.languages and language and language not in filters.languages:
         return "wrong language"
-    reviewed = value(record, "review_result", bool, "true, false or null", optional=True)
-    return "not reviewed" if filters.reviewed_only and reviewed is False else None
+    return "not reviewed" if filters.reviewed_only and fact_of(record, "review_result") is False else None
+
+
+def fact_of(record: Record, key: str, kind: type = bool, must_be: str = "true, false or null") -> Any:
+    """Return what a key that may be absent or empty says of a record or message; None where it says nothing.
+
+    Raises:
+        Malformed: if it is of another type, as all fields of a table in text are.
+    """
+    if is_empty(record.get(key)):
+        return None
+    try:
+        return value(record, key, kind, must_be)
+    except Malformed as malformed:
+        raise Malformed(f"{malformed}; {PASS_OVER}") from None
 
 
 def language_of(record: Record) -> str | None:
-    keys = ("lang", "language")
-    found = (value(record, key, str, "a string or null", optional=True) for key in keys)
+    found = (fact_of(record, key, str, "a string or null") for key in ("lang", "language"))
     return next(filter(None, found), None)

@@ -19,7 +19,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from gpt2ft.conversation import Message, MessageTree, Role
-from gpt2ft.data.formats.keys import FILTERED, MARKS, RECORD_MARKS, language_of, record_weight, refuse_unread, weight_of
+from gpt2ft.data.formats.keys import (
+    FILTERED,
+    MARKS,
+    RECORD_MARKS,
+    fact_of,
+    language_of,
+    record_weight,
+    refuse_unread,
+    weight_of,
+)
 from gpt2ft.data.reading import Malformed, ReadContext, Record, Trees, objects, of, role_of, show, text_of, value
 from gpt2ft.settings.sections import FilterSettings
 
@@ -173,8 +182,8 @@ def _row(
         role=role,
         rank=_rank(message),
         language=language and sys.intern(language),
-        deleted=value(message, "deleted", bool, "true, false or null", optional=True) is True,
-        rejected=value(message, "review_result", bool, "true, false or null", optional=True) is False,
+        deleted=fact_of(message, "deleted") is True,
+        rejected=fact_of(message, "review_result") is False,
         weight=weight_of(message, role),
         text_hash=hash(text),
         has_text=bool(text),
@@ -188,7 +197,7 @@ def _row(
 def _rank(message: Record) -> int | None:
     if isinstance(message.get("rank"), float) and message["rank"].is_integer():
         message = message | {"rank": int(message["rank"])}  # tables with gaps hold whole numbers as floats
-    rank = value(message, "rank", int, "a whole number or null", optional=True)
+    rank = fact_of(message, "rank", int, "a whole number or null")
     if rank is not None and not 0 <= rank <= _LAST_RANK:
         raise Malformed(f"`rank` must be from 0 (the best) to {_LAST_RANK:,}, but is {rank}{of(message)}")
     return rank

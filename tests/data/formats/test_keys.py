@@ -329,6 +329,22 @@ def test_marks_that_disagree_are_refused(read, error):
     assert tells(error([LAYOUTS["text"] | {"train": 0.5, "weight": 0.4}]), "test.jsonl:1: ... `train` and `weight`")
 
 
+@pytest.mark.parametrize("key", ["deleted", "review_result", *MARKS, "label", "kto_tag"])
+def test_fields_of_a_table_in_text_are_no_marks_and_can_be_passed_over(key, read, error, tmp_path):
+    file = tmp_path / "t.csv"
+    for content in ("false", "0", "1"):
+        file.write_text(f"prompt,completion,{key}\nTea?,Yes.,{content}\n")
+        assert tells(error(file), f'{file}:2: `{key}` ... "{content}" ... `data.ignore_keys`')
+        assert supervised(read(file, ignore_keys=(key,))[0]) == [["Yes."]]
+    file.write_text(f"prompt,completion,{key}\nTea?,Yes.,\n")
+    assert supervised(read(file)[0]) == [["Yes."]]
+
+
+def test_what_can_be_passed_over_is_said_of_messages_as_well(error):
+    for key, content in {"deleted": "no", "review_result": 1, "rank": "0", "lang": 3, "weight": "1"}.items():
+        assert tells(error([MESSAGES["tree"]({key: content})]), f"test.jsonl:1: `{key}` ... `data.ignore_keys`")
+
+
 @pytest.mark.parametrize("mark", MARKS)
 def test_a_user_turn_may_be_left_out_but_not_be_learnt(mark, read, error):
     for left in (0, False, None):
