@@ -6,10 +6,12 @@ They compare log-probs of whole replies, c and r, and how far these have moved f
 
 Each loss is a pure function of `PairLogProbs`, [P] -> [P], and of the settings of `dpo` that stand in its signature.
 `PREFERENCE_LOSSES`, at the end, is the list of them: settings offer what stands there, and nothing else needs to know.
+A loss of whole rankings gives all pairs of one the same value, so that each ranking weighs what its pairs weigh.
 Settings load without torch, so it is not imported here before a loss is computed. Shape letter: P pairs.
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,6 +32,8 @@ class PairLogProbs:
     rejected_lengths: "Tensor"  # [P]
     chosen_ignored: "Tensor | float" = 0.0  # [P] share of the change that LD-DPO leaves out of account
     rejected_ignored: "Tensor | float" = 0.0
+    rankings: "Tensor | None" = None  # [P] number of the ranking that each pair is of, for list-wise losses
+    chosen_replies: "Tensor | None" = None  # [P] number of the chosen reply
 
     @property
     def chosen_change(self) -> "Tensor":
@@ -131,6 +135,21 @@ def orpo(pairs: PairLogProbs, beta: float) -> "Tensor":
     return -pairs.chosen_mean - beta * _log_sigmoid(ratio)
 
 
+def plackett_luce(pairs: PairLogProbs, beta: float) -> "Tensor":
+    """-log of the probability of a whole ranking, to each of its pairs: the sum over its replies but the worst of
+
+        -log (exp(beta change(y)) / sum exp(beta change(y')))        y' being y and all replies worse than it
+
+    Plackett 1975, "The analysis of permutations"; Luce 1959; Rafailov et al. 2023, appendix A.3, eq. 20. Replies of one
+    rank are not compared, so each is drawn from itself and what is worse than both.
+    """
+    margins = beta * pairs.change_margin
+    in_ranking = pairs.rankings[:, None] == pairs.rankings  # [P, P]
+    in_draw = in_ranking & (pairs.chosen_replies[:, None] == pairs.chosen_replies)
+    draws = -_log_sigmoid(-(-margins).where(in_draw, -math.inf).logsumexp(1))  # [P] equal for all pairs of a draw
+    return in_ranking.to(draws.dtype) @ (draws / in_draw.sum(1))
+
+
 def _log_sigmoid(x: "Tensor") -> "Tensor":
     """log(1 / (1 + exp(-x)))"""
     from torch.nn.functional import logsigmoid
@@ -151,12 +170,15 @@ class PreferenceLoss:
         function: of `PairLogProbs` and of settings of `dpo`, `beta` first.
         meaning: in a few words, for --help.
         has_nll: the NLL of the chosen reply is a part of it, so `rpo_alpha` would add it once more.
+        is_list_wise: it is of a whole ranking, with the same value for all pairs of it, so these must be all that the
+            ranking gives, and no setting may weigh a reply by the pair that it is in.
     """
 
     function: Callable[..., "Tensor"]
     meaning: str
     needs_reference: bool = True
     has_nll: bool = False
+    is_list_wise: bool = False
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -166,7 +188,8 @@ class PreferenceLoss:
     @property
     def parameters(self) -> tuple[str, ...]:
         """Settings of `dpo` that have a meaning beside `beta`."""
-        on_any_pairs = {"rpo_alpha": not self.has_nll, "ld_alpha": self.needs_reference}
+        of_pairs = not self.is_list_wise
+        on_any_pairs = {"rpo_alpha": of_pairs and not self.has_nll, "ld_alpha": of_pairs and self.needs_reference}
         return (*self.arguments[1:], *(name for name, has_meaning in on_any_pairs.items() if has_meaning))
 
 
@@ -181,6 +204,7 @@ PREFERENCE_LOSSES = {
     "apo_down": PreferenceLoss(apo_down, "both down, rejected further"),
     "nca": PreferenceLoss(nca, "each reply against the reference"),
     "sppo": PreferenceLoss(sppo, "a margin to meet for each reply"),
+    "plackett_luce": PreferenceLoss(plackett_luce, "the whole ranking of a prompt's replies", is_list_wise=True),
     "simpo": PreferenceLoss(simpo, "without a reference", needs_reference=False),
     "orpo": PreferenceLoss(
         orpo, "without a reference, beside the NLL of the chosen reply", needs_reference=False, has_nll=True

@@ -35,6 +35,7 @@ class Pairs:
     weights: Tensor  # [P] float32, how much each pair counts
     reference: Tensor  # [R] float64, log-prob of each reply under the reference; NaN where none is known
     lengths: Tensor  # [R] float32, targets of each reply; 1 in the tail
+    rankings: Tensor  # [P] number of the preference group that each pair is of
     num_pairs: int
     reference_tails: Tensor | None = None  # [P, 2] float64, of the tokens by which either reply is longer, for LD-DPO
 

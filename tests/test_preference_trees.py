@@ -262,15 +262,16 @@ def test_whole_trees_have_the_losses_and_gradients_of_their_groups(merged_case, 
         keys = reply_keys(plan)
         known = {key: -3.0 * tokens for key, tokens in zip(keys.keys, keys.tokens, strict=True)}
         plan.reference = np.array([known[key] for key in keys.keys])
-        objective = DPO(PreferenceSettings(loss="sigmoid", beta=BETA))
+        by_pairs, by_rankings = (DPO(PreferenceSettings(loss=loss, beta=BETA)) for loss in ("sigmoid", "plackett_luce"))
         merged_case.model.zero_grad()
-        sums = np.zeros(2 + len(objective.metric_names))
+        sums = np.zeros(3 + len(by_pairs.metric_names))
         for micro_batch in plan.streams:
             stream = plan.stream(micro_batch)
             log_probs = merged_case.model(stream)
-            loss = objective.loss(log_probs, stream)
-            loss.backward()
-            sums += [float(loss.detach()), objective.normalizer(stream), *objective.metrics(log_probs, stream).tolist()]
+            losses = torch.stack([objective.loss(log_probs, stream) for objective in (by_pairs, by_rankings)])
+            losses.sum().backward()
+            metrics = by_pairs.metrics(log_probs, stream).tolist()
+            sums += [*losses.tolist(), by_pairs.normalizer(stream), *metrics]
         gradient = {name: parameter.grad.clone() for name, parameter in merged_case.model.named_parameters()}
         found[plan is merged] = sorted(keys.keys), plan.chunks.pairs.sum(), plan.chunks.replies.sum(), sums, gradient
     *same, sums, gradient = found[True]

@@ -138,15 +138,18 @@ def build_pairs(
         raise ValueError(f"{num_pairs} pairs of {len(reference)} replies do not fit {pair_capacity}, {reply_capacity}")
     index = np.zeros((pair_capacity, 2), np.int64)
     weights = np.zeros(pair_capacity, np.float32)
+    rankings = np.zeros(pair_capacity, np.int64)
     padded = np.zeros(reply_capacity, np.float64)
     lengths = np.ones(reply_capacity, np.float32)
     padded[: len(reference)] = reference
-    at = 0
+    at = num_rankings = 0
     for tree in trees:
         here = slice(at, at + len(tree.pairs))
         index[here] = tree.groups[tree.pairs]
         weights[here] = tree.pair_weights
+        rankings[here] = num_rankings + tree.rankings
+        num_rankings += int(tree.rankings.max(initial=-1)) + 1
         is_reply = tree.weights > 0
         lengths[tree.groups[is_reply]] = tree.lengths[is_reply] - 1
         at = here.stop
-    return Pairs(*map(torch.from_numpy, (index, weights, padded, lengths)), num_pairs=num_pairs)
+    return Pairs(*map(torch.from_numpy, (index, weights, padded, lengths, rankings)), num_pairs=num_pairs)

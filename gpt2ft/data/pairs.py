@@ -49,6 +49,7 @@ class PreferencePairs:
     max_length: int
     capacity: int
     merges: bool = False
+    whole_rankings: bool = False  # all replies to a prompt share a stream, for losses that rank them
     kind: ClassVar[DataKind] = PREFERENCES
 
     @property
@@ -89,9 +90,12 @@ class PreferencePairs:
         """Return the group in parts that fit context and streams; what is left out is counted.
 
         Raises:
-            ValueError: if a prompt with two of its replies does not fit a stream.
+            ValueError: if a prompt with two of its replies, or with all of `whole_rankings`, does not fit a stream.
         """
         fitting = self._fitting(tree, left_out)
+        if fitting is not None and self.whole_rankings and len(fitting.tokens) > self.capacity:
+            replies = int((fitting.weights > 0).sum())
+            raise _too_large(f"a prompt and the {replies} replies to it that are ranked", fitting, self.capacity)
         return [] if fitting is None else split_by_pairs(fitting, self.capacity)
 
     def contents(self, tree: TokenTree, part: TokenTree) -> NDArray[np.int32]:
@@ -206,11 +210,7 @@ def split_by_pairs(tree: TokenTree, capacity: int) -> list[TokenTree]:
     parts: list[tuple[set[int], list[int]]] = []  # replies, numbers of their pairs
     for number, pair in enumerate(pairs):
         if int(tree.lengths[pair].sum()) > room:
-            needed = int(tree.lengths[[*prompt, *pair]].sum())
-            raise ValueError(
-                f"a prompt and the two replies of a pair are {needed:,} tokens, but a stream holds {capacity:,}: "
-                f"`tokens_per_micro_batch` must be at least {-(-needed // 128) * 128}"
-            )
+            raise _too_large("a prompt and the two replies of a pair", _with_pairs(tree, [number]), capacity)
         for replies, numbers in parts:
             if int(tree.lengths[sorted(replies | set(pair))].sum()) <= room:
                 replies.update(pair)
@@ -219,6 +219,14 @@ def split_by_pairs(tree: TokenTree, capacity: int) -> list[TokenTree]:
         else:
             parts.append((set(pair), [number]))
     return [_with_pairs(tree, numbers) for _, numbers in parts]
+
+
+def _too_large(what: str, tree: TokenTree, capacity: int) -> ValueError:
+    needed = len(tree.tokens)
+    return ValueError(
+        f"{what} are {needed:,} tokens, but a stream holds {capacity:,}: `tokens_per_micro_batch` must be at least "
+        f"{-(-needed // 128) * 128}"
+    )
 
 
 def _with_pairs(tree: TokenTree, numbers: list[int]) -> TokenTree:
@@ -235,7 +243,12 @@ def _of_pairs(tree: TokenTree, prompt: list[int], pairs: list[tuple[int, int]], 
     nodes = [*prompt, *replies]
     place = {node: new for new, node in enumerate(nodes)}
     index = np.array([[place[a], place[b]] for a, b in pairs], np.int32).reshape(-1, 2)
-    return replace(tree.select(nodes, supervised), pairs=index, pair_weights=np.array(weights, np.float32))
+    columns = {
+        "pairs": index,
+        "pair_weights": np.array(weights, np.float32),
+        "rankings": np.zeros(len(pairs), np.int32),
+    }
+    return replace(tree.select(nodes, supervised), **columns)
 
 
 def _shortened(tree: TokenTree, room: int) -> TokenTree:

@@ -40,6 +40,7 @@ class TokenTree:
     messages: NDArray[np.int32]  # [K] index of each node's message in its whole conversation
     pairs: NDArray[np.int32] = field(default_factory=lambda: np.zeros((0, 2), np.int32))  # [P, 2] chosen, rejected node
     pair_weights: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))  # [P]
+    rankings: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))  # [P] number of a pair's group
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
@@ -306,6 +307,7 @@ def merge(first: TokenTree, second: TokenTree) -> TokenTree | None:
         messages=column("messages"),
         pairs=place_of[np.concatenate([first.pairs, np.array(places)[second.pairs]])],
         pair_weights=np.concatenate([first.pair_weights, second.pair_weights]),
+        rankings=np.concatenate([first.rankings, second.rankings + first.rankings.max(initial=-1) + 1]),
     )
 
 

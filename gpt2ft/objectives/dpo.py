@@ -87,6 +87,8 @@ def pair_log_probs(log_probs: Tensor, stream: TokenStream, ld_alpha: float = 1.0
         lengths[chosen],
         lengths[rejected],
         *ignored,
+        rankings=stream.pairs.rankings[: stream.pairs.num_pairs],
+        chosen_replies=chosen,
     )
 
 

@@ -21,6 +21,11 @@ def start_loss(settings: PreferenceSettings) -> float | None:
     """Return the loss where policy and reference are equal; None where it depends on the data."""
     chosen, rejected = torch.tensor([[-5.0, -40.0, -9.0], [-30.0, -8.0, -9.0]], dtype=torch.float64)
     chosen_lengths, rejected_lengths = torch.tensor([[3.0, 20.0, 4.0], [17.0, 2.0, 5.0]])
-    pairs = PairLogProbs(chosen, rejected, chosen, rejected, chosen_lengths, rejected_lengths)
+    one_ranking = torch.tensor([0, 0, 1])  # of two pairs, and one of one
+    pairs = PairLogProbs(
+        *(chosen, rejected, chosen, rejected, chosen_lengths, rejected_lengths),
+        rankings=one_ranking,
+        chosen_replies=one_ranking,
+    )
     losses = pair_losses(settings, pairs)
     return float(losses[0]) if torch.allclose(losses, losses[:1]) else None

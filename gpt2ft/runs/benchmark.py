@@ -175,7 +175,9 @@ def made_up_group(random: np.random.Generator) -> TokenTree:
     lengths = [int(random.integers(10, 60)), *random.integers(40, 320, replies).tolist()]
     tree = _of_random_tokens(random, lengths, [-1] + [0] * replies, [1] + [ASSISTANT] * replies)
     pairs = np.array(list(combinations(range(1, replies + 1), 2)), np.int32)
-    return replace(tree, pairs=pairs, pair_weights=np.ones(len(pairs), np.float32))
+    return replace(
+        tree, pairs=pairs, pair_weights=np.ones(len(pairs), np.float32), rankings=np.zeros(len(pairs), np.int32)
+    )
 
 
 def _of_random_tokens(

@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from gpt2ft.runs.run_setup import digest_of_sources
 from gpt2ft.runs.samples import Turns, held_out_paths
 from gpt2ft.settings.measuring import EvaluateSettings
 from gpt2ft.settings.parsing import refuse_problems
-from gpt2ft.settings.scripts import RunSettings
+from gpt2ft.settings.scripts import DPOSettings, RunSettings
 from gpt2ft.settings.sections import CorpusSettings, DataSettings, stream_problems
 from gpt2ft.text.display import print_row
 from gpt2ft.text.tokenizer import ChatTokenizer
@@ -241,7 +241,10 @@ class Bench:
         settings = self.settings
         capacity = settings.tokens_per_micro_batch
         rule = ConversationTrees("once", self.max_length, capacity)
+        trained = [subject.trained for subject in self.subjects]
         pair_rule = PreferencePairs(settings.pairs or "all", "pair", self.max_length, capacity)
+        if any(isinstance(run, DPOSettings) and run.dpo.is_list_wise for run in trained):
+            pair_rule = replace(pair_rule, whole_rankings=True)
         sources = settings.preferences or (settings.data if settings.pairs else ())
         preferences, pairs = self._corpus(sources, pair_rule, tokenizer)
         conversations, plan = self._corpus(() if sources == settings.data else settings.data, rule, tokenizer)

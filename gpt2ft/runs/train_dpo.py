@@ -52,7 +52,7 @@ class PreferenceTuning:
         dpo, data = self.settings.dpo, self.settings.data
         weight = dpo.pair_weight if for_training else "pair"
         capacity = self.settings.training.tokens_per_micro_batch
-        return PreferencePairs(dpo.pairs, weight, data.max_length, capacity, merges=dpo.whole_trees)
+        return PreferencePairs(dpo.pairs, weight, data.max_length, capacity, dpo.whole_trees, dpo.is_list_wise)
 
     def prepare_reference(self, setup: RunSetup, model: TargetLogProbs, signals: SignalHandler) -> dict[str, Any]:
         """Attach the reference to the plans, read from the store; missing log-probs are computed first."""

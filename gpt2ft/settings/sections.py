@@ -385,6 +385,10 @@ class PreferenceSettings(Section):
     def needs_reference(self) -> bool:
         return PREFERENCE_LOSSES[self.loss].needs_reference
 
+    @property
+    def is_list_wise(self) -> bool:
+        return PREFERENCE_LOSSES[self.loss].is_list_wise
+
     def problems(self) -> Iterator[str]:
         taken = PREFERENCE_LOSSES[self.loss].parameters
         for name in dict.fromkeys(name for loss in PREFERENCE_LOSSES.values() for name in loss.parameters):
@@ -392,6 +396,8 @@ class PreferenceSettings(Section):
             if getattr(self, name) != default and name not in taken:
                 takers = ", ".join(name_of for name_of, loss in PREFERENCE_LOSSES.items() if name in loss.parameters)
                 yield f"`dpo.{name}` must be {default:g} with `dpo.loss` = {self.loss}: only {takers} have it"
+        if self.is_list_wise and self.pairs != "all":
+            yield f"`dpo.pairs` must be all with `dpo.loss` = {self.loss}, of whole rankings, but is {self.pairs}"
         if "label_smoothing" in taken and not self.label_smoothing:
             yield f"`dpo.label_smoothing` must be above 0 with `dpo.loss` = {self.loss}, which is sigmoid otherwise"
 

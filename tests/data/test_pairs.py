@@ -30,7 +30,8 @@ def make_group(make_tree):
         nodes += [("assistant", length, len(prompt) - 1) for length in replies]
         weights = np.array([0] * len(prompt) + [1] * len(replies), np.float32)
         index = np.array(pairs, np.int32) + len(prompt)
-        return replace(make_tree(*nodes), weights=weights, pairs=index, pair_weights=np.ones(len(pairs), np.float32))
+        of_pairs = {"pair_weights": np.ones(len(pairs), np.float32), "rankings": np.zeros(len(pairs), np.int32)}
+        return replace(make_tree(*nodes), weights=weights, pairs=index, **of_pairs)
 
     return make
 
@@ -314,6 +315,19 @@ class TestSplitByPairs:
         assert min(parts_met[number] for number in (1, 2, 3, 4)) > 10
         assert refused > 50
 
+    def test_a_ranking_of_all_replies_is_never_split(self, store):
+        chunking = PreferencePairs("all", "pair", 128, 512, whole_rankings=True)
+        chunks = chunk([store], rows_of(store), chunking)
+        assert not (chunks.parts > 0).any()
+        largest = int(chunks.sizes.max())
+        with pytest.raises(DataError) as raised:
+            chunk([store], rows_of(store), replace(chunking, capacity=largest - 1))
+        least = -(-largest // 128) * 128
+        assert tells(
+            str(raised.value), f"conversation ... replies ... {largest} ... `tokens_per_micro_batch` ... {least}"
+        )
+        assert chunk([store], rows_of(store), PreferencePairs("all", "pair", 128, largest - 1)).parts.max() > 0
+
     def test_the_refusal_names_the_conversation_and_what_to_set(self, store):
         with pytest.raises(DataError) as raised:
             chunk([store], rows_of(store), PreferencePairs("all", "pair", 60, 60))
@@ -438,6 +452,7 @@ class TestMergedGroups:
         assert ways(merged) == ways(apart)
         assert merged.counts[:, 2:4].tolist() == [[3, 2], [2, 1]]  # replies, pairs
         assert merged.tree(0).parents.tolist() == [-1, 0, 0, 0]
+        assert merged.tree(0).rankings.tolist() == [0, 1]
 
 
 def test_replies_are_numbered_through(store):

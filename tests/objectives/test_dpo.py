@@ -19,16 +19,17 @@ SETTINGS = {
 def make_stream(groups, num_pairs=6, num_replies=8, num_targets=64):
     """A stream of groups: lengths of replies, reference of each, pairs of them, weight. Positions do not matter."""
     index, weights = torch.zeros(num_pairs, 2, dtype=torch.long), torch.zeros(num_pairs)
+    rankings = torch.zeros(num_pairs, dtype=torch.long)
     reference, lengths = torch.zeros(num_replies, dtype=torch.float64), torch.ones(num_replies)
     targets = []
     first = pair = 0
-    for sizes, known, compared, weight in groups:
+    for ranking, (sizes, known, compared, weight) in enumerate(groups):
         for number, size in enumerate(sizes):
             targets += [first + number] * size
             lengths[first + number] = size
             reference[first + number] = known[number]
         for a, b in compared:
-            index[pair], weights[pair] = torch.tensor([first + a, first + b]), weight
+            index[pair], weights[pair], rankings[pair] = torch.tensor([first + a, first + b]), weight, ranking
             pair += 1
         first += len(sizes)
     scored = len(targets)
@@ -37,7 +38,7 @@ def make_stream(groups, num_pairs=6, num_replies=8, num_targets=64):
     is_real = torch.zeros(num_targets)
     is_real[:scored] = 1
     nothing = torch.zeros(num_targets, dtype=torch.long)
-    pairs = Pairs(index, weights, reference, lengths, num_pairs=pair)
+    pairs = Pairs(index, weights, reference, lengths, rankings, num_pairs=pair)
     return TokenStream(nothing, nothing, nothing, nothing, nothing, is_real, numbers, num_targets, scored, pairs=pairs)
 
 
@@ -95,4 +96,4 @@ def test_the_tail_adds_nothing_and_an_empty_stream_stays_connected(loss):
 def test_replies_are_summed_by_their_number():
     stream = make_stream([([2, 3], [-1.0, -2.0], [(1, 0)], 1.0)])
     pairs = pair_log_probs(-torch.arange(64.0), stream)
-    assert [float(values) for values in vars(pairs).values()] == [-9.0, -1.0, -2.0, -1.0, 3.0, 2.0, 0.0, 0.0]
+    assert [float(values) for values in vars(pairs).values()] == [-9.0, -1.0, -2.0, -1.0, 3.0, 2.0, 0.0, 0.0, 0.0, 1.0]

@@ -29,6 +29,7 @@ SETTINGS = {
     "sppo": PreferenceSettings(loss="sppo", beta=0.3),
     "simpo": PreferenceSettings(loss="simpo", beta=2.0, gamma=0.5),
     "orpo": PreferenceSettings(loss="orpo", beta=0.2),
+    "plackett_luce": PreferenceSettings(loss="plackett_luce", beta=0.3),
 }
 
 
@@ -69,7 +70,10 @@ def random_pairs(number, seed=0, dtype=torch.float64):
     lengths = torch.randint(1, 40, (2, number), generator=random).to(dtype)
     log_probs = -lengths.repeat(2, 1) * (0.5 + torch.rand(4, number, generator=random, dtype=dtype))
     chosen, rejected, reference_chosen, reference_rejected = log_probs
-    return PairLogProbs(chosen, rejected, reference_chosen, reference_rejected, *lengths)
+    alone = torch.arange(number)
+    return PairLogProbs(
+        chosen, rejected, reference_chosen, reference_rejected, *lengths, rankings=alone, chosen_replies=alone
+    )
 
 
 # --- TRL ------------------------------------------------------------------------------------------------------------
@@ -198,7 +202,9 @@ def stream_of_pair(log_probs, lengths):
     """A stream of two replies of these log-probs, of which the first is chosen."""
     groups = torch.repeat_interleave(torch.arange(2), torch.tensor(lengths))
     reference = torch.zeros(2, dtype=torch.float64).index_add(0, groups, log_probs)
-    pairs = Pairs(torch.tensor([[0, 1]]), torch.ones(1), reference, torch.tensor(lengths).float(), num_pairs=1)
+    one_ranking = torch.zeros(1, dtype=torch.long)
+    lengths_of = torch.tensor(lengths).float()
+    pairs = Pairs(torch.tensor([[0, 1]]), torch.ones(1), reference, lengths_of, one_ranking, num_pairs=1)
     nothing = torch.zeros(sum(lengths), dtype=torch.long)
     ones = torch.ones(sum(lengths))
     return TokenStream(*[nothing] * 5, ones, groups, sum(lengths), sum(lengths), pairs=pairs)
@@ -241,16 +247,15 @@ def test_gradients(loss):
     sums = [values.clone().requires_grad_() for values in (pairs.chosen, pairs.rejected)]
 
     def losses(chosen, rejected):
-        fixed = (pairs.reference_chosen, pairs.reference_rejected, pairs.chosen_lengths, pairs.rejected_lengths)
-        return pair_losses(SETTINGS[loss], PairLogProbs(chosen, rejected, *fixed))
+        return pair_losses(SETTINGS[loss], replace(pairs, chosen=chosen, rejected=rejected))
 
     assert torch.autograd.gradcheck(losses, sums)
 
 
-@pytest.mark.parametrize("loss", [loss for loss, traits in PREFERENCE_LOSSES.items() if traits.needs_reference])
+@pytest.mark.parametrize("loss", [loss for loss, own in SETTINGS.items() if start_loss(own) is not None])
 def test_the_loss_of_the_start_is_known(loss):
     pairs = random_pairs(5)
-    same = PairLogProbs(pairs.chosen, pairs.rejected, pairs.chosen, pairs.rejected, *torch.ones(2, 5))
+    same = replace(pairs, reference_chosen=pairs.chosen, reference_rejected=pairs.rejected)
     losses = pair_losses(SETTINGS[loss], same)
     assert losses.tolist() == pytest.approx([start_loss(SETTINGS[loss])] * 5)
     assert set(pair_metrics(SETTINGS[loss], same)["accuracy"].tolist()) == {0.5}
@@ -258,7 +263,7 @@ def test_the_loss_of_the_start_is_known(loss):
 
 def test_the_loss_of_the_start_depends_on_the_data():
     assert start_loss(PreferenceSettings(loss="sigmoid", rpo_alpha=1.0)) is None
-    assert start_loss(SETTINGS["simpo"]) is None
+    assert {loss for loss, own in SETTINGS.items() if start_loss(own) is None} == {"simpo", "orpo", "plackett_luce"}
     assert start_loss(SETTINGS["sigmoid"]) == math.log(2)
 
 
@@ -289,7 +294,10 @@ def test_robust_is_unbiased_where_labels_are_flipped():
 def test_extreme_log_probs_stay_finite(loss):
     chosen = torch.tensor([-1e-7, -1e5, -1e5, -1e-7], dtype=torch.float64).requires_grad_()
     rejected = torch.tensor([-1e5, -1e-7, -1e5, -1e-7], dtype=torch.float64).requires_grad_()
-    pairs = PairLogProbs(chosen, rejected, *torch.full((2, 4), -10.0, dtype=torch.float64), *torch.ones(2, 4))
+    references = torch.full((4,), -10.0, dtype=torch.float64)
+    pairs = replace(random_pairs(4), chosen=chosen, rejected=rejected)
+    pairs = replace(pairs, reference_chosen=references, reference_rejected=references)
+    pairs = replace(pairs, chosen_lengths=torch.ones(4), rejected_lengths=torch.ones(4))
     losses = pair_losses(SETTINGS[loss], pairs)
     losses.sum().backward()
     assert all(bool(torch.isfinite(values).all()) for values in (losses, chosen.grad, rejected.grad))

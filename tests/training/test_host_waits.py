@@ -42,7 +42,7 @@ class PairBatches:
     def __init__(self, make_tree):
         tree = weigh(make_tree(("user", 4, -1), ("assistant", 9, 0), ("assistant", 5, 0), ("assistant", 7, 0)), "once")
         pairs = np.array([(1, 2), (1, 3), (2, 3)])
-        self.trees = [replace(tree, pairs=pairs, pair_weights=np.ones(3, np.float32))]
+        self.trees = [replace(tree, pairs=pairs, pair_weights=np.ones(3, np.float32), rankings=np.zeros(3, np.int32))]
 
     def ends_epoch(self, step):
         return False
