@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from gpt2ft.report.schema import Facts
-from gpt2ft.settings.scripts import RunSettings
+from gpt2ft.settings.scripts import WITHOUT_EFFECT, RunSettings
 
 MOST_POINTS = 500  # of a curve
-NOT_COMPARED = {"output": True, "resume": True, "dry_run": True, "show": True, "data": {"cache"}}  # of no effect
+NOT_COMPARED = dict.fromkeys(WITHOUT_EFFECT, True) | {"data": {"cache"}}
 
 
 def facts(settings: RunSettings, manifest: Mapping[str, Any], metrics: Path) -> Facts:

@@ -50,9 +50,8 @@ def write_certificate(output: Output, claims: Sequence[Claim], environment: Mapp
     """Write the certificate of a run into its folder, with digests of all that the run has left."""
     is_verified = all(claim["result"] == "holds" for claim in claims)
     files = (file.relative_to(output.folder) for file in sorted(output.folder.rglob("*")) if file.is_file())
-    files = [
-        file for file in files if not str(file).startswith((".", "tensorboard", "certificate")) and file.name != CARD
-    ]
+    of_others = (".", "tensorboard", "wandb", "certificate")
+    files = [file for file in files if not str(file).startswith(of_others) and file.name != CARD]
     folders = [folder for folder in (output.model, output.best, output.adapter) if folder.is_dir()]
     about = {"run": str(output.folder.resolve()), "verified": is_verified, "command": full_command()}
     about |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment, "claims": claims}

@@ -7,7 +7,7 @@ from typing import Any
 from gpt2ft.distributed.accelerator import precision_of
 from gpt2ft.distributed.agreement import check_agreement
 from gpt2ft.runs.run_setup import RunSetup
-from gpt2ft.settings.scripts import RunSettings
+from gpt2ft.settings.scripts import WITHOUT_EFFECT, RunSettings
 
 PASSES = ("steps", "epochs", "min_steps")  # settings of `training` that tell its length
 
@@ -32,7 +32,7 @@ def settings_that_train(settings: RunSettings) -> dict[str, Any]:
     """Return the settings that a run must share with what it continues, by section; all others may change meanwhile."""
     training = {"tokens_per_micro_batch", "micro_batches_per_step", "seed", "max_grad_norm", "deterministic"}
     training |= {"steps"} if settings.training.steps else {"steps", *PASSES}
-    sections = settings.model_dump(mode="json", exclude={"training", "output", "resume", "dry_run", "show"})
+    sections = settings.model_dump(mode="json", exclude={"training", *WITHOUT_EFFECT})
     del sections["data"]["cache"]
     return sections | {"training": settings.training.model_dump(mode="json", include=training)}
 

@@ -19,7 +19,7 @@ from gpt2ft.text.display import print_row
 
 
 class Output:
-    """recipe.yaml, manifest.json, metrics.jsonl, tensorboard/, checkpoints/, start/, adapter/, best/ and model/; the
+    """recipe.yaml, manifest.json, metrics.jsonl, files of trackers, checkpoints/, start/, adapter/, best/ and model/; the
     certificate once it was verified.
 
     `model/` is the last thing a run writes, so a folder with it is a finished run.

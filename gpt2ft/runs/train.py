@@ -18,6 +18,7 @@ from gpt2ft.runs.run_setup import RunSetup, cast_to_precision, run_preflight_che
 from gpt2ft.runs.samples import Sample, Turns, sample_prompts
 from gpt2ft.settings.scripts import RunSettings
 from gpt2ft.training.fit import LoopInputs, fit
+from gpt2ft.training.trackers import check_trackers
 from gpt2ft.training.tracking import Tracker
 
 
@@ -54,6 +55,8 @@ def train(settings: RunSettings, task: Task) -> None:
     training = settings.training
     accelerator = start_accelerator(training.precision, training.micro_batches_per_step, training.deterministic)
     check_settings(accelerator, settings)
+    if accelerator.is_main_process and not settings.looks_only:
+        check_trackers(settings.tracking)
     output = open_output(settings, accelerator)
     if output.is_finished_by_this_launch():
         return

@@ -24,6 +24,9 @@ LORA_TARGETS = {
 }
 
 
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")  # by their packages: see training/trackers.py
+
+
 class HubModel(NamedTuple):
     """A GPT-2 on the hub: where it lies, at which commit, and its shape (all have 50,257 ids and 1,024 positions)."""
 

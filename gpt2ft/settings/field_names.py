@@ -253,8 +253,15 @@ FIELD_NAMES = {
     **_named("dryrun dry check plan validate_only", "dry_run"),
     **_named("examples show_examples preview print_examples inspect", "show"),
     **_named(
-        "report_to wandb use_wandb wandb_project wandb_log tensorboard logger trackio project logging",
-        note="Every run writes metrics.jsonl and what TensorBoard shows.",
+        "report_to wandb use_wandb wandb_log tensorboard logger loggers trackio mlflow log_with logging tracker "
+        "trackers",
+        "tracking",
+        "Any of tensorboard, wandb, trackio and mlflow.",
+    ),
+    **_named(
+        "wandb_project project wandb_entity wandb_mode wandb_key wandb_run_id wandb_name trackio_space_id "
+        "mlflow_experiment mlflow_tracking_uri project_name",
+        note="`--tracking` names trackers; their environment variables set the rest, as WANDB_PROJECT.",
     ),
     **_named(
         "deepspeed deepspeed_config fsdp fsdp_config ddp strategy zero_stage num_processes nproc_per_node "

@@ -16,10 +16,13 @@ from gpt2ft.settings.sections import (
     PreferenceSettings,
     SamplingDefaults,
     Section,
+    TrackerName,
     TrainingSettings,
     source_problems,
     stream_problems,
 )
+
+WITHOUT_EFFECT = ("output", "resume", "tracking", "dry_run", "show")  # on what is trained
 
 
 class RunSettings(Section):
@@ -48,6 +51,8 @@ class RunSettings(Section):
     """Folder of the run; default runs/<recipe>."""
     resume: Literal["auto", "never"] = "auto"
     """auto continues an interrupted run in `output`; never moves it aside and starts anew."""
+    tracking: tuple[TrackerName, ...] = ("tensorboard",)
+    """Trackers that are shown curves and sample replies, beside metrics.jsonl; `--tracking` alone is none."""
     dry_run: bool = False
     """Print the plan and what the data are like: lengths, depths, duplicates, overlap. Trains nothing."""
     show: NotNegative = 0
@@ -69,6 +74,8 @@ class RunSettings(Section):
             yield "`data.eval` and `data.eval_fraction` must not both be set: held-out data comes from one of them"
         yield from stream_problems(training.tokens_per_micro_batch, data.max_length, "training.")
         yield from self.lora.problems()
+        if len(set(self.tracking)) < len(self.tracking):
+            yield f"`tracking` must name each tracker once, but names {', '.join(self.tracking)}"
         if self.lora.rank and self.model.random_init:
             yield "`model.random_init` must be off where `lora.rank` is set: adapters need trained weights to adapt"
         needing = {"training.eval_every": training.eval_every, "training.patience": training.patience}

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic.fields import FieldInfo
 
 from gpt2ft.preference_losses import PREFERENCE_LOSSES
-from gpt2ft.settings.choices import LORA_TARGETS, PUBLISHED_MODELS
+from gpt2ft.settings.choices import LORA_TARGETS, PUBLISHED_MODELS, TRACKERS
 from gpt2ft.settings.columns import column_words
 from gpt2ft.settings.per_target import by_target, per_target
 
@@ -26,6 +26,7 @@ MessageWeight = Literal["once", "leaves"]
 TrainOn = Literal["all", "last"]
 PublishedModel = Literal[*PUBLISHED_MODELS]
 LoRATarget = Literal[*LORA_TARGETS]
+TrackerName = Literal[*TRACKERS]
 LossName = Literal[*PREFERENCE_LOSSES]
 PairRule = Literal["all", "best_worst", "adjacent"]
 PairWeight = Literal["pair", "prompt"]

@@ -1,17 +1,19 @@
-"""Progress and metrics of a run: a progress bar or lines, metrics.jsonl and TensorBoard. Main process only."""
+"""Progress and metrics of a run: a progress bar or lines, metrics.jsonl and trackers. Main process only."""
 
 import hashlib
 import json
 import math
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from gpt2ft.checkpoint import TrainState
-from gpt2ft.errors import SettingsError
+from gpt2ft.errors import SettingsError, reason
 from gpt2ft.files import write_text
 from gpt2ft.text.display import fit, uses_colour
+from gpt2ft.training.trackers import log_text, start_trackers
 
 BAR = "step {n_fmt}/{total_fmt} {bar} {percentage:3.0f}%, {remaining} left{postfix}"
 LINES_LEFT = 20  # over a run, above the bar
@@ -30,15 +32,13 @@ class Tracker:
         self.active = active
         if not active:
             return
-        from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
         metrics = folder / "metrics.jsonl"
         start = state.step
         _keep_known(metrics, state)
         self._metrics = open(metrics, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
-        self._board = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
-        self._board.add_text("settings", "```\n" + json.dumps(settings, indent=2) + "\n```", start)
+        self._trackers = start_trackers(folder, start, settings)
         self._bar = tqdm(
             total=steps, initial=start, bar_format=BAR, disable=not sys.stderr.isatty(), dynamic_ncols=True,
             colour="cyan" if uses_colour(sys.stderr) else None,
@@ -51,16 +51,15 @@ class Tracker:
             self._bar.update()
 
     def log(self, step: int, metrics: dict[str, float | str]) -> None:
-        """Write an object to metrics.jsonl and scalars to TensorBoard. In JSON, null stands for what is not finite."""
+        """Write an object to metrics.jsonl and scalars to the trackers. In JSON, null stands for what is not finite."""
         if not self.active:
             return
         now = {"step": step, "time": datetime.now(UTC).isoformat(timespec="seconds")}
         line = now | {name: as_json(value) for name, value in metrics.items()}
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
-        for name, value in metrics.items():
-            if "/" in name:  # the others are positions, not metrics
-                self._board.add_scalar(name, value, step)
+        scalars = {name: value for name, value in metrics.items() if "/" in name}  # the others are positions
+        self._tell(lambda tracker: tracker.log(scalars, step=step))
 
     def show(self, step: int, metrics: dict[str, float], seconds_left: float) -> None:
         """Show the newest training metrics as a line; in a terminal beside the bar, and now and then as a line too."""
@@ -76,9 +75,9 @@ class Tracker:
         self.print_line(f"step {step:>{len(str(self._steps))}}/{self._steps}  {loss}  {speed}  {left} left")
 
     def log_text(self, step: int, name: str, text: str) -> None:
-        """Write a text to TensorBoard."""
+        """Write a text to the trackers."""
         if self.active:
-            self._board.add_text(name, text, step)
+            self._tell(lambda tracker: log_text(tracker, step, name, text))
 
     def print_line(self, line: str = "") -> None:
         """Print a line above the bar."""
@@ -91,7 +90,17 @@ class Tracker:
         if self.active:
             self._bar.close()
             self._metrics.close()
-            self._board.close()
+            self._tell(lambda tracker: tracker.finish())
+
+    def _tell(self, tell: Callable[[Any], None]) -> None:
+        """Tell each tracker something. One that fails, as its server may, is named and left out from then on."""
+        for tracker in list(self._trackers):
+            try:
+                tell(tracker)
+            except Exception as error:
+                self._trackers.remove(tracker)
+                problem = f"{tracker.name} takes no more ({reason(error)}); the run goes on, and metrics.jsonl has all"
+                print(f"\nwarning: {problem}", file=sys.stderr)
 
 
 def as_json(value: float | str) -> float | str | None:

@@ -54,6 +54,8 @@ MEANT = {  # name -> settings of sft
     "save_steps": "training.save_every",
     "eval_steps": "training.eval_every",
     "logging_steps": "training.log_every",
+    "report_to": "tracking",
+    "wandb": "tracking",
     "early_stopping_patience": "training.patience",
     "patience": "training.patience",
     "max_eval_samples": "data.eval_limit",
@@ -135,7 +137,7 @@ def test_another_unit_is_said_in_a_few_words():
         assert unit in answer("sft", name)[1]
 
 
-@pytest.mark.parametrize("name", ["report_to", "deepspeed", "packing", "load_in_4bit", "optim", "torch_compile"])
+@pytest.mark.parametrize("name", ["wandb_project", "deepspeed", "packing", "load_in_4bit", "optim", "torch_compile"])
 def test_what_is_not_to_be_set_is_said(name):
     offered, note = answer("sft", name)
     assert offered == []
