@@ -19,8 +19,8 @@ from gpt2ft.text.display import print_row
 
 
 class Output:
-    """recipe.yaml, manifest.json, metrics.jsonl, files of trackers, checkpoints/, start/, adapter/, best/ and model/; the
-    certificate once it was verified.
+    """recipe.yaml, manifest.json, metrics.jsonl, what trackers keep, checkpoints/, start/, adapter/, best/ and model/;
+    the certificate once it was verified.
 
     `model/` is the last thing a run writes, so a folder with it is a finished run.
     """
