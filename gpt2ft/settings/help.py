@@ -80,8 +80,12 @@ def _groups(kind: type[Section], names: Sequence[str], most_used: Sequence[str])
     yield "others" if most_used else "settings", [name for name in rest if "." not in name]
     for section, field in kind.model_fields.items():
         if is_section(field.annotation):
-            title = f"{section}: {' '.join((field.annotation.__doc__ or '').split())}"
-            yield title, [name for name in rest if name.startswith(f"{section}.")]
+            groups = field.annotation.groups
+            placed = {f"{section}.{name}": title for title, group in groups.items() for name in group}
+            for title in ("", *groups):
+                own = [name for name in rest if name.startswith(f"{section}.") and placed.get(name, "") == title]
+                meaning = " ".join((field.annotation.__doc__ or "").split())
+                yield f"{section}, {title}" if title else f"{section}: {meaning}", own
 
 
 def _row(usage: Usage, name: str) -> tuple[str, str]:

@@ -91,7 +91,20 @@ class SFTSettings(RunSettings):
 class DPOSettings(RunSettings):
     """Tunes a chat model on preferences, against reference log-probs that are computed once and kept."""
 
-    most_used: ClassVar = ("dpo.loss", "dpo.beta", *RunSettings.most_used[:5], *RunSettings.most_used[-5:])
+    most_used: ClassVar = (
+        "dpo.loss",
+        "dpo.beta",
+        "data.train",
+        "data.eval",
+        "model.path",
+        "output",
+        "training.epochs",
+        "optimizer.learning_rate",
+        "training.micro_batches_per_step",
+        "lora.rank",
+        "dry_run",
+        "show",
+    )
     dpo: PreferenceSettings = PreferenceSettings()
 
     def problems(self) -> Iterator[str]:

@@ -49,9 +49,11 @@ class Section(BaseModel):
 
     Attributes:
         most_used: dotted names of the settings that help shows first.
+        groups: settings that help shows together, by title; those in none come before them.
     """
 
     most_used: ClassVar[tuple[str, ...]] = ()
+    groups: ClassVar[dict[str, tuple[str, ...]]] = {}
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
@@ -210,6 +212,7 @@ class CorpusSettings(FilterSettings):
 class DataSettings(CorpusSettings):
     """The conversations to train on and to evaluate on."""
 
+    groups: ClassVar = {"how sources are read": tuple(CorpusSettings.model_fields)}
     train: tuple[str, ...] = ()
     """Data to train on: hub names (oasst1, oasst2, smoltalk, ultrachat, alpaca, dolly, or any
     owner/name[:split][@revision]), `quickstart`, files (.jsonl, .json, .csv, .tsv, .txt, .md, also with .gz, .parquet,
@@ -268,8 +271,13 @@ class StreamSettings(Section):
 
 
 class TrainingSettings(StreamSettings):
-    """Length of the run, batches, evaluation and checkpoints."""
+    """Length of the run and its steps."""
 
+    groups: ClassVar = {
+        "evaluation": ("eval_every", "patience", "sample_prompts", "sample_tokens"),
+        "checkpoints": ("save_every", "save_minutes", "keep_checkpoints", "keep_for_verification"),
+        "computing": ("precision", "activation_checkpointing", "deterministic"),
+    }
     steps: Positive | None = None
     """Optimizer steps; overrides `epochs` and `min_steps`."""
     epochs: Positive = 1
@@ -292,7 +300,7 @@ class TrainingSettings(StreamSettings):
     save_every: Positive | None = None
     """Steps between checkpoints; default: whenever evaluation runs, and by time. The last step always saves."""
     save_minutes: Annotated[float, Field(gt=0)] | None = None
-    """Minutes after the last checkpoint at which another is saved, wherever the run is; default: 30, but none where
+    """Minutes after a checkpoint at which another is saved, between evaluations too; default: 30, but none where
     `save_every` is set."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """Number of newest checkpoints to keep, besides the best."""

@@ -91,6 +91,28 @@ def test_help_shows_recipes_and_the_most_used_settings_first(monkeypatch, capsys
     assert "oasst-gpt2-dpo" in help_of("dpo", 80, monkeypatch, capsys)
 
 
+def test_help_shows_what_belongs_together(monkeypatch, capsys):
+    said = help_of("sft", 80, monkeypatch, capsys)
+    groups = {block.partition("\n")[0]: block for block in said.split("\n\n")}
+    for name in ("eval_every", "patience", "sample_tokens"):
+        assert f"--training.{name} " in groups["training, evaluation"]
+    assert "--training.save_minutes " in groups["training, checkpoints"]
+    assert "--data.columns " in groups["data, how sources are read"]
+    assert all(block.count("\n  --") <= 12 for block in groups.values())
+    for script in ("sft", "dpo"):
+        first = help_of(script, 80, monkeypatch, capsys).partition("most used\n")[2].partition("\n\n")[0]
+        assert "--optimizer.learning_rate" in first
+
+
+def test_a_group_names_settings_of_its_section():
+    """Each in one group at most."""
+    for script in main_module.SCRIPTS.values():
+        for field in script.settings.model_fields.values():
+            grouped = [name for group in getattr(field.annotation, "groups", {}).values() for name in group]
+            assert len(set(grouped)) == len(grouped)
+            assert not grouped or set(grouped) <= field.annotation.model_fields.keys()
+
+
 def test_help_is_that_of_the_recipe_that_is_named(monkeypatch, capsys):
     said = help_of("sft", 80, monkeypatch, capsys, "oasst-gpt2-lora")
     assert "recipe oasst-gpt2-lora" in " ".join(said.split())
