@@ -52,7 +52,7 @@ class RunSettings(Section):
     resume: Literal["auto", "never"] = "auto"
     """auto continues an interrupted run in `output`; never moves it aside and starts anew."""
     tracking: tuple[TrackerName, ...] = ("tensorboard",)
-    """Trackers that are shown curves and sample replies, beside metrics.jsonl; `--tracking` alone is none."""
+    """Trackers that are shown curves and sample replies, beside metrics.jsonl; or none."""
     dry_run: bool = False
     """Print the plan and what the data are like: lengths, depths, duplicates, overlap. Trains nothing."""
     show: NotNegative = 0

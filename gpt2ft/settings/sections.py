@@ -61,7 +61,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _as_meant(cls, values: Any) -> Any:
-        """Read a single value as a list of one, `none` as no value, and a section without settings as its defaults."""
+        """Read a single value as a list of one, `none` as no value or choice, an empty section as its defaults."""
         if not isinstance(values, dict):
             return values
         kinds = {name: field.annotation for name, field in cls.model_fields.items()}
@@ -96,6 +96,12 @@ def field_of(kind: type[Section], name: str) -> FieldInfo:
 def _meant(kind: Any, value: Any) -> Any:
     if is_section(kind):
         return {} if value is None else value
+    if (
+        get_origin(kind) is tuple
+        and get_origin(get_args(kind)[0]) is Literal
+        and value in ("none", ("none",), ["none"])
+    ):
+        return ()  # which is no choice
     if get_origin(kind) is tuple:
         return (value,) if isinstance(value, str | int | float) else value
     if isinstance(value, str) and value.lower() == "none" and type(None) in get_args(kind):

@@ -212,6 +212,11 @@ def test_several_and_none(track, tmp_path):
     problems = SFTSettings(data={"train": ("a",)}, tracking=("tensorboard", "tensorboard")).problems()
     assert "`tracking`" in "".join(problems)
     assert SFTSettings().tracking == ("tensorboard",)
+    for none in ("none", ["none"], []):
+        assert SFTSettings(tracking=none).tracking == ()
+    assert SFTSettings(tracking="wandb").tracking == ("wandb",)
+    with pytest.raises(ValueError, match="tracking"):
+        SFTSettings(tracking=["none", "wandb"])
 
 
 def test_one_that_fails_later_is_named_once_and_the_run_goes_on(track, tmp_path, monkeypatch, capsys):
