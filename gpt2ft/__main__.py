@@ -87,7 +87,7 @@ SCRIPTS = {
     ),
     "benchmark": Script(
         BenchmarkSettings,
-        "Measures training on made-up conversations: tokens/s, peak memory, time per phase. WHAT is sft or dpo.",
+        "Measures speed and memory, beside the usual way with --against. WHAT is sft, dpo, reference or generate.",
         "benchmark",
         positional="what",
     ),

@@ -22,7 +22,7 @@ LAYERS = [  # a part imports itself and parts above its own line
     {"data", "inference"},
     {"objectives", "distributed"},
     {"training", "chat"},
-    {"server", "report"},
+    {"server", "report", "benchmark"},
     {"runs"},
     {"__main__", "api"},
 ]

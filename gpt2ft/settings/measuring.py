@@ -1,5 +1,6 @@
 """The settings of scripts that measure: finished models, speed, replies, runs."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -111,28 +112,55 @@ class EvaluateSettings(StreamSettings, CorpusSettings, FinishedModelSettings):
                 yield f"`topic` must be single words, but holds {word!r}"
 
 
-class BenchmarkSettings(StreamSettings):
-    """Measures training speed on made-up conversations: tokens/s, peak memory, time per phase."""
+warnings.filterwarnings("ignore", 'Field name "json"')  # pydantic's method of that name is not used here
 
-    what: Literal["sft", "dpo"] = "sft"
-    """Kind of training."""
+
+class BenchmarkSettings(StreamSettings):
+    """Measures speed and memory on made-up conversations or data, beside the usual way where one is asked for."""
+
+    what: Literal["sft", "dpo", "reference", "generate"] = "sft"
+    """Kind of work: steps of training, of preferences with their reference, that alone, or replies."""
     model: PublishedModel = "gpt2"
     """Shape of the model. Weights are random, nothing is downloaded."""
+    data: tuple[str, ...] = ()
+    """Conversations, or preferences, to take instead of made-up ones: files, folders or hub names."""
+    against: Literal["transformers", "trl"] | None = None
+    """Do the same the usual way too, in turn: padded batches of every path, full logits. By default only ours."""
+    batch_size: Positive = 8
+    """Sequences in a batch of the usual way; pairs of them of preferences."""
     micro_batches: Positive = 4
     """Streams per optimizer step on this process."""
     steps: Positive = 5
     """Measured optimizer steps, after one that is not counted."""
+    new_tokens: Positive = 100
+    """Tokens of each reply of `generate`."""
     attention: Literal["auto", "flex", "segments", "dense"] = "auto"
     """Implementation of attention, as in training."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass, as in training."""
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    """What MFU is a share of; default the published peak of the card, if it is known."""
+    json: str | None = None
+    """File for all figures as one object."""
     seed: NotNegative = 0
     """Seed of the weights and the conversations."""
     lora: LoRASettings = LoRASettings()
 
+    @property
+    def compares(self) -> bool:
+        """True if replies are compared, by their reference at least."""
+        return self.what in ("dpo", "reference")
+
     def problems(self) -> Iterator[str]:
         yield from stream_problems(self.tokens_per_micro_batch, 1024, "")
+        yield from source_problems(self.data, "data")
         yield from self.lora.problems()
+        if self.lora.rank and (self.against or self.what == "generate"):
+            yield "`lora.rank` must be 0 with `against` or for `generate`: adapters are measured training alone"
+        if self.what == "generate" and self.data:
+            yield "`data` must be empty for `generate`, whose prompts are made up"
+        if self.what == "generate" and self.against == "trl":
+            yield "`against` must be transformers for `generate`: TRL has no decoder of its own"
 
 
 class SampleSettings(InferenceSettings, FilterSettings):

@@ -1,0 +1,160 @@
+"""Steps of the real loop, timed whole: training/fit.py with a model of random weights, and nothing to log or save.
+
+A step under the profiler, after those that are timed, tells where the time goes; timing each phase would have the
+device wait for the host between them.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from gpt2ft.benchmark.machine import seconds_of
+from gpt2ft.benchmark.made_up import VOCABULARY
+from gpt2ft.benchmark.work import Work
+from gpt2ft.checkpoint import TrainState
+from gpt2ft.distributed.accelerator import autocast
+from gpt2ft.errors import Gpt2ftError
+from gpt2ft.model.attention import choose_backend
+from gpt2ft.model.gpt2 import GPT2, GPT2Config
+from gpt2ft.model.logprobs import TargetLogProbs
+from gpt2ft.model.lora import apply_lora
+from gpt2ft.objectives.dpo import DPO
+from gpt2ft.objectives.objective import Objective
+from gpt2ft.objectives.sft import SFT
+from gpt2ft.random import seed_for
+from gpt2ft.settings.measuring import BenchmarkSettings
+from gpt2ft.settings.sections import OptimizerSettings, PreferenceSettings, TrainingSettings
+from gpt2ft.training.fit import LoopInputs, fit
+from gpt2ft.training.optimizer import adamw
+from gpt2ft.training.strategy import Strategy, cast_frozen, prepare
+
+PHASES = ("forward", "backward", "optimizer")
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
+
+
+class Recompiled(Gpt2ftError):
+    """A graph was compiled after the first step: shapes are not what they seem."""
+
+    exit_code = 1
+
+
+class Silent:
+    """A tracker that writes nothing."""
+
+    def advance(self) -> None: ...
+
+    def log(self, step: int, metrics: dict[str, float | str]) -> None: ...
+
+    def show(self, step: int, metrics: dict[str, float], seconds_left: float) -> None: ...
+
+
+def random_model(settings: BenchmarkSettings, config: GPT2Config) -> GPT2:
+    """Return a model with GPT-2's initial weights."""
+    return GPT2(config).initialize(torch.Generator().manual_seed(seed_for(settings.seed, "weights")))
+
+
+class Training:
+    """Our way: each `step` is one of the loop, before it the reference of preferences where they are compared."""
+
+    def __init__(self, settings: BenchmarkSettings, config: GPT2Config, accelerator: Any, work: Work) -> None:
+        self.settings, self.accelerator, self.work = settings, accelerator, work
+        self.backend = choose_backend(settings.attention, accelerator.device, "attention")
+        gpt2 = random_model(settings, config)
+        if settings.lora.rank:
+            random = torch.Generator().manual_seed(seed_for(settings.seed, "adapters"))
+            apply_lora(gpt2, settings.lora, range(VOCABULARY - 4, VOCABULARY), random)
+            cast_frozen(accelerator, gpt2)
+        gpt2.activation_checkpointing = settings.activation_checkpointing
+        self.parameters = sum(parameter.numel() for parameter in gpt2.parameters())
+        self.trained = sum(parameter.numel() for parameter in gpt2.parameters() if parameter.requires_grad)
+        model = TargetLogProbs(gpt2.to(accelerator.device), VOCABULARY, self.backend)
+        optimizer = adamw(
+            gpt2, OptimizerSettings(), fused=accelerator.device.type == "cuda", lora_plus_ratio=settings.lora.plus_ratio
+        )
+        strategy = prepare(accelerator, model, optimizer, max_grad_norm=1.0)
+        objective: Objective = DPO(PreferenceSettings()) if settings.compares else SFT()
+        self.inputs = LoopInputs(
+            accelerator=accelerator, strategy=strategy, objective=objective, batches=work, steps=0,
+            training=TrainingSettings(seed=settings.seed), optimization=OptimizerSettings(schedule="constant"),
+            tracker=Silent(), evaluate=lambda step: None, save=lambda state: None,
+        )  # fmt: skip
+        self.state = TrainState()
+        self.graphs = 0
+
+    def step(self) -> float:
+        """Return the seconds of the next step.
+
+        Raises:
+            Recompiled: if anything was compiled for it that is not the first.
+        """
+        seconds = seconds_of(self.accelerator.device, self.advance)
+        before, self.graphs = self.graphs, graphs_compiled()
+        if self.state.step > 1 and self.graphs > before:
+            raise Recompiled(f"step {self.state.step} compiled {self.graphs - before} graphs more")
+        return seconds
+
+    def advance(self) -> None:
+        """Compute a step: of `reference` the log-probs alone, of `dpo` these and an update by them."""
+        if self.settings.compares:
+            self.pass_of_reference()
+        if self.settings.what == "reference":
+            self.state = self.state.after_step(updated=False)
+        else:
+            self.state = fit(replace(self.inputs, steps=self.state.step + 1), self.state)
+
+    @torch.no_grad()
+    def pass_of_reference(self) -> None:
+        """Compute the log-probs of this process's streams, which training reads from a store."""
+        accelerator, model = self.accelerator, self.inputs.strategy.model
+        model.eval()
+        for number in range(accelerator.process_index, self.work.micro_batches_per_step, accelerator.num_processes):
+            stream = self.work.training_stream(self.state.step, number).to(accelerator.device)
+            with autocast(accelerator):
+                model(stream).double().cpu()
+        model.train()
+
+    def profile(self) -> dict[str, Any]:
+        """Return where the time of one more step goes: seconds by phase, and how often the host waited."""
+        accelerator, strategy = self.accelerator, self.inputs.strategy
+        is_cuda = accelerator.device.type == "cuda"
+        kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * is_cuda
+        with profile(activities=kinds) as profiler, recorded(accelerator, strategy):
+            whole = self.step()
+        events = {event.key: event for event in profiler.key_averages()}
+        unit = "device_time_total" if is_cuda else "cpu_time_total"
+        phases = {name: getattr(events[name], unit) / 1e6 for name in PHASES if name in events}
+        phases["the rest"] = max(0.0, whole - sum(phases.values()))
+        return {"seconds_by_phase": phases, "host_waits": sum(events[name].count for name in WAITS if name in events)}
+
+
+class recorded:
+    """Give the profiler a name for each phase within the block."""
+
+    def __init__(self, accelerator: Any, strategy: Strategy) -> None:
+        self.named = [(strategy.model, "forward"), (accelerator, "backward"), (strategy, "update")]
+
+    def __enter__(self) -> None:
+        for (owner, method), phase in zip(self.named, PHASES, strict=True):
+            setattr(owner, method, under_name(phase, getattr(owner, method)))
+
+    def __exit__(self, *exception: object) -> None:
+        for owner, method in self.named:
+            delattr(owner, method)  # what the class has stands behind it
+
+
+def under_name(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with record_function(name):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def graphs_compiled() -> int:
+    """Return how many graphs this process has compiled."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]

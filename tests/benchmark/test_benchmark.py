@@ -1,0 +1,145 @@
+"""The benchmark as it is called: what it measures, prints and writes, and what it refuses."""
+
+import json
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from gpt2ft.benchmark import training
+from gpt2ft.benchmark.training import Recompiled, Training
+from gpt2ft.benchmark.work import make_work
+from gpt2ft.distributed.accelerator import start_accelerator
+from gpt2ft.errors import SettingsError
+from gpt2ft.model.gpt2 import GPT2Config
+from gpt2ft.runs import benchmark, evaluate_model
+from gpt2ft.settings.measuring import BenchmarkSettings, EvaluateSettings
+
+SMALL = {"tokens_per_micro_batch": 1024, "micro_batches": 2, "steps": 1, "precision": "fp32"}
+
+
+@pytest.fixture(autouse=True)
+def small_models(monkeypatch, one_thread):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    tiny = GPT2Config(vocab_size=benchmark.ROWS, n_embd=16, n_layer=2, n_head=2)
+    monkeypatch.setattr(benchmark, "published_config", lambda name: tiny)
+
+
+def measured(tmp_path, **settings):
+    file = tmp_path / "figures.json"
+    benchmark.run(BenchmarkSettings(json=str(file), **(SMALL | settings)))
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("what", ["sft", "dpo", "reference"])
+def test_the_figures_of_steps(tmp_path, capsys, what):
+    found = measured(tmp_path, what=what, peak_tflops=1.0)
+    assert found.keys() == {"ours"}
+    ours = found["ours"]
+    rates = {"path_tokens_per_second", "supervised_tokens_per_second"} | (
+        {"pairs_per_second"} if what != "sft" else set()
+    )
+    assert all(ours[rate] > 0 for rate in rates)
+    assert ("pairs_per_second" in ours) == (what != "sft")
+    assert ours["path_tokens_per_second"] > ours["tokens_per_second"]
+    assert ours["peak_memory_bytes"] > 2**20
+    assert ours["mfu"] == pytest.approx(ours["flops_6n"] / 1e12)
+    assert ours["flops_6n"] < ours["flops_6n_and_attention"]
+    phases = {"forward", "the rest"} | ({"backward", "optimizer"} if what != "reference" else set())
+    assert ours["seconds_by_phase"].keys() == phases
+    assert ours["graphs_compiled"] == 0
+    printed = capsys.readouterr().out
+    assert f"{what}, gpt2" in printed
+    assert "path tokens/s" in printed
+
+
+def test_the_peak_of_an_unknown_machine_is_not_made_up(tmp_path):
+    assert "mfu" not in measured(tmp_path)["ours"]
+
+
+def test_adapters_count_what_they_train(tmp_path):
+    whole = measured(tmp_path)["ours"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    adapted = measured(tmp_path, lora={"rank": 2})["ours"]
+    per_token = [ours["flops_6n"] / ours["tokens_per_second"] for ours in (whole, adapted)]
+    assert per_token[0] > 1.2 * per_token[1]
+
+
+def test_replies_one_at_a_time_and_together_beside_those_of_transformers(tmp_path):
+    found = measured(tmp_path, what="generate", against="transformers", new_tokens=8)
+    assert found["ours"].keys() == {"tokens_per_second", "tokens_per_second_of_16_together"}
+    assert found["ratio"] == {
+        "tokens_per_second": found["ours"]["tokens_per_second"] / found["usual"]["tokens_per_second"]
+    }
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("what", "against"), [("sft", "transformers"), ("dpo", "trl")])
+def test_steps_in_turn_with_the_usual_way(tmp_path, what, against):
+    found = measured(tmp_path, what=what, against=against)
+    rates = {"path_tokens_per_second", "supervised_tokens_per_second", "peak_memory_bytes"}
+    rates |= {"pairs_per_second"} if what == "dpo" else set()
+    assert found["usual"].keys() == rates | {"seconds"}
+    assert found["ratio"] == {name: found["ours"][name] / found["usual"][name] for name in rates}
+
+
+def test_the_steps_are_those_of_the_loop():
+    settings = BenchmarkSettings(**SMALL)
+    accelerator = start_accelerator("fp32", 2)
+    trained = Training(settings, benchmark.published_config("gpt2"), accelerator, make_work(settings, 1))
+    before = trained.inputs.strategy.full_model().h[0].mlp.c_fc.weight.clone()
+    trained.advance()
+    trained.advance()
+    assert trained.state.step == trained.state.updates == 2
+    assert not before.equal(trained.inputs.strategy.full_model().h[0].mlp.c_fc.weight)
+
+
+def test_what_is_compiled_after_the_first_step_ends_it(monkeypatch):
+    settings = BenchmarkSettings(**SMALL)
+    trained = Training(
+        settings, benchmark.published_config("gpt2"), start_accelerator("fp32", 2), make_work(settings, 1)
+    )
+    graphs = iter([3, 3, 4])
+    monkeypatch.setattr(training, "graphs_compiled", lambda: next(graphs))
+    trained.step()
+    trained.step()
+    with pytest.raises(Recompiled, match=r"step 3 compiled 1 "):
+        trained.step()
+
+
+@pytest.mark.parametrize(
+    ("work", "settings"),
+    [
+        (benchmark, BenchmarkSettings(attention="flex")),
+        (evaluate_model, EvaluateSettings(model="no/such/model", data=("quickstart",), attention="flex")),
+    ],
+)
+def test_an_attention_that_does_not_work_here(work, settings):
+    """Told before anything is loaded, as training does."""
+    with pytest.raises(SettingsError, match=r"FlexAttention .* CPU .* `--attention segments`"):
+        work.run(settings)
+
+
+def test_what_the_usual_way_lacks_is_told_at_once(monkeypatch):
+    monkeypatch.setattr(benchmark, "find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match="pip install trl"):
+        benchmark.run(BenchmarkSettings(against="trl"))
+
+
+def test_the_usual_way_has_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SettingsError, match="one process, but there are 2"):
+        benchmark.run(BenchmarkSettings(against="trl"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora": {"rank": 2}, "against": "trl"},
+        {"lora": {"rank": 2}, "what": "generate"},
+        {"what": "generate", "against": "trl"},
+        {"what": "generate", "data": ["quickstart"]},
+        {"data": [""]},
+    ],
+)
+def test_what_cannot_be_measured_is_refused(settings):
+    assert len(list(BenchmarkSettings(**settings).problems())) == 1
