@@ -6,21 +6,13 @@ accelerate launch -m gpt2ft sft [RECIPE] ...
 
 import importlib
 import importlib.metadata
+import pkgutil
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from gpt2ft.errors import fail
-from gpt2ft.settings.measuring import BenchmarkSettings, EvaluateSettings, SampleSettings, VerifySettings
 from gpt2ft.settings.parsing import end_with, parse_recipe, parse_script
-from gpt2ft.settings.scripts import (
-    ChatSettings,
-    DPOSettings,
-    ExportSettings,
-    ReferenceSettings,
-    ServeSettings,
-    SFTSettings,
-)
 from gpt2ft.settings.sections import Section
 from gpt2ft.text.display import outlive_readers
 
@@ -29,64 +21,76 @@ class Script(NamedTuple):
     """One script.
 
     Attributes:
+        kind: of its settings, in gpt2ft.settings; it is imported for this script alone.
         purpose: of the script, for its help.
         module: in gpt2ft.runs; it is imported once the settings are known to be sound.
         recipe: the default; None for scripts without recipes.
         positional: the setting that the first argument gives without its name, in scripts without recipes.
     """
 
-    settings: type[Section]
+    kind: str
     purpose: str
     module: str
     recipe: str | None = None
     positional: str = "model"
 
+    @property
+    def settings(self) -> type[Section]:
+        return pkgutil.resolve_name(f"gpt2ft.settings.{self.kind}")
+
 
 SCRIPTS = {
     "sft": Script(
-        SFTSettings, "Fine-tunes GPT-2 on conversations, all weights or LoRA.", "train_sft", recipe="quickstart"
+        "scripts:SFTSettings",
+        "Fine-tunes GPT-2 on conversations, all weights or LoRA.",
+        "train_sft",
+        recipe="quickstart",
     ),
     "reference": Script(
-        ReferenceSettings,
+        "scripts:ReferenceSettings",
         "Computes the reference log-probs of a preference recipe, which dpo then finds; it trains nothing.",
         "compute_reference",
         recipe="quickstart-dpo",
     ),
     "dpo": Script(
-        DPOSettings,
+        "scripts:DPOSettings",
         "Tunes a chat model on preferences, against the log-probs that reference has computed, or computes them first.",
         "train_dpo",
         recipe="quickstart-dpo",
     ),
     "evaluate": Script(
-        EvaluateSettings,
+        "measuring:EvaluateSettings",
         "Scores models on held-out data, and compares them with the first: loss, replies, preferences, forgetting.",
         "evaluate_model",
     ),
     "sample": Script(
-        SampleSettings,
+        "measuring:SampleSettings",
         "Makes preferences without a judge: samples replies to prompts and ranks them by faults that can be checked.",
         "sample_replies",
     ),
-    "chat": Script(ChatSettings, "Talks with a model in the terminal, or answers each line of a pipe.", "chat"),
+    "chat": Script(
+        "scripts:ChatSettings", "Talks with a model in the terminal, or answers each line of a pipe.", "chat"
+    ),
     "serve": Script(
-        ServeSettings,
+        "scripts:ServeSettings",
         "Serves a model to programs that speak OpenAI's API, and a page to talk with it in a browser. Settings of "
         "replies hold where a request says nothing else.",
         "serve",
     ),
     "export": Script(
-        ExportSettings, "Writes a model for other programs, reads it back and compares it with the model.", "export"
+        "scripts:ExportSettings",
+        "Writes a model for other programs, reads it back and compares it with the model.",
+        "export",
     ),
     "verify": Script(
-        VerifySettings,
+        "measuring:VerifySettings",
         "Checks a finished run and writes its certificate; tells whether a model is that of a certificate; compares "
         "two runs. PATHS is a run; a certificate and a model; or two runs; default the newest finished run in runs/.",
         "verify",
         positional="paths",
     ),
     "benchmark": Script(
-        BenchmarkSettings,
+        "measuring:BenchmarkSettings",
         "Measures speed and memory, beside the usual way with --against. WHAT is sft, dpo, reference or generate.",
         "benchmark",
         positional="what",

@@ -24,11 +24,11 @@ from gpt2ft.files import read_json, write_json, write_safetensors
 from gpt2ft.hub import hub_model
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.lora import AdaptedProjection, adapted_projections, columns_of
-from gpt2ft.model.pretrained import ModelError
+from gpt2ft.model.pretrained import ADAPTER_CONFIG, ModelError
 from gpt2ft.settings.choices import LORA_TARGETS
 from gpt2ft.settings.sections import LoRASettings
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model.transformer."
 ROWS = f"{PREFIX}wte.token_adapter.trainable_tokens_delta"  # not a difference: the rows themselves
 # Where the table was resized PEFT writes it whole as well, and everything of it once more for the tied head.
@@ -57,7 +57,7 @@ def write_adapter(folder: Path, gpt2: GPT2, settings: LoRASettings, base: str) -
             tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = module.magnitudes()
         modules[".".join(name.split(".")[2:])] = len(A), scaling
     write_safetensors(folder / WEIGHTS, tensors)
-    write_json(folder / CONFIG, _peft_config(settings, modules, gpt2.wte.row_ids.tolist(), base))
+    write_json(folder / ADAPTER_CONFIG, _peft_config(settings, modules, gpt2.wte.row_ids.tolist(), base))
     found = {name: tensor.shape for name, tensor in load_file(folder / WEIGHTS).items()}
     if found != {name: tensor.shape for name, tensor in tensors.items()}:
         raise OSError(f"{folder / WEIGHTS} does not hold what was written to it")
@@ -118,7 +118,7 @@ def read_base(folder: Path) -> str:
     config = _read_config(folder)
     base, revision = (config.get(key) for key in ("base_model_name_or_path", "revision"))
     if not isinstance(base, str) or not base:
-        raise ModelError(f"{folder / CONFIG}: `base_model_name_or_path` must name a model, but is {base!r}")
+        raise ModelError(f"{folder / ADAPTER_CONFIG}: `base_model_name_or_path` must name a model, but is {base!r}")
     return f"{base}@{revision}" if revision and hub_model(base) else base
 
 
@@ -164,7 +164,7 @@ def merge_adapter(folder: Path, weights: Mapping[str, Tensor], num_ids: int | No
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / CONFIG
+    file = folder / ADAPTER_CONFIG
     try:
         config = read_json(file)
     except (OSError, ValueError) as error:

@@ -23,6 +23,7 @@ from gpt2ft.wording import counted
 
 HF_PREFIX = "transformer."  # of every parameter but the head, in files of transformers
 HEAD = "lm_head.weight"
+ADAPTER_CONFIG = "adapter_config.json"  # in folders of model/peft.py
 _WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
 _TOKENIZER_FILES = ("config.json", "vocab.json", "merges.txt", "tokenizer.json")
 _TOKENIZER_FILES += ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gpt2ft import checkpoint
 from gpt2ft.hub import hub_model
-from gpt2ft.model import peft, pretrained
+from gpt2ft.model import pretrained
 from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.gpt2 import GPT2, GPT2Config
 from gpt2ft.model.lora import apply_lora, is_adapted, load_trainable_parameters, merged_weights
@@ -73,7 +73,7 @@ def _extended_table(stored: "_StoredModel", random: torch.Generator) -> Tensor:
 
 
 def is_adapter(path: str | Path) -> bool:
-    return (Path(path) / peft.CONFIG).is_file()
+    return (Path(path) / pretrained.ADAPTER_CONFIG).is_file()
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,8 @@ def _read_adapter(settings: ModelSettings) -> _StoredModel:
 
     The tokenizer is that of the two that names more ids.
     """
+    from gpt2ft.model import peft
+
     folder = Path(settings.path)
     if settings.random_init:
         raise pretrained.ModelError(f"{folder} is an adapter, which has no shape of its own: name its base instead")

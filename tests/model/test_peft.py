@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.lora import adapted_projections, apply_lora, columns_of, merged_weights, trainable_parameters
-from gpt2ft.model.peft import CONFIG, WEIGHTS, merge_adapter, read_base, write_adapter
-from gpt2ft.model.pretrained import ModelError
+from gpt2ft.model.peft import WEIGHTS, merge_adapter, read_base, write_adapter
+from gpt2ft.model.pretrained import ADAPTER_CONFIG, ModelError
 from gpt2ft.settings.choices import LORA_TARGETS
 from gpt2ft.settings.sections import LoRASettings
 
@@ -239,8 +239,8 @@ def test_no_tensor_is_empty_and_the_file_is_small(adapter):
     ],
 )
 def test_adapters_of_another_kind_are_refused(adapter, base, change, problem):
-    config = json.loads((adapter / CONFIG).read_text())
-    (adapter / CONFIG).write_text(json.dumps(config | change))
+    config = json.loads((adapter / ADAPTER_CONFIG).read_text())
+    (adapter / ADAPTER_CONFIG).write_text(json.dumps(config | change))
     with pytest.raises(ModelError, match=problem):
         merge_adapter(adapter, dict(base.named_parameters()))
 
@@ -264,6 +264,6 @@ def test_adapters_that_do_not_fit_are_refused(adapter, base):
     (adapter / WEIGHTS).write_bytes(b"no")
     with pytest.raises(ModelError, match="not a readable safetensors file"):
         merge_adapter(adapter, dict(base.named_parameters()))
-    (adapter / CONFIG).write_text("{}")
+    (adapter / ADAPTER_CONFIG).write_text("{}")
     with pytest.raises(ModelError, match="`peft_type` must be LORA"):
         read_base(adapter)
