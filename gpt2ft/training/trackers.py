@@ -31,7 +31,8 @@ RUNS = "tracking.json"  # in the folder of a run: what each tracker calls it
 def check_trackers(names: Sequence[str]) -> None:
     """Raise SettingsError unless every tracker is installed and has the key that it needs."""
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:  # or a mere folder of that name, where it keeps runs
             raise SettingsError(f"`tracking` = {name} needs the package {name}, which is missing: pip install {name}")
     if "wandb" in names and not _has_wandb_key():
         raise SettingsError(
@@ -49,11 +50,11 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def start_trackers(folder: Path, step: int, settings: Mapping[str, Any]) -> list[Any]:
-    """Return the trackers of a run, each going on with what it has of it: they are told where the run stands.
+    """Return the trackers of a run. Where that is continued, each goes on with what it has of it.
 
     Args:
         folder: of the run.
-        step: that it goes on from; at 0 it is a new one to every tracker.
+        step: that it goes on from; at 0 it is a new one to all of them.
         settings: as in the recipe.
 
     Raises:
@@ -90,13 +91,13 @@ def _start(name: str, folder: Path, step: int, settings: Mapping[str, Any], know
     """Start a tracker, and add to `known` what it calls the run."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    config, earlier = dict(_flat(settings)), known.get(name)
+    config, earlier, shown_as = dict(_flat(settings)), known.get(name), folder.resolve().name
     run_id = earlier or secrets.token_hex(4)
     how: dict[str, dict[str, Any]] = {
         "tensorboard": {"logging_dir": folder, "purge_step": step + 1},
-        "wandb": {"dir": str(folder), "name": folder.name, "id": run_id, "config": config},
-        "trackio": {"name": earlier or f"{folder.name}-{run_id}", "resume": "allow", "embed": False, "config": config},
-        "mlflow": {"run_name": folder.name, "run_id": earlier},
+        "wandb": {"dir": str(folder), "name": shown_as, "id": run_id, "config": config},
+        "trackio": {"name": earlier or f"{shown_as}-{run_id}", "resume": "allow", "embed": False, "config": config},
+        "mlflow": {"run_name": shown_as, "run_id": earlier},
     }
     if earlier:
         how["wandb"]["resume"] = "allow"
@@ -116,7 +117,7 @@ def _start(name: str, folder: Path, step: int, settings: Mapping[str, Any], know
 
 
 def _has_wandb_key() -> bool:
-    """Return True if wandb finds what it logs in with, or needs nothing: it asks at the terminal otherwise."""
+    """Return True if wandb finds what it logs in with, or needs nothing; otherwise it would ask at the terminal."""
     import wandb
 
     settings = wandb.setup().settings  # of its environment variables and files

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import struct
+import sys
 
 import pytest
 
@@ -195,9 +196,17 @@ def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(na
     assert f"pip install {name}" in refusal(name, "tensorboard")
 
 
+def test_a_folder_of_its_name_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "here" / "mlflow").mkdir(parents=True)
+    monkeypatch.setattr("sys.path", [str(tmp_path / "here")])
+    monkeypatch.delitem(sys.modules, "mlflow", raising=False)
+    assert "pip install mlflow" in refusal("mlflow")
+
+
 def test_a_space_without_a_token_is_refused(monkeypatch):
     monkeypatch.setenv("TRACKIO_SPACE_ID", "me/curves")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda module: module)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: find("json" if module == "trackio" else module))
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     assert "TRACKIO_SPACE_ID" in refusal("trackio")
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_x")
