@@ -86,7 +86,7 @@ python launch/verify.py certificate.json PATH
 
 """
 TRANSFORMERS = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{peft}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 model = AutoModelForCausalLM.from_pretrained("{base}")
@@ -96,7 +96,7 @@ reply = model.generate(**inputs, max_new_tokens=100)[0, inputs["input_ids"].shap
 print(tokenizer.decode(reply, skip_special_tokens=True))"""
 ADAPTER = """\
 model.resize_token_embeddings(len(tokenizer))
-model = PeftModel.from_pretrained(model, "PATH")  # from peft import PeftModel
+model = PeftModel.from_pretrained(model, "PATH")
 """
 GPT2FT = """\
 python launch/chat.py PATH
@@ -223,10 +223,12 @@ class Card:
         if layout == "gguf":
             yield from fenced(LLAMA_CPP)
             return
-        base, adapter = ("PATH", "") if layout == "hf" else (self._stages()[-1]["base"].get("repository"), ADAPTER)
+        base, adapter, peft = "PATH", "", ""
+        if layout == "adapter":
+            base, adapter, peft = self._stages()[-1]["base"].get("repository"), ADAPTER, "from peft import PeftModel\n"
         if base is None:
             yield from ("BASE is the model that the adapters stand on.", "")
-        yield from fenced(TRANSFORMERS.format(base=base or "BASE", adapter=adapter), "python")
+        yield from fenced(TRANSFORMERS.format(base=base or "BASE", adapter=adapter, peft=peft), "python")
         yield from ("With gpt2ft:", "", *fenced(GPT2FT))
 
 

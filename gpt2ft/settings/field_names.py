@@ -273,7 +273,11 @@ FIELD_NAMES = {
         note="A GPU where there is one; ACCELERATE_USE_CPU=true for none.",
     ),
     **_named("torch_compile compile use_compile", note="Compiled on CUDA without a setting."),
-    **_named("push_to_hub hub_model_id hub_token", note="`launch/export.py --format hf` writes a folder to upload."),
+    **_named(
+        "push_to_hub hub_model_id repo_id hub_token hub_private_repo",
+        note="`launch/export.py --push NAME` uploads a model, privately unless `--public`; the key is that of the "
+        "hub's own client.",
+    ),
     **_named("do_train do_eval do_predict", note="Each has a script: sft, dpo, evaluate, chat."),
     **_named(
         "recipe config config_path c cfg config_name",

@@ -188,6 +188,14 @@ def test_every_folder_of_a_run_has_its_card(lora_run, dpo_run):
         assert str(Path(quickstart.TREES).parent) not in file.read_text()
 
 
+@pytest.mark.parametrize("layout", ["model", "adapter"])
+def test_the_code_of_a_card_loads_the_model(layout, lora_run, tiny_weights_folder, capsys):
+    folder = lora_run / layout
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(code.replace('"PATH"', repr(str(folder))).replace('"BASE"', repr(str(tiny_weights_folder))), {})
+    assert capsys.readouterr().out.endswith("\n")  # a reply, if an empty one
+
+
 def test_exports_have_cards_of_their_step_and_layout(lora_run, tmp_path):
     mine = lora_run / "model" / "README.md"
     written = mine.read_text()
