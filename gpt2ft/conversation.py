@@ -54,7 +54,7 @@ class Message:
     """One turn. `rank` orders the sibling replies of one parent: 0 is the best, None is unranked.
 
     `weight` is what a reply counts where it is learnt, from 0 to 1. One that is `masked` counts nothing: it only stands
-    in the context.
+    in the context. `label` tells of a reply that it is desirable, or that it is not, whatever other replies there are.
     """
 
     role: Role
@@ -62,6 +62,7 @@ class Message:
     parent: int | None = None
     rank: int | None = None
     weight: float = 1.0
+    label: bool | None = None
 
     @property
     def masked(self) -> bool:

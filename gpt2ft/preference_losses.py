@@ -4,10 +4,12 @@ They compare log-probs of whole replies, c and r, and how far these have moved f
 
     change(y) = log policy(y) - log reference(y)         h = change(chosen) - change(rejected)
 
-Each loss is a pure function of `PairLogProbs`, [P] -> [P], and of the settings of `dpo` that stand in its signature.
+Each loss is a pure function of `PairLogProbs`, [P] -> [P], or of `LabelledLogProbs` where replies are good or bad by
+themselves, and of the settings of `dpo` that stand in its signature.
 `PREFERENCE_LOSSES`, at the end, is the list of them: settings offer what stands there, and nothing else needs to know.
 A loss of whole rankings gives all pairs of one the same value, so that each ranking weighs what its pairs weigh.
-Settings load without torch, so it is not imported here before a loss is computed. Shape letter: P pairs.
+Settings load without torch, so it is not imported here before a loss is computed. Shape letter: P pairs, or labelled
+replies.
 """
 
 import inspect
@@ -150,6 +152,22 @@ def plackett_luce(pairs: PairLogProbs, beta: float) -> "Tensor":
     return in_ranking.to(draws.dtype) @ (draws / in_draw.sum(1))
 
 
+@dataclass(frozen=True)
+class LabelledLogProbs:
+    """Replies of which each is desirable or not by itself."""
+
+    changes: "Tensor"  # [P] log-prob under the policy minus that under the reference
+    signs: "Tensor"  # [P] 1 where desirable, -1 where not
+    baseline: "Tensor | float"  # estimate of KL(policy || reference), the same for all replies of a step
+
+
+def kto(replies: LabelledLogProbs, beta: float, desirable_weight: float, undesirable_weight: float) -> "Tensor":
+    """w (1 - sigmoid(beta (change - baseline))) of a desirable reply, w (1 - sigmoid(beta (baseline - change))) of
+    another. Ethayarajh et al. 2024, "KTO", eq. 7."""
+    weights = (desirable_weight + undesirable_weight) / 2 + (desirable_weight - undesirable_weight) / 2 * replies.signs
+    return weights * (-beta * replies.signs * (replies.changes - replies.baseline)).sigmoid()
+
+
 def _log_sigmoid(x: "Tensor") -> "Tensor":
     """log(1 / (1 + exp(-x)))"""
     from torch.nn.functional import logsigmoid
@@ -167,11 +185,12 @@ class PreferenceLoss:
     """A loss, and all that settings must know of it.
 
     Attributes:
-        function: of `PairLogProbs` and of settings of `dpo`, `beta` first.
+        function: of `PairLogProbs` or `LabelledLogProbs`, and of settings of `dpo`, `beta` first.
         meaning: in a few words, for --help.
         has_nll: the NLL of the chosen reply is a part of it, so `rpo_alpha` would add it once more.
         is_list_wise: it is of a whole ranking, with the same value for all pairs of it, so these must be all that the
             ranking gives, and no setting may weigh a reply by the pair that it is in.
+        of_pairs: False where replies are labelled, each by itself.
     """
 
     function: Callable[..., "Tensor"]
@@ -179,6 +198,7 @@ class PreferenceLoss:
     needs_reference: bool = True
     has_nll: bool = False
     is_list_wise: bool = False
+    of_pairs: bool = True
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -188,9 +208,9 @@ class PreferenceLoss:
     @property
     def parameters(self) -> tuple[str, ...]:
         """Settings of `dpo` that have a meaning beside `beta`."""
-        of_pairs = not self.is_list_wise
-        on_any_pairs = {"rpo_alpha": of_pairs and not self.has_nll, "ld_alpha": of_pairs and self.needs_reference}
-        return (*self.arguments[1:], *(name for name, has_meaning in on_any_pairs.items() if has_meaning))
+        weighs_pairs = self.of_pairs and not self.is_list_wise
+        others = {"rpo_alpha": weighs_pairs and not self.has_nll, "ld_alpha": weighs_pairs and self.needs_reference}
+        return (*self.arguments[1:], *(name for name, has_meaning in others.items() if has_meaning))
 
 
 PREFERENCE_LOSSES = {
@@ -209,4 +229,5 @@ PREFERENCE_LOSSES = {
     "orpo": PreferenceLoss(
         orpo, "without a reference, beside the NLL of the chosen reply", needs_reference=False, has_nll=True
     ),
+    "kto": PreferenceLoss(kto, "of replies that are labelled, each by itself", of_pairs=False),
 }

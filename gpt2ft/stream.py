@@ -32,12 +32,13 @@ class Pairs:
     """
 
     index: Tensor  # [P, 2] numbers of the chosen and of the rejected reply
-    weights: Tensor  # [P] float32, how much each pair counts
+    weights: Tensor  # [P] float32, how much each pair counts; of labelled replies, negative where undesirable
     reference: Tensor  # [R] float64, log-prob of each reply under the reference; NaN where none is known
     lengths: Tensor  # [R] float32, targets of each reply; 1 in the tail
     rankings: Tensor  # [P] number of the preference group that each pair is of
     num_pairs: int
     reference_tails: Tensor | None = None  # [P, 2] float64, of the tokens by which either reply is longer, for LD-DPO
+    baseline: Tensor | float = 0.0  # [] float64, of the objective, where it has one: the same for all streams of a step
 
 
 @dataclass(frozen=True)

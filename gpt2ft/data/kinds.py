@@ -1,4 +1,5 @@
-"""The two kinds of data: conversations, whose replies are supervised, and preferences, whose replies are compared.
+"""The kinds of data: conversations, whose replies are supervised, preferences, whose replies are compared, and replies
+that are labelled as desirable or not.
 
 All that differs between them on the way from a record to a stored row stands here. A chunking rule (chunks.py,
 pairs.py) then cuts rows to fit the context, and names the kind that it is for.
@@ -11,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2ft.conversation import ROLES, MessageTree
-from gpt2ft.data.formats import CONVERSATION_FORMATS, PREFERENCE_FORMATS, AnyFormat
+from gpt2ft.data.formats import CONVERSATION_FORMATS, LABELLED_FORMATS, PREFERENCE_FORMATS, AnyFormat
 from gpt2ft.data.formats.keys import refuse_fractions
-from gpt2ft.data.preference_groups import preference_groups
+from gpt2ft.data.preference_groups import labelled_groups, preference_groups
 from gpt2ft.data.reading import ReadContext
 from gpt2ft.data.topic import Topic
 from gpt2ft.settings.sections import TrainOn
@@ -32,6 +33,7 @@ class DataKind:
     rows: Callable[[MessageTree, Topic | None, ReadContext], RowsOfTree]  # counts the messages that are in none
     sampled_reply: Callable[[NDArray[np.int8]], int]  # [K] roles of a row -> the node whose prompt is shown in samples
     rows_share_conversations: bool  # several rows may be of one conversation
+    pair: tuple[str, str] = ("pair of replies", "pairs of replies")  # name of what is compared, and its plural
 
 
 def _conversation_rows(tree: MessageTree, topic: Topic | None, context: ReadContext) -> RowsOfTree:
@@ -52,12 +54,23 @@ def _last_turn_rows(tree: MessageTree, topic: Topic | None, context: ReadContext
 
 
 def _preference_rows(tree: MessageTree, topic: Topic | None, context: ReadContext) -> RowsOfTree:
-    """Return a row for every prompt with replies to compare; a topic's replies are better than the data's own."""
+    """Return a row for every prompt with replies to compare."""
+    tree = _against_topic(tree, topic, context)
+    return tree, preference_groups(tree, context.dropped)
+
+
+def _labelled_rows(tree: MessageTree, topic: Topic | None, context: ReadContext) -> RowsOfTree:
+    """Return a row for every prompt with labelled replies."""
+    return labelled_groups(_against_topic(tree, topic, context), context.dropped)
+
+
+def _against_topic(tree: MessageTree, topic: Topic | None, context: ReadContext) -> MessageTree:
+    """Return the tree with the replies of a topic, if there is one, as better ones beside its own; all count wholly."""
     if topic:
         tree = topic.applied_to(tree, context.dropped, against_own=True)
         context.totals.messages += sum(message.rank == 0 for message in tree.messages)  # the topic's own
     refuse_fractions(message.weight for message in tree.messages)
-    return tree, preference_groups(tree, context.dropped)
+    return tree
 
 
 CONVERSATIONS = DataKind(
@@ -79,4 +92,14 @@ PREFERENCES = DataKind(
     rows=_preference_rows,
     sampled_reply=lambda roles: len(roles) - 1,
     rows_share_conversations=True,
+)
+LABELLED = DataKind(
+    name="labelled replies",
+    unit="prompts",
+    nothing="no labelled replies",
+    formats=LABELLED_FORMATS,
+    rows=_labelled_rows,
+    sampled_reply=lambda roles: len(roles) - 1,
+    rows_share_conversations=True,
+    pair=("labelled reply", "labelled replies"),
 )

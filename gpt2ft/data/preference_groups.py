@@ -1,6 +1,7 @@
-"""Preference groups in message trees: a prompt, all that stands above it, and its ranked replies."""
+"""Preference groups in message trees: a prompt, all that stands above it, and its ranked or labelled replies."""
 
 from collections import Counter
+from dataclasses import replace
 
 from gpt2ft.conversation import MessageTree
 
@@ -43,3 +44,29 @@ def _comparable(tree: MessageTree, siblings: list[int], reasons: dict[int, str])
         return sorted(ranks)
     reasons.update(dict.fromkeys(ranks, "tied with all others" if len(ranks) > 1 else "nothing to compare it with"))
     return []
+
+
+def labelled_groups(tree: MessageTree, dropped: Counter[str]) -> tuple[MessageTree, list[list[int]]]:
+    """Return the tree with labels as ranks, 0 for desirable and 1 for not, and the messages of each group.
+
+    The last message of a tree may have a label. Otherwise of the ranked replies to a prompt the best are desirable, and
+    the worst are not. Every message that is in no group is counted in `dropped`.
+    """
+    last = tree.messages[-1]
+    if last.label is not None and last.masked:
+        dropped["marked as not to be learnt"] += len(tree.messages)
+        return tree, []
+    if last.label is not None:
+        ranks = {len(tree.messages) - 1: 0 if last.label else 1}
+        groups = [tree.path_to(len(tree.messages) - 1)]
+    else:
+        ranks, groups, compared = {}, [], preference_groups(tree, dropped)
+        for group in compared:
+            replies = [index for index in group if tree.messages[index].parent == tree.messages[group[-1]].parent]
+            levels = [tree.messages[index].rank for index in replies]
+            ends = {min(levels): 0, max(levels): 1}
+            ranks |= {index: ends[rank] for index, rank in zip(replies, levels, strict=True) if rank in ends}
+            groups.append([index for index in group if index not in replies or index in ranks])
+        dropped["neither best nor worst"] += len(set().union(*compared) - set().union(*groups))
+    messages = [replace(message, rank=ranks.get(index)) for index, message in enumerate(tree.messages)]
+    return replace(tree, messages=tuple(messages)), groups

@@ -42,6 +42,7 @@ REASONS = (
     "below a dropped message",
     "beside the path kept for the topic",
     "does not end in a reply", "prompts that differ",  # of preferences, as all below but the last
+    "neither best nor worst",  # where these are labelled by their ranks
     "marked as not to be learnt",  # and leads to no reply that is, or is to be compared
     "reply without a rank", "same text as a better reply", "tied with all others", "nothing to compare it with",
     "in no pair",

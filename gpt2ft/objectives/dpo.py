@@ -45,6 +45,8 @@ def _is_above(a: Tensor, b: Tensor) -> Tensor:
 class DPO:
     """The mean loss over all pairs of the step, each with its weight."""
 
+    baseline = None
+
     def __init__(self, settings: PreferenceSettings) -> None:
         self.settings = settings
         any_pairs = PairLogProbs(*torch.ones(6, 1))  # the names do not depend on them

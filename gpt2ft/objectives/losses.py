@@ -3,8 +3,14 @@
 import torch
 from torch import Tensor
 
-from gpt2ft.preference_losses import PREFERENCE_LOSSES, PairLogProbs
+from gpt2ft.preference_losses import PREFERENCE_LOSSES, LabelledLogProbs, PairLogProbs
 from gpt2ft.settings.sections import PreferenceSettings
+
+
+def losses_of(settings: PreferenceSettings, replies: PairLogProbs | LabelledLogProbs) -> Tensor:
+    """Return [P] the loss of each pair, or of each labelled reply."""
+    loss = PREFERENCE_LOSSES[settings.loss]
+    return loss.function(replies, **{name: getattr(settings, name) for name in loss.arguments})
 
 
 def pair_losses(settings: PreferenceSettings, pairs: PairLogProbs) -> Tensor:
@@ -12,8 +18,7 @@ def pair_losses(settings: PreferenceSettings, pairs: PairLogProbs) -> Tensor:
 
     The added term is that of Pang et al. 2024, "Iterative reasoning preference optimization", eq. 1.
     """
-    loss = PREFERENCE_LOSSES[settings.loss]
-    losses = loss.function(pairs, **{name: getattr(settings, name) for name in loss.arguments})
+    losses = losses_of(settings, pairs)
     return losses - settings.rpo_alpha * pairs.chosen_mean if settings.rpo_alpha else losses
 
 
@@ -27,5 +32,9 @@ def start_loss(settings: PreferenceSettings) -> float | None:
         rankings=one_ranking,
         chosen_replies=one_ranking,
     )
-    losses = pair_losses(settings, pairs)
+    if PREFERENCE_LOSSES[settings.loss].of_pairs:
+        losses = pair_losses(settings, pairs)
+    else:
+        signs = torch.tensor([1.0, -1.0], dtype=torch.float64)
+        losses = losses_of(settings, LabelledLogProbs(torch.zeros_like(signs), signs, 0.0))
     return float(losses[0]) if torch.allclose(losses, losses[:1]) else None

@@ -5,6 +5,7 @@
 Sums and normalizers are added up over processes before they are divided, so a mean never depends on how a step is cut.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -16,6 +17,9 @@ class Objective(Protocol):
     """One thing to train for. Shape letters: S supervised targets, M metrics."""
 
     metric_names: tuple[str, ...]  # [M] of what is logged besides the loss
+    # What a stream adds to a mean over the whole step, as sum and count in float64 [2]. Losses are measured against it,
+    # or against 0 where it is below: `stream.pairs.baseline`, which has no gradient. None where there is none.
+    baseline: Callable[[Tensor, TokenStream], Tensor] | None
 
     def normalizer(self, stream: TokenStream) -> float:
         """Return how much a stream, still on the CPU, adds to the normalizer: known before the model runs."""

@@ -14,6 +14,7 @@ class SFT:
     """loss = - sum w log p / sum w over all targets of the step."""
 
     metric_names = ()
+    baseline = None
 
     def normalizer(self, stream: TokenStream) -> float:
         return float(stream.weights.double().sum())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gpt2ft.data.corpus import Corpus
+from gpt2ft.data.kinds import LABELLED
 from gpt2ft.data.mixing import LEAST_TO_HOLD_OUT
 from gpt2ft.data.plan import Plan
 from gpt2ft.data.reading import listed
@@ -69,11 +70,12 @@ def describe(setup: "RunSetup", hardware: Hardware) -> Iterator[tuple[str, str]]
     yield "streams", describe_streams(plan)
     if plan.pair_capacity:
         pairs, tokens_if_unpacked = int(plan.chunks.pairs.sum()), int(plan.chunks.tokens_if_unpacked.sum())
+        others = ", the others unrelated" if setup.corpus.kind is LABELLED else ""
         yield (
-            "pairs",
-            f"{pairs:,} of {counted(int(plan.chunks.replies.sum()), 'reply', 'replies')}; as {2 * pairs:,} sequences "
-            f"of their own they would be {tokens_if_unpacked:,} tokens, {tokens_if_unpacked / plan.tokens:.1f} times "
-            "as many",
+            "labels" if others else "pairs",
+            f"{pairs:,} of {counted(int(plan.chunks.replies.sum()), 'reply', 'replies')}{others}; as {2 * pairs:,} "
+            f"sequences of their own they would be {tokens_if_unpacked:,} tokens, "
+            f"{tokens_if_unpacked / plan.tokens:.1f} times as many",
         )
     yield "training", describe_steps(plan, setup.steps, setup.settings.optimizer.learning_rate)
     if setup.settings.training.patience:
@@ -172,7 +174,8 @@ class SourceShare:
     conversations: int
     tokens: int  # in an epoch
     supervised: int  # targets of any weight, each counted once
-    pairs: int  # of replies, in preference data
+    pairs: int  # of replies, in preference data; or labelled replies
+    pair: tuple[str, str]  # what one of them is called, and many
     notes: tuple[str, ...] = ()  # what else people must know of it
 
     def __str__(self) -> str:
@@ -181,7 +184,7 @@ class SourceShare:
         used = f"{self.conversations:,} of"
         if self.pairs:
             prompts = counted(self.conversations, "prompt")
-            used = f"{counted(self.pairs, 'pair')} of replies to {prompts} in"
+            used = f"{counted(self.pairs, *self.pair)} to {prompts} in"
         return (
             f"{self.source}{weight} ({self.format}): {used} {counted(self.conversations_read, 'conversation')}, "
             f"{counted(self.tokens, 'token')}, {self.supervised:,} supervised{read}"
@@ -205,6 +208,7 @@ def shares(corpus: Corpus, plan: Plan) -> list[SourceShare]:
             tokens=int(plan.chunks.sizes[here].sum()),
             supervised=int(plan.chunks.supervised[here].sum()),
             pairs=int(plan.chunks.pairs[here].sum()),
+            pair=corpus.kind.pair,
             notes=store.notes if corpus.has_own_sources else (),
         )
         found.append(share)

@@ -112,8 +112,8 @@ def next_commands(settings: RunSettings, loaded: LoadedModel, output: Output) ->
     """Yield the command that chats with the model, and the one that compares it with its start on the held-out data."""
     yield shlex.join([*words_to_start("chat"), str(output.folder)])
     data = settings.data
-    if not data.eval:
-        return
+    if not data.eval or (isinstance(settings, DPOSettings) and settings.dpo.loss == "kto"):
+        return  # labelled replies are neither conversations nor pairs
     start = [] if settings.model.random_init else [settings.model.path]
     words = [*words_to_start("evaluate"), *start, str(output.folder), "--data", *data.eval]
     for name, field in CorpusSettings.model_fields.items():

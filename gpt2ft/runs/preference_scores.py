@@ -14,6 +14,7 @@ from gpt2ft.model.attention import Backend
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.model.pretrained import ModelError
 from gpt2ft.objectives.dpo import DPO
+from gpt2ft.preference_losses import PREFERENCE_LOSSES
 from gpt2ft.runs.loaded_model import LoadedModel, find_model, load_model
 from gpt2ft.runs.train_dpo import store_for
 from gpt2ft.settings.measuring import EvaluateSettings
@@ -40,10 +41,12 @@ def score_preferences(
 ) -> dict[str, Any]:
     """Return the share of pairs whose better reply is rewarded more, or is likelier where there is no reference.
 
-    The loss is that of the run, and without one DPO's as published; its name stands beside it as `objective`.
+    The loss is that of the run, and without one of pairs DPO's as published; its name stands beside it as `objective`.
     """
     reference = _reference(settings, loaded, home, trained)
     own = trained.dpo if isinstance(trained, DPOSettings) else None
+    if own and not PREFERENCE_LOSSES[own.loss].of_pairs:
+        own = PreferenceSettings(beta=own.beta)
     objective = own or PreferenceSettings(loss="sigmoid" if reference else "simpo")
     objective = objective.model_copy(update={"beta": settings.beta or objective.beta})
     if reference is not None:

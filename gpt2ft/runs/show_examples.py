@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2ft.conversation import ROLES
+from gpt2ft.data.kinds import LABELLED
 from gpt2ft.data.plan import Plan
 from gpt2ft.data.token_tree import TokenTree
 from gpt2ft.stream import TokenStream
@@ -54,6 +55,7 @@ class _Example:
     stream: TokenStream
     start: int  # of its tokens in the stream
     weights: NDArray[np.float32]  # [N] what each token counts as a target
+    names: dict[int, str]  # of labelled replies and of what stands beside them, by node
 
 
 def _examples(plan: Plan, number: int) -> Iterator[_Example]:
@@ -76,7 +78,8 @@ def _examples(plan: Plan, number: int) -> Iterator[_Example]:
                 f"{counted(len(tree.tokens), 'token')}, {tree.num_supervised:,} supervised; "
                 f"step {step + 1}, stream {micro_batch + 1}, from token {start:,}"
             )
-            yield _Example(title, tree, stream, start, weights)
+            names = _names(tree) if plan.chunks.chunking.kind is LABELLED else {}
+            yield _Example(title, tree, stream, start, weights, names)
             start += len(tree.tokens)
             left -= 1
 
@@ -93,9 +96,9 @@ def _drawn(example: _Example, tokenizer: ChatTokenizer, width: int, colour: bool
         node, indent, is_last = waiting.pop()
         first = example.start + int(tree.starts[node])
         tokens = range(first, first + int(tree.lengths[node]))
-        replies = children.get(node, [])
+        replies, name = children.get(node, []), example.names.get(node, ROLES[tree.roles[node]])
         goes_on = len(replies) == 1  # an only reply stands in the same column, so that long talks stay readable
-        yield indent + ("└─ " if is_last and not goes_on else "├─ ") + _about(example, ROLES[tree.roles[node]], tokens)
+        yield indent + ("└─ " if is_last and not goes_on else "├─ ") + _about(example, name, tokens)
         below = indent + ("   " if is_last and not goes_on else "│  ")
         bar = below + ("│  " if len(replies) > 1 else "   ")
         for line in _wrapped(list(_pieces(example, tokens, tokenizer)), max(40, width - len(bar)), colour):
@@ -104,11 +107,17 @@ def _drawn(example: _Example, tokenizer: ChatTokenizer, width: int, colour: bool
         waiting += [(reply, next_indent, is_last if goes_on else reply == replies[-1]) for reply in reversed(replies)]
 
 
-def _about(example: _Example, role: str, tokens: range) -> str:
+def _names(tree: TokenTree) -> dict[int, str]:
+    labels = zip(tree.pairs[:, 0].tolist(), tree.pair_weights.tolist(), strict=True)
+    names = {node: "assistant, desirable" if weight > 0 else "assistant, undesirable" for node, weight in labels}
+    return names | dict.fromkeys(tree.pairs[:, 1].tolist(), "unrelated, not learnt")
+
+
+def _about(example: _Example, name: str, tokens: range) -> str:
     positions = example.stream.positions[tokens.start : tokens.stop].tolist()
     weights = {float(weight) for weight in example.weights[tokens.start : tokens.stop] if weight}
     weight = f", weight {' and '.join(f'{w:g}' for w in sorted(weights))}" if weights else ", not supervised"
-    return f"{role}: {counted(len(tokens), 'token')}, positions {positions[0]:,} to {positions[-1]:,}{weight}"
+    return f"{name}: {counted(len(tokens), 'token')}, positions {positions[0]:,} to {positions[-1]:,}{weight}"
 
 
 Piece = tuple[str, float]  # the text of a token, and what it counts as a target

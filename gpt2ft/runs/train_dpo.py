@@ -11,6 +11,7 @@ from torch import nn
 
 from gpt2ft.data.chunks import ChunkingRule
 from gpt2ft.data.corpus import Corpus
+from gpt2ft.data.labelled_replies import LabelledReplies
 from gpt2ft.data.pairs import PreferencePairs
 from gpt2ft.data.plan import Plan
 from gpt2ft.distributed import watchdog
@@ -19,7 +20,10 @@ from gpt2ft.distributed.signals import SignalHandler
 from gpt2ft.files import cache_root
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.objectives.dpo import DPO
+from gpt2ft.objectives.kto import KTO
 from gpt2ft.objectives.losses import start_loss
+from gpt2ft.objectives.objective import Objective
+from gpt2ft.preference_losses import PREFERENCE_LOSSES
 from gpt2ft.runs.evaluation import EvalResult, Evaluator
 from gpt2ft.runs.identity import versions
 from gpt2ft.runs.loaded_model import LoadedModel
@@ -45,11 +49,14 @@ class PreferenceTuning:
 
     def __init__(self, settings: DPOSettings) -> None:
         self.settings = settings
-        self.objective = DPO(settings.dpo)
+        self.is_of_pairs = PREFERENCE_LOSSES[settings.dpo.loss].of_pairs
+        self.objective: Objective = DPO(settings.dpo) if self.is_of_pairs else KTO(settings.dpo)
 
     def chunking(self, for_training: bool) -> ChunkingRule:
         """Evaluation counts every pair once."""
         dpo, data = self.settings.dpo, self.settings.data
+        if not self.is_of_pairs:
+            return LabelledReplies(data.max_length, self.settings.training.tokens_per_micro_batch)
         weight = dpo.pair_weight if for_training else "pair"
         capacity = self.settings.training.tokens_per_micro_batch
         return PreferencePairs(dpo.pairs, weight, data.max_length, capacity, dpo.whole_trees, dpo.is_list_wise)
@@ -90,10 +97,9 @@ class PreferenceTuning:
     def evaluator(self, setup: RunSetup) -> Evaluator:
         def evaluate(model: nn.Module, held_out: Corpus, plan: Plan, was_signalled: Callable[[], bool]) -> EvalResult:
             metrics = evaluate_objective(model, plan, self.objective, setup.accelerator, was_signalled)
-            line = (
-                f"held-out loss {metrics['loss']:.4f}, {metrics['accuracy']:.1%} of pairs the right way round, "
-                f"margin {metrics['margin']:.3f}"
-            )
+            right = "pairs the right way round" if self.is_of_pairs else "replies on the side of their label"
+            accuracy = f"{metrics['accuracy']:.1%} of {right}, margin {metrics['margin']:.3f}"
+            line = f"held-out loss {metrics['loss']:.4f}, {accuracy}"
             return EvalResult(metrics["loss"], metrics, line)
 
         return evaluate

@@ -234,6 +234,8 @@ FIELD_NAMES = {
     **_named("loss_type dpo_loss loss pref_loss preference_loss", "dpo.loss"),
     **_named("label_smoothing_factor cdpo_epsilon", "dpo.label_smoothing"),
     **_named("simpo_gamma gamma_beta_ratio", "dpo.gamma"),
+    **_named("kto_chosen_weight chosen_weight", "dpo.desirable_weight"),
+    **_named("kto_rejected_weight rejected_weight", "dpo.undesirable_weight"),
     **_named("rpo sft_weight nll_weight pref_ftx", "dpo.rpo_alpha"),
     **_named(
         "ref_model reference_model ref precompute_ref_log_probs ref_model_name_or_path reference",

@@ -133,6 +133,8 @@ class ReferenceSettings(DPOSettings):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
+        if self.report is not None and self.dpo.loss == "kto":
+            yield "`report` must not be set with `dpo.loss` = kto: it tells of pairs"
         if self.report is None and (self.later or self.margin != type(self).model_fields["margin"].default):
             yield "`report` must be set where `later` or `margin` is: they are of the report alone"
 

@@ -395,6 +395,10 @@ class PreferenceSettings(Section):
     """Weight of an added negative log-likelihood of the chosen reply, per token."""
     ld_alpha: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Below 1: how much the tokens count by which a reply is longer than the other (LD-DPO, Liu et al. 2024)."""
+    desirable_weight: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of desirable replies, of kto."""
+    undesirable_weight: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of undesirable replies, of kto."""
 
     @property
     def needs_reference(self) -> bool:
@@ -413,6 +417,11 @@ class PreferenceSettings(Section):
                 yield f"`dpo.{name}` must be {default:g} with `dpo.loss` = {self.loss}: only {takers} have it"
         if self.is_list_wise and self.pairs != "all":
             yield f"`dpo.pairs` must be all with `dpo.loss` = {self.loss}, of whole rankings, but is {self.pairs}"
+        if not PREFERENCE_LOSSES[self.loss].of_pairs and (self.pairs == "adjacent" or self.pair_weight != "pair"):
+            yield (
+                f"`dpo.pairs` must be best_worst or all, and `dpo.pair_weight` pair, with `dpo.loss` = {self.loss}: of "
+                "ranked replies it takes the best and the worst, each by itself"
+            )
         if "label_smoothing" in taken and not self.label_smoothing:
             yield f"`dpo.label_smoothing` must be above 0 with `dpo.loss` = {self.loss}, which is sigmoid otherwise"
 

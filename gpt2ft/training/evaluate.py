@@ -1,13 +1,13 @@
 """Held-out loss as sums and counts, so that it depends neither on batch size nor on the number of processes."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gpt2ft.data.plan import Plan
 from gpt2ft.distributed import watchdog
@@ -15,6 +15,9 @@ from gpt2ft.distributed.accelerator import device_sum, global_sum
 from gpt2ft.objectives.objective import Objective
 from gpt2ft.stream import TokenStream
 from gpt2ft.training.prefetch import build_ahead
+
+if TYPE_CHECKING:
+    from gpt2ft.training.fit import LoopInputs
 
 Item = TypeVar("Item")
 
@@ -93,14 +96,43 @@ def evaluate_objective(
 ) -> dict[str, float]:
     """Return the mean loss and metrics of an objective over the whole plan. Arguments and errors as above."""
 
+    def streams() -> Iterator[tuple[float, TokenStream]]:
+        return _streams_of_rank(plan, objective.normalizer, accelerator, was_signalled)
+
+    baseline = mean_baseline(model, objective, streams(), accelerator) if objective.baseline else None
     total = torch.zeros(2 + len(objective.metric_names), dtype=torch.float64, device=accelerator.device)
     with evaluating(model):
-        for normalizer, stream in _streams_of_rank(plan, objective.normalizer, accelerator, was_signalled):
+        for normalizer, stream in streams():
+            stream = measured_against(baseline, stream)
             log_probs = model(stream)
             loss = objective.loss(log_probs, stream)[None].double()
             total += torch.cat([loss, objective.metrics(log_probs, stream), torch.full_like(loss, normalizer)])
     *totals, normalizer = device_sum(accelerator, total).tolist()
     return {name: value / normalizer for name, value in zip(("loss", *objective.metric_names), totals, strict=True)}
+
+
+def with_baseline(inputs: "LoopInputs", streams: list[tuple[int, TokenStream]]) -> list[tuple[int, TokenStream]]:
+    """Return the streams of a step, with the baseline of their losses where the objective has one."""
+    if inputs.objective.baseline is None:
+        return streams
+    baseline = mean_baseline(inputs.strategy.model, inputs.objective, streams, inputs.accelerator)
+    return [(number, measured_against(baseline, stream)) for number, stream in streams]
+
+
+def mean_baseline(
+    model: nn.Module, objective: Objective, streams: Iterable[tuple[Any, TokenStream]], accelerator: Any
+) -> Tensor:
+    """Return the baseline over all streams of all processes, which call it together."""
+    sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    with evaluating(model):
+        for _, stream in streams:
+            sums += objective.baseline(model(stream), stream)
+    total, count = device_sum(accelerator, sums)
+    return (total / count).clamp(min=0.0)
+
+
+def measured_against(baseline: Tensor | None, stream: TokenStream) -> TokenStream:
+    return stream if baseline is None else replace(stream, pairs=replace(stream.pairs, baseline=baseline))
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from gpt2ft.errors import Gpt2ftError
 from gpt2ft.objectives.objective import Objective
 from gpt2ft.random import seed_for
 from gpt2ft.settings.sections import OptimizerSettings, TrainingSettings
-from gpt2ft.training.evaluate import EvaluationInterrupted
+from gpt2ft.training.evaluate import EvaluationInterrupted, with_baseline
 from gpt2ft.training.metric_sums import MetricSums
 from gpt2ft.training.optimizer import learning_rate, set_learning_rate
 from gpt2ft.training.prefetch import BatchSource, step_streams
@@ -94,7 +94,7 @@ def train_steps(inputs: LoopInputs, state: TrainState) -> TrainState:
         counts = device_sum(accelerator, on_device(accelerator, *counts))
         scale = loss_scale(accelerator, counts[0])
         step_sums = torch.zeros(1 + len(objective.metric_names), dtype=torch.float64, device=device)
-        for number, stream in streams:
+        for number, stream in with_baseline(inputs, streams):
             with accelerator.accumulate(model):  # DDP exchanges gradients at the last one alone
                 # One seed a micro-batch: dropout is the same on any number of processes, and after a resume.
                 torch.manual_seed(seed_for(inputs.training.seed, "dropout", step, number))

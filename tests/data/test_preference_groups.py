@@ -9,7 +9,7 @@ import pytest
 
 from gpt2ft.conversation import Message, MessageTree
 from gpt2ft.data.kinds import PREFERENCES
-from gpt2ft.data.preference_groups import preference_groups
+from gpt2ft.data.preference_groups import labelled_groups, preference_groups
 from gpt2ft.data.reading import REASONS
 from gpt2ft.data.store import open_store
 from gpt2ft.settings.sections import FilterSettings
@@ -135,8 +135,19 @@ def test_any_tree_as_defined():
         met[len(result)] += 1
         met["deep"] += any(tree.messages[group[2]].role == "user" for group in result if len(group) > 3)
         reasons.update(dropped)
+        labelled, groups = labelled_groups(tree, kept_apart := Counter())
+        assert len(set().union(*groups)) + kept_apart.total() == len(tree.messages)
+        assert [group[0] for group in groups] == [group[0] for group in result]
+        for group, whole in zip(groups, result, strict=True):
+            prompt = tree.messages[whole[-1]].parent
+            ranks = {index: tree.messages[index].rank for index in whole if tree.messages[index].parent == prompt}
+            best, worst = min(ranks.values()), max(ranks.values())
+            ends = {index: int(rank == worst) for index, rank in ranks.items() if rank in (best, worst)}
+            assert {index: labelled.messages[index].rank for index in group if index in ranks} == ends
+        met["neither"] += kept_apart["neither best nor worst"]
     assert min(met[number] for number in (0, 1, 2, 3)) > 30
     assert met["deep"] > 100
+    assert met["neither"] > 100
     assert min(reasons[reason] for reason in REASONS[REASONS.index("reply without a rank") : -1]) > 100
 
 

@@ -34,19 +34,22 @@ SETTINGS = {
 
 
 def test_every_loss_is_tested():
-    assert PREFERENCE_LOSSES.keys() == SETTINGS.keys()
+    assert {*SETTINGS, "kto"} == PREFERENCE_LOSSES.keys()  # kto: test_kto.py
+    assert all(PREFERENCE_LOSSES[name].of_pairs for name in SETTINGS)
     assert all(
         loss.function.__name__ == name and loss.arguments[0] == "beta" for name, loss in PREFERENCE_LOSSES.items()
     )
     assert set(get_args(LossName)) == PREFERENCE_LOSSES.keys()
 
 
-@pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
+@pytest.mark.parametrize("loss", SETTINGS)
 def test_a_loss_takes_its_own_parameters_and_no_others(loss):
     """What settings let be set changes the loss, and nothing else does."""
     traits, pairs, own = PREFERENCE_LOSSES[loss], random_pairs(5), SETTINGS[loss]
     assert not list(own.problems())
-    for name, value in {"label_smoothing": 0.3, "gamma": 0.7, "rpo_alpha": 0.5, "ld_alpha": 0.5}.items():
+    values = {"label_smoothing": 0.3, "gamma": 0.7, "rpo_alpha": 0.5, "ld_alpha": 0.5}
+    values |= {"desirable_weight": 2.0, "undesirable_weight": 2.0}
+    for name, value in values.items():
         changed = own.model_copy(update={name: value})
         problems = list(changed.problems())
         if name in traits.parameters:
@@ -57,7 +60,7 @@ def test_a_loss_takes_its_own_parameters_and_no_others(loss):
             assert [f"`dpo.{name}`" in problem and loss in problem for problem in problems] == [True]
 
 
-@pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
+@pytest.mark.parametrize("loss", SETTINGS)
 def test_a_loss_reads_the_reference_if_it_needs_one(loss):
     pairs = random_pairs(5)
     other = replace(pairs, reference_chosen=pairs.reference_chosen - 1)
@@ -241,7 +244,7 @@ def test_orpo_is_that_of_trl():
 # --- the losses themselves ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
+@pytest.mark.parametrize("loss", SETTINGS)
 def test_gradients(loss):
     pairs = random_pairs(4, seed=1)
     sums = [values.clone().requires_grad_() for values in (pairs.chosen, pairs.rejected)]
@@ -290,7 +293,7 @@ def test_robust_is_unbiased_where_labels_are_flipped():
     torch.testing.assert_close(mean, pair_losses(PreferenceSettings(loss="sigmoid"), pairs))
 
 
-@pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
+@pytest.mark.parametrize("loss", SETTINGS)
 def test_extreme_log_probs_stay_finite(loss):
     chosen = torch.tensor([-1e-7, -1e5, -1e5, -1e-7], dtype=torch.float64).requires_grad_()
     rejected = torch.tensor([-1e5, -1e-7, -1e5, -1e-7], dtype=torch.float64).requires_grad_()

@@ -55,7 +55,11 @@ def run_folder(run_dpo, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "loss",
-    [loss if loss in ("ipo", "simpo") else pytest.param(loss, marks=pytest.mark.long) for loss in PREFERENCE_LOSSES],
+    [
+        loss if loss in ("ipo", "simpo") else pytest.param(loss, marks=pytest.mark.long)
+        for loss, traits in PREFERENCE_LOSSES.items()
+        if traits.of_pairs
+    ],
 )
 def test_every_loss_trains(loss, run_dpo, tmp_path):
     """The first loss is the known one, and chosen replies come to be rewarded more than rejected ones."""

@@ -49,7 +49,7 @@ CAMPAIGN = [
 
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": ["q", "v", "o", "fc"]}
 DORA = LORA | {"dropout": 0.0, "dora": True, "plus_ratio": 2.0, "rank_per_target": ["v=6"]}
-KINDS = ["sft", "sft lora", "dpo", "dpo lora", "sometimes nan"]
+KINDS = ["sft", "sft lora", "dpo", "dpo lora", "dpo kto", "sometimes nan"]
 FEW = [
     "sft",
     "sft stopped",
@@ -58,7 +58,7 @@ FEW = [
     "sometimes nan",
     "impatient",
 ]  # with these the plain tests make do
-REST = ["sft lora", "sft lora stopped", "sft lora continued", "dpo"]
+REST = ["sft lora", "sft lora stopped", "sft lora continued", "dpo", "dpo kto"]
 BF16 = [f"{run}{how}" for run in ("bf16", "bf16 lora") for how in ("", " stopped", " continued")]
 
 
@@ -172,7 +172,7 @@ class Runs:
                 "activation_checkpointing": adapts,
             },
             "optimizer": {"learning_rate": LEARNING_RATE},
-        }
+        } | ({"dpo": {"loss": "kto", "undesirable_weight": 1.5}} if run == "dpo kto" else {})
 
 
 @pytest.fixture(scope="module")

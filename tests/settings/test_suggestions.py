@@ -44,6 +44,7 @@ MEANT = {  # name -> settings of sft
     "lora.r": "lora.rank",
     "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout",
+    "neftune_noise_alpha": "model.neftune_alpha",
     "target_modules": "lora.targets",
     "rank_pattern": "lora.rank_per_target",
     "alpha_pattern": "lora.alpha_per_target",

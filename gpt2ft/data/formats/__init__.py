@@ -4,12 +4,12 @@ its name in the tuples below."""
 import difflib
 from collections.abc import Collection
 
-from gpt2ft.data.formats import messages, oasst, preferences, prompt_reply, text
+from gpt2ft.data.formats import labelled, messages, oasst, preferences, prompt_reply, text
 from gpt2ft.data.formats.keys import describes
 from gpt2ft.data.formats.layout import Format, refuse_preference
 from gpt2ft.data.reading import Malformed, Record, show
 
-AnyFormat = Format | oasst.NestedTrees | oasst.FlatMessages
+AnyFormat = Format | labelled.Labelled | oasst.NestedTrees | oasst.FlatMessages
 
 # The first that matches a record is its format, so the more particular ones stand first.
 CONVERSATION_FORMATS: tuple[AnyFormat, ...] = (
@@ -25,6 +25,8 @@ PREFERENCE_FORMATS: tuple[AnyFormat, ...] = (
     preferences.CHOSEN_REJECTED,
     *CONVERSATION_FORMATS,
 )
+# Of ranked replies the best and the worst are labelled by their ranks.
+LABELLED_FORMATS: tuple[AnyFormat, ...] = (*labelled.FORMATS, *PREFERENCE_FORMATS)
 _USUAL = ("messages", "prompt", "completion", "text")
 
 
