@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -153,7 +154,7 @@ def test_links_lead_somewhere_and_python_compiles(page):
     assert not missing
     for line, language, block in blocks(page):
         if language == "python":
-            compile(block, f"{page}:{line}", "exec")
+            compile(textwrap.dedent(block), f"{page}:{line}", "exec")
 
 
 def fast(command: Command) -> bool:

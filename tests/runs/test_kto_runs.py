@@ -55,7 +55,9 @@ def test_it_learns_what_the_labels_say_and_resumes_to_the_same_bits(run_dpo, sto
 
 
 @pytest.mark.parametrize(
-    "dpo", [{"pairs": "adjacent"}, {"pair_weight": "prompt"}, {"ld_alpha": 0.5}, {"rpo_alpha": 1.0}], ids=str
+    "dpo",
+    [{"pairs": "adjacent"}, {"pair_weight": "prompt"}, {"whole_trees": True}, {"ld_alpha": 0.5}, {"rpo_alpha": 1.0}],
+    ids=str,
 )
 def test_what_is_of_pairs_alone_is_refused(dpo):
     settings = DPOSettings(data={"train": ["rows.jsonl"]}, dpo={"loss": "kto"} | dpo)
