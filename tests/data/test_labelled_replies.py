@@ -88,7 +88,7 @@ def test_what_stands_beside_a_label_is_refused_as_anywhere(read):
 def test_fine_tuning_still_refuses_what_is_bad(read):
     with pytest.raises(DataError) as raised:
         read([PAIR | {"label": False}], CONVERSATIONS)
-    assert tells(str(raised.value), "test.jsonl:1 ... `label`")
+    assert tells(str(raised.value), "test.jsonl:1 ... `label` ... kto")
     trees, _ = read([PAIR | {"label": True}], CONVERSATIONS)
     assert len(trees) == 1
 

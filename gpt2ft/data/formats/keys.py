@@ -122,9 +122,10 @@ def record_weight(record: Record, classes: Collection[str] = (), compared: bool 
     marks = _marks(record, keys, weights=() if compared else MARKS)
     for key, mark in marks.items():
         if not mark:
+            kto = "" if key in MARKS else "; launch/dpo.py learns from both with `dpo.loss` = kto"
             raise Malformed(
                 f"`{key}` must be true, above 0 or absent, as a record is learnt, but is {show(record[key])}"
-                f"{of(record)}; `data.on_error` = skip leaves such records out and counts them; {PASS_OVER}",
+                f"{of(record)}{kto}; `data.on_error` = skip leaves such records out and counts them; {PASS_OVER}",
                 "marked as bad",
             )
     return _agreed(record, {key: mark for key, mark in marks.items() if key in MARKS})
