@@ -299,8 +299,8 @@ class TestIsolation:
         model = TargetLogProbs(gpt2, len(tokenizer), "segments")
         forward = gpt2.forward
 
-        def careless(tokens, positions, attend):
-            return forward(tokens, torch.arange(len(tokens)), attend)
+        def careless(tokens, positions, *others):
+            return forward(tokens, torch.arange(len(tokens)), *others)
 
         monkeypatch.setattr(gpt2, "forward", careless)
         with pytest.raises(PreflightError, match="does not isolate"):
