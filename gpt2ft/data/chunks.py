@@ -8,8 +8,8 @@ preferences      PreferencePairs (see pairs.py)       shortened at its prompt or
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, reduce
-from typing import ClassVar, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from gpt2ft.data.reading import DataError, listed
 from gpt2ft.data.store import TokenStore
 from gpt2ft.data.token_tree import TEXT, TokenTree, counts, fit_context, merge, split, text_part, weigh
 from gpt2ft.settings.sections import MessageWeight
+
+if TYPE_CHECKING:
+    from gpt2ft.data.prefixes import Together
 
 Rows = NDArray[np.int64]  # [n, 2]: number of the store, row in it
 Contents = NDArray[np.int32]  # [k] all that a chunking rule needs to know of a part to make it again
@@ -38,6 +41,10 @@ class ChunkingRule(Protocol):
     @property
     def replies_cut_at(self) -> int | None:
         """Length of a path at which a supervised turn may be cut, without its end; None if none ever is."""
+
+    @property
+    def counts_once(self) -> bool:
+        """True if a turn that several chunks share counts in one of them alone."""
 
     def count(self, store: TokenStore) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Return [rows, 5] `counts` of each whole tree, and [rows] true where the tree fits as it is."""
@@ -72,6 +79,10 @@ class ConversationTrees:
     kind: DataKind = CONVERSATIONS
     replies_cut_at: ClassVar[None] = None
     merges: ClassVar[bool] = False
+
+    @property
+    def counts_once(self) -> bool:
+        return self.weight == "once"
 
     def count(self, store: TokenStore) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         tokens, supervised = store.sizes()
@@ -122,6 +133,7 @@ class Chunks:
     repeated: NDArray[np.int64]  # [n] tokens that an earlier part holds too: the context of later turns
     left_out: Counter[str]  # what is in no chunk, by reason
     merged: Mapping[int, list[int]] = field(default_factory=dict)  # chunk -> rows whose trees are merged into its own
+    together: "Together | None" = None  # where chunks that begin alike are put together; `rows` are those of the first
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -159,12 +171,23 @@ class Chunks:
     @property
     def all_rows(self) -> Rows:
         """Rows of all trees, those that are merged into another's chunk and the copies of a mixing weight included."""
+        if self.together:
+            return self.together.alone.all_rows
         merged = [(self.rows[number, 0], row) for number, rows in self.merged.items() for row in rows]
         return np.concatenate([self.rows, np.array(merged, np.int64).reshape(-1, 2)])
+
+    @property
+    def tokens_alone(self) -> NDArray[np.int64]:
+        """[n] tokens if no conversations were put together."""
+        return self.together.tokens_alone if self.together else self.sizes
 
     @cached_property
     def pieces(self) -> NDArray[np.uint64]:
         """[n, 4] what each chunk is, wherever the same data are read: keys of its trees, part, tokens, targets."""
+        keys = self.together.keys if self.together else self._keys()
+        return np.stack([keys, *(values.astype(np.uint64) for values in (self.parts, *self.counts[:, :2].T))], axis=1)
+
+    def _keys(self) -> NDArray[np.uint64]:
         of_rows = self.all_rows
         keys = np.zeros(len(of_rows), np.uint64)
         for number, store in enumerate(self.stores):
@@ -172,16 +195,18 @@ class Chunks:
             keys[here] = store.keys()[of_rows[here, 1]]
         keys, merged = np.split(keys, [len(self)])
         np.add.at(keys, [number for number, rows in self.merged.items() for _ in rows], merged)
-        return np.stack([keys, *(values.astype(np.uint64) for values in (self.parts, *self.counts[:, :2].T))], axis=1)
+        return keys
 
     def tree(self, number: int) -> TokenTree:
         """Return the tree of a chunk; the groups of its nodes are the number of its store."""
+        if self.together:
+            return self.together.tree(number)
         store, row = self.rows[number].tolist()
         tree = self.chunking.whole(self.stores[store], row, group=store)
         part = int(self.parts[number])
         if part < 0:
             others = self.merged.get(number, ())
-            return reduce(merge, (self.chunking.whole(self.stores[store], row, group=store) for row in others), tree)
+            return merge([tree, *(self.chunking.whole(self.stores[store], row, group=store) for row in others)])
         return self.chunking.part(tree, part, self.contents[slice(*self.contents_from[number : number + 2])])
 
 
@@ -242,7 +267,7 @@ def _merged(chunks: Chunks) -> Chunks:
     for numbers in _of_one_conversation(chunks):
         first, tree = numbers[0], chunks.tree(numbers[0])
         for number in numbers[1:]:
-            both = merge(tree, chunks.tree(number))
+            both = merge([tree, chunks.tree(number)])
             if both is not None and len(both.tokens) <= chunks.chunking.capacity:
                 tree, absorbed[number], counted[first] = both, True, counts(both)
                 merged.setdefault(first, []).append(int(chunks.rows[number, 1]))

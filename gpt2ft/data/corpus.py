@@ -10,6 +10,7 @@ import numpy as np
 from gpt2ft.data.chunks import Rows
 from gpt2ft.data.kinds import CONVERSATIONS, DataKind
 from gpt2ft.data.mixing import Keys, first_of_each, is_held_out, is_held_out_by_itself, is_within, sampled
+from gpt2ft.data.prefixes import openings
 from gpt2ft.data.reading import DataError
 from gpt2ft.data.sources import Origin, read_trees
 from gpt2ft.data.store import TokenStore, open_store
@@ -44,7 +45,14 @@ class Corpus:
 
     def conversations(self) -> Keys:
         """[n] key of the conversation of each row."""
-        of_stores = enumerate(store.conversations() for store in self.stores)
+        return self._of_rows(TokenStore.conversations)
+
+    def openings(self) -> Keys:
+        """[n] key of the first turn of each row that is no system turn."""
+        return self._of_rows(openings)
+
+    def _of_rows(self, keys: Callable[[TokenStore], Keys]) -> Keys:
+        of_stores = enumerate(map(keys, self.stores))
         return np.concatenate([found[self.rows[self.rows[:, 0] == number, 1]] for number, found in of_stores])
 
 
@@ -75,10 +83,13 @@ def load_corpora(
     reason = f"{kind.unit} met before" + (" or held out" if held_out else "")
     corpus = _unique(kind, _open_stores(settings.train, settings, tokenizer, kind, digest), kept_back, reason)
     if settings.holds_out and not settings.eval:
-        fraction, keys = settings.eval_fraction, corpus.conversations()
+        fraction = settings.eval_fraction
+        keys = corpus.openings() if settings.share_prefixes else corpus.conversations()
         chosen = is_held_out_by_itself(keys) if fraction is None else is_held_out(keys, fraction)
         if fraction is not None and not chosen.any():
-            raise SettingsError(f"`data.eval_fraction` = {fraction} holds no conversation out: raise it")
+            together = ", or set `data.share_prefixes` to false, which holds out together what opens with the same turn"
+            advice = together if settings.share_prefixes else ""
+            raise SettingsError(f"`data.eval_fraction` = {fraction} holds no conversation out: raise it{advice}")
         if chosen.any():
             held_out = replace(corpus, rows=corpus.rows[chosen], dropped=Counter(), has_own_sources=False)
             corpus = replace(corpus, rows=corpus.rows[~chosen])

@@ -33,6 +33,7 @@ class LabelledReplies:
     max_length: int
     capacity: int
     merges: ClassVar[bool] = False
+    counts_once: ClassVar[bool] = False
     kind: ClassVar[DataKind] = LABELLED
 
     @property

@@ -60,8 +60,12 @@ def sampled(keys: Keys, weight: float, seed: int) -> NDArray[np.int64]:
 
 
 def _numbers(keys: Keys, seed: int) -> NDArray[np.float64]:
-    """Return a number from 0 to 1 for each key (the mixing function of SplitMix64, Steele et al. 2014)."""
-    mixed = keys + np.uint64(seed)
+    """Return a number from 0 to 1 for each key."""
+    return mixed(keys + np.uint64(seed)) / 2.0**64
+
+
+def mixed(keys: Keys) -> Keys:
+    """Return keys each of whose bits depends on all bits of the old one (SplitMix64, Steele et al. 2014)."""
     for shift, multiplier in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(multiplier)
-    return (mixed ^ (mixed >> np.uint64(31))) / 2.0**64
+        keys = (keys ^ (keys >> np.uint64(shift))) * np.uint64(multiplier)
+    return keys ^ (keys >> np.uint64(31))

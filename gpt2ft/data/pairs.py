@@ -51,6 +51,7 @@ class PreferencePairs:
     merges: bool = False
     whole_rankings: bool = False  # all replies to a prompt share a stream, for losses that rank them
     kind: ClassVar[DataKind] = PREFERENCES
+    counts_once: ClassVar[bool] = False  # every pair counts
 
     @property
     def replies_cut_at(self) -> int:

@@ -137,15 +137,22 @@ class Plan:
         return digest.hexdigest()[:16]
 
     def position(self, steps: int) -> dict[str, float | str]:
-        """Return how far the first `steps` steps go: epochs, tokens (repeated context left out), the `digest`."""
+        """Return how far the first `steps` steps go: epochs, tokens (repeated context left out), the `digest`.
+
+        Where conversations that begin alike are put together, also the tokens computed until then, divided by those of
+        the conversations alone, and the share of them that are repeated.
+        """
         streams = steps * self.streams_per_step
         if self.epochs is not None:
             streams = min(streams, self.epochs * len(self.streams))  # the last step may be short
         epoch, place = divmod(streams, len(self.streams))
         begun = [chunk for stream in self._order(epoch)[:place] for chunk in self.streams[stream]]
-        once = self.chunks.sizes - self.chunks.repeated
-        tokens = epoch * int(once.sum()) + int(once[begun].sum())
-        return {"epoch": streams / len(self.streams), "tokens_seen": tokens, "data": self.digest(steps)}
+        figures = np.stack([self.chunks.sizes, self.chunks.repeated, self.chunks.tokens_alone])
+        tokens, repeated, alone = (epoch * figures.sum(axis=1) + figures[:, begun].sum(axis=1)).tolist()
+        found = {"epoch": streams / len(self.streams), "tokens_seen": tokens - repeated, "data": self.digest(steps)}
+        if self.chunks.together and steps:
+            found |= {"tree_to_path_tokens": tokens / alone, "repeated_share": repeated / tokens}
+        return found
 
     def replies_of(self, micro_batch: Sequence[int]) -> NDArray[np.int64]:
         """Return the places of the replies of a micro-batch in `reference`, in the order of its stream."""
@@ -164,6 +171,11 @@ class Plan:
     def tokens(self) -> int:
         """Tokens in an epoch, repeated context included."""
         return int(self.chunks.sizes.sum())
+
+    @property
+    def tokens_alone(self) -> int:
+        """Tokens in an epoch if no conversations were put together."""
+        return int(self.chunks.tokens_alone.sum())
 
     @property
     def repeated(self) -> int:

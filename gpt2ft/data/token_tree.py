@@ -3,11 +3,12 @@
     weigh          how much each supervised node counts
     fit_context    covers what lies too deep by windows, cuts what is plain text
     split          cuts a tree that is larger than a stream at its branches
-    merge          makes one tree of two that begin alike
+    merge          makes one tree of several that begin alike
 
 Each returns new trees. Shape letters: n tokens, K nodes, P pairs of nodes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -267,47 +268,57 @@ def split(tree: TokenTree, capacity: int) -> list[TokenTree]:
     return trees
 
 
-def merge(first: TokenTree, second: TokenTree) -> TokenTree | None:
-    """Return a tree that holds what two trees share once, and the pairs of both; None if they do not begin alike.
+def merge(trees: Sequence[TokenTree]) -> TokenTree | None:
+    """Return a tree that holds what trees share once, and the pairs of all; None if they do not begin alike.
 
-    A node is shared where its tokens and those of all nodes above it are the same. It is supervised if it is in either.
+    A node is shared where its tokens and those of all nodes above it are the same. Its weights add up; a reply that is
+    compared keeps the weight 1.
     """
-    parents = first.parents.tolist()
-    known = {(parent, first.node_tokens(node).tobytes()): node for node, parent in enumerate(parents)}
-    places: list[int] = []  # of the nodes of `second`, among those of `first` and then the new ones
-    new: list[int] = []
-    for node, parent in enumerate(second.parents.tolist()):
-        above = places[parent] if parent >= 0 else -1
-        place = known.setdefault((above, second.node_tokens(node).tobytes()), len(parents))
-        if place == len(parents):
-            parents.append(above)
-            new.append(node)
-        places.append(place)
-    if places[0] != 0:
-        return None
-    paths = [(0,)]
-    for node, parent in enumerate(parents[1:], start=1):
-        paths.append((*paths[parent], node))
-    order = sorted(range(len(parents)), key=paths.__getitem__)  # depth first
+    if len(trees) == 1:
+        return trees[0]
+    known: dict[tuple[int, bytes], int] = {}
+    nodes: list[tuple[TokenTree, int]] = []  # where each is met first
+    weights: list[float] = []
+    below: list[list[int]] = []  # the replies to each
+    places: list[list[int]] = []  # of the nodes of each tree, among all
+    for tree in trees:
+        own: list[int] = []
+        for node, parent in enumerate(tree.parents.tolist()):
+            above = own[parent] if parent >= 0 else -1
+            place = known.setdefault((above, tree.node_tokens(node).tobytes()), len(nodes))
+            if place == len(nodes):
+                nodes.append((tree, node))
+                weights.append(0.0)
+                below.append([])
+                if above >= 0:
+                    below[above].append(place)
+            own.append(place)
+            weight = float(tree.weights[node])
+            weights[place] = max(weights[place], weight) if len(tree.pairs) else weights[place] + weight
+        places.append(own)
+        if own[0] != 0:
+            return None
+    order, waiting = [], [0]  # depth first
+    while waiting:
+        order.append(waiting.pop())
+        waiting += below[order[-1]][::-1]
     place_of = np.argsort(order).astype(np.int32)
-    weights = np.append(first.weights, np.zeros(len(new), np.float32))
-    np.maximum.at(weights, places, second.weights)
-    tokens = [*map(first.node_tokens, range(len(first.parents))), *map(second.node_tokens, new)]
+    parents = np.full(len(order), -1, np.int32)
+    for node, replies in enumerate(below):
+        parents[place_of[replies]] = place_of[node]
 
     def column(name: str) -> NDArray:
-        return np.concatenate([getattr(first, name), getattr(second, name)[new]])[order]
+        return np.array([getattr(tree, name)[node] for tree, node in (nodes[place] for place in order)])
 
+    firsts = np.cumsum([0, *(tree.rankings.max(initial=-1) + 1 for tree in trees)], dtype=np.int32)  # of their rankings
     return TokenTree(
-        tokens=np.concatenate([tokens[node] for node in order]),
-        lengths=column("lengths"),
-        parents=np.array([-1, *(place_of[parents[node]] for node in order[1:])], np.int32),
-        roles=column("roles"),
-        weights=weights[order],
-        groups=column("groups"),
-        messages=column("messages"),
-        pairs=place_of[np.concatenate([first.pairs, np.array(places)[second.pairs]])],
-        pair_weights=np.concatenate([first.pair_weights, second.pair_weights]),
-        rankings=np.concatenate([first.rankings, second.rankings + first.rankings.max(initial=-1) + 1]),
+        tokens=np.concatenate([tree.node_tokens(node) for tree, node in (nodes[place] for place in order)]),
+        parents=parents,
+        weights=np.array(weights, np.float32)[order],
+        pairs=np.concatenate([place_of[own][tree.pairs] for own, tree in zip(places, trees, strict=True)]),
+        pair_weights=np.concatenate([tree.pair_weights for tree in trees]),
+        rankings=np.concatenate([tree.rankings + first for tree, first in zip(trees, firsts[:-1], strict=True)]),
+        **{name: column(name) for name in ("lengths", "roles", "groups", "messages")},
     )
 
 

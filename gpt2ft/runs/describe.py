@@ -68,6 +68,12 @@ def describe(setup: "RunSetup", hardware: Hardware) -> Iterator[tuple[str, str]]
     if setup.settings.data.train_on == "last":
         yield "learnt", "of conversations the last assistant turn of each path alone"
     yield "streams", describe_streams(plan)
+    if plan.chunks.together:
+        yield (
+            "shared",
+            f"{plan.tokens:,} tokens, {plan.tokens / plan.tokens_alone:.1%} of the {plan.tokens_alone:,} of all "
+            "conversations alone",
+        )
     if plan.pair_capacity:
         pairs, tokens_if_unpacked = int(plan.chunks.pairs.sum()), int(plan.chunks.tokens_if_unpacked.sum())
         others = ", the others unrelated" if setup.corpus.kind is LABELLED else ""

@@ -41,6 +41,7 @@ def manifest_of(setup: RunSetup, attention: str) -> dict[str, Any]:
             "streams": len(plan.streams),
             "steps": setup.steps,
             "tokens": plan.tokens,
+            "tokens_alone": plan.tokens_alone,
             "repeated": plan.repeated,
             "supervised": plan.supervised,
             "fill": plan.fill,

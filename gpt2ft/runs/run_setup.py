@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from gpt2ft.data.chunks import ChunkingRule, chunk
 from gpt2ft.data.corpus import Corpus, load_corpora
 from gpt2ft.data.plan import Plan
+from gpt2ft.data.prefixes import share_prefixes
 from gpt2ft.data.sources import Origin
 from gpt2ft.distributed import launch_checks
 from gpt2ft.distributed.accelerator import once_a_machine, precision_of
@@ -131,6 +132,7 @@ def plan_for(corpus: Corpus, settings: RunSettings, rule: ChunkingRule, for_trai
     """Lay a corpus out in streams, unchanged where it is held out."""
     training = settings.training
     chunks = chunk(corpus.stores, corpus.rows, rule)
+    chunks = share_prefixes(chunks) if settings.data.share_prefixes else chunks
     micro_batches = training.micro_batches_per_step
     epochs = None if training.steps else training.epochs
     tokens = training.tokens_per_micro_batch

@@ -73,8 +73,10 @@ def _examples(plan: Plan, number: int) -> Iterator[_Example]:
             tree = plan.chunks.tree(chunk)
             store, row = plan.chunks.rows[chunk].tolist()
             source = plan.chunks.stores[store]
+            others = len(plan.chunks.together.members_of(chunk)) - 1 if plan.chunks.together else 0
             title = (
-                f"example {number - left + 1}: {source.source}, conversation {source.id(row)}, "
+                f"example {number - left + 1}: {source.source}, conversation {source.id(row)}"
+                f"{f' and {others:,} that begin alike' if others else ''}, "
                 f"{counted(len(tree.tokens), 'token')}, {tree.num_supervised:,} supervised; "
                 f"step {step + 1}, stream {micro_batch + 1}, from token {start:,}"
             )

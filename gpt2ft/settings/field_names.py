@@ -106,6 +106,7 @@ FIELD_NAMES = {
     ),
     **_named("shuffle shuffle_dataset", "training.seed", "Always shuffled, by the seed."),
     **_named("language lang langs", "data.languages languages"),
+    **_named("prefix_sharing shared_prefix shared_prefixes share_prefix tree_training", "data.share_prefixes"),
     **_named("ignore_columns skip_keys", "data.ignore_keys ignore_keys"),
     **_named("ignore_errors skip_errors skip_bad_lines", "data.on_error on_error", "As `skip`."),
     **_named("cache_dir dataset_cache", "data.cache cache"),

@@ -238,6 +238,9 @@ class DataSettings(CorpusSettings):
     other assistant turn follows."""
     message_weight: MessageWeight = "once"
     """A message counts once, or once for every path through it (leaves)."""
+    share_prefixes: bool = False
+    """Compute turns that conversations of a source open with alike once, also where the data are no trees. With `once`
+    they then count once, and what opens with the same user turn is held out together."""
 
     @property
     def holds_out(self) -> bool:
