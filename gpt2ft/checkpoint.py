@@ -53,12 +53,21 @@ class TrainState:
     evaluated_step: int | None = None  # the last step after which evaluation ran
     evaluations_since_best: int = 0  # in a row, none of them better
     sums: Mapping[str, float] = field(default_factory=dict)  # of the steps since the last logged line, if saved then
+    scaler: Mapping[str, float] = field(default_factory=dict)  # of fp16, see distributed/accelerator.py
 
-    def after_step(self, updated: bool) -> "TrainState":
-        """Return the state one step later; `updated` is False if the step changed no weights."""
-        if updated:
-            return replace(self, step=self.step + 1, updates=self.updates + 1, skipped_in_a_row=0)
-        return replace(self, step=self.step + 1, skipped_in_a_row=self.skipped_in_a_row + 1)
+    def after_step(self, updated: bool, scaler: Mapping[str, float] | None = None) -> "TrainState":
+        """Return the state one step later.
+
+        Args:
+            updated: False if the step changed no weights. It is not counted in a row if its loss had too large a scale
+                in fp16, and the next one has half of it. From 1 down there is another reason.
+            scaler: the state of fp16's scaler after the step; empty in other precisions.
+        """
+        scaler = scaler or {}
+        overflowed = 1 <= scaler.get("loss_scale", 0) < self.scaler.get("loss_scale", math.inf)
+        skipped = 0 if updated else self.skipped_in_a_row + (not overflowed)
+        updates = self.updates + updated
+        return replace(self, step=self.step + 1, updates=updates, skipped_in_a_row=skipped, scaler=scaler)
 
     def after_evaluation(self, loss: float | None) -> "TrainState":
         """Return the state after an evaluation; `loss` is None without held-out data, and the best only if finite."""
@@ -76,14 +85,19 @@ class TrainState:
         Raises:
             ValueError: if no run can stand there.
         """
-        names = [field.name for field in fields(cls) if field.name != "sums"]
-        added = {"evaluations_since_best": 0, "sums": {}}  # which earlier versions have not
-        if not isinstance(values, dict) or added.keys() | values.keys() != {*names, "sums"}:
+        names = [field.name for field in fields(cls) if field.name not in ("sums", "scaler")]
+        added = {"evaluations_since_best": 0, "sums": {}, "scaler": {}}  # which earlier versions have not
+        if not isinstance(values, dict) or added.keys() | values.keys() != {*names, "sums", "scaler"}:
             raise ValueError(f"`state` must hold {', '.join(names)}, but holds {shown(values)}")
         values = added | values
-        sums = values["sums"]
-        if not isinstance(sums, dict) or not all(type(value) is float for value in sums.values()):
-            raise ValueError(f"`state.sums` must be an object of numbers, but is {shown(sums)}")
+        for name in ("sums", "scaler"):
+            numbers = values[name]
+            if not isinstance(numbers, dict) or not all(type(value) is float for value in numbers.values()):
+                raise ValueError(f"`state.{name}` must be an object of numbers, but is {shown(numbers)}")
+        scaler = values["scaler"]
+        is_whole = {*scaler} == {"loss_scale", "steps_at_loss_scale"} and scaler["loss_scale"] > 0
+        if scaler and not (is_whole and all(0 <= value < math.inf for value in scaler.values())):
+            raise ValueError(f"`state.scaler` must be empty, or a scale above 0 and steps, but is {shown(scaler)}")
         step, loss = values["step"], values["best_loss"]
         if type(step) is not int or step < 0:
             raise ValueError(f"`state.step` must be a whole number that is not negative, but is {shown(step)}")

@@ -26,6 +26,8 @@ OF_DRIVER, OF_PCI = "proc/driver/nvidia/gpus/*", "sys/bus/pci/devices/*"
 NVIDIA, DISPLAY = "0x10de", "0x03"  # vendor and class in PCI
 OLDEST_FOR_TRITON = (7, 0)  # compute capability
 
+PrecisionName = Literal["fp32", "bf16", "fp16"]
+
 
 class DeviceError(Gpt2ftError):
     """A GPU that is there and cannot be used."""
@@ -34,9 +36,22 @@ class DeviceError(Gpt2ftError):
 # --- CPU or GPU -----------------------------------------------------------------------------------------------------
 
 
+def device_type() -> Literal["cuda", "mps", "cpu"]:
+    """Return what is computed on: a GPU if PyTorch can use one, unless the CPU was asked for.
+
+    Apple's GPUs (mps) have no float64, so sums lie on the CPU beside them (distributed/accelerator.py), and no
+    collectives, so several processes are on the CPU.
+    """
+    if asks_for_cpu():
+        return "cpu"
+    if torch.cuda.is_available() and torch.cuda.device_count() > 0:
+        return "cuda"
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    return "mps" if is_alone and torch.backends.mps.is_available() else "cpu"
+
+
 def on_cuda() -> bool:
-    """Return True if a GPU is computed on: there is one that PyTorch can use, and nobody has asked for the CPU."""
-    return not asks_for_cpu() and torch.cuda.is_available() and torch.cuda.device_count() > 0
+    return device_type() == "cuda"
 
 
 def asks_for_cpu() -> bool:
@@ -138,23 +153,34 @@ def _device() -> torch.device:
 # --- precision ------------------------------------------------------------------------------------------------------
 
 
-def choose_precision(asked: str) -> Literal["fp32", "bf16"]:
-    """Return the precision of matrix products; auto is bf16 on GPUs that have it, and fp32 otherwise.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_precision(asked: str, without_bf16: PrecisionName = "fp16") -> PrecisionName:
+    """Return the precision of matrix products; auto is bf16 on GPUs that have it, `without_bf16` on other NVIDIA GPUs,
+    and fp32 otherwise.
 
     A GPU without bf16 emulates it: that is done where it is asked for, and said. From here on no product in float32 is
     rounded to TF32.
+
+    Raises:
+        DeviceError: if an Apple GPU is to compute in anything but fp32.
     """
     # Vendors' images let it be: checks in float32 would fail, and fp32 would not be fp32.
     torch.set_float32_matmul_precision("highest")
-    if asked == "fp32" or not on_cuda():
-        return "bf16" if asked == "bf16" else "fp32"
+    if device_type() == "mps" and asked not in ("auto", "fp32"):
+        raise DeviceError(
+            f"on Apple's GPUs `precision` must be fp32, but is {asked}: leave it out, or set ACCELERATE_USE_CPU=true"
+        )
+    if asked in ("fp32", "fp16") or not on_cuda():
+        return "fp32" if asked == "auto" else asked
     with torch.cuda.device(_device()):
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         name = torch.cuda.get_device_name()
-    chosen = "bf16" if has_bf16 or asked == "bf16" else "fp32"
+    chosen = "bf16" if has_bf16 or asked == "bf16" else without_bf16
     if not has_bf16 and is_first_on_machine():
-        remedy = "which takes more memory" if chosen == "fp32" else "emulated: `precision fp32` should be faster"
-        print(f"warning: {name} has no bf16: computing in {chosen}, {remedy}", file=sys.stderr)
+        remedy = {"fp32": ", which takes more memory", "bf16": ", emulated: `precision fp16` should be faster"}
+        print(f"warning: {name} has no bf16: computing in {chosen}{remedy.get(chosen, '')}", file=sys.stderr)
     return chosen
 
 

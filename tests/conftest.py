@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 # Read when torch is imported, here and in what the tests start: there is a test for each core, and those who wait for
-# others do not keep them from it. A GPU is not used, and a run must not be refused for that.
-os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
+# others do not keep them from it.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 TEST_DATA = Path(os.environ.get("GPT2FT_TEST_DATA", Path(__file__).parents[1] / "../shared/data"))
 LENGTH_OF_A_MESSAGE = 1000  # in hand-made trees token m * 1000 + i is token i of message m
 
@@ -18,6 +18,20 @@ def pytest_xdist_auto_num_workers(config):
     """Folders are shared by two processes; a few files would be done before a second one has imported PyTorch."""
     files = all(Path(argument.partition("::")[0]).suffix == ".py" for argument in config.args)
     return 0 if files else min(2, os.cpu_count())
+
+
+def pytest_configure(config):
+    """Hide GPUs unless their tests are asked for: a run must not be refused for one that it does not use."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU, and -m gpu")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -162,7 +162,13 @@ class TestGPU:
 class TestPrecision:
     @pytest.mark.parametrize(
         ("has_bf16", "asked", "found"),
-        [(True, "auto", "bf16"), (True, "bf16", "bf16"), (True, "fp32", "fp32"), (False, "fp32", "fp32")],
+        [
+            (True, "auto", "bf16"),
+            (True, "bf16", "bf16"),
+            (True, "fp32", "fp32"),
+            (False, "fp32", "fp32"),
+            (False, "fp16", "fp16"),
+        ],
     )
     def test_on_a_gpu(self, has_bf16, asked, found, usable_gpu, capsys):
         usable_gpu(has_bf16=has_bf16)
@@ -172,13 +178,15 @@ class TestPrecision:
     def test_auto_without_bf16(self, usable_gpu, capsys):
         usable_gpu()
         assert torch.cuda.is_bf16_supported()  # emulated
-        assert choose_precision("auto") == "fp32"
-        assert tells(capsys.readouterr().err, "Tesla T4 ... no bf16 ... fp32")
+        assert choose_precision("auto") == "fp16"
+        assert tells(capsys.readouterr().err, "Tesla T4 ... no bf16 ... fp16")
+        assert choose_precision("auto", without_bf16="fp32") == "fp32"  # under ZeRO
+        assert tells(capsys.readouterr().err, "Tesla T4 ... no bf16 ... fp32 ... memory")
 
     def test_bf16_that_is_emulated(self, usable_gpu, capsys):
         usable_gpu()
         assert choose_precision("bf16") == "bf16"
-        assert tells(capsys.readouterr().err, "Tesla T4 ... no bf16 ... emulated ... `precision fp32`")
+        assert tells(capsys.readouterr().err, "Tesla T4 ... no bf16 ... emulated ... `precision fp16`")
 
     @pytest.mark.parametrize("asked", ["auto", "fp32", "bf16"])
     def test_float32_is_not_rounded_to_tf32(self, asked):
@@ -192,7 +200,12 @@ class TestPrecision:
 
     def test_on_a_cpu(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        assert [choose_precision(asked) for asked in ("auto", "fp32", "bf16")] == ["fp32", "fp32", "bf16"]
+        assert [choose_precision(asked) for asked in ("auto", "fp32", "bf16", "fp16")] == [
+            "fp32",
+            "fp32",
+            "bf16",
+            "fp16",
+        ]
 
 
 class TestCompiling:

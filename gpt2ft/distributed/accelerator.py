@@ -2,18 +2,20 @@
 
 - `start_accelerator` checks the launch and makes its Accelerator;
 - `loss_scale` is the one place that knows by what Accelerate and DDP divide a gradient;
-- `global_sum` adds numbers up over all processes; `device_sum` and `sum_and_any` do so without reading them back.
+- `global_sum` adds numbers up over all processes; `device_sum` and `sum_and_any` do so without reading them back;
+- `scaler_state` and `load_scaler` are of fp16, whose losses Accelerate multiplies by a scale, so that small gradients
+  do not vanish: torch.amp.GradScaler halves it after a step that overflows, and doubles it after 2000 that do not.
 """
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from gpt2ft.device import available_cores, choose_precision, on_cuda
+from gpt2ft.device import DTYPES, PrecisionName, available_cores, choose_precision, device_type, on_cuda
 from gpt2ft.distributed import cpu, launch_checks, rendezvous, watchdog
 from gpt2ft.distributed.launch_checks import LaunchError, StrategyName
 from gpt2ft.distributed.launcher_arguments import is_launched
@@ -21,6 +23,7 @@ from gpt2ft.distributed.signals import end_with_parent
 from gpt2ft.errors import Gpt2ftError
 
 Result = TypeVar("Result")
+AcceleratePrecision = Literal["no", "bf16", "fp16"]
 
 
 def start_accelerator(precision: str, micro_batches_per_step: int | None = None, deterministic: bool = False) -> Any:
@@ -40,9 +43,10 @@ def start_accelerator(precision: str, micro_batches_per_step: int | None = None,
 
     # Torch and Accelerate warn of each other, and a user can do nothing about that.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|accelerate)\b")
+    strategy = launch_checks.strategy()
     rendezvous.install()
     with rendezvous.joining():
-        accelerator = _accelerator(launch_checks.strategy(), _precision(precision), accumulation)
+        accelerator = _accelerator(strategy, _precision(precision, strategy), accumulation)
         launch_checks.check_given(accelerator, world_size)
         watchdog.start(accelerator)
     if world_size == 1 and is_launched():
@@ -54,10 +58,15 @@ def start_accelerator(precision: str, micro_batches_per_step: int | None = None,
     return accelerator
 
 
-def _accelerator(strategy: StrategyName, precision: Literal["no", "bf16"], accumulation: int) -> Any:
+def _accelerator(strategy: StrategyName, precision: AcceleratePrecision, accumulation: int) -> Any:
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
+    if precision == "fp16" and strategy in ("zero2", "zero3"):
+        raise LaunchError(
+            "DeepSpeed cannot train in fp16 here, as it clips gradients before it divides them by the scale of the "
+            "loss: use `--training.precision bf16` or fp32, or DDP or FSDP2"
+        )
     on_cpu = not on_cuda()
     if on_cpu and torch.cuda.is_available() and strategy != "ddp":
         raise LaunchError("FSDP and DeepSpeed train on the GPUs where there are some: leave ACCELERATE_USE_CPU out")
@@ -80,11 +89,13 @@ def _accelerator(strategy: StrategyName, precision: Literal["no", "bf16"], accum
             sync_each_batch=strategy == "fsdp2",  # sums of gradients lie in shards between micro-batches
         ),
         kwargs_handlers=handlers,
-        # Without it several processes would not know of each other where there is no GPU, and Apple's would be used,
-        # which have no float64. FSDP and DeepSpeed are prepared above.
-        cpu=on_cpu and strategy == "ddp",
+        # Without it several processes would not know of each other where there is no GPU. FSDP and DeepSpeed are
+        # prepared above.
+        cpu=device_type() == "cpu" and strategy == "ddp",
         **plugins,
     )
+    if precision == "fp16" and accelerator.scaler is None:
+        cpu.prepare_for_fp16(accelerator)
     if plugins.get("deepspeed_plugin") and precision == "bf16":  # like the others: see strategy.py
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["bf16"] = {"enabled": False}
@@ -123,7 +134,7 @@ def is_deepspeed(accelerator: Any) -> bool:
     return accelerator.state.deepspeed_plugin is not None
 
 
-def precision_of(accelerator: Any) -> Literal["no", "bf16"]:
+def precision_of(accelerator: Any) -> AcceleratePrecision:
     """Return the precision of matrix products; "no" is float32, in Accelerate's words, which misses DeepSpeed's."""
     if is_deepspeed(accelerator):
         casts = accelerator.state.deepspeed_plugin.deepspeed_config.get("torch_autocast", {}).get("enabled", False)
@@ -131,9 +142,40 @@ def precision_of(accelerator: Any) -> Literal["no", "bf16"]:
     return accelerator.mixed_precision
 
 
+def precision_name(accelerator: Any) -> PrecisionName:
+    """Return the precision of matrix products in the words of the settings."""
+    precision = precision_of(accelerator)
+    return "fp32" if precision == "no" else precision
+
+
+def dtype_of(accelerator: Any) -> torch.dtype:
+    """Return the type in which matrices are multiplied."""
+    return DTYPES[precision_name(accelerator)]
+
+
 def autocast(accelerator: Any) -> torch.autocast:
     """Return mixed precision as in training, for a model that is not wrapped: a context, or a decorator."""
-    return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision_of(accelerator) == "bf16")
+    dtype = dtype_of(accelerator)
+    is_mixed = dtype != torch.float32
+    return torch.autocast(accelerator.device.type, dtype if is_mixed else None, enabled=is_mixed)
+
+
+def scaler_state(accelerator: Any) -> dict[str, float]:
+    """Return the scale of fp16's losses and the steps since it changed; nothing in other precisions."""
+    if accelerator.scaler is None:
+        return {}
+    state = accelerator.scaler.state_dict()
+    return {"loss_scale": state["scale"], "steps_at_loss_scale": float(state["_growth_tracker"])}
+
+
+def load_scaler(accelerator: Any, saved: Mapping[str, float]) -> None:
+    """Set the scale of fp16's losses to what `scaler_state` returned; to that of a first step where it is empty."""
+    if accelerator.scaler is None:
+        return
+    state = torch.amp.GradScaler(accelerator.device.type).state_dict()
+    if saved:
+        state |= {"scale": saved["loss_scale"], "_growth_tracker": int(saved["steps_at_loss_scale"])}
+    accelerator.scaler.load_state_dict(state)
 
 
 def loss_scale(accelerator: Any, normalizer: Tensor) -> Tensor:
@@ -219,8 +261,9 @@ def raise_together(accelerator: Any, problem: OSError | None) -> None:
         raise OSError("the first process could not save")
 
 
-def _precision(setting: str) -> Literal["no", "bf16"]:
-    """Return the precision in the words of Accelerate; where the setting is auto the launcher may ask for bf16."""
-    if setting == "auto" and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
-        setting = "bf16"
-    return "bf16" if choose_precision(setting) == "bf16" else "no"
+def _precision(setting: str, strategy: StrategyName) -> AcceleratePrecision:
+    """Return the precision in the words of Accelerate; where the setting is auto the launcher may ask for one."""
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    asked = launcher if setting == "auto" and launcher != "no" else setting
+    chosen = choose_precision(asked, without_bf16="fp32" if strategy in ("zero2", "zero3") else "fp16")
+    return "no" if chosen == "fp32" else chosen

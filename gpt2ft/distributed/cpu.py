@@ -1,13 +1,15 @@
-"""FSDP2 and DeepSpeed on the CPUs of one machine, to test what several GPUs will do.
+"""FSDP2, DeepSpeed and fp16 on the CPUs of one machine, to test what GPUs will do.
 
-Accelerate knows both on GPUs only. Asked for FSDP on CPUs it trains by DDP without a word; DeepSpeed gets a process
-group of which Accelerate sees one process, and compiles an operator that nothing here needs. Each is set right below,
-before the Accelerator is made, and nowhere else. On a machine whose GPUs are used nothing here runs.
+Accelerate knows them on GPUs only. Asked for FSDP on CPUs it trains by DDP without a word, and in float32 where it is
+asked for fp16; DeepSpeed gets a process group of which Accelerate sees one process, and compiles an operator that
+nothing here needs. Each is set right below and nowhere else. On a machine whose GPUs are used nothing here runs.
 """
 
 import os
 import sys
 from typing import Any
+
+import torch
 
 from gpt2ft.distributed.rendezvous import COLLECTIVE_TIMEOUT
 
@@ -31,6 +33,11 @@ def prepare_for_deepspeed() -> Any:
     os.environ.pop("ACCELERATE_USE_CPU", None)  # it would switch DeepSpeed off
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # the name in the package is another module's
     return InitProcessGroupKwargs(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+
+
+def prepare_for_fp16(accelerator: Any) -> None:
+    """Give Accelerate the scaler that it makes for GPUs alone, and have it cast."""
+    accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu"), True
 
 
 def _name_cpu_as_accelerator() -> None:

@@ -31,7 +31,7 @@ ALWAYS = (
     ("ACCELERATE_USE_MEGATRON_LM", OFF, "MEGATRON_LM must be left out", "use MULTI_GPU or FSDP"),
     ("ACCELERATE_USE_PARALLELISM_CONFIG", OFF, "`parallelism_config` must be left out", "it is not supported"),
     ("PJRT_DEVICE", "(?!tpu).*", "PJRT_DEVICE must be no TPU", "use GPUs, or PJRT_DEVICE=CPU"),
-    ("ACCELERATE_MIXED_PRECISION", "no|bf16", "mixed_precision must be no or bf16", "use `--training.precision`"),
+    ("ACCELERATE_MIXED_PRECISION", "no|bf16|fp16", "mixed_precision must be no, bf16 or fp16", "use `precision`"),
     ("ACCELERATE_DYNAMO_BACKEND", "no", "dynamo_backend must be no", COMPILED),
 )
 FSDP = (

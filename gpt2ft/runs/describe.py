@@ -13,6 +13,7 @@ from gpt2ft.data.kinds import LABELLED
 from gpt2ft.data.mixing import LEAST_TO_HOLD_OUT
 from gpt2ft.data.plan import Plan
 from gpt2ft.data.reading import listed
+from gpt2ft.device import PrecisionName
 from gpt2ft.distributed.launch_checks import NAMES, StrategyName
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.logprobs import CHUNK
@@ -40,12 +41,12 @@ class Hardware:
     processes: int
     device: str
     strategy: StrategyName
-    bf16: bool
+    precision: PrecisionName
     activation_checkpointing: bool
 
     def __str__(self) -> str:
         sharing = "" if self.strategy == "ddp" else f", {NAMES[self.strategy]}"
-        return f"{self.processes} x {self.device}{sharing}, {'bf16' if self.bf16 else 'fp32'}"
+        return f"{self.processes} x {self.device}{sharing}, {self.precision}"
 
 
 def describe(setup: "RunSetup", hardware: Hardware) -> Iterator[tuple[str, str]]:
@@ -137,19 +138,20 @@ def memory_estimate(gpt2: GPT2, capacity: int, hardware: Hardware) -> float:
     layer about 18 activations as wide as the embedding, 13 where its matrices are frozen (of one layer, and one of each
     other, where they are computed again); two copies of one chunk of logits. Shards divide weights (FSDP2, ZeRO-3),
     gradients and moments among the processes. Autograd keeps what matrices were multiplied with until the backward
-    pass: copies in bf16, and under ZeRO-3 in float32 the weights that were gathered. ZeRO has a second copy of what is
-    trained, and DDP on several processes one of the gradients: the buckets in which it exchanges them.
+    pass: copies in bf16 or fp16, and under ZeRO-3 in float32 the weights that were gathered. ZeRO has a second copy of
+    what is trained, and DDP on several processes one of the gradients: the buckets in which it exchanges them.
     """
     config = gpt2.config
     trained, parameters = parameter_counts(gpt2)
-    width = 2 if hardware.bf16 else 4
+    is_mixed = hardware.precision != "fp32"
+    width = 2 if is_mixed else 4
     of_weights = hardware.processes if hardware.strategy in ("fsdp2", "zero3") else 1
     of_moments = 1 if hardware.strategy == "ddp" else hardware.processes
     is_zero = hardware.strategy in ("zero2", "zero3")
     has_buckets = hardware.strategy == "ddp" and hardware.processes > 1
     frozen = (parameters - trained) * (4 if is_zero else width)
     state = (trained * 4 + frozen) / of_weights + trained * (16 if is_zero or has_buckets else 12) / of_moments
-    if hardware.bf16:
+    if is_mixed:
         state += trained * 2
     elif hardware.strategy == "zero3" and not hardware.activation_checkpointing:
         state += parameters * 4

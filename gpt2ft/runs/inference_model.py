@@ -2,7 +2,7 @@
 
 import torch
 
-from gpt2ft.device import available_cores, check_gpu, choose_precision, on_cuda
+from gpt2ft.device import DTYPES, available_cores, check_gpu, choose_precision, device_type
 from gpt2ft.inference.model import InferenceModel
 from gpt2ft.inference.prompt_format import ChatPromptFormat, prompt_format_for
 from gpt2ft.runs.loaded_model import find_model
@@ -22,8 +22,7 @@ def load_inference_model(settings: InferenceSettings, seed: int) -> InferenceMod
     precision = choose_precision(settings.precision)
     torch.set_num_threads(min(torch.get_num_threads(), available_cores()))  # PyTorch knows nothing of quotas
     loaded, _ = find_model(settings.model, settings.random_init, seed)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    gpt2 = loaded.gpt2.to("cuda" if on_cuda() else "cpu", dtype).eval()
+    gpt2 = loaded.gpt2.to(device_type(), DTYPES[precision]).eval()
     tokenizer = loaded.tokenizer
     prompt_format = ChatPromptFormat(tokenizer) if settings.random_init else prompt_format_for(tokenizer)
     source = f"random {settings.model}" if settings.random_init else loaded.source

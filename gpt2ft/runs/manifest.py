@@ -7,7 +7,7 @@ from typing import Any
 from gpt2ft.command_line import full_command
 from gpt2ft.device import hardware
 from gpt2ft.distributed import launch_checks
-from gpt2ft.distributed.accelerator import precision_of
+from gpt2ft.distributed.accelerator import precision_name
 from gpt2ft.distributed.restarts import launch
 from gpt2ft.runs.describe import dropped, shares
 from gpt2ft.runs.identity import identity_of, versions
@@ -30,7 +30,7 @@ def manifest_of(setup: RunSetup, attention: str) -> dict[str, Any]:
         **environment(setup.accelerator),
         "template": template_digest(),
         "tokenizer": setup.loaded.tokenizer.digest,
-        "precision": "bf16" if precision_of(setup.accelerator) == "bf16" else "fp32",
+        "precision": precision_name(setup.accelerator),
         "attention": attention,
         "identity": identity_of(setup),
         "sources": [asdict(share) for share in sources],

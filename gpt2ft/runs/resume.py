@@ -8,7 +8,7 @@ from pathlib import Path
 from gpt2ft import checkpoint
 from gpt2ft.checkpoint import CheckpointError, TrainState
 from gpt2ft.distributed import launch_checks, watchdog
-from gpt2ft.distributed.accelerator import once_a_machine, raise_together
+from gpt2ft.distributed.accelerator import load_scaler, once_a_machine, raise_together
 from gpt2ft.distributed.agreement import check_agreement
 from gpt2ft.errors import SettingsError
 from gpt2ft.model.logprobs import TargetLogProbs
@@ -106,6 +106,7 @@ def prepare_strategy(setup: RunSetup, model: TargetLogProbs, resume_point: Resum
         )
     moments = checkpoint.read_moments(resume_point.checkpoint) if resume_point.checkpoint and state.updates else None
     strategy.load_moments(moments, state.updates)
+    load_scaler(accelerator, state.scaler)  # which the probe has moved
     return strategy
 
 

@@ -11,7 +11,7 @@ from gpt2ft.data.plan import Plan
 from gpt2ft.data.prefixes import share_prefixes
 from gpt2ft.data.sources import Origin
 from gpt2ft.distributed import launch_checks
-from gpt2ft.distributed.accelerator import once_a_machine, precision_of
+from gpt2ft.distributed.accelerator import once_a_machine, precision_name
 from gpt2ft.errors import SettingsError
 from gpt2ft.model.attention import Backend, choose_backend
 from gpt2ft.model.logprobs import TargetLogProbs
@@ -102,7 +102,7 @@ def _print_plan(setup: RunSetup) -> None:
         processes=accelerator.num_processes,
         device=accelerator.device.type,
         strategy=launch_checks.strategy(),
-        bf16=precision_of(accelerator) == "bf16",
+        precision=precision_name(accelerator),
         activation_checkpointing=settings.training.activation_checkpointing,
     )
     for label, text in describe(setup, hardware):

@@ -25,7 +25,7 @@ from gpt2ft.data.pairs import compared
 from gpt2ft.data.reading import DataError
 from gpt2ft.data.sources import read_trees
 from gpt2ft.distributed import watchdog
-from gpt2ft.distributed.accelerator import precision_of, start_accelerator
+from gpt2ft.distributed.accelerator import dtype_of, precision_of, start_accelerator
 from gpt2ft.distributed.agreement import check_agreement
 from gpt2ft.distributed.signals import Preempted, SignalHandler
 from gpt2ft.errors import SettingsError, reason
@@ -163,8 +163,7 @@ def _sample_all(sample: Sampling, prompts: Sequence[Prompt], output: Path, work:
 
     accelerator = sample.accelerator
     output.parent.mkdir(parents=True, exist_ok=True)
-    dtype = torch.bfloat16 if precision_of(accelerator) == "bf16" else torch.float32
-    sample.loaded.gpt2.to(accelerator.device, dtype).eval()
+    sample.loaded.gpt2.to(accelerator.device, dtype_of(accelerator)).eval()
     done = _read_partial(output, work)
     (known,) = gather_object([sorted(done)])[:1]  # all have read before any writes, and share out the same rest
     left = [number for number in range(len(prompts)) if number not in known]

@@ -203,7 +203,7 @@ FIELD_NAMES = {
     **_named(
         "fp16 float16 half use_fp16 amp",
         "training.precision precision dtype",
-        "With fp32 or bf16; fp16 is for exports.",
+        "With fp16 as its value.",
     ),
     **_named("fp32 float32 tf32", "training.precision precision dtype", "With fp32 as its value."),
     **_named("mixed_precision dtype torch_dtype model_dtype", "training.precision precision dtype"),

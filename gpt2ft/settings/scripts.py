@@ -13,6 +13,7 @@ from gpt2ft.settings.sections import (
     NotNegative,
     OptimizerSettings,
     Positive,
+    Precision,
     PreferenceSettings,
     SamplingDefaults,
     Section,
@@ -157,8 +158,8 @@ class InferenceSettings(SamplingDefaults, FinishedModelSettings):
 
     max_new_tokens: Positive = 256
     """Longest reply in tokens."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto is bf16 on GPUs that have it, and fp32 otherwise."""
+    precision: Precision = "auto"
+    """auto is bf16 on GPUs that have it, fp16 on other NVIDIA GPUs, and fp32 on CPUs and Apple's GPUs."""
 
 
 class ChatSettings(InferenceSettings):

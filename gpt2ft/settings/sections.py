@@ -30,6 +30,7 @@ TrackerName = Literal[*TRACKERS]
 LossName = Literal[*PREFERENCE_LOSSES]
 PairRule = Literal["all", "best_worst", "adjacent"]
 PairWeight = Literal["pair", "prompt"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 MINUTES_BETWEEN_SAVES = 30.0
 
@@ -275,8 +276,9 @@ class StreamSettings(Section):
 
     tokens_per_micro_batch: Positive = 8192
     """Most tokens in one stream, the unit of one pass through the model."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: the launcher's unless that is "no", then bf16 on GPUs that have it, and fp32 otherwise."""
+    precision: Precision = "auto"
+    """auto: the launcher's unless that is "no", then bf16 on GPUs that have it, fp16 on other NVIDIA GPUs (under ZeRO
+    fp32), and fp32 on CPUs and Apple's GPUs."""
 
 
 class TrainingSettings(StreamSettings):
@@ -318,7 +320,8 @@ class TrainingSettings(StreamSettings):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm."""
     max_skipped_steps: Positive = 10
-    """Steps in a row with a gradient that is not finite, after which the run stops."""
+    """Steps in a row with a gradient that is not finite, after which the run stops; in fp16 without those that a lower
+    scale of the loss may mend."""
     activation_checkpointing: bool = False
     """Keep fewer activations and compute them again in the backward pass: same run, less memory, a quarter slower."""
     deterministic: bool = False

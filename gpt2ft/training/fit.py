@@ -19,7 +19,7 @@ import torch
 
 from gpt2ft.checkpoint import TrainState
 from gpt2ft.distributed import watchdog
-from gpt2ft.distributed.accelerator import device_sum, loss_scale, on_device, sum_and_any
+from gpt2ft.distributed.accelerator import device_sum, loss_scale, on_device, scaler_state, sum_and_any
 from gpt2ft.distributed.signals import Preempted, SignalHandler
 from gpt2ft.errors import Gpt2ftError
 from gpt2ft.objectives.objective import Objective
@@ -103,7 +103,7 @@ def train_steps(inputs: LoopInputs, state: TrainState) -> TrainState:
                 accelerator.backward(loss * scale)
                 step_sums += torch.cat([loss.detach()[None], objective.metrics(log_probs.detach(), stream)])
         grad_norm = strategy.update()  # skipped unless the norm is finite, which is the same on all processes
-        state = state.after_step(updated=math.isfinite(grad_norm))
+        state = state.after_step(updated=math.isfinite(grad_norm), scaler=scaler_state(accelerator))
         inputs.tracker.advance()
         stop_if_diverged(inputs, state)
         # One process may have the signal, or the time, alone, but all must do the same after the same step.
@@ -125,7 +125,7 @@ def log_metrics(inputs: LoopInputs, state: TrainState, sums: MetricSums, steps_l
     """Log the means since the last call, on the main process."""
     metrics, seconds_per_step = sums.take()
     rate = learning_rate(state.step - 1, inputs.steps, inputs.optimization)
-    metrics |= {"learning_rate": rate, "skipped_steps": state.step - state.updates}
+    metrics |= {"learning_rate": rate, "skipped_steps": state.step - state.updates, **state.scaler}
     metrics = {f"train/{name}": value for name, value in metrics.items()} | inputs.batches.position(state.step)
     inputs.tracker.log(state.step, metrics)
     inputs.tracker.show(state.step, metrics, seconds_per_step * steps_left)

@@ -4,9 +4,10 @@ The loop, the checkpoints, the samples and the exports see no difference: a stra
 that the backward passes have added up, and gathers the model and Adam's moments in full. All processes must call it
 together, as gathering is a collective.
 
-Weights, gradients, their sums over processes and Adam's moments are float32 in every strategy. Under bf16, matrices are
-multiplied in bf16 by torch.autocast: FSDP's and DeepSpeed's own mixed precision, which round the parameters of norms
-and the sums of gradients too, are off.
+Weights, gradients, their sums over processes and Adam's moments are float32 in every strategy. Under bf16 and fp16
+matrices are multiplied in these by torch.autocast: FSDP's and DeepSpeed's own mixed precision, which round the
+parameters of norms and the sums of gradients too, are off. In fp16 Accelerate's scaler multiplies the loss; `update`
+divides the gradient by its scale before anything else is done with it.
 """
 
 import copy
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from gpt2ft.checkpoint import MOMENTS
 from gpt2ft.distributed import launch_checks
-from gpt2ft.distributed.accelerator import autocast, device_sum, is_deepspeed, precision_of
+from gpt2ft.distributed.accelerator import autocast, device_sum, dtype_of, is_deepspeed
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.model.lora import cast_frozen_matrices, load_trainable_parameters, trainable_parameters
@@ -78,15 +79,14 @@ def prepare(
 
 
 def cast_frozen(accelerator: Any, gpt2: GPT2) -> None:
-    """Cast frozen matrices to bf16 where they are multiplied in it: half the memory, the same products.
+    """Cast frozen matrices to bf16 or fp16 where they are multiplied in it: half the memory, the same products.
 
     DeepSpeed holds all parameters in one type, so there they are only rounded, as embeddings are looked up in them too:
     it is the same run.
     """
-    if precision_of(accelerator) == "bf16":
-        cast_frozen_matrices(gpt2, torch.bfloat16)
-        if is_deepspeed(accelerator):
-            cast_frozen_matrices(gpt2, torch.float32)
+    cast_frozen_matrices(gpt2, dtype_of(accelerator))
+    if is_deepspeed(accelerator):
+        cast_frozen_matrices(gpt2, torch.float32)
 
 
 class DDP:
@@ -98,7 +98,7 @@ class DDP:
     def __init__(
         self, accelerator: Any, model: TargetLogProbs, optimizer: torch.optim.Optimizer, max_grad_norm: float
     ) -> None:
-        self.max_grad_norm = max_grad_norm
+        self.accelerator, self.max_grad_norm = accelerator, max_grad_norm
         self.is_main = accelerator.is_main_process
         self.gpt2 = model.gpt2
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -108,11 +108,14 @@ class DDP:
         check_same_parameters(model, self.model)
 
     def update(self) -> float:
+        self.accelerator.unscale_gradients(self.optimizer)  # of fp16; it does nothing in other precisions
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         norm = float(_full(norm))
         # One NaN would make Adam's moments NaN for good.
         if math.isfinite(norm):
-            self.optimizer.step()
+            self.optimizer.step()  # and the scaler's, after it
+        elif self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()  # has found what is not finite, and lowers the scale
         self.optimizer.zero_grad()
         return norm
 

@@ -87,7 +87,7 @@ def test_the_launcher_has_no_say_in_accumulation(refusal, start):
 
 
 def test_a_precision_that_is_not_ours_is_refused(refusal):
-    assert "mixed_precision must be no or bf16, but is fp16" in refusal(1, ACCELERATE_MIXED_PRECISION="fp16")
+    assert "mixed_precision must be no, bf16 or fp16, but is fp8" in refusal(1, ACCELERATE_MIXED_PRECISION="fp8")
 
 
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])

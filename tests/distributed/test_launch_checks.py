@@ -83,7 +83,7 @@ def test_what_a_launcher_may_ask_for(environment, strategy, launched_with):
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, ["`parallelism_config`", "not supported"]),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, ["dynamo_backend", "but is INDUCTOR", "compiled anyway"]),
         ({"PJRT_DEVICE": "TPU"}, ["PJRT_DEVICE", "TPU"]),
-        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, ["mixed_precision", "no or bf16", "but is fp8"]),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, ["mixed_precision", "no, bf16 or fp16", "but is fp8"]),
     ],
 )
 def test_what_it_may_not(environment, facts, launched_with):

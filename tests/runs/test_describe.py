@@ -12,8 +12,8 @@ from gpt2ft.runs.describe import Hardware, describe_steps, memory_estimate, shar
 from gpt2ft.settings.sections import DataSettings, LoRASettings
 
 
-def estimate(gpt2, strategy="ddp", processes=4, bf16=False, activation_checkpointing=True):
-    return memory_estimate(gpt2, 128, Hardware(processes, "cuda", strategy, bf16, activation_checkpointing))
+def estimate(gpt2, strategy="ddp", processes=4, precision="fp32", activation_checkpointing=True):
+    return memory_estimate(gpt2, 128, Hardware(processes, "cuda", strategy, precision, activation_checkpointing))
 
 
 def test_shards_divide_what_the_strategy_shards(tiny_gpt2):
@@ -34,7 +34,7 @@ def test_deepspeed_holds_frozen_weights_in_float32(tiny_gpt2, one_generator):
     apply_lora(gpt2, LoRASettings(rank=4, alpha=8.0), [1, 2], one_generator)
     frozen = sum(parameter.numel() for parameter in gpt2.parameters() if not parameter.requires_grad)
     trained = sum(parameter.numel() for parameter in gpt2.parameters() if parameter.requires_grad)
-    more = estimate(gpt2, "zero2", processes=1, bf16=True) - estimate(gpt2, processes=1, bf16=True)
+    more = estimate(gpt2, "zero2", processes=1, precision="bf16") - estimate(gpt2, processes=1, precision="bf16")
     assert more == pytest.approx(2 * frozen + 4 * trained)
 
 
@@ -46,8 +46,8 @@ def one_generator():
 
 
 def test_devices_are_named():
-    assert str(Hardware(2, "cpu", "ddp", False, False)) == "2 x cpu, fp32"
-    assert str(Hardware(8, "cuda", "fsdp2", True, False)) == "8 x cuda, FSDP2, bf16"
+    assert str(Hardware(2, "cpu", "ddp", "fp32", False)) == "2 x cpu, fp32"
+    assert str(Hardware(8, "cuda", "fsdp2", "bf16", False)) == "8 x cuda, FSDP2, bf16"
 
 
 def test_one_of_a_thing_is_not_called_many(tokenizer, cache, tmp_path):

@@ -150,10 +150,12 @@ def test_a_stopped_run_ends_in_the_same_bits(lora, stop_after, run_dpo, stopped_
     assert len(stored(tmp_path / "one")) > 100
 
 
-@pytest.mark.parametrize(("seed", "lora"), [(0, LORA), (1, DORA)], ids=["lora", "dora"])
-def test_adapters_in_bf16_start_from_their_reference(seed, lora, run_dpo, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("seed", "lora", "precision"), [(0, LORA, "bf16"), (1, DORA, "bf16"), (0, LORA, "fp16")], ids=["lora", "dora", "fp16"]
+)
+def test_adapters_in_half_precision_start_from_their_reference(seed, lora, precision, run_dpo, tmp_path, capsys):
     """Frozen matrices are rounded before the reference is computed, and what they are held in names its folder."""
-    run_dpo(tmp_path / "run", 1, seed=seed, lora=lora, precision="bf16", sample_prompts=0)
+    run_dpo(tmp_path / "run", 1, seed=seed, lora=lora, precision=precision, sample_prompts=0)
     assert "the start is the reference within 0 nats/token, loss 0.6931" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["reference"]["computed_by"]["rounds_frozen_matrices"] is True

@@ -177,7 +177,7 @@ def test_settings_do_not_change_once_they_are_parsed(parse):
 def test_everything_wrong_in_a_recipe_is_said_at_once(problems, tmp_path):
     recipe = """
 data: {train: [a], max_lenght: 3}
-training: {steps: many, deterministic: maybe, epochs: 1.5, precision: fp16}
+training: {steps: many, deterministic: maybe, epochs: 1.5, precision: fp8}
 optmizer: {learning_rate: 1}
 optimizer: {learning_rate: -1}
 """
@@ -190,7 +190,7 @@ optimizer: {learning_rate: -1}
         "training.steps": "'many'",
         "training.deterministic": "'maybe'",
         "training.epochs": "1.5",
-        "training.precision": "'fp16'",
+        "training.precision": "'fp8'",
         "optimizer.learning_rate": "-1",
     }
     assert lines.keys() == expected.keys()
