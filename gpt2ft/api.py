@@ -86,7 +86,7 @@ def reply_log_probs(model: InferenceModel, messages: Messages, replies: Sequence
     # Not flex, which would be compiled for each length that a conversation has.
     target_log_probs = TargetLogProbs(model.gpt2, len(model.tokenizer), "segments")
     with torch.no_grad():
-        log_probs = target_log_probs(stream.to(device))[: stream.num_supervised].double().cpu()
+        log_probs = target_log_probs(stream.to(device))[: stream.num_supervised].cpu().double()
     node_of = np.repeat(np.arange(len(tree.lengths)), tree.lengths)[stream.supervised[: stream.num_supervised].numpy()]
     sums = np.bincount(node_of, log_probs.numpy(), minlength=len(tree.lengths))
     return sums[last + 1 :].tolist()

@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 
 from gpt2ft.errors import Gpt2ftError, is_first_on_machine
+from gpt2ft.system import bound_cores
 
 TRUE = ("1", "true", "t", "yes", "y", "on")  # in variables of Accelerate
 DEVICE_FILES = ("dev/nvidia[0-9]*", "usr/lib/wsl/lib/libcuda.so*")
@@ -228,6 +229,8 @@ def hardware() -> dict[str, str | int]:
     """Return the kind of hardware that this process computes on, as far as bits depend on it."""
     if on_cuda():
         return {"device": torch.cuda.get_device_name(_device()), "cuda": str(torch.version.cuda)}
+    if device_type() == "mps":
+        return {"device": f"Apple GPU, {platform.machine()}, macOS {platform.mac_ver()[0]}"}
     instructions = torch.backends.cpu.get_cpu_capability()
     return {"device": f"CPU, {platform.machine()}, {instructions}", "threads": torch.get_num_threads()}
 
@@ -237,9 +240,8 @@ def hardware() -> dict[str, str | int]:
 
 def available_cores(root: Path = Path("/")) -> int:
     """Return the number of cores that this process may keep busy: those it is bound to, within its cgroups' quotas."""
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # Of 2.5 cores 2: threads beyond a quota are all stopped together, while others wait for them.
-    return max(1, int(min([bound, *_quotas(root)])))
+    return max(1, int(min([bound_cores(), *_quotas(root)])))
 
 
 def _quotas(root: Path) -> Iterator[float]:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gpt2ft.system import sync_folder
+
 
 def user_path(name: str) -> Path:
     """Return a path with its ~ expanded; a ~ that names nobody is taken as it stands."""
@@ -48,7 +50,7 @@ def synced(file: Path) -> Iterator[Path]:
     with failing_as(f"{file} could not be written"):
         try:
             yield temporary
-            with open(temporary, "rb") as handle:
+            with open(temporary, "r+b") as handle:  # Windows flushes only what can be written to
                 os.fsync(handle.fileno())
             os.replace(temporary, file)
         finally:
@@ -178,15 +180,6 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(leftover)
         else:
             leftover.unlink()
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush the entries of a folder (names, not contents) to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def file_digest(file: Path) -> str:

@@ -62,13 +62,18 @@ class TokenStream:
     pairs: Pairs | None = None  # of preference data
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "TokenStream":
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """Copy to a device; pairs, which are in float64, stay on the CPU where the device has none (Apple's GPUs)."""
+
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        return self._map(copy, (lambda pairs: pairs) if torch.device(device).type == "mps" else copy)
 
     def pin_memory(self) -> "TokenStream":
-        return self._map(torch.Tensor.pin_memory)
+        return self._map(torch.Tensor.pin_memory, torch.Tensor.pin_memory)
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "TokenStream":
-        pairs = self.pairs and replace(self.pairs, **_mapped(self.pairs, function))
+    def _map(self, function: Callable[[Tensor], Tensor], of_pairs: Callable[[Tensor], Tensor]) -> "TokenStream":
+        pairs = self.pairs and replace(self.pairs, **_mapped(self.pairs, of_pairs))
         return replace(self, **_mapped(self, function), pairs=pairs)
 
 

@@ -14,7 +14,7 @@ LAUNCH = PACKAGE.parent / "launch"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [  # a part imports itself and parts above its own line
-    {"errors", "command_line", "wording", "preference_losses"},
+    {"errors", "command_line", "wording", "preference_losses", "system"},
     {"settings", "conversation", "files", "hub", "random", "quickstart", "device"},
     {"stream", "checkpoint_verification"},
     {"checkpoint"},

@@ -28,6 +28,7 @@ from gpt2ft.chat.commands import COMMANDS, Chat, settings_of, spell
 from gpt2ft.chat.session import Session
 from gpt2ft.inference.prompt_format import Turn
 from gpt2ft.settings.sections import SamplingSettings
+from gpt2ft.system import typing_unseen
 from gpt2ft.text.display import escape_control_characters, nobody_reads
 from gpt2ft.wording import counted
 
@@ -268,23 +269,6 @@ def _keys() -> KeyBindings:
     return keys
 
 
-@contextmanager
-def _typing_unseen() -> Iterator[None]:
-    """Keep what is typed amid a reply from being shown there; it waits for the next prompt."""
-    try:
-        import termios
-    except ImportError:  # Windows
-        yield
-        return
-    before = termios.tcgetattr(sys.stdin)
-    unseen = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
-    termios.tcsetattr(sys.stdin, termios.TCSANOW, unseen)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
-
-
 def _open_history(file: Path) -> tuple[History, str]:
     """Return what was entered before, and why it cannot be kept if so."""
     try:
@@ -302,6 +286,6 @@ def _talk_at_terminal(session: Session, history: Path, completes: bool, notice: 
     for line in (f"{session.model.source}: /help lists what you can do, Ctrl-D leaves", notice, trouble):
         if line:
             screen.notice(line)
-    with screen.catching_interrupts(), _typing_unseen():
+    with screen.catching_interrupts(), typing_unseen():
         while chat.is_open and (entered := screen.read()) is not None:
             chat.enter(entered)

@@ -25,7 +25,8 @@ from gpt2ft.data.reading import DataError, Malformed, ReadContext, listed, show
 from gpt2ft.data.sources import Shard, Source
 from gpt2ft.data.topic import Topic
 from gpt2ft.errors import is_first_on_machine
-from gpt2ft.files import sync_folder, synced, write_json
+from gpt2ft.files import synced, write_json
+from gpt2ft.system import sync_folder
 from gpt2ft.text.template import render_turn
 from gpt2ft.text.tokenizer import ChatTokenizer
 

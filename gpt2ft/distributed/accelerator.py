@@ -19,8 +19,8 @@ from gpt2ft.device import DTYPES, PrecisionName, available_cores, choose_precisi
 from gpt2ft.distributed import cpu, launch_checks, rendezvous, watchdog
 from gpt2ft.distributed.launch_checks import LaunchError, StrategyName
 from gpt2ft.distributed.launcher_arguments import is_launched
-from gpt2ft.distributed.signals import end_with_parent
 from gpt2ft.errors import Gpt2ftError
+from gpt2ft.system import end_with_parent
 
 Result = TypeVar("Result")
 AcceleratePrecision = Literal["no", "bf16", "fp16"]
@@ -197,10 +197,22 @@ def count_as_done(accelerator: Any, micro_batches: int) -> None:
         accelerator.step += micro_batches
 
 
+def device_of_sums(accelerator: Any) -> torch.device:
+    """Return where sums in float64 lie: on the device, but beside Apple's GPUs, which have no float64, on the CPU."""
+    return accelerator.device if accelerator.device.type != "mps" else torch.device("cpu")
+
+
+def as_sums(accelerator: Any, *values: Tensor) -> Tensor:
+    """Return vectors end to end in float64, where sums lie."""
+    device = device_of_sums(accelerator)
+    return torch.cat([value.to(device).double() for value in values])
+
+
 def on_device(accelerator: Any, *numbers: float) -> Tensor:
-    """Return numbers as float64 on the device, without waiting for it."""
+    """Return numbers as float64 where sums lie, without waiting for the device."""
     is_cuda = accelerator.device.type == "cuda"  # a copy of pinned memory does not block
-    return torch.tensor(numbers, dtype=torch.float64, pin_memory=is_cuda).to(accelerator.device, non_blocking=True)
+    values = torch.tensor(numbers, dtype=torch.float64, pin_memory=is_cuda)
+    return values.to(device_of_sums(accelerator), non_blocking=True)
 
 
 def device_sum(accelerator: Any, values: Tensor) -> Tensor:

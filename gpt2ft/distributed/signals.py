@@ -8,21 +8,18 @@ Python handles signals between its own instructions only, and one call into the 
 thread learns of each signal from the C handler, through a socket.
 """
 
-import ctypes
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import RLock, Thread
 
 from gpt2ft.errors import Gpt2ftError, is_first_on_machine
+from gpt2ft.system import STOP_SIGNALS
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
 SECONDS_OF_REPETITION = 5.0  # after the first signal, in which another SIGTERM may be the launcher's repetition
-_PR_SET_PDEATHSIG = 1
 _END = 0  # no signal has this number
 
 
@@ -56,7 +53,7 @@ class SignalHandler:
         writer.setblocking(False)
         watcher = Thread(target=self._watch, args=(reader,), name="signals", daemon=True)
         watcher.start()
-        before = {number: signal.signal(number, lambda number, _: self._note(number)) for number in SIGNALS}
+        before = {number: signal.signal(number, lambda number, _: self._note(number)) for number in STOP_SIGNALS}
         wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         try:
             yield
@@ -73,10 +70,10 @@ class SignalHandler:
         """In a thread, note the first signal, whatever the main thread is doing; a later one may end the process."""
         is_first = True
         while (number := reader.recv(1)[0]) != _END:
-            if number in SIGNALS and is_first:
+            if number in STOP_SIGNALS and is_first:
                 self._note(number)
                 is_first = False
-            elif number in SIGNALS:
+            elif number in STOP_SIGNALS:
                 self._end_unless_repeated(number)
 
     def _note(self, number: int) -> None:
@@ -94,9 +91,3 @@ class SignalHandler:
         by_hand = number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ  # torchrun sends it once more
         if by_hand or (is_late and number in (signal.SIGINT, signal.SIGTERM)):
             os._exit(128 + number)
-
-
-def end_with_parent() -> None:
-    """Have the kernel send SIGTERM when the parent dies, for launchers that do not pass it on. On Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -58,7 +58,7 @@ class DPO:
     def loss(self, log_probs: Tensor, stream: TokenStream) -> Tensor:
         losses = pair_losses(self.settings, pair_log_probs(log_probs, stream, self.settings.ld_alpha))
         # The second term is zero: it keeps a stream without pairs connected to the gradient all-reduce.
-        return (_weights(stream) * losses).sum().float() + 0.0 * log_probs.sum()
+        return (_weights(stream) * losses).sum().to(log_probs.device).float() + 0.0 * log_probs.sum()
 
     def metrics(self, log_probs: Tensor, stream: TokenStream) -> Tensor:
         metrics = pair_metrics(self.settings, pair_log_probs(log_probs.detach(), stream, self.settings.ld_alpha))
@@ -68,7 +68,7 @@ class DPO:
 def pair_log_probs(log_probs: Tensor, stream: TokenStream, ld_alpha: float = 1.0) -> PairLogProbs:
     """Return the log-probs of a stream's pairs from those of its targets [S], the tail left out.
 
-    In float64: log-probs of whole replies are large, and their differences small.
+    In float64, so beside Apple's GPUs on the CPU: log-probs of whole replies are large, and their differences small.
 
     Args:
         ld_alpha: how much the tokens count by which a reply is longer than the other, under the policy and under the
@@ -99,6 +99,7 @@ def tail_log_probs(log_probs: Tensor, stream: TokenStream) -> Tensor:
 
     By a product with 0 and 1, as sums of stretches by differences of running sums are not deterministic on CUDA.
     """
+    log_probs, stream = _beside_pairs(log_probs, stream)
     lengths = stream.pairs.lengths.long()
     within = torch.arange(len(stream.groups), device=lengths.device) - (lengths.cumsum(0) - lengths)[stream.groups]
     index = stream.pairs.index[: stream.pairs.num_pairs]
@@ -109,8 +110,15 @@ def tail_log_probs(log_probs: Tensor, stream: TokenStream) -> Tensor:
 
 def reply_log_probs(log_probs: Tensor, stream: TokenStream) -> Tensor:
     """Return the log-prob of each whole reply, [R] float64, from those of the targets [S]."""
+    log_probs, stream = _beside_pairs(log_probs, stream)
     counted = (stream.weights * log_probs).double()
     return torch.zeros_like(stream.pairs.reference).index_add(0, stream.groups, counted)
+
+
+def _beside_pairs(log_probs: Tensor, stream: TokenStream) -> tuple[Tensor, TokenStream]:
+    """Return both where the pairs lie: see `TokenStream.to`."""
+    device = stream.pairs.reference.device
+    return log_probs.to(device), stream.to(device)
 
 
 def _weights(stream: TokenStream) -> Tensor:

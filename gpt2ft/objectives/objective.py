@@ -28,4 +28,4 @@ class Objective(Protocol):
         """Return the sum of a stream's losses, a scalar, from the log-prob of each target [S]."""
 
     def metrics(self, log_probs: Tensor, stream: TokenStream) -> Tensor:
-        """Return sums [M] in float64, to be normalized like the loss. They are logged; nothing is trained on them."""
+        """Return sums [M], to be normalized like the loss. They are logged; nothing is trained on them."""

@@ -4,7 +4,6 @@ As torch's cross_entropy has it with weights: the sum of w * nll is divided by t
 step is as long whether its weights are high or low, and only their ratios count.
 """
 
-import torch
 from torch import Tensor
 
 from gpt2ft.stream import TokenStream
@@ -23,4 +22,4 @@ class SFT:
         return -(stream.weights * log_probs).sum()
 
     def metrics(self, log_probs: Tensor, stream: TokenStream) -> Tensor:
-        return torch.zeros(0, dtype=torch.float64, device=log_probs.device)
+        return log_probs.new_zeros(0)

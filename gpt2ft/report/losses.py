@@ -11,7 +11,7 @@ from gpt2ft.data.chunks import Chunks, Rows
 from gpt2ft.data.plan import Plan
 from gpt2ft.data.token_tree import ASSISTANT
 from gpt2ft.distributed import watchdog
-from gpt2ft.distributed.accelerator import device_sum
+from gpt2ft.distributed.accelerator import as_sums, device_sum, on_device
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.report.intervals import FEWEST, bootstrap
 from gpt2ft.report.schema import Estimate, HeldOut, Loss
@@ -34,9 +34,9 @@ def tally(model: TargetLogProbs, plan: Plan, rows: Rows, tokenizer: ChatTokenize
     Args:
         rows: [conversations, 2] of the corpus, in its order.
     """
-    bytes_of = torch.tensor(tokenizer.byte_lengths(), dtype=torch.float64, device=accelerator.device)
+    bytes_of = on_device(accelerator, *tokenizer.byte_lengths())
     shape = (len(rows), len(DEPTHS), len(PLACES), 3)
-    total = torch.zeros(shape, dtype=torch.float64, device=accelerator.device).view(-1, 3)
+    total = torch.zeros(shape, dtype=torch.float64, device=bytes_of.device).view(-1, 3)
     number_of = {row: number for number, row in enumerate(map(tuple, rows.tolist()))}
 
     def build(micro_batch: list[int] | None) -> tuple[torch.Tensor, list[TokenStream]]:
@@ -49,9 +49,10 @@ def tally(model: TargetLogProbs, plan: Plan, rows: Rows, tokenizer: ChatTokenize
         for number, (cells, (stream,)) in enumerate(build_ahead(build, micro_batches, accelerator.device)):
             watchdog.mark_progress("held-out stream", number)
             real = slice(stream.num_supervised)
-            nats = -model(stream)[real].double()
-            columns = torch.stack([nats, torch.ones_like(nats), bytes_of[stream.targets[real]]], dim=1)
-            total.index_add_(0, cells.to(accelerator.device), columns)
+            nats = -as_sums(accelerator, model(stream)[real])
+            num_bytes = bytes_of[stream.targets[real].to(total.device)]
+            columns = torch.stack([nats, torch.ones_like(nats), num_bytes], dim=1)
+            total.index_add_(0, cells.to(total.device), columns)
     return device_sum(accelerator, total).view(shape).cpu().numpy()
 
 
@@ -133,15 +134,15 @@ def plain_text(model: TargetLogProbs, text: str, tokenizer: ChatTokenizer, accel
     agree: each begins with the last token of the one before, and the last window is filled up from there.
     """
     device, context = accelerator.device, model.gpt2.config.n_positions
-    bytes_of = torch.tensor(tokenizer.byte_lengths(), dtype=torch.float64, device=device)
+    bytes_of = on_device(accelerator, *tokenizer.byte_lengths())
     windows = list(_windows([tokenizer.end_of_text_id, *tokenizer.encode(text)], context))
-    total = torch.zeros(3, dtype=torch.float64, device=device)
+    total = on_device(accelerator, 0.0, 0.0, 0.0)
     with evaluating(model):
         for window in items_of_rank(windows, accelerator.process_index, accelerator.num_processes):
             if window is None:
                 continue
-            nats = -model(window.to(device))[: window.num_supervised].double()
-            num_bytes = bytes_of[window.targets[: window.num_supervised].to(device)].sum()
+            nats = -as_sums(accelerator, model(window.to(device))[: window.num_supervised])
+            num_bytes = bytes_of[window.targets[: window.num_supervised].to(total.device)].sum()
             total += torch.stack([nats.sum(), torch.ones_like(nats).sum(), num_bytes])
     return loss_of(device_sum(accelerator, total).cpu().numpy())
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from difflib import SequenceMatcher
+from pathlib import Path
 
 from gpt2ft.report.schema import ModelReport, Report
 from gpt2ft.report.table import measured, number, same_tokens
@@ -143,7 +144,7 @@ def habits(model: ModelReport) -> Iterator[str]:
 def rising(model: ModelReport) -> Iterator[str]:
     """Held-out loss of the run that was lowest before its end."""
     curve = measured(model, ("training", "curves", "eval/loss")) or []
-    if not curve or model["model"].rstrip("/").endswith("/best"):
+    if not curve or Path(model["model"]).name == "best":
         return
     best_step, best = min(curve, key=lambda point: point[1])
     step, last = curve[-1]

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from gpt2ft.data.chunks import ChunkingRule
 from gpt2ft.distributed.accelerator import start_accelerator
+from gpt2ft.distributed.launch_checks import LaunchError
 from gpt2ft.distributed.signals import SignalHandler
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.objectives.objective import Objective
@@ -17,6 +18,7 @@ from gpt2ft.runs.resume import checkpoint_writer, find_resume_point, prepare_str
 from gpt2ft.runs.run_setup import RunSetup, cast_to_precision, run_preflight_checks, set_up, target_log_probs
 from gpt2ft.runs.samples import Sample, Turns, sample_prompts
 from gpt2ft.settings.scripts import RunSettings
+from gpt2ft.system import training_problem
 from gpt2ft.training.fit import LoopInputs, fit
 from gpt2ft.training.trackers import check_trackers
 from gpt2ft.training.tracking import Tracker
@@ -53,6 +55,8 @@ def train(settings: RunSettings, task: Task) -> None:
     then wrapped and moved to where the run stood.
     """
     training = settings.training
+    if not settings.looks_only and (problem := training_problem()):
+        raise LaunchError(problem)
     accelerator = start_accelerator(training.precision, training.micro_batches_per_step, training.deterministic)
     check_settings(accelerator, settings)
     if accelerator.is_main_process and not settings.looks_only:

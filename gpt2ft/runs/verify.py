@@ -191,7 +191,7 @@ class Verification:
             found = difference({key: start[key] for key in now}, now)
             if found and start["step"] < last and first < end:
                 return found
-        is_inexact = self.accelerator.device.type == "cuda" and not self.settings.training.deterministic
+        is_inexact = self.accelerator.device.type != "cpu" and not self.settings.training.deterministic
         return "a GPU adds up in any order unless `deterministic`" if is_inexact else None
 
     def steps(self) -> str:

@@ -11,6 +11,7 @@ speak of other data than its own:
 Where held-out data fall with the training data and nothing takes their place, a share of the new data is held out.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,4 +54,5 @@ def _without_own(below: Sections, said: Mapping[str, Any]) -> Sections:
 def _names(sources: Any) -> set[str]:
     """Return the names of data sources without split, revision and mixing weight."""
     listed = sources if isinstance(sources, list | tuple) else [sources] if isinstance(sources, str) else ()
-    return {split_mixing_weight(str(source))[0].partition(":")[0].partition("@")[0] for source in listed}
+    names = (split_mixing_weight(str(source))[0] for source in listed)
+    return {re.split(r"(?<!^[A-Za-z]):|@", name)[0] for name in names}  # C: is a drive

@@ -8,6 +8,8 @@ import sys
 import textwrap
 from typing import Any, ClassVar, TextIO
 
+from gpt2ft.system import is_pipe_unread, speak_utf8
+
 LABEL_WIDTH = 10
 
 # Control characters but newline and tab: those of ASCII, delete, and the eight-bit ones that terminals obey too.
@@ -49,13 +51,16 @@ class _Pipe(io.FileIO):
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError as error:
+            if not is_pipe_unread(error):
+                raise
             type(self).nobody_reads = True
             return len(data)
 
 
 def outlive_readers() -> None:
     """Let a script go on, in silence, once nobody reads what it prints: under `| head` it still does all its work."""
+    speak_utf8()
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is getattr(sys, f"__{name}__") and stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gpt2ft.data.plan import Plan
 from gpt2ft.distributed import watchdog
-from gpt2ft.distributed.accelerator import device_sum, global_sum
+from gpt2ft.distributed.accelerator import as_sums, device_sum, global_sum, on_device
 from gpt2ft.objectives.objective import Objective
 from gpt2ft.stream import TokenStream
 from gpt2ft.training.prefetch import build_ahead
@@ -74,15 +74,15 @@ def evaluate_by_source(
     Raises:
         EvaluationInterrupted: if any process was told to stop meanwhile.
     """
-    bytes_of = torch.tensor(byte_lengths, dtype=torch.float64, device=accelerator.device)
-    total = torch.zeros(len(plan.chunks.stores), 3, dtype=torch.float64, device=accelerator.device)
+    bytes_of = on_device(accelerator, *byte_lengths)
+    total = torch.zeros(len(plan.chunks.stores), 3, dtype=torch.float64, device=bytes_of.device)
     with evaluating(model):
         for num_supervised, stream in _streams_of_rank(plan, _num_supervised, accelerator, was_signalled):
-            log_probs, real = model(stream), slice(num_supervised)  # without the tail
-            columns = [-log_probs[real].double(), torch.ones_like(log_probs[real], dtype=torch.float64)]
-            columns.append(bytes_of[stream.targets[real]])
+            real = slice(num_supervised)  # without the tail
+            nats = -as_sums(accelerator, model(stream)[real])
+            targets, groups = (ids[real].to(total.device) for ids in (stream.targets, stream.groups))
             sums = torch.zeros_like(total)  # nats, tokens, bytes
-            total += sums.index_add_(0, stream.groups[real], torch.stack(columns, dim=1))
+            total += sums.index_add_(0, groups, torch.stack([nats, torch.ones_like(nats), bytes_of[targets]], dim=1))
     total = device_sum(accelerator, total).tolist()
     return [LossSums(nats, round(tokens), round(bytes)) for nats, tokens, bytes in total]
 
@@ -100,13 +100,13 @@ def evaluate_objective(
         return _streams_of_rank(plan, objective.normalizer, accelerator, was_signalled)
 
     baseline = mean_baseline(model, objective, streams(), accelerator) if objective.baseline else None
-    total = torch.zeros(2 + len(objective.metric_names), dtype=torch.float64, device=accelerator.device)
+    total = on_device(accelerator, *[0.0] * (2 + len(objective.metric_names)))
     with evaluating(model):
         for normalizer, stream in streams():
             stream = measured_against(baseline, stream)
             log_probs = model(stream)
-            loss = objective.loss(log_probs, stream)[None].double()
-            total += torch.cat([loss, objective.metrics(log_probs, stream), torch.full_like(loss, normalizer)])
+            values = objective.loss(log_probs, stream)[None], objective.metrics(log_probs, stream)
+            total += as_sums(accelerator, *values, on_device(accelerator, normalizer))
     *totals, normalizer = device_sum(accelerator, total).tolist()
     return {name: value / normalizer for name, value in zip(("loss", *objective.metric_names), totals, strict=True)}
 

@@ -19,7 +19,15 @@ import torch
 
 from gpt2ft.checkpoint import TrainState
 from gpt2ft.distributed import watchdog
-from gpt2ft.distributed.accelerator import device_sum, loss_scale, on_device, scaler_state, sum_and_any
+from gpt2ft.distributed.accelerator import (
+    as_sums,
+    device_of_sums,
+    device_sum,
+    loss_scale,
+    on_device,
+    scaler_state,
+    sum_and_any,
+)
 from gpt2ft.distributed.signals import Preempted, SignalHandler
 from gpt2ft.errors import Gpt2ftError
 from gpt2ft.objectives.objective import Objective
@@ -81,7 +89,7 @@ def fit(inputs: LoopInputs, state: TrainState) -> TrainState:
 def train_steps(inputs: LoopInputs, state: TrainState) -> TrainState:
     """Train as `fit` does; raise OutOfPatience where that ends the run early."""
     accelerator, objective, strategy = inputs.accelerator, inputs.objective, inputs.strategy
-    model, device = strategy.model, accelerator.device
+    model, device = strategy.model, device_of_sums(accelerator)
     model.train()
     sums, state = MetricSums(device, objective.metric_names, state.sums), replace(state, sums={})
     state = evaluate_if_due(inputs, state, sums, is_resumed=True)  # a signal may have cut it short before the resume
@@ -101,7 +109,7 @@ def train_steps(inputs: LoopInputs, state: TrainState) -> TrainState:
                 log_probs = model(stream)
                 loss = objective.loss(log_probs, stream)
                 accelerator.backward(loss * scale)
-                step_sums += torch.cat([loss.detach()[None], objective.metrics(log_probs.detach(), stream)])
+                step_sums += as_sums(accelerator, loss.detach()[None], objective.metrics(log_probs.detach(), stream))
         grad_norm = strategy.update()  # skipped unless the norm is finite, which is the same on all processes
         state = state.after_step(updated=math.isfinite(grad_norm), scaler=scaler_state(accelerator))
         inputs.tracker.advance()

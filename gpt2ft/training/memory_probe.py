@@ -6,13 +6,14 @@ resumes adds up gradients in the same order as one that was never stopped.
 """
 
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from gpt2ft import system
+from gpt2ft.distributed.accelerator import on_device
 from gpt2ft.errors import Gpt2ftError
 from gpt2ft.settings.sections import TrainingSettings
 from gpt2ft.stream import TokenStream
@@ -28,6 +29,12 @@ class DoesNotFit(Gpt2ftError):
     on_every_rank = True
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return True if PyTorch could not allocate; on CPUs and Apple's GPUs it has no class of its own for that."""
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "not enough memory" in said
+
+
 @contextmanager
 def explain_out_of_memory(advice: str) -> Iterator[None]:
     """Turn PyTorch's out-of-memory error within the block into one that says what to do.
@@ -40,7 +47,9 @@ def explain_out_of_memory(advice: str) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         first = str(error).splitlines()[0].rstrip(".")
         raise DoesNotFit(f"a step does not fit into memory ({first}): {advice}") from error
 
@@ -65,7 +74,7 @@ def probe_memory(strategy: Strategy, accelerator: Any, stream: TokenStream) -> i
     norm = strategy.update()
     if not math.isfinite(norm):
         raise PreflightError("the model gives log-probs that are not finite, before any training: look at its weights")
-    peak = torch.tensor(peak_memory(accelerator.device), dtype=torch.float64, device=accelerator.device)
+    peak = on_device(accelerator, peak_memory(accelerator.device))
     return int(accelerator.gather(peak).max())
 
 
@@ -93,14 +102,10 @@ def memory_advice(training: TrainingSettings, longest: int, uses_lora: bool, is_
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: of PyTorch's tensors on a GPU, of the whole process on a CPU."""
+    """Return the peak memory in bytes: of PyTorch's tensors on a GPU, of the whole process on a CPU.
+
+    Of Apple's GPUs it is what PyTorch holds of their memory now, which it does not give back by itself.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    if sys.platform == "win32":
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
-    import resource  # POSIX alone has it
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return torch.mps.driver_allocated_memory() if device.type == "mps" else system.peak_memory()

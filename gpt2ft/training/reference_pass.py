@@ -18,7 +18,7 @@ from torch import nn
 
 from gpt2ft.data.plan import Plan
 from gpt2ft.distributed import watchdog
-from gpt2ft.distributed.accelerator import autocast, global_sum, precision_of
+from gpt2ft.distributed.accelerator import autocast, global_sum, on_device, precision_of
 from gpt2ft.distributed.signals import Preempted, SignalHandler
 from gpt2ft.errors import is_first_on_machine
 from gpt2ft.objectives.dpo import reply_log_probs
@@ -189,7 +189,7 @@ class _ReferencePass:
 
     def _rows(self, to_run: _StreamToRun, lengths: list[int], stream: TokenStream) -> list[Row]:
         with autocast(self.accelerator):
-            log_probs = self.model(stream)[: stream.num_supervised].double().cpu()
+            log_probs = self.model(stream)[: stream.num_supervised].cpu().double()
         if not bool(torch.isfinite(log_probs).all()):
             store, row = to_run.plan.chunks.rows[to_run.micro_batch[0]].tolist()
             name = to_run.plan.chunks.stores[store].id(row)
@@ -234,8 +234,7 @@ def compute_start(model: nn.Module, plan: Plan, step: int, objective: Objective,
         loss += float(objective.loss(log_probs, stream))
         normalizer += objective.normalizer(built)
     loss, normalizer = global_sum(accelerator, loss, normalizer)
-    local = torch.tensor(worst, dtype=torch.float64, device=accelerator.device)
-    worst = float(accelerator.gather(local).max())
+    worst = float(accelerator.gather(on_device(accelerator, worst)).max())
     return StartStep(worst, loss / normalizer, precision_of(accelerator))
 
 

@@ -24,7 +24,8 @@ from gpt2ft.checkpoint import difference
 from gpt2ft.data.plan import Plan
 from gpt2ft.data.token_tree import TokenTree
 from gpt2ft.errors import Gpt2ftError
-from gpt2ft.files import sync_folder, synced, write_json
+from gpt2ft.files import synced, write_json
+from gpt2ft.system import sync_folder
 from gpt2ft.wording import counted
 
 Key = bytes  # 16 of them

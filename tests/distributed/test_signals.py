@@ -8,10 +8,11 @@ import pytest
 from processes import start
 
 from gpt2ft.distributed import signals
-from gpt2ft.distributed.signals import SIGNALS, SignalHandler
+from gpt2ft.distributed.signals import SignalHandler
+from gpt2ft.system import STOP_SIGNALS
 
 
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_a_signal_is_noted_while_listening_alone(number, capfd):
     before = signal.getsignal(number)
     handler = SignalHandler()
@@ -51,7 +52,8 @@ def test_a_second_signal_ends_the_process_at_once(first, second, wait, monkeypat
 
 CHILD = """
 import os, sys
-from gpt2ft.distributed.signals import SignalHandler, end_with_parent
+from gpt2ft.distributed.signals import SignalHandler
+from gpt2ft.system import end_with_parent
 end_with_parent()
 handler = SignalHandler()
 with handler.listening():

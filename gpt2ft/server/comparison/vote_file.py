@@ -14,7 +14,8 @@ from typing import Any
 
 from filelock import lock_descriptor
 
-from gpt2ft.files import failing_as, sync_folder
+from gpt2ft.files import failing_as
+from gpt2ft.system import sync_folder
 
 _KEYS = ("prompt", "chosen", "rejected")
 _OPENING = b'{"prompt":'  # of a line that was written here
