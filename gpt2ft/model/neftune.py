@@ -29,6 +29,6 @@ def longest_paths(positions: Tensor, horizons: Tensor) -> Tensor:
     largest = [positions]
     for k in range(len(positions).bit_length() - 1):
         largest.append(torch.maximum(largest[-1], largest[-1].roll(-(2**k))))
-    k = torch.frexp((horizons - index).double()).exponent.long() - 1  # 2^k tokens fit
+    k = torch.frexp((horizons - index).float()).exponent.long() - 1  # 2^k tokens fit
     of_length = torch.stack(largest)
     return 1 + torch.maximum(of_length[k, index], of_length[k, horizons - 2**k])
