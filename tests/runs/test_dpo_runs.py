@@ -151,7 +151,9 @@ def test_a_stopped_run_ends_in_the_same_bits(lora, stop_after, run_dpo, stopped_
 
 
 @pytest.mark.parametrize(
-    ("seed", "lora", "precision"), [(0, LORA, "bf16"), (1, DORA, "bf16"), (0, LORA, "fp16")], ids=["lora", "dora", "fp16"]
+    ("seed", "lora", "precision"),
+    [(0, LORA, "bf16"), (1, DORA, "bf16"), (0, LORA, "fp16")],
+    ids=["lora", "dora", "fp16"],
 )
 def test_adapters_in_half_precision_start_from_their_reference(seed, lora, precision, run_dpo, tmp_path, capsys):
     """Frozen matrices are rounded before the reference is computed, and what they are held in names its folder."""
