@@ -12,7 +12,8 @@ its value: so W' is W at first, to the bit, in any precision and on any device.
 GPT-2 computes q, k and v in one matrix; here each has an A and a B of its own, in its third of the columns. The
 matrices themselves are frozen and get no gradient. The rows of the chat tokens are trained along, or the model
 would never learn to stop: they are parameters of their own, [n, E], written into the frozen table before each use,
-so that embedding and head stay one. Names of the frozen parameters stay what they are.
+so that embedding and head stay one. Where `embeddings` is set, the table is trained as it is without LoRA instead.
+Names of the base's parameters stay what they are.
 
 Shape letters as in gpt2.py; r rank, n trained rows.
 """
@@ -153,7 +154,7 @@ class _Embedded(torch.autograd.Function):
 
 
 def apply_lora(gpt2: GPT2, settings: LoRASettings, row_ids: Sequence[int], generator: torch.Generator) -> None:
-    """Freeze a model and put adapters on it, in place; they and the rows `row_ids` of the table are trained.
+    """Freeze a model and put adapters on it, in place; they and the rows `row_ids` of the table, or all, are trained.
 
     Outputs are the same as before.
     """
@@ -168,7 +169,10 @@ def apply_lora(gpt2: GPT2, settings: LoRASettings, row_ids: Sequence[int], gener
             for adapter in adapted.adapters.values():
                 adapter.initialize(generator)
             setattr(owner, name, adapted)
-    gpt2.wte = AdaptedEmbedding(gpt2.wte, sorted(row_ids))
+    if settings.embeddings:
+        gpt2.wte.requires_grad_(True)
+    else:
+        gpt2.wte = AdaptedEmbedding(gpt2.wte, sorted(row_ids))
 
 
 @torch.no_grad()
@@ -207,7 +211,8 @@ def trainable_parameters(gpt2: nn.Module) -> dict[str, Tensor]:
 def merged_weights(gpt2: GPT2) -> dict[str, Tensor]:
     """Return the weights, in float32 and by name, of the plain GPT-2 that computes the same as an adapted one."""
     merged = {f"{name}.weight": module.merged() for name, module in adapted_projections(gpt2)}
-    merged["wte.weight"] = gpt2.wte.refresh().float()
+    if isinstance(gpt2.wte, AdaptedEmbedding):
+        merged["wte.weight"] = gpt2.wte.refresh().float()
     own = (".adapters.", "wte.rows")
     plain = {name: p.float() for name, p in gpt2.named_parameters() if not any(part in name for part in own)}
     return plain | merged
@@ -223,4 +228,4 @@ def adapted_projections(gpt2: nn.Module) -> Iterator[tuple[str, AdaptedProjectio
 
 
 def is_adapted(gpt2: GPT2) -> bool:
-    return isinstance(gpt2.wte, AdaptedEmbedding)
+    return next(adapted_projections(gpt2), None) is not None

@@ -2,7 +2,7 @@
 
     adapter_config.json          rank, alpha and targets
     adapter_model.safetensors    lora_A [r, in] and lora_B [out, r] for each matrix, with DoRA the norms of its columns
-                                 (lora_magnitude_vector [out]), and the trained rows of the table
+                                 (lora_magnitude_vector [out]), and the trained rows of the table, or all of it
 
 PEFT knows one adapter for a matrix. So q, k and v become one of the sum of their ranks: their A below each other, their
 B along a diagonal of blocks, and alpha so much larger that the scaling stays what it was. Where q, k and v differ in
@@ -39,17 +39,20 @@ _MODULES = "|".join(re.escape(module) for module in sorted({target.module for ta
 _LORA = re.compile(re.escape(PREFIX) + rf"(h\.\d+\.(?:{_MODULES}))\.lora_(A\.weight|B\.weight|magnitude_vector)")
 
 
-def write_adapter(folder: Path, gpt2: GPT2, settings: LoRASettings, base: str) -> None:
+def write_adapter(folder: Path, gpt2: GPT2, settings: LoRASettings, base: str, num_ids: int) -> None:
     """Write the adapters and rows of an adapted model, and read them back.
 
     Args:
         gpt2: in float32, as DoRA's norms are those of its matrices.
         base: where PEFT finds the model that they stand on; on the hub with its revision, as OWNER/NAME@REVISION.
+        num_ids: ids that the tokenizer names: the table has no more rows for PEFT.
 
     Raises:
         OSError: if names or shapes are not the same when read back.
     """
-    tensors, modules = {ROWS: gpt2.wte.rows.detach()}, {}
+    table, modules = gpt2.wte, {}
+    tensors = {TABLES[0]: table.weight.detach()[:num_ids]} if settings.embeddings else {ROWS: table.rows.detach()}
+    row_ids = None if settings.embeddings else table.row_ids.tolist()
     for name, module in adapted_projections(gpt2):
         A, B, scaling = _stacked(module)
         tensors |= {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
@@ -57,7 +60,7 @@ def write_adapter(folder: Path, gpt2: GPT2, settings: LoRASettings, base: str) -
             tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = module.magnitudes()
         modules[".".join(name.split(".")[2:])] = len(A), scaling
     write_safetensors(folder / WEIGHTS, tensors)
-    write_json(folder / ADAPTER_CONFIG, _peft_config(settings, modules, gpt2.wte.row_ids.tolist(), base))
+    write_json(folder / ADAPTER_CONFIG, _peft_config(settings, modules, row_ids, base))
     found = {name: tensor.shape for name, tensor in load_file(folder / WEIGHTS).items()}
     if found != {name: tensor.shape for name, tensor in tensors.items()}:
         raise OSError(f"{folder / WEIGHTS} does not hold what was written to it")
@@ -76,7 +79,7 @@ def _stacked(module: AdaptedProjection) -> tuple[Tensor, Tensor, float]:
 
 
 def _peft_config(
-    settings: LoRASettings, modules: Mapping[str, tuple[int, float]], row_ids: list[int], base: str
+    settings: LoRASettings, modules: Mapping[str, tuple[int, float]], row_ids: list[int] | None, base: str
 ) -> dict[str, Any]:
     """Return PEFT's config.
 

@@ -207,7 +207,7 @@ def write_adapter_folder(
         place = str(find_folder(base).resolve())
     with complete_folder(folder) as temporary:
         save_tokenizer(adapted.tokenizer, temporary, adapted.gpt2.config.n_positions)
-        write_adapter(temporary, adapted.gpt2, settings.lora, place)
+        write_adapter(temporary, adapted.gpt2, settings.lora, place, len(adapted.tokenizer))
         write_card(temporary, card)
         _check_adapter(temporary, settings, merged)
 

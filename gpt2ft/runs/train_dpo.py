@@ -107,12 +107,15 @@ class PreferenceTuning:
 
 def store_for(loaded: LoadedModel, model: TargetLogProbs, accelerator: Any, cache: str | None) -> ReferenceStore:
     """Return the store for the log-probs of a finished model, as computed on this device and in this precision."""
-    has_frozen = not all(parameter.requires_grad for parameter in model.parameters())  # and rounded, in bf16 and fp16
+    has_frozen = not all(parameter.requires_grad for parameter in model.parameters())
+    rounds: bool | str = has_frozen and precision_of(accelerator) != "no"
+    if rounds and model.gpt2.wte.weight.requires_grad:
+        rounds = "except the table"
     computed_by = {
         "weights": loaded.digest,
         "tokenizer": loaded.tokenizer.digest,
         "template": template_digest(),
-        "rounds_frozen_matrices": has_frozen and precision_of(accelerator) != "no",
+        "rounds_frozen_matrices": rounds,
         "precision": precision_of(accelerator),
         "attention": model.backend,
         "device": accelerator.device.type,

@@ -56,6 +56,7 @@ FIELD_NAMES = {
     **_named("rank_pattern lora_rank_pattern", "lora.rank_per_target", "As q=16 v=4."),
     **_named("alpha_pattern lora_alpha_pattern", "lora.alpha_per_target", "As q=32 v=8."),
     **_named("use_rslora rs_lora", "lora.rslora"),
+    **_named("modules_to_save additional_target train_embeddings", "lora.embeddings", "The table alone."),
     **_named("use_dora peft_use_dora lora_use_dora", "lora.dora"),
     **_named("loraplus_lr_ratio lora_plus loraplus lora_plus_lr_ratio loraplus_ratio", "lora.plus_ratio"),
     **_named(

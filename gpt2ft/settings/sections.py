@@ -159,6 +159,8 @@ class LoRASettings(Section):
     """Multiply by alpha / sqrt(rank) instead, which suits high ranks (Kalajdzievski 2023)."""
     dora: bool = False
     """Train the norms of the adapted matrices' columns too (DoRA, Liu et al. 2024)."""
+    embeddings: bool = False
+    """Train all rows of the table of embeddings, which is the head too, and not those of the chat tokens alone."""
     plus_ratio: Annotated[float, Field(gt=0)] = 1.0
     """Learning rate of the adapters' second matrix, B, over that of all else (LoRA+, Hayou et al. 2024)."""
 

@@ -65,10 +65,10 @@ def log_probs(model, stream):
     return TargetLogProbs(model, VOCABULARY, "dense")(stream)
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("kind", [{}, {"dora": True}, {"embeddings": True}])
 @pytest.mark.parametrize("targets", SOME_TARGETS, ids="-".join)
-def test_nothing_changes_at_first(base, stream, targets, dora):
-    model = adapted(base, LoRASettings(rank=4, alpha=8.0, targets=targets, dora=dora), learnt=False)
+def test_nothing_changes_at_first(base, stream, targets, kind):
+    model = adapted(base, LoRASettings(rank=4, alpha=8.0, targets=targets, **kind), learnt=False)
     with torch.no_grad():
         assert torch.equal(log_probs(model, stream), log_probs(base, stream))
         assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in merged_weights(model).items())
@@ -139,6 +139,20 @@ def test_what_is_trained_and_what_is_frozen(base):
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen.keys() == base.state_dict().keys()
     assert all(torch.equal(p, base.state_dict()[name]) for name, p in frozen.items() if name != "wte.weight")
+
+
+def test_the_table_is_trained_whole(base, stream):
+    """Its gradient is that of a plain model, as embedding and as head; it is the only one of the base's that is."""
+    model = adapted(base, LoRASettings(rank=4, embeddings=True))
+    other = plain(model)
+    for one in (model, other):
+        (log_probs(one, stream) * stream.weights).sum().backward()
+    trained = {name for name in trainable_parameters(model) if ".adapters." not in name}
+    assert trained == {"wte.weight"}
+    expected = other.wte.weight.grad
+    assert (model.wte.weight.grad - expected).norm() < 1e-4 * expected.norm()
+    cast_frozen_matrices(model, torch.bfloat16)
+    assert model.wte.weight.dtype == torch.float32
 
 
 def test_the_order_of_targets_and_the_seed_of_others_do_not_matter(base):

@@ -77,7 +77,8 @@ KINDS = {
     "rslora": {"rslora": True},
     "dora": {"dora": True},
     "each its own": {"rank_per_target": True, "alpha_per_target": True},
-    "all": {"rslora": True, "dora": True, "rank_per_target": True, "alpha_per_target": True},
+    "embeddings": {"embeddings": True},
+    "all": {"embeddings": True, "rslora": True, "dora": True, "rank_per_target": True, "alpha_per_target": True},
 }
 
 
@@ -101,7 +102,7 @@ def test_adapter_merged_peft_and_transformers_agree(base, base_folder, ids, tmp_
     model = plain(base, dict(base.named_parameters()))
     apply_lora(model, settings, ROW_IDS, torch.Generator().manual_seed(1))
     disturb(trainable_parameters(model).values())
-    write_adapter(tmp_path, model, settings, str(base_folder))
+    write_adapter(tmp_path, model, settings, str(base_folder), VOCABULARY)
     adapted = logits(model, ids)
     merged = merged_weights(model)
     theirs = transformers.GPT2LMHeadModel.from_pretrained(base_folder)
@@ -180,7 +181,7 @@ def test_gradients_are_those_of_peft(base, base_folder, ids, tmp_path, kind):
     model = plain(base, dict(base.named_parameters()))
     apply_lora(model, settings, ROW_IDS, torch.Generator().manual_seed(1))
     disturb(trainable_parameters(model).values())
-    write_adapter(tmp_path, model, settings, str(base_folder))
+    write_adapter(tmp_path, model, settings, str(base_folder), VOCABULARY)
     theirs = transformers.GPT2LMHeadModel.from_pretrained(base_folder)
     theirs.resize_token_embeddings(VOCABULARY, mean_resizing=False)
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path, is_trainable=True).eval()
@@ -212,7 +213,7 @@ def adapter(base, base_folder, tmp_path):
     settings = LoRASettings(rank=4, alpha=8.0, targets=("q", "o"))
     model = plain(base, dict(base.named_parameters()))
     apply_lora(model, settings, ROW_IDS, torch.Generator().manual_seed(1))
-    write_adapter(tmp_path, model, settings, str(base_folder))
+    write_adapter(tmp_path, model, settings, str(base_folder), VOCABULARY)
     return tmp_path
 
 

@@ -26,6 +26,7 @@ SETTINGS = {
     "simpo": {"beta": 2.0, "gamma": 0.5},
 }
 LORA = {"rank": 4, "alpha": 8.0, "targets": ["q", "v", "o", "fc"]}
+EMBEDDINGS = LORA | {"embeddings": True}
 DORA = LORA | {"dora": True, "plus_ratio": 4.0, "rank_per_target": ["v=6"]}
 
 
@@ -152,15 +153,17 @@ def test_a_stopped_run_ends_in_the_same_bits(lora, stop_after, run_dpo, stopped_
 
 @pytest.mark.parametrize(
     ("seed", "lora", "precision"),
-    [(0, LORA, "bf16"), (1, DORA, "bf16"), (0, LORA, "fp16")],
-    ids=["lora", "dora", "fp16"],
+    [(0, LORA, "bf16"), (0, EMBEDDINGS, "bf16"), (1, DORA, "bf16"), (0, LORA, "fp16")],
+    ids=["lora", "embeddings", "dora", "fp16"],
 )
 def test_adapters_in_half_precision_start_from_their_reference(seed, lora, precision, run_dpo, tmp_path, capsys):
     """Frozen matrices are rounded before the reference is computed, and what they are held in names its folder."""
     run_dpo(tmp_path / "run", 1, seed=seed, lora=lora, precision=precision, sample_prompts=0)
     assert "the start is the reference within 0 nats/token, loss 0.6931" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    assert manifest["reference"]["computed_by"]["rounds_frozen_matrices"] is True
+    assert manifest["reference"]["computed_by"]["rounds_frozen_matrices"] == (
+        "except the table" if lora is EMBEDDINGS else True
+    )
     start = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert start["eval/margin"] == 0
     assert start["eval/accuracy"] == 0.5

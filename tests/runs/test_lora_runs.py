@@ -18,12 +18,17 @@ from gpt2ft.settings.sections import ModelSettings
 
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": ["q", "v", "o", "fc"]}
 DORA = LORA | {"dora": True, "plus_ratio": 4.0, "rank_per_target": ["v=6", "fc=2"], "alpha_per_target": ["v=3"]}
+KINDS = {
+    "lora-fp32": (LORA, "fp32"),
+    "dora-bf16": (DORA, "bf16"),
+    "embeddings-bf16": (LORA | {"embeddings": True}, "bf16"),
+}
 STEPS = 6
 
 
-@pytest.fixture(scope="module", params=[(LORA, "fp32"), (DORA, "bf16")], ids=["lora-fp32", "dora-bf16"])
+@pytest.fixture(scope="module", params=KINDS, ids=KINDS)
 def kind(request):
-    return request.param
+    return KINDS[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -91,15 +96,16 @@ def test_run_adapter_and_checkpoint_evaluate_alike(run_folder, tmp_path):
 def test_checkpoints_hold_what_is_trained_alone(kind, run_folder, tiny_weights_folder):
     per_adapter = {"A", "B", "magnitude_change"} if kind[0] is DORA else {"A", "B"}
     names = set(checkpoint.read_weights(run_folder / "checkpoints" / f"step-{STEPS:08d}"))
-    assert {name.rpartition(".")[2] for name in names} == {*per_adapter, "rows"}
+    table = "weight" if "embeddings" in kind[0] else "rows"
+    assert {name.rpartition(".")[2] for name in names} == {*per_adapter, table}
     assert len(names) == 2 * 4 * len(per_adapter) + 1
     before, after = (load_file(folder / "model.safetensors") for folder in (tiny_weights_folder, run_folder / "model"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name.partition(".h.")[2][2:] or "wte" for name in changed} == {
         "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "wte",
     }  # fmt: skip
-    table = before["transformer.wte.weight"] != after["transformer.wte.weight"]
-    assert table.any(1).sum() == 4  # the chat tokens
+    changed_rows = before["transformer.wte.weight"] != after["transformer.wte.weight"]
+    assert changed_rows.any(1).sum() == (len(changed_rows) if "embeddings" in kind[0] else 4)  # the chat tokens
     keys = after["transformer.h.0.attn.c_attn.weight"] - before["transformer.h.0.attn.c_attn.weight"]
     assert not keys[:, 32:64].any()  # k is no target
 

@@ -49,6 +49,7 @@ MEANT = {  # name -> settings of sft
     "rank_pattern": "lora.rank_per_target",
     "alpha_pattern": "lora.alpha_per_target",
     "use_dora": "lora.dora",
+    "modules_to_save": "lora.embeddings",
     "loraplus_lr_ratio": "lora.plus_ratio",
     "bf16": "training.precision",
     "fp16": "training.precision",
