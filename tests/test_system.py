@@ -3,6 +3,7 @@
 import ast
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,7 @@ def windows(monkeypatch):
 
     monkeypatch.setattr(os, "open", open_file)
     monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(shutil, "_use_fd_functions", False)
     monkeypatch.setattr(sys, "platform", "win32")
     for name in ABSENT_ON_WINDOWS:
         monkeypatch.delattr(os, name, raising=False)

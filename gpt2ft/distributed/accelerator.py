@@ -191,6 +191,19 @@ def loss_scale(accelerator: Any, normalizer: Tensor) -> Tensor:
     return torch.where(normalizer > 0, divided_by / normalizer, 0.0).float()
 
 
+def set_accumulation(accelerator: Any, micro_batches_per_step: int) -> None:
+    """Have a step take other numbers of micro-batches than it was started with; before anything is prepared.
+
+    Raises:
+        LaunchError: if the processes cannot share them equally.
+    """
+    launch_checks.check_accumulation(micro_batches_per_step, accelerator.num_processes)
+    accelerator.gradient_accumulation_steps = micro_batches_per_step // accelerator.num_processes
+    if is_deepspeed(accelerator):
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps
+
+
 def count_as_done(accelerator: Any, micro_batches: int) -> None:
     """Have Accelerate count micro-batches that no process computes: it updates after a fixed number of them."""
     if micro_batches:

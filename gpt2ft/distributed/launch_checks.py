@@ -86,11 +86,29 @@ def check(micro_batches_per_step: int, world_size: int) -> None:
         _check_config(launch)
     _check_device(launch)
     _check_settings()
-    _check_accumulation(micro_batches_per_step, world_size)
+    check_accumulation(micro_batches_per_step, world_size)
     if launch is not None and launch.processes not in (None, world_size):
         raise LaunchError(
             f"accelerate launch was told to start {counted(launch.processes, 'process', 'processes')}, "
             f"but started {world_size}: use {_command(launch.processes)}"
+        )
+
+
+def check_accumulation(micro_batches_per_step: int, world_size: int) -> None:
+    """Raise LaunchError unless the processes can share a step's micro-batches equally, as the launcher has it."""
+    if micro_batches_per_step % world_size:
+        below = micro_batches_per_step // world_size * world_size
+        nearest = " or ".join(str(value) for value in (below, below + world_size) if value)
+        raise LaunchError(
+            f"`training.micro_batches_per_step` must be a multiple of the {world_size} processes, "
+            f"but is {micro_batches_per_step}: use {nearest}"
+        )
+    accumulation = micro_batches_per_step // world_size
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")
+    if steps not in ("auto", str(accumulation)):
+        raise LaunchError(
+            f"the launcher's gradient_accumulation_steps must be left out, but is {steps}: "
+            f"{accumulation} follow from `training.micro_batches_per_step`"
         )
 
 
@@ -181,23 +199,6 @@ def _check_settings() -> None:
         value = os.environ.get(name, DEFAULTS.get(name))
         if value is not None and not re.fullmatch(pattern, value, re.IGNORECASE):
             raise LaunchError(f"the launcher's {what_must_hold}, but is {value}: {remedy}")
-
-
-def _check_accumulation(micro_batches_per_step: int, world_size: int) -> None:
-    if micro_batches_per_step % world_size:
-        below = micro_batches_per_step // world_size * world_size
-        nearest = " or ".join(str(value) for value in (below, below + world_size) if value)
-        raise LaunchError(
-            f"`training.micro_batches_per_step` must be a multiple of the {world_size} processes, "
-            f"but is {micro_batches_per_step}: use {nearest}"
-        )
-    accumulation = micro_batches_per_step // world_size
-    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")
-    if steps not in ("auto", str(accumulation)):
-        raise LaunchError(
-            f"the launcher's gradient_accumulation_steps must be left out, but is {steps}: "
-            f"{accumulation} follow from `training.micro_batches_per_step`"
-        )
 
 
 def _check_config(launch: Launch) -> None:

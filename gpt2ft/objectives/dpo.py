@@ -58,7 +58,7 @@ class DPO:
     def loss(self, log_probs: Tensor, stream: TokenStream) -> Tensor:
         losses = pair_losses(self.settings, pair_log_probs(log_probs, stream, self.settings.ld_alpha))
         # The second term is zero: it keeps a stream without pairs connected to the gradient all-reduce.
-        return (_weights(stream) * losses).sum().to(log_probs.device).float() + 0.0 * log_probs.sum()
+        return (_weights(stream) * losses).sum().float().to(log_probs.device) + 0.0 * log_probs.sum()
 
     def metrics(self, log_probs: Tensor, stream: TokenStream) -> Tensor:
         metrics = pair_metrics(self.settings, pair_log_probs(log_probs.detach(), stream, self.settings.ld_alpha))

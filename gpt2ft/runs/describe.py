@@ -146,11 +146,9 @@ def memory_estimate(gpt2: GPT2, capacity: int, hardware: Hardware) -> float:
     is_mixed = hardware.precision != "fp32"
     width = 2 if is_mixed else 4
     of_weights = hardware.processes if hardware.strategy in ("fsdp2", "zero3") else 1
-    of_moments = 1 if hardware.strategy == "ddp" else hardware.processes
     is_zero = hardware.strategy in ("zero2", "zero3")
-    has_buckets = hardware.strategy == "ddp" and hardware.processes > 1
     frozen = (parameters - trained) * (4 if is_zero else width)
-    state = (trained * 4 + frozen) / of_weights + trained * (16 if is_zero or has_buckets else 12) / of_moments
+    state = (trained * 4 + frozen) / of_weights + optimizer_bytes(gpt2, hardware)
     if is_mixed:
         state += trained * 2
     elif hardware.strategy == "zero3" and not hardware.activation_checkpointing:
@@ -159,6 +157,14 @@ def memory_estimate(gpt2: GPT2, capacity: int, hardware: Hardware) -> float:
     layers = per_layer + config.n_layer if hardware.activation_checkpointing else per_layer * config.n_layer
     activations = capacity * config.n_embd * width * (layers + 4)
     return state + activations + 2 * CHUNK * config.vocab_size * 4
+
+
+def optimizer_bytes(gpt2: GPT2, hardware: Hardware) -> float:
+    """Return the bytes of gradients, Adam's moments and second copies on one device: see `memory_estimate`."""
+    trained, _ = parameter_counts(gpt2)
+    if hardware.strategy == "ddp":
+        return trained * (16 if hardware.processes > 1 else 12)
+    return trained * (12 if hardware.strategy == "fsdp2" else 16) / hardware.processes
 
 
 def dropped(corpus: Corpus, plan: Plan) -> Counter[str]:

@@ -13,6 +13,7 @@ from gpt2ft.errors import SettingsError
 from gpt2ft.files import user_path
 from gpt2ft.runs.identity import settings_that_train
 from gpt2ft.runs.loaded_model import read_run_settings
+from gpt2ft.runs.micro_batch import with_size_of
 from gpt2ft.settings.scripts import DPOSettings, RunSettings
 from gpt2ft.settings.sections import split_mixing_weight
 
@@ -51,7 +52,8 @@ def _changes(folder: Path, settings: RunSettings) -> Iterator[str]:
         before, now = ("tuned on preferences" if is_dpo else "fine-tuned" for is_dpo in kinds)
         yield f"it was {before}, and is now to be {now}"
         return
-    before, now = (dict(_flat(settings_that_train(run))) for run in (earlier, settings))
+    runs = earlier, with_size_of(settings, earlier)
+    before, now = (dict(_flat(settings_that_train(run))) for run in runs)
     changed = [name for name in now if name in before and before[name] != now[name]]  # passes count without `steps`
     if "data.train" in changed:  # settings that belong to the data change with them
         changed = ["data.train", *(name for name in changed if not name.startswith("data."))]

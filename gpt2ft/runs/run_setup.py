@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gpt2ft.data.chunks import ChunkingRule, chunk
+from gpt2ft.data.chunks import chunk
 from gpt2ft.data.corpus import Corpus, load_corpora
 from gpt2ft.data.plan import Plan
 from gpt2ft.data.prefixes import share_prefixes
@@ -18,6 +18,7 @@ from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.runs.data_statistics import FIGURES_FROM, data_statistics
 from gpt2ft.runs.describe import Hardware, describe
 from gpt2ft.runs.loaded_model import LoadedModel, adapt, load_model
+from gpt2ft.runs.micro_batch import find_size
 from gpt2ft.runs.show_examples import show_examples, terminal_width
 from gpt2ft.settings.scripts import RunSettings
 from gpt2ft.text.display import fit, print_row
@@ -63,15 +64,19 @@ def set_up(settings: RunSettings, task: "Task", accelerator: Any) -> RunSetup:
     backend = choose_backend(settings.model.attention, accelerator.device, "model.attention")
     loaded = load_start(settings)
     settings = for_model(settings, loaded.gpt2.config.n_embd)
-    rule, eval_rule = task.chunking(for_training=True), task.chunking(for_training=False)
+    kind = task.chunking(training.auto_from, for_training=True).kind
     digest = digest_of_sources(accelerator)
-    corpus, held_out = load_corpora(settings.data, loaded.tokenizer, training.seed, rule.kind, digest)
+    corpus, held_out = load_corpora(settings.data, loaded.tokenizer, training.seed, kind, digest)
     if training.patience and held_out is None:
         raise SettingsError(
             "`training.patience` needs held-out data, but there are too few conversations to spare one: set `data.eval`"
         )
-    plan = plan_for(corpus, settings, rule, for_training=True)
-    eval_plan = plan_for(held_out, settings, eval_rule, for_training=False) if held_out else None
+    if training.tokens_per_micro_batch == "auto":
+        model = _on_device(loaded, settings, backend, accelerator)
+        hardware = _hardware(settings, accelerator)
+        settings = find_size(settings, model, accelerator, hardware, lambda sized: plan_for(corpus, sized, task, True))
+    plan = plan_for(corpus, settings, task, for_training=True)
+    eval_plan = plan_for(held_out, settings, task, for_training=False) if held_out else None
     steps = training.steps or plan.steps
     settings = for_plan(settings, plan, has_held_out=held_out is not None)
     setup = RunSetup(settings, accelerator, loaded, corpus, held_out, plan, eval_plan, steps, backend)
@@ -96,16 +101,19 @@ def digest_of_sources(accelerator: Any) -> Callable[[Origin], str]:
     return lambda origin: once_a_machine(accelerator, origin.digest)
 
 
-def _print_plan(setup: RunSetup) -> None:
-    settings, accelerator, tokenizer = setup.settings, setup.accelerator, setup.loaded.tokenizer
-    hardware = Hardware(
+def _hardware(settings: RunSettings, accelerator: Any) -> Hardware:
+    return Hardware(
         processes=accelerator.num_processes,
         device=accelerator.device.type,
         strategy=launch_checks.strategy(),
         precision=precision_name(accelerator),
         activation_checkpointing=settings.training.activation_checkpointing,
     )
-    for label, text in describe(setup, hardware):
+
+
+def _print_plan(setup: RunSetup) -> None:
+    settings, tokenizer = setup.settings, setup.loaded.tokenizer
+    for label, text in describe(setup, _hardware(settings, setup.accelerator)):
         print_row(label, text)
     if settings.show:
         print(show_examples(setup.plan, tokenizer, settings.show, width=terminal_width()))
@@ -128,14 +136,13 @@ def check_lengths(settings: RunSettings, loaded: LoadedModel) -> None:
         )
 
 
-def plan_for(corpus: Corpus, settings: RunSettings, rule: ChunkingRule, for_training: bool) -> Plan:
+def plan_for(corpus: Corpus, settings: RunSettings, task: "Task", for_training: bool) -> Plan:
     """Lay a corpus out in streams, unchanged where it is held out."""
     training = settings.training
-    chunks = chunk(corpus.stores, corpus.rows, rule)
+    tokens, micro_batches = training.tokens_per_micro_batch, training.micro_batches_per_step
+    chunks = chunk(corpus.stores, corpus.rows, task.chunking(tokens, for_training))
     chunks = share_prefixes(chunks) if settings.data.share_prefixes else chunks
-    micro_batches = training.micro_batches_per_step
     epochs = None if training.steps else training.epochs
-    tokens = training.tokens_per_micro_batch
     return Plan(chunks, tokens, micro_batches, training.seed, epochs, training.min_steps)
 
 
@@ -161,10 +168,13 @@ def for_plan(settings: RunSettings, plan: Plan, has_held_out: bool) -> RunSettin
 
 def target_log_probs(setup: RunSetup) -> TargetLogProbs:
     """Return the model as training calls it, in float32 and on the device."""
-    loaded, settings = setup.loaded, setup.settings
+    return _on_device(setup.loaded, setup.settings, setup.backend, setup.accelerator)
+
+
+def _on_device(loaded: LoadedModel, settings: RunSettings, backend: Backend, accelerator: Any) -> TargetLogProbs:
     loaded.gpt2.activation_checkpointing = settings.training.activation_checkpointing
-    model = TargetLogProbs(loaded.gpt2, len(loaded.tokenizer), setup.backend, settings.model.neftune_alpha)
-    return model.to(setup.accelerator.device)
+    model = TargetLogProbs(loaded.gpt2, len(loaded.tokenizer), backend, settings.model.neftune_alpha)
+    return model.to(accelerator.device)
 
 
 def run_preflight_checks(setup: RunSetup, model: TargetLogProbs) -> None:

@@ -13,6 +13,7 @@ from gpt2ft.runs.evaluation import Evaluator, HeldOutEvaluation
 from gpt2ft.runs.finish import finish
 from gpt2ft.runs.identity import check_settings
 from gpt2ft.runs.manifest import manifest_of, starts_until
+from gpt2ft.runs.micro_batch import keep_size, with_size_of
 from gpt2ft.runs.output import open_output
 from gpt2ft.runs.resume import checkpoint_writer, find_resume_point, prepare_strategy
 from gpt2ft.runs.run_setup import RunSetup, cast_to_precision, run_preflight_checks, set_up, target_log_probs
@@ -29,8 +30,8 @@ class Task(Protocol):
 
     objective: Objective
 
-    def chunking(self, for_training: bool) -> ChunkingRule:
-        """Return how trees become chunks that fit context and streams."""
+    def chunking(self, capacity: int, for_training: bool) -> ChunkingRule:
+        """Return how trees become chunks that fit the context and streams of so many tokens."""
 
     def prepare_reference(self, setup: RunSetup, model: TargetLogProbs, signals: SignalHandler) -> dict[str, Any]:
         """Compute the reference by the model at step 0, where the loss needs one; return its entry in the manifest."""
@@ -64,7 +65,8 @@ def train(settings: RunSettings, task: Task) -> None:
     output = open_output(settings, accelerator)
     if output.is_finished_by_this_launch():
         return
-    setup = set_up(settings, task, accelerator)
+    setup = set_up(keep_size(settings, output, accelerator), task, accelerator)
+    settings = with_size_of(settings, setup.settings)
     if settings.looks_only:
         return
     in_float32 = target_log_probs(setup)

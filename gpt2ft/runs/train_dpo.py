@@ -52,13 +52,12 @@ class PreferenceTuning:
         self.is_of_pairs = PREFERENCE_LOSSES[settings.dpo.loss].of_pairs
         self.objective: Objective = DPO(settings.dpo) if self.is_of_pairs else KTO(settings.dpo)
 
-    def chunking(self, for_training: bool) -> ChunkingRule:
+    def chunking(self, capacity: int, for_training: bool) -> ChunkingRule:
         """Evaluation counts every pair once."""
         dpo, data = self.settings.dpo, self.settings.data
         if not self.is_of_pairs:
             return LabelledReplies(data.max_length, self.settings.training.tokens_per_micro_batch)
         weight = dpo.pair_weight if for_training else "pair"
-        capacity = self.settings.training.tokens_per_micro_batch
         return PreferencePairs(dpo.pairs, weight, data.max_length, capacity, dpo.whole_trees, dpo.is_list_wise)
 
     def prepare_reference(self, setup: RunSetup, model: TargetLogProbs, signals: SignalHandler) -> dict[str, Any]:

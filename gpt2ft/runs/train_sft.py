@@ -34,9 +34,9 @@ class FineTuning:
         self.settings = settings
         self.objective = objective or SFT()
 
-    def chunking(self, for_training: bool) -> ChunkingRule:
+    def chunking(self, capacity: int, for_training: bool) -> ChunkingRule:
         """Evaluation counts every message once."""
-        data, capacity = self.settings.data, self.settings.training.tokens_per_micro_batch
+        data = self.settings.data
         weight = data.message_weight if for_training else "once"
         return ConversationTrees(weight, data.max_length, capacity, LEARNT[data.train_on])
 

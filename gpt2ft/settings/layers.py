@@ -7,6 +7,7 @@ speak of other data than its own:
     data.train                    data.eval and what fits it alone (OF_THE_DATA): they belong to other data
     data.eval                     data.eval_fraction, and the other way round
     training.epochs, .min_steps   training.steps, which would override them
+    training.tokens_per_micro_batch    training.auto_from; where it is auto, that becomes the size it takes the place of
 
 Where held-out data fall with the training data and nothing takes their place, a share of the new data is held out.
 """
@@ -35,8 +36,20 @@ def over(below: Mapping[str, Any], above: Mapping[str, Any]) -> Sections:
             replaced = REPLACED.get(name, {})
             fallen = {replaced[setting] for setting in said if setting in replaced}
             kept = {setting: value for setting, value in below[name].items() if setting not in fallen}
-            merged[name] = (_without_own(kept, said) if name == "data" else kept) | dict(said)
+            if name == "data":
+                kept = _without_own(kept, said)
+            if name == "training":
+                kept = _with_own_step(kept, said)
+            merged[name] = kept | dict(said)
     return merged
+
+
+def _with_own_step(below: Sections, said: Mapping[str, Any]) -> Sections:
+    """Return what holds of `training` under a layer that may give the size of micro-batches, or have it found."""
+    asked, before = said.get("tokens_per_micro_batch"), below.get("tokens_per_micro_batch", "auto")
+    if asked == "auto":
+        return below if before == "auto" else below | {"auto_from": before}
+    return {name: value for name, value in below.items() if asked is None or name != "auto_from"}
 
 
 def _without_own(below: Sections, said: Mapping[str, Any]) -> Sections:

@@ -127,9 +127,8 @@ def requirement(kind: Any, limits: tuple[Any, ...] = ()) -> str:
         kind, *notes = get_args(kind)
         return requirement(kind, tuple(limit for note in notes for limit in getattr(note, "metadata", [note])))
     if get_origin(kind) in (Union, UnionType):
-        *kinds, last = (part for part in get_args(kind) if part is not type(None))
-        words = ", ".join([*(requirement(part, limits) for part in kinds), requirement(last, limits)])
-        return f"{words}, or none"
+        words = [requirement(part, limits) for part in get_args(kind) if part is not type(None)]
+        return f"{', '.join(words)}, or none" if type(None) in get_args(kind) else " or ".join(words)
     if get_origin(kind) is Literal:
         return either(get_args(kind))
     if get_origin(kind) is tuple:
@@ -166,7 +165,7 @@ def _find(kind: type[Section], place: tuple[Any, ...]) -> tuple[list[str], Field
 
 
 def _found(problem: Any, path: list[str]) -> str:
-    is_item = len(problem["loc"]) > len(path)
+    is_item = isinstance(problem["loc"][-1], int)  # of a list; else a word may tell which of several types
     found = f"{'holds' if is_item else 'is'} {shown(problem['input'])}"
     if is_item and isinstance(problem["input"], str) and "," in problem["input"]:
         return f"{found}: words are set apart by spaces"

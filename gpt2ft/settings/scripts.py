@@ -73,7 +73,12 @@ class RunSettings(Section):
             yield "`data.train` must name at least one data source, but is empty: give `--data.train FILE`"
         if data.eval and data.eval_fraction:
             yield "`data.eval` and `data.eval_fraction` must not both be set: held-out data comes from one of them"
-        yield from stream_problems(training.tokens_per_micro_batch, data.max_length, "training.")
+        if training.tokens_per_micro_batch == "auto":
+            yield from stream_problems(training.auto_from, data.max_length, "training.", "auto_from")
+        else:
+            yield from stream_problems(training.tokens_per_micro_batch, data.max_length, "training.")
+            if training.auto_from != type(training).model_fields["auto_from"].default:
+                yield "`training.auto_from` must be left out unless `training.tokens_per_micro_batch` is auto"
         yield from self.lora.problems()
         if len(set(self.tracking)) < len(self.tracking):
             yield f"`tracking` must name each tracker once, but names {', '.join(self.tracking)}"

@@ -291,6 +291,12 @@ class TrainingSettings(StreamSettings):
         "checkpoints": ("save_every", "save_minutes", "keep_checkpoints", "keep_for_verification"),
         "computing": ("precision", "activation_checkpointing", "deterministic"),
     }
+    tokens_per_micro_batch: Positive | Literal["auto"] = 8192
+    """Most tokens in one stream, the unit of one pass through the model; auto: as many as memory holds, with fewer
+    streams a step."""
+    auto_from: Positive = 8192
+    """With auto: a step has as many tokens as `micro_batches_per_step` streams of so many; default what the recipe has
+    in place of auto."""
     steps: Positive | None = None
     """Optimizer steps; overrides `epochs` and `min_steps`."""
     epochs: Positive = 1
@@ -438,17 +444,23 @@ class PreferenceSettings(Section):
 # --- rules that scripts share ---------------------------------------------------------------------------------------
 
 
-def stream_problems(tokens_per_micro_batch: int, max_length: int, prefix: str) -> Iterator[str]:
+STREAM_BLOCK = 128  # tokens of a block of the attention mask
+
+
+def stream_problems(
+    tokens_per_micro_batch: int, max_length: int, prefix: str, name: str = "tokens_per_micro_batch"
+) -> Iterator[str]:
     """Yield what is wrong with the length of a stream.
 
     Args:
         prefix: of the setting: `training.` or nothing.
     """
-    key = f"`{prefix}tokens_per_micro_batch`"
+    key = f"`{prefix}{name}`"
     if tokens_per_micro_batch < max_length:
         yield f"{key} must be at least the longest path of {max_length} tokens, but is {tokens_per_micro_batch}"
-    if tokens_per_micro_batch % 128:
-        yield f"{key} must be a multiple of 128, the block of the attention mask, but is {tokens_per_micro_batch}"
+    if tokens_per_micro_batch % STREAM_BLOCK:
+        what = f"a multiple of {STREAM_BLOCK}, the block of the attention mask"
+        yield f"{key} must be {what}, but is {tokens_per_micro_batch}"
 
 
 def split_mixing_weight(source: str) -> tuple[str, float]:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from gpt2ft import system
-from gpt2ft.distributed.accelerator import on_device
+from gpt2ft.distributed.accelerator import autocast, on_device
 from gpt2ft.errors import Gpt2ftError
+from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.settings.sections import TrainingSettings
 from gpt2ft.stream import TokenStream
 from gpt2ft.training.optimizer import set_learning_rate
@@ -31,8 +32,8 @@ class DoesNotFit(Gpt2ftError):
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Return True if PyTorch could not allocate; on CPUs and Apple's GPUs it has no class of its own for that."""
-    said = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "not enough memory" in said
+    said = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
 @contextmanager
@@ -76,6 +77,25 @@ def probe_memory(strategy: Strategy, accelerator: Any, stream: TokenStream) -> i
         raise PreflightError("the model gives log-probs that are not finite, before any training: look at its weights")
     peak = on_device(accelerator, peak_memory(accelerator.device))
     return int(accelerator.gather(peak).max())
+
+
+def fits(model: TargetLogProbs, accelerator: Any, stream: TokenStream, reserved: int) -> bool:
+    """Run a stream forward and backward beside so many bytes that are taken; return False if memory is out.
+
+    The model is not wrapped, so no process waits for another. It keeps no gradients.
+    """
+    try:
+        taken = torch.empty(reserved, dtype=torch.uint8, device=accelerator.device)
+        with autocast(accelerator):
+            log_probs = model.train()(stream.to(accelerator.device))
+        (log_probs.sum() * 0.0).backward()
+        return len(taken) == reserved
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
 
 
 def memory_advice(training: TrainingSettings, longest: int, uses_lora: bool, is_sharded: bool) -> str:
