@@ -200,6 +200,7 @@ FIELD_NAMES = {
     ),
     **_named("full_determinism cudnn_deterministic", "training.deterministic"),
     # precision
+    **_named("auto_find_batch_size auto_batch_size auto_micro_batch", TOKENS, "With auto as its value."),
     **_named("bf16 bfloat16 use_bf16", "training.precision precision dtype", "With bf16 as its value."),
     **_named(
         "fp16 float16 half use_fp16 amp",

@@ -1,4 +1,4 @@
-"""`tokens_per_micro_batch auto`: the largest that fits, a step of the same tokens, and from then on a number like any."""
+"""`tokens_per_micro_batch auto`: the largest that fits, a step of the same tokens, and then a number like any."""
 
 import json
 from types import SimpleNamespace
