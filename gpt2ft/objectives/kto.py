@@ -31,7 +31,7 @@ class KTO:
     def loss(self, log_probs: Tensor, stream: TokenStream) -> Tensor:
         losses = losses_of(self.settings, labelled_log_probs(log_probs, stream))
         # The second term is zero: it keeps a stream without replies connected to the gradient all-reduce.
-        return losses.sum().float() + 0.0 * log_probs.sum()
+        return losses.sum().float().to(log_probs.device) + 0.0 * log_probs.sum()
 
     def metrics(self, log_probs: Tensor, stream: TokenStream) -> Tensor:
         """Return sums [7].

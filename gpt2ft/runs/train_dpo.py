@@ -56,7 +56,7 @@ class PreferenceTuning:
         """Evaluation counts every pair once."""
         dpo, data = self.settings.dpo, self.settings.data
         if not self.is_of_pairs:
-            return LabelledReplies(data.max_length, self.settings.training.tokens_per_micro_batch)
+            return LabelledReplies(data.max_length, capacity)
         weight = dpo.pair_weight if for_training else "pair"
         return PreferencePairs(dpo.pairs, weight, data.max_length, capacity, dpo.whole_trees, dpo.is_list_wise)
 

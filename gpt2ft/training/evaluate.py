@@ -123,7 +123,7 @@ def mean_baseline(
     model: nn.Module, objective: Objective, streams: Iterable[tuple[Any, TokenStream]], accelerator: Any
 ) -> Tensor:
     """Return the baseline over all streams of all processes, which call it together."""
-    sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    sums = on_device(accelerator, 0.0, 0.0)
     with evaluating(model):
         for _, stream in streams:
             sums += objective.baseline(model(stream), stream)

@@ -59,7 +59,10 @@ FEW = [
     "impatient",
 ]  # with these the plain tests make do
 REST = ["sft lora", "sft lora stopped", "sft lora continued", "dpo", "dpo kto"]
-BF16 = [f"{run}{how}" for run in ("bf16", "bf16 lora") for how in ("", " stopped", " continued")]
+BF16, FP16 = (
+    [f"{run}{how}" for run in kinds for how in ("", " stopped", " continued")]
+    for kinds in (("bf16", "bf16 lora"), ("fp16",))
+)
 
 
 def cases(runs, topologies=(*SAMPLE, *LONG, *CAMPAIGN)):
@@ -104,7 +107,7 @@ class Runs:
             few += [f"from {source}" for source in sources(topology)]
         launches = [few, rest] if topology in (ALONE, *SAMPLE) else [few + rest]
         if topology in CAMPAIGN:
-            launches = [few + rest + BF16]
+            launches = [few + rest + BF16 + ([] if topology.startswith("zero") else FP16)]
         return next((runs for runs in launches if run in runs), [run])
 
     def left_by_others(self):
@@ -168,7 +171,7 @@ class Runs:
                 "sample_prompts": 1,
                 "sample_tokens": 4,
                 "max_grad_norm": 0.5,
-                "precision": "bf16" if "bf16" in run else "fp32",
+                "precision": run[:4] if run.startswith(("bf16", "fp16")) else "fp32",
                 "activation_checkpointing": adapts,
             },
             "optimizer": {"learning_rate": LEARNING_RATE},
@@ -241,16 +244,23 @@ def test_going_on_gives_the_same_bits(run, topology, runs):
     assert_equal_in_every_bit(runs.get(topology, f"{run} continued"), runs.get(topology, run))
 
 
-@everywhere(["bf16", "bf16 lora"], CAMPAIGN)
-def test_bf16_is_that_of_one_process(run, topology, runs):
-    """As near as bf16 is to itself, whose rounding is not float32's."""
+HALF = [
+    *cases(["bf16", "bf16 lora"], CAMPAIGN),
+    *cases(["fp16"], [topology for topology in CAMPAIGN if not topology.startswith("zero")]),
+]
+in_half_precision = pytest.mark.parametrize(("run", "topology"), HALF)
+
+
+@in_half_precision
+def test_half_precision_is_that_of_one_process(run, topology, runs):
+    """As near as it is to itself, whose rounding is not float32's."""
     found, expected = (logged(runs.get(name, run), "train/loss") for name in (topology, ALONE))
     assert found == pytest.approx(expected, rel=1e-3)
-    assert found != pytest.approx(logged(runs.get(ALONE, run.replace("bf16", "sft")), "train/loss"), rel=1e-6)
+    assert found != pytest.approx(logged(runs.get(ALONE, run.replace(run[:4], "sft")), "train/loss"), rel=1e-6)
 
 
-@everywhere(["bf16", "bf16 lora"], CAMPAIGN)
-def test_going_on_in_bf16_gives_the_same_bits(run, topology, runs):
+@in_half_precision
+def test_going_on_in_half_precision_gives_the_same_bits(run, topology, runs):
     assert_equal_in_every_bit(runs.get(topology, f"{run} continued"), runs.get(topology, run))
 
 
