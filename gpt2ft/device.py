@@ -28,6 +28,7 @@ NVIDIA, DISPLAY = "0x10de", "0x03"  # vendor and class in PCI
 OLDEST_FOR_TRITON = (7, 0)  # compute capability
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class DeviceError(Gpt2ftError):
@@ -52,6 +53,7 @@ def device_type() -> Literal["cuda", "mps", "cpu"]:
 
 
 def on_cuda() -> bool:
+    """Return True if an NVIDIA GPU is computed on."""
     return device_type() == "cuda"
 
 
@@ -152,9 +154,6 @@ def _device() -> torch.device:
 
 
 # --- precision ------------------------------------------------------------------------------------------------------
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_precision(asked: str, without_bf16: PrecisionName = "fp16") -> PrecisionName:

@@ -82,8 +82,9 @@ def probe_memory(strategy: Strategy, accelerator: Any, stream: TokenStream) -> i
 def fits(model: TargetLogProbs, accelerator: Any, stream: TokenStream, reserved: int) -> bool:
     """Run a stream forward and backward beside so many bytes that are taken; return False if memory is out.
 
-    The model is not wrapped, so no process waits for another. It keeps no gradients.
+    The model is not wrapped, so no process waits for another. It is left as it was.
     """
+    was_training = model.training
     try:
         taken = torch.empty(reserved, dtype=torch.uint8, device=accelerator.device)
         with autocast(accelerator):
@@ -96,6 +97,7 @@ def fits(model: TargetLogProbs, accelerator: Any, stream: TokenStream, reserved:
         return False
     finally:
         model.zero_grad(set_to_none=True)
+        model.train(was_training)
 
 
 def memory_advice(training: TrainingSettings, longest: int, uses_lora: bool, is_sharded: bool) -> str:
