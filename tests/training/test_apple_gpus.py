@@ -59,9 +59,7 @@ def test_the_stand_in_refuses_float64(stand_in):
         torch.zeros(3, dtype=torch.float64).to(MPS)
 
 
-@pytest.mark.parametrize(
-    "objective", [SFT(), DPO(PreferenceSettings(ld_alpha=0.5)), DPO(PreferenceSettings(loss="simpo"))]
-)
+@pytest.mark.parametrize("objective", [SFT(), *(DPO(PreferenceSettings(loss=loss)) for loss in ("sigmoid", "simpo"))])
 def test_losses_and_sums_of_a_step_take_no_float64_there(objective, built, stand_in):
     stream = built._map(stand_in.from_tensor, stand_in.from_tensor).to(MPS)
     assert (stream.tokens.device.type, stream.pairs.reference.device.type) == ("mps", "cpu")
@@ -71,7 +69,7 @@ def test_losses_and_sums_of_a_step_take_no_float64_there(objective, built, stand
     counts = on_device(APPLE, 1.0, 2.0)
     scaled = loss * loss_scale(APPLE, counts[0])
     assert (scaled.device.type, scaled.dtype) == ("mps", torch.float32)
-    sums = as_sums(APPLE, loss.detach()[None], objective.metrics(log_probs, stream))
+    sums = as_sums(APPLE, loss.detach().reshape(1), objective.metrics(log_probs, stream))
     assert (len(sums), sums.device.type, sums.dtype) == (1 + len(objective.metric_names), "cpu", torch.float64)
     MetricSums(device_of_sums(APPLE), objective.metric_names, {}).add(sums, counts, 1.0)
 
