@@ -34,8 +34,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def seconds_of(device: torch.device, work: Callable[[], object]) -> float:

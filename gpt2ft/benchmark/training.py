@@ -113,7 +113,7 @@ class Training:
         for number in range(accelerator.process_index, self.work.micro_batches_per_step, accelerator.num_processes):
             stream = self.work.training_stream(self.state.step, number).to(accelerator.device)
             with autocast(accelerator):
-                model(stream).double().cpu()
+                model(stream).cpu().double()
         model.train()
 
     def profile(self) -> dict[str, Any]:

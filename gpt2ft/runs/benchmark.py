@@ -8,14 +8,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gpt2ft.benchmark import decoding, figures, machine
 from gpt2ft.benchmark.training import Training, graphs_compiled
 from gpt2ft.benchmark.usual import usual_way
 from gpt2ft.benchmark.work import Amounts, Work, amounts_of, make_work
 from gpt2ft.distributed import watchdog
-from gpt2ft.distributed.accelerator import precision_of, start_accelerator
+from gpt2ft.distributed.accelerator import dtype_of, precision_name, start_accelerator
 from gpt2ft.errors import SettingsError
 from gpt2ft.model.gpt2 import GPT2Config
 from gpt2ft.model.pretrained import published_config
@@ -54,10 +52,6 @@ def check_against(settings: BenchmarkSettings, num_processes: int) -> None:
         raise SettingsError(f"`--against {settings.against}` needs it: `pip install {settings.against}`")
     if settings.against and num_processes > 1:
         raise SettingsError(f"`against` is measured in one process, but there are {num_processes}")
-
-
-def dtype_of(accelerator: Any) -> torch.dtype:
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision_of(accelerator), torch.float32)
 
 
 def measure_decoding(settings: BenchmarkSettings, config: GPT2Config, accelerator: Any) -> dict[str, Any]:
@@ -113,11 +107,11 @@ def compared_with(ours: dict[str, Any], usual: dict[str, Any] | None) -> dict[st
 def headline(settings: BenchmarkSettings, training: Training) -> str:
     """Return what is measured: model, processes, precision, attention, size of a step."""
     accelerator = training.inputs.accelerator
-    precision = {"no": "fp32"}.get(precision_of(accelerator), precision_of(accelerator))
     rank = settings.lora.rank
     lora = f", {training.trained:,} of them trained (LoRA, rank {rank})" if rank else ""
     return (
         f"{settings.what}, {settings.model}, {training.parameters / 1e6:.0f}M parameters{lora}, "
-        f"{accelerator.num_processes} x {accelerator.device.type}, {precision}, {training.backend} attention, "
+        f"{accelerator.num_processes} x {accelerator.device.type}, {precision_name(accelerator)}, "
+        f"{training.backend} attention, "
         f"{settings.micro_batches} x {settings.tokens_per_micro_batch:,} tokens a step"
     )
