@@ -46,7 +46,7 @@ def choose_backend(asked: str, device: torch.device, setting: str) -> Backend:
     backend = fastest if asked == "auto" else asked
     problem = None
     if backend == "flex":
-        problem = compiler_problem() if device.type == "cuda" else "without CUDA it has no backward pass"
+        problem = compiler_problem() if device.type == "cuda" else "on a CPU or an Apple GPU it has no backward pass"
     if problem:
         other = "dense" if device.type == "cuda" else "segments"
         raise SettingsError(f"FlexAttention cannot be used here: {problem}; or pass `--{setting} {other}`")
