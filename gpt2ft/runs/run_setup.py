@@ -186,7 +186,8 @@ def run_preflight_checks(setup: RunSetup, model: TargetLogProbs) -> None:
     Raises:
         PreflightError: and nothing is trained.
     """
-    plan, tokenizer, last_only = setup.plan, setup.loaded.tokenizer, setup.settings.data.train_on == "last"
+    plan, tokenizer, data = setup.plan, setup.loaded.tokenizer, setup.settings.data
+    last_only = data.train_on == "last" and not data.share_prefixes  # where what is last in one row goes on in another
     turns = 0
     for number, chunks in enumerate(plan.micro_batches(0)):
         found = preflight.check_supervision(

@@ -67,3 +67,20 @@ def test_longer_streams_give_the_same_losses_by_weight(weighed, run_sft, tmp_pat
         curves[size], _ = losses(tmp_path / str(size))
     assert len(set(curves[1])) == STEPS
     assert curves[3] == pytest.approx(curves[1], rel=1e-5)
+
+
+def test_a_turn_that_is_last_in_one_row_and_goes_on_in_another(run_sft, tmp_path):
+    """Put together they are one tree, in which the first reply is learnt, and the second."""
+    rows = []
+    for number in range(4):
+        turns = [("user", f"Tea {number}?"), ("assistant", "Yes."), ("user", "Why?"), ("assistant", "It is warm.")]
+        messages = [{"role": role, "content": text} for role, text in turns]
+        rows += [{"messages": messages[:2]}, {"messages": messages}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plans = []
+    for share in (False, True):
+        data = {"train": [str(tmp_path / "rows.jsonl")], "train_on": "last", "share_prefixes": share}
+        run_sft(tmp_path / str(share), steps=1, data=data)
+        plans.append(json.loads((tmp_path / str(share) / "manifest.json").read_text())["plan"])
+    assert plans[0]["supervised"] == plans[1]["supervised"] > 0
+    assert plans[1]["tokens"] < plans[0]["tokens"]
