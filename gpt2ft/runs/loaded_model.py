@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gpt2ft import checkpoint
 from gpt2ft.hub import hub_model
 from gpt2ft.model import pretrained
 from gpt2ft.model.attention import dense_attention
@@ -212,6 +211,8 @@ def load_adapted(folder: Path) -> tuple[LoadedModel, RunSettings]:
     Raises:
         CheckpointError, SettingsError, ModelError: if it is damaged or what it starts from is not what it was.
     """
+    from gpt2ft import checkpoint  # by no one who loads a finished model
+
     checkpoint.verify(folder)
     settings = read_run_settings(folder.parent.parent)
     _, identity = checkpoint.read_state(folder)
