@@ -68,17 +68,15 @@ SCRIPTS = {
         "Makes preferences without a judge: samples replies to prompts and ranks them by faults that can be checked.",
         "sample_replies",
     ),
-    "chat": Script(
-        "scripts:ChatSettings", "Talks with a model in the terminal, or answers each line of a pipe.", "chat"
-    ),
+    "chat": Script("using:ChatSettings", "Talks with a model in the terminal, or answers each line of a pipe.", "chat"),
     "serve": Script(
-        "scripts:ServeSettings",
+        "using:ServeSettings",
         "Serves a model to programs that speak OpenAI's API, and a page to talk with it in a browser. Settings of "
         "replies hold where a request says nothing else.",
         "serve",
     ),
     "export": Script(
-        "scripts:ExportSettings",
+        "using:ExportSettings",
         "Writes a model for other programs, reads it back and compares it with the model.",
         "export",
     ),

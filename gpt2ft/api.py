@@ -27,8 +27,8 @@ from gpt2ft.inference.model import InferenceModel
 from gpt2ft.model.attention import FLEX_BLOCK
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.runs.inference_model import load_inference_model
-from gpt2ft.settings.scripts import ChatSettings
 from gpt2ft.settings.sections import SamplingSettings
+from gpt2ft.settings.using import ChatSettings
 from gpt2ft.stream import TokenStream
 from gpt2ft.text.template import render_turn
 

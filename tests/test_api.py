@@ -13,7 +13,7 @@ from gpt2ft.errors import SettingsError
 from gpt2ft.inference.model import InferenceModel
 from gpt2ft.inference.prompt_format import prompt_format_for
 from gpt2ft.model.attention import dense_attention
-from gpt2ft.settings.sections import DataSettings
+from gpt2ft.settings.training import DataSettings
 
 QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is tea?"}]
 

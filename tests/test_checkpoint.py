@@ -9,7 +9,7 @@ from gpt2ft import checkpoint
 from gpt2ft.checkpoint import TrainState
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.model.lora import load_trainable_parameters, trainable_parameters
-from gpt2ft.settings.sections import OptimizerSettings
+from gpt2ft.settings.training import OptimizerSettings
 from gpt2ft.training.optimizer import adamw
 from gpt2ft.training.strategy import DDP
 

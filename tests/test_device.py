@@ -151,7 +151,7 @@ class TestGPU:
     def test_is_not_left_unused_by_any_script(self, unusable_gpu):
         from gpt2ft.distributed.accelerator import start_accelerator
         from gpt2ft.runs.inference_model import load_inference_model
-        from gpt2ft.settings.scripts import ChatSettings
+        from gpt2ft.settings.using import ChatSettings
 
         with pytest.raises(DeviceError):
             start_accelerator("auto")

@@ -19,7 +19,8 @@ from gpt2ft.data.plan import Plan
 from gpt2ft.data.store import open_store
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.objectives.dpo import DPO, reply_log_probs
-from gpt2ft.settings.sections import FilterSettings, PreferenceSettings
+from gpt2ft.settings.sections import FilterSettings
+from gpt2ft.settings.training import PreferenceSettings
 from gpt2ft.stream import TokenStream
 from gpt2ft.training.reference_store import reply_keys
 

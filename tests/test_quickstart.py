@@ -20,7 +20,8 @@ from gpt2ft.runs.loaded_model import adapt, find_model, load_model
 from gpt2ft.runs.samples import answer, held_out_prompts
 from gpt2ft.settings.measuring import EvaluateSettings
 from gpt2ft.settings.scripts import SFTSettings
-from gpt2ft.settings.sections import DataSettings, FilterSettings, ModelSettings
+from gpt2ft.settings.sections import FilterSettings, ModelSettings
+from gpt2ft.settings.training import DataSettings
 from gpt2ft.text.tokenizer import ChatTokenizer
 
 ROOT = Path(__file__).parent.parent

@@ -27,7 +27,8 @@ from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.objectives.sft import SFT
 from gpt2ft.settings.scripts import DPOSettings
-from gpt2ft.settings.sections import DataSettings, FilterSettings
+from gpt2ft.settings.sections import FilterSettings
+from gpt2ft.settings.training import DataSettings
 from gpt2ft.text.template import render_turn
 from gpt2ft.training.evaluate import evaluate_by_source
 

@@ -26,7 +26,7 @@ from gpt2ft.objectives.objective import Objective
 from gpt2ft.objectives.sft import SFT
 from gpt2ft.random import seed_for
 from gpt2ft.settings.measuring import BenchmarkSettings
-from gpt2ft.settings.sections import OptimizerSettings, PreferenceSettings, TrainingSettings
+from gpt2ft.settings.training import OptimizerSettings, PreferenceSettings, TrainingSettings
 from gpt2ft.training.fit import LoopInputs, fit
 from gpt2ft.training.optimizer import adamw
 from gpt2ft.training.strategy import Strategy, cast_frozen, prepare

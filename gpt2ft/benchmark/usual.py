@@ -20,7 +20,7 @@ from gpt2ft.benchmark.machine import seconds_of
 from gpt2ft.benchmark.work import Path, Work, compared, conversations, make_work
 from gpt2ft.model.gpt2 import GPT2Config
 from gpt2ft.settings.measuring import BenchmarkSettings
-from gpt2ft.settings.sections import OptimizerSettings, PreferenceSettings
+from gpt2ft.settings.training import OptimizerSettings, PreferenceSettings
 from gpt2ft.training.memory_probe import peak_memory
 
 IGNORED = -100  # in labels

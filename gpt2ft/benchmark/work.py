@@ -18,7 +18,7 @@ from gpt2ft.data.plan import Plan
 from gpt2ft.data.token_tree import TokenTree, counts, split
 from gpt2ft.random import generator
 from gpt2ft.settings.measuring import BenchmarkSettings
-from gpt2ft.settings.sections import DataSettings
+from gpt2ft.settings.training import DataSettings
 from gpt2ft.stream import TokenStream
 from gpt2ft.text.tokenizer import ChatTokenizer
 from gpt2ft.training.prefetch import BatchSource

@@ -18,7 +18,7 @@ from gpt2ft.data.kinds import CONVERSATIONS, DataKind
 from gpt2ft.data.reading import DataError, listed
 from gpt2ft.data.store import TokenStore
 from gpt2ft.data.token_tree import TEXT, TokenTree, counts, fit_context, merge, split, text_part, weigh
-from gpt2ft.settings.sections import MessageWeight
+from gpt2ft.settings.training import MessageWeight
 
 if TYPE_CHECKING:
     from gpt2ft.data.prefixes import Together

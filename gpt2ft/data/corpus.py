@@ -17,7 +17,8 @@ from gpt2ft.data.store import TokenStore, open_store
 from gpt2ft.data.topic import Topic
 from gpt2ft.errors import SettingsError, reason
 from gpt2ft.files import cache_root, user_path
-from gpt2ft.settings.sections import DataSettings, FilterSettings, split_mixing_weight
+from gpt2ft.settings.sections import FilterSettings, split_mixing_weight
+from gpt2ft.settings.training import DataSettings
 from gpt2ft.text.tokenizer import ChatTokenizer
 
 

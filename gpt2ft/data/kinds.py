@@ -17,7 +17,7 @@ from gpt2ft.data.formats.keys import refuse_fractions
 from gpt2ft.data.preference_groups import labelled_groups, preference_groups
 from gpt2ft.data.reading import ReadContext
 from gpt2ft.data.topic import Topic
-from gpt2ft.settings.sections import TrainOn
+from gpt2ft.settings.training import TrainOn
 
 RowsOfTree = tuple[MessageTree, list[list[int]]]  # the tree as it is stored, and the messages of each row
 

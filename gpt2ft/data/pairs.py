@@ -30,7 +30,8 @@ from gpt2ft.conversation import ROLES
 from gpt2ft.data.kinds import PREFERENCES, DataKind
 from gpt2ft.data.store import TokenStore
 from gpt2ft.data.token_tree import TokenTree
-from gpt2ft.settings.sections import PairRule, PairWeight
+from gpt2ft.settings.sections import PairRule
+from gpt2ft.settings.training import PairWeight
 from gpt2ft.text.context import kept_turns
 
 LEAST_REPLY = 16  # tokens that a prompt must leave to a reply that is cut

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2ft.conversation import ROLES
-from gpt2ft.settings.sections import MessageWeight
+from gpt2ft.settings.training import MessageWeight
 
 ASSISTANT = ROLES.index("assistant")
 TEXT = ROLES.index("text")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gpt2ft.objectives.losses import pair_losses
 from gpt2ft.preference_losses import PairLogProbs
-from gpt2ft.settings.sections import PreferenceSettings
+from gpt2ft.settings.training import PreferenceSettings
 from gpt2ft.stream import TokenStream
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from gpt2ft.objectives.dpo import reply_log_probs
 from gpt2ft.objectives.losses import losses_of
 from gpt2ft.preference_losses import LabelledLogProbs
-from gpt2ft.settings.sections import PreferenceSettings
+from gpt2ft.settings.training import PreferenceSettings
 from gpt2ft.stream import TokenStream
 
 

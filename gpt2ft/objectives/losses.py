@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from gpt2ft.preference_losses import PREFERENCE_LOSSES, LabelledLogProbs, PairLogProbs
-from gpt2ft.settings.sections import PreferenceSettings
+from gpt2ft.settings.training import PreferenceSettings
 
 
 def losses_of(settings: PreferenceSettings, replies: PairLogProbs | LabelledLogProbs) -> Tensor:

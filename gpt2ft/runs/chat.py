@@ -10,8 +10,8 @@ from gpt2ft.files import cache_root
 from gpt2ft.inference.prompt_format import PlainPromptFormat
 from gpt2ft.runs.inference_model import load_inference_model
 from gpt2ft.runs.loaded_model import MODEL, finished_runs, newest_run
-from gpt2ft.settings.scripts import ChatSettings
 from gpt2ft.settings.sections import SamplingSettings
+from gpt2ft.settings.using import ChatSettings
 
 UNTRAINED = "it was never trained to chat: it is asked in plain text, and may wander off"
 

@@ -17,7 +17,7 @@ from gpt2ft.device import PrecisionName
 from gpt2ft.distributed.launch_checks import NAMES, StrategyName
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.logprobs import CHUNK
-from gpt2ft.settings.sections import TrainingSettings
+from gpt2ft.settings.training import TrainingSettings
 from gpt2ft.wording import counted
 
 if TYPE_CHECKING:

@@ -36,7 +36,8 @@ from gpt2ft.runs.loaded_model import (
 from gpt2ft.runs.model_card import NAME as CARD
 from gpt2ft.runs.model_card import Card, Layout, read_facts, write_card
 from gpt2ft.settings.choices import PUBLISHED_MODELS
-from gpt2ft.settings.scripts import ExportSettings, RunSettings
+from gpt2ft.settings.scripts import RunSettings
+from gpt2ft.settings.using import ExportSettings
 from gpt2ft.text.chat_tokens import END
 from gpt2ft.text.display import print_row
 from gpt2ft.text.template import CHAT_TEMPLATE, OLLAMA_TEMPLATE

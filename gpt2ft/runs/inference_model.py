@@ -6,7 +6,7 @@ from gpt2ft.device import DTYPES, available_cores, check_gpu, choose_precision, 
 from gpt2ft.inference.model import InferenceModel
 from gpt2ft.inference.prompt_format import ChatPromptFormat, prompt_format_for
 from gpt2ft.runs.loaded_model import find_model
-from gpt2ft.settings.scripts import InferenceSettings
+from gpt2ft.settings.using import InferenceSettings
 
 
 def load_inference_model(settings: InferenceSettings, seed: int) -> InferenceModel:

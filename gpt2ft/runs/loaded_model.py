@@ -6,6 +6,7 @@ Serving and exporting need this and nothing of data or training.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,9 +18,11 @@ from gpt2ft.model.gpt2 import GPT2, GPT2Config
 from gpt2ft.model.lora import apply_lora, is_adapted, load_trainable_parameters, merged_weights
 from gpt2ft.random import seed_for
 from gpt2ft.settings.choices import PUBLISHED_MODELS
-from gpt2ft.settings.scripts import DPOSettings, RunSettings, SFTSettings
 from gpt2ft.settings.sections import LoRASettings, ModelSettings
 from gpt2ft.text.tokenizer import ChatTokenizer
+
+if TYPE_CHECKING:
+    from gpt2ft.settings.scripts import RunSettings
 
 RECIPE = "recipe.yaml"  # of a run, in its folder
 MODEL = "model/config.json"  # there too, once it is finished
@@ -205,7 +208,7 @@ def _load_checkpoint(folder: Path) -> LoadedModel:
     return plain_model(adapted)
 
 
-def load_adapted(folder: Path) -> tuple[LoadedModel, RunSettings]:
+def load_adapted(folder: Path) -> tuple[LoadedModel, "RunSettings"]:
     """Return the model of a checkpoint as the run trains it, adapters not merged, and the settings of the run.
 
     Raises:
@@ -220,13 +223,15 @@ def load_adapted(folder: Path) -> tuple[LoadedModel, RunSettings]:
     return replace(loaded, source=str(folder), tokenizer=loaded.tokenizer.as_trained()), settings
 
 
-def read_run_settings(folder: Path) -> RunSettings:
+def read_run_settings(folder: Path) -> "RunSettings":
     """Return the settings of the run in a folder.
 
     Raises:
         SettingsError: if there are none.
     """
-    from gpt2ft.settings.recipes import read_recipe, read_sections  # a checkpoint needs them, a finished model does not
+    # A checkpoint needs them, a finished model does not.
+    from gpt2ft.settings.recipes import read_recipe, read_sections
+    from gpt2ft.settings.scripts import DPOSettings, SFTSettings
 
     recipe = folder / RECIPE
     kind = DPOSettings if "dpo" in read_sections(recipe) else SFTSettings
@@ -234,7 +239,7 @@ def read_run_settings(folder: Path) -> RunSettings:
 
 
 def with_trained_weights(
-    settings: RunSettings, trained: Mapping[str, Tensor], initial_digest: str | None
+    settings: "RunSettings", trained: Mapping[str, Tensor], initial_digest: str | None
 ) -> LoadedModel:
     """Return the model that a run starts from, with adapters for LoRA, and with trained weights, all in float32.
 

@@ -35,7 +35,8 @@ from gpt2ft.runs.samples import Turns, held_out_paths
 from gpt2ft.settings.measuring import EvaluateSettings
 from gpt2ft.settings.parsing import refuse_problems
 from gpt2ft.settings.scripts import DPOSettings, RunSettings
-from gpt2ft.settings.sections import CorpusSettings, DataSettings, stream_problems
+from gpt2ft.settings.sections import CorpusSettings, stream_problems
+from gpt2ft.settings.training import DataSettings
 from gpt2ft.text.display import print_row
 from gpt2ft.text.tokenizer import ChatTokenizer
 

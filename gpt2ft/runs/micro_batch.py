@@ -18,7 +18,8 @@ from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.runs.describe import Hardware, memory_estimate, optimizer_bytes, parameter_counts
 from gpt2ft.runs.loaded_model import read_run_settings
 from gpt2ft.settings.scripts import RunSettings
-from gpt2ft.settings.sections import STREAM_BLOCK, TrainingSettings
+from gpt2ft.settings.sections import STREAM_BLOCK
+from gpt2ft.settings.training import TrainingSettings
 from gpt2ft.text.display import print_row
 from gpt2ft.training.memory_probe import fits
 

@@ -19,7 +19,7 @@ from gpt2ft.runs.loaded_model import LoadedModel, find_model, load_model
 from gpt2ft.runs.train_dpo import store_for
 from gpt2ft.settings.measuring import EvaluateSettings
 from gpt2ft.settings.scripts import DPOSettings, RunSettings
-from gpt2ft.settings.sections import PreferenceSettings
+from gpt2ft.settings.training import PreferenceSettings
 from gpt2ft.training.evaluate import evaluate_objective
 from gpt2ft.training.reference_pass import attach_reference, attach_tails
 

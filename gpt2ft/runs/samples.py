@@ -9,7 +9,7 @@ from gpt2ft.data.token_tree import TEXT
 from gpt2ft.inference.decoder import Decoder, suppressed_token_mask
 from gpt2ft.inference.generate import generate
 from gpt2ft.runs.loaded_model import LoadedModel
-from gpt2ft.settings.sections import TrainingSettings
+from gpt2ft.settings.training import TrainingSettings
 from gpt2ft.text.template import render_prompt
 
 Turns = list[tuple[str, str]]

@@ -12,7 +12,7 @@ from gpt2ft.errors import SettingsError, reason
 from gpt2ft.files import user_path
 from gpt2ft.model.pretrained import ModelError
 from gpt2ft.runs.inference_model import load_inference_model
-from gpt2ft.settings.scripts import ServeSettings
+from gpt2ft.settings.using import ServeSettings
 
 if TYPE_CHECKING:
     from gpt2ft.server.http.server import Server

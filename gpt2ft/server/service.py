@@ -11,7 +11,7 @@ from gpt2ft.server.http.server import Server
 from gpt2ft.server.openai.conversion import RequestConverter
 from gpt2ft.server.openai.responses import ServedModel, render_error
 from gpt2ft.server.page_files import read_page
-from gpt2ft.settings.scripts import ServeSettings
+from gpt2ft.settings.using import ServeSettings
 
 
 def create(settings: ServeSettings, inference_model: InferenceModel, name: str, key: str | None) -> Server:

@@ -7,7 +7,6 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from gpt2ft.settings.columns import column_problems
-from gpt2ft.settings.scripts import FinishedModelSettings, InferenceSettings
 from gpt2ft.settings.sections import (
     CorpusSettings,
     FilterSettings,
@@ -21,6 +20,7 @@ from gpt2ft.settings.sections import (
     source_problems,
     stream_problems,
 )
+from gpt2ft.settings.using import FinishedModelSettings, InferenceSettings
 
 
 def _one_or_many(value: Any) -> Any:

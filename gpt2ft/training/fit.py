@@ -32,7 +32,7 @@ from gpt2ft.distributed.signals import Preempted, SignalHandler
 from gpt2ft.errors import Gpt2ftError
 from gpt2ft.objectives.objective import Objective
 from gpt2ft.random import seed_for
-from gpt2ft.settings.sections import OptimizerSettings, TrainingSettings
+from gpt2ft.settings.training import OptimizerSettings, TrainingSettings
 from gpt2ft.training.evaluate import EvaluationInterrupted, with_baseline
 from gpt2ft.training.metric_sums import MetricSums
 from gpt2ft.training.optimizer import learning_rate, set_learning_rate

@@ -16,7 +16,7 @@ from gpt2ft import system
 from gpt2ft.distributed.accelerator import autocast, on_device
 from gpt2ft.errors import Gpt2ftError
 from gpt2ft.model.logprobs import TargetLogProbs
-from gpt2ft.settings.sections import TrainingSettings
+from gpt2ft.settings.training import TrainingSettings
 from gpt2ft.stream import TokenStream
 from gpt2ft.training.optimizer import set_learning_rate
 from gpt2ft.training.preflight import PreflightError

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gpt2ft.model.lora import output_matrices
-from gpt2ft.settings.sections import OptimizerSettings
+from gpt2ft.settings.training import OptimizerSettings
 
 
 def adamw(

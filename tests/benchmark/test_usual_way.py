@@ -14,7 +14,7 @@ from gpt2ft.objectives.dpo import DPO, reply_log_probs
 from gpt2ft.objectives.sft import SFT
 from gpt2ft.random import generator
 from gpt2ft.settings.measuring import BenchmarkSettings
-from gpt2ft.settings.sections import PreferenceSettings
+from gpt2ft.settings.training import PreferenceSettings
 
 TINY = GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2)
 

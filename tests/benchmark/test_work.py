@@ -8,7 +8,7 @@ from gpt2ft.benchmark.work import Amounts, MadeUp, amounts_of, compared, convers
 from gpt2ft.objectives.dpo import DPO
 from gpt2ft.random import generator
 from gpt2ft.settings.measuring import BenchmarkSettings
-from gpt2ft.settings.sections import PreferenceSettings
+from gpt2ft.settings.training import PreferenceSettings
 from gpt2ft.text.tokenizer import ChatTokenizer
 
 LINES = '{"messages": [{"role": "user", "content": "Tea?"}, {"role": "assistant", "content": "A leaf."}]}\n'

@@ -14,7 +14,7 @@ from gpt2ft.data.plan import Plan
 from gpt2ft.data.reading import DataError
 from gpt2ft.errors import SettingsError
 from gpt2ft.runs.describe import dropped, shares
-from gpt2ft.settings.sections import DataSettings
+from gpt2ft.settings.training import DataSettings
 
 
 @pytest.fixture

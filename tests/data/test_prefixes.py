@@ -21,7 +21,8 @@ from gpt2ft.data.store import open_store
 from gpt2ft.data.token_tree import counts
 from gpt2ft.errors import SettingsError
 from gpt2ft.model.logprobs import TargetLogProbs
-from gpt2ft.settings.sections import DataSettings, FilterSettings
+from gpt2ft.settings.sections import FilterSettings
+from gpt2ft.settings.training import DataSettings
 
 WORDS = ["tea", "rain", "cup", "warm", "leaf", "and", "of", "a"]
 SYSTEM = {"role": "system", "content": "You talk of tea and of nothing else, and you are kind."}

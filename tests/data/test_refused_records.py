@@ -11,7 +11,8 @@ from gpt2ft.data.plan import Plan
 from gpt2ft.data.reading import RECORD_REASONS
 from gpt2ft.data.store import open_store
 from gpt2ft.runs.describe import shares
-from gpt2ft.settings.sections import DataSettings, FilterSettings
+from gpt2ft.settings.sections import FilterSettings
+from gpt2ft.settings.training import DataSettings
 
 GOOD = {"prompt": "Tea?", "completion": "Yes."}
 BAD = {  # reason -> lines

@@ -6,7 +6,7 @@ import torch
 
 from gpt2ft.objectives.dpo import DPO, pair_log_probs
 from gpt2ft.preference_losses import PREFERENCE_LOSSES
-from gpt2ft.settings.sections import PreferenceSettings
+from gpt2ft.settings.training import PreferenceSettings
 from gpt2ft.stream import Pairs, TokenStream
 
 PARAMETERS = {"label_smoothing": 0.15, "gamma": 0.5, "rpo_alpha": 0.0, "ld_alpha": 1.0}

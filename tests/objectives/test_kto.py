@@ -9,7 +9,7 @@ import torch
 
 from gpt2ft.objectives.kto import KTO
 from gpt2ft.objectives.losses import start_loss
-from gpt2ft.settings.sections import PreferenceSettings
+from gpt2ft.settings.training import PreferenceSettings
 from gpt2ft.stream import Pairs, TokenStream
 from gpt2ft.training.evaluate import mean_baseline
 

@@ -13,7 +13,7 @@ import torch
 from gpt2ft.objectives.dpo import DPO, pair_metrics, tail_log_probs
 from gpt2ft.objectives.losses import pair_losses, start_loss
 from gpt2ft.preference_losses import PREFERENCE_LOSSES, PairLogProbs, PreferenceLoss, sigmoid
-from gpt2ft.settings.sections import LossName, PreferenceSettings
+from gpt2ft.settings.training import LossName, PreferenceSettings
 from gpt2ft.stream import Pairs, TokenStream
 
 SETTINGS = {

@@ -9,7 +9,7 @@ import torch
 from gpt2ft.data.pairs import compared
 from gpt2ft.objectives.losses import pair_losses
 from gpt2ft.preference_losses import PairLogProbs
-from gpt2ft.settings.sections import PreferenceSettings
+from gpt2ft.settings.training import PreferenceSettings
 
 BETA = 0.3
 SETTINGS = PreferenceSettings(loss="plackett_luce", beta=BETA)

@@ -18,8 +18,8 @@ from gpt2ft.model.pretrained import write_model
 from gpt2ft.runs import chat
 from gpt2ft.runs.export import write_folder
 from gpt2ft.runs.loaded_model import load_model
-from gpt2ft.settings.scripts import ChatSettings
 from gpt2ft.settings.sections import ModelSettings, SamplingSettings
+from gpt2ft.settings.using import ChatSettings
 from gpt2ft.text.display import escape_control_characters
 
 CONTEXT = 4096

@@ -9,7 +9,8 @@ from gpt2ft.data.corpus import load_corpora
 from gpt2ft.data.plan import Plan
 from gpt2ft.model.lora import apply_lora
 from gpt2ft.runs.describe import Hardware, describe_steps, memory_estimate, shares
-from gpt2ft.settings.sections import DataSettings, LoRASettings
+from gpt2ft.settings.sections import LoRASettings
+from gpt2ft.settings.training import DataSettings
 
 
 def estimate(gpt2, strategy="ddp", processes=4, precision="fp32", activation_checkpointing=True):

@@ -14,7 +14,8 @@ from gpt2ft.preference_losses import PREFERENCE_LOSSES
 from gpt2ft.runs import evaluate_model
 from gpt2ft.runs.loaded_model import find_model, load_model
 from gpt2ft.settings.measuring import EvaluateSettings
-from gpt2ft.settings.sections import ModelSettings, PreferenceSettings
+from gpt2ft.settings.sections import ModelSettings
+from gpt2ft.settings.training import PreferenceSettings
 from gpt2ft.training.reference_store import ReferenceLogProbError
 from gpt2ft.training.tracking import Tracker
 

@@ -18,7 +18,7 @@ from gpt2ft.runs.loaded_model import read_run_settings
 from gpt2ft.runs.run_setup import for_plan
 from gpt2ft.settings.measuring import VerifySettings
 from gpt2ft.settings.scripts import SFTSettings
-from gpt2ft.settings.sections import TrainingSettings
+from gpt2ft.settings.training import TrainingSettings
 
 LOSSES = {0: 9.0, 1: 3.0, 2: 2.0, 3: 2.5, 4: 2.0, 5: 1.0}  # the best of step 2 is not bettered in 3 and 4
 IMPATIENT = {"steps": 9, "patience": 2, "eval_every": 1, "log_every": 3}

@@ -23,7 +23,8 @@ from gpt2ft.runs.samples import answer, held_out_prompts
 from gpt2ft.settings.measuring import EvaluateSettings
 from gpt2ft.settings.parsing import parse_script
 from gpt2ft.settings.scripts import SFTSettings
-from gpt2ft.settings.sections import CorpusSettings, DataSettings, FilterSettings
+from gpt2ft.settings.sections import CorpusSettings, FilterSettings
+from gpt2ft.settings.training import DataSettings
 from gpt2ft.text.template import CHAT_TEMPLATE, TRAINING_TEMPLATE, render_prompt
 from gpt2ft.text.tokenizer import ChatTokenizer
 

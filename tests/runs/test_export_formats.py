@@ -16,7 +16,7 @@ from gpt2ft.model.gguf import write_gguf
 from gpt2ft.model.pretrained import ModelError
 from gpt2ft.runs import export
 from gpt2ft.runs.loaded_model import find_model
-from gpt2ft.settings.scripts import ExportSettings
+from gpt2ft.settings.using import ExportSettings
 from gpt2ft.text.added_tokens import AddedToken
 from gpt2ft.text.template import CHAT_TEMPLATE, render_prompt
 from gpt2ft.text.tokenizer import ChatTokenizer

@@ -8,7 +8,7 @@ import pytest
 from gpt2ft.model.pretrained import ModelError
 from gpt2ft.runs import chat
 from gpt2ft.runs.loaded_model import newest_run
-from gpt2ft.settings.scripts import ChatSettings
+from gpt2ft.settings.using import ChatSettings
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.gguf import write_gguf
 from gpt2ft.runs import export
 from gpt2ft.runs.loaded_model import find_model
-from gpt2ft.settings.scripts import ExportSettings
+from gpt2ft.settings.using import ExportSettings
 from gpt2ft.text.template import render_prompt
 
 llama_cpp = pytest.importorskip(

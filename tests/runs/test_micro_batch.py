@@ -16,7 +16,7 @@ from gpt2ft.runs.micro_batch import find_size, sizes, with_size_of
 from gpt2ft.settings.layers import over
 from gpt2ft.settings.parsing import refuse_problems
 from gpt2ft.settings.scripts import SFTSettings
-from gpt2ft.settings.sections import TrainingSettings
+from gpt2ft.settings.training import TrainingSettings
 from gpt2ft.training.memory_probe import fits
 
 AUTO = {"tokens_per_micro_batch": "auto", "auto_from": 512, "micro_batches_per_step": 6}

@@ -15,8 +15,9 @@ from gpt2ft.runs.identity import settings_that_train
 from gpt2ft.runs.lineage import _base_origin, _data_origin
 from gpt2ft.runs.model_card import Card, name_certificate
 from gpt2ft.settings.choices import PUBLISHED_MODELS
-from gpt2ft.settings.scripts import DPOSettings, ExportSettings, SFTSettings
+from gpt2ft.settings.scripts import DPOSettings, SFTSettings
 from gpt2ft.settings.sections import ModelSettings
+from gpt2ft.settings.using import ExportSettings
 
 LORA = {"rank": 4, "alpha": 8.0}
 COUNTS = {"mixing_weight": 1.0, "conversations": 3, "tokens": 40, "supervised": 20, "pairs": 0}

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, constants
 import gpt2ft.hub
 from gpt2ft.errors import NetworkError, SettingsError
 from gpt2ft.runs import export
-from gpt2ft.settings.scripts import ExportSettings
+from gpt2ft.settings.using import ExportSettings
 
 MODEL_FILES = {
     *("README.md", "config.json", "generation_config.json", "model.safetensors", "merges.txt", "vocab.json"),

@@ -15,7 +15,7 @@ from processes import run
 
 from gpt2ft.errors import SettingsError
 from gpt2ft.runs import serve
-from gpt2ft.settings.scripts import ChatSettings, ServeSettings
+from gpt2ft.settings.using import ChatSettings, ServeSettings
 
 pytest.importorskip("uvicorn", reason="needs the extra [serve]")
 

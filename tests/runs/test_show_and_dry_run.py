@@ -12,7 +12,7 @@ from gpt2ft.data.plan import Plan
 from gpt2ft.runs.data_statistics import data_statistics
 from gpt2ft.runs.describe import describe_streams
 from gpt2ft.runs.show_examples import show_examples
-from gpt2ft.settings.sections import DataSettings
+from gpt2ft.settings.training import DataSettings
 
 
 @pytest.fixture(scope="module")

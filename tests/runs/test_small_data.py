@@ -9,7 +9,7 @@ from gpt2ft.runs.duration import estimate_seconds, spoken
 from gpt2ft.runs.run_setup import for_model, for_plan
 from gpt2ft.settings.parsing import parse_recipe
 from gpt2ft.settings.scripts import SFTSettings
-from gpt2ft.settings.sections import TrainingSettings
+from gpt2ft.settings.training import TrainingSettings
 
 
 def parse(recipe, *words):

@@ -23,7 +23,7 @@ from gpt2ft.errors import SettingsError
 from gpt2ft.files import file_digest, write_json
 from gpt2ft.runs import export, verify
 from gpt2ft.runs.recompute import choose
-from gpt2ft.settings.scripts import ExportSettings
+from gpt2ft.settings.using import ExportSettings
 from gpt2ft.training.tracking import line_digests
 
 

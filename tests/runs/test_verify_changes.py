@@ -18,7 +18,7 @@ from verification import (
 )
 
 from gpt2ft.runs import export
-from gpt2ft.settings.scripts import ExportSettings
+from gpt2ft.settings.using import ExportSettings
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ def serving(inference_model):
     from gpt2ft.server.comparison import service as comparison
     from gpt2ft.server.comparison.vote_file import VoteFile
     from gpt2ft.server.http import connection
-    from gpt2ft.settings.scripts import ServeSettings
+    from gpt2ft.settings.using import ServeSettings
 
     @contextmanager
     def serve(key=None, gpt2=None, ready=True, votes=None, **settings):

@@ -8,8 +8,9 @@ from gpt2ft.errors import SettingsError
 from gpt2ft.settings.measuring import BenchmarkSettings, EvaluateSettings
 from gpt2ft.settings.parsing import parse_recipe, parse_script
 from gpt2ft.settings.recipes import RECIPES, read_recipe, to_yaml
-from gpt2ft.settings.scripts import ChatSettings, DPOSettings, ExportSettings, ServeSettings, SFTSettings
+from gpt2ft.settings.scripts import DPOSettings, SFTSettings
 from gpt2ft.settings.sections import RENAMED
+from gpt2ft.settings.using import ChatSettings, ExportSettings, ServeSettings
 
 OF_THE_SCRIPT = {"kind": SFTSettings, "default_recipe": "quickstart"}
 

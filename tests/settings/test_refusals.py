@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from gpt2ft.__main__ import SCRIPTS
 from gpt2ft.settings.parsing import Missing, parse_script
 from gpt2ft.settings.refusals import explain
-from gpt2ft.settings.scripts import ChatSettings
 from gpt2ft.settings.sections import field_of, names_of
+from gpt2ft.settings.using import ChatSettings
 
 # Of pydantic, Python and YAML; `(default)`, `float32` and the like are choices of settings.
 INTERNALS = re.compile(

@@ -10,8 +10,9 @@ from gpt2ft import __main__ as main_module
 from gpt2ft.settings.measuring import BenchmarkSettings, EvaluateSettings, SampleSettings, VerifySettings
 from gpt2ft.settings.parsing import parse_recipe, parse_script
 from gpt2ft.settings.recipes import RECIPES
-from gpt2ft.settings.scripts import ChatSettings, DPOSettings, ExportSettings, ServeSettings, SFTSettings
+from gpt2ft.settings.scripts import DPOSettings, SFTSettings
 from gpt2ft.settings.sections import names_of
+from gpt2ft.settings.using import ChatSettings, ExportSettings, ServeSettings
 
 LAUNCH = RECIPES.parent
 RUN_AND_LIST_MODULES = """

@@ -3,8 +3,10 @@
 import pytest
 
 from gpt2ft.settings.measuring import EvaluateSettings
-from gpt2ft.settings.scripts import ServeSettings, SFTSettings
-from gpt2ft.settings.sections import RENAMED, DataSettings, FilterSettings, SamplingSettings, split_mixing_weight
+from gpt2ft.settings.scripts import SFTSettings
+from gpt2ft.settings.sections import RENAMED, FilterSettings, SamplingSettings, split_mixing_weight
+from gpt2ft.settings.training import DataSettings
+from gpt2ft.settings.using import ServeSettings
 
 
 def test_the_filters_are_taken_out_of_whatever_holds_them():

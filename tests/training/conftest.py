@@ -13,7 +13,8 @@ from gpt2ft.data.store import open_store
 from gpt2ft.distributed.signals import SignalHandler
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.objectives.sft import SFT
-from gpt2ft.settings.sections import FilterSettings, OptimizerSettings, TrainingSettings
+from gpt2ft.settings.sections import FilterSettings
+from gpt2ft.settings.training import OptimizerSettings, TrainingSettings
 from gpt2ft.training.fit import LoopInputs
 from gpt2ft.training.optimizer import adamw
 from gpt2ft.training.reference_store import ReferenceStore

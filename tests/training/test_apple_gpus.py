@@ -13,7 +13,7 @@ from gpt2ft.distributed.accelerator import as_sums, device_of_sums, loss_scale, 
 from gpt2ft.model.attention import choose_backend
 from gpt2ft.objectives.dpo import DPO
 from gpt2ft.objectives.sft import SFT
-from gpt2ft.settings.sections import PreferenceSettings
+from gpt2ft.settings.training import PreferenceSettings
 from gpt2ft.training.memory_probe import DoesNotFit, explain_out_of_memory
 from gpt2ft.training.metric_sums import MetricSums
 
@@ -103,7 +103,7 @@ def test_it_is_used_by_one_process_unless_the_cpu_was_asked_for(mac, monkeypatch
 def test_chat_loads_its_model_there(mac, monkeypatch):
     from gpt2ft.model.gpt2 import GPT2
     from gpt2ft.runs.inference_model import load_inference_model
-    from gpt2ft.settings.scripts import ChatSettings
+    from gpt2ft.settings.using import ChatSettings
 
     asked = []
     monkeypatch.setattr(GPT2, "to", lambda gpt2, *to: asked.append(to) or gpt2)

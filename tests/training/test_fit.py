@@ -26,7 +26,7 @@ from gpt2ft.data.packing import build_stream
 from gpt2ft.distributed.signals import Preempted, SignalHandler
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.objectives.sft import SFT
-from gpt2ft.settings.sections import TrainingSettings
+from gpt2ft.settings.training import TrainingSettings
 from gpt2ft.training.evaluate import EvaluationInterrupted
 from gpt2ft.training.fit import TrainingDiverged, fit, is_due
 from gpt2ft.training.metric_sums import MetricSums

@@ -12,7 +12,7 @@ from small_loop import STEPS, NaNFrom, WithMetrics, assert_equal, weights, witho
 
 from gpt2ft.checkpoint import CheckpointError, TrainState
 from gpt2ft.distributed.signals import Preempted, SignalHandler
-from gpt2ft.settings.sections import TrainingSettings
+from gpt2ft.settings.training import TrainingSettings
 from gpt2ft.training import fit as fit_module
 from gpt2ft.training.fit import fit
 

@@ -14,7 +14,7 @@ from gpt2ft.data.token_tree import weigh
 from gpt2ft.distributed.signals import Preempted
 from gpt2ft.objectives.dpo import DPO
 from gpt2ft.objectives.sft import SFT
-from gpt2ft.settings.sections import PreferenceSettings
+from gpt2ft.settings.training import PreferenceSettings
 from gpt2ft.training.fit import fit
 
 

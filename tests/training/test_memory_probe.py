@@ -11,7 +11,7 @@ import torch
 from gpt2ft.data.packing import build_stream
 from gpt2ft.data.token_tree import weigh
 from gpt2ft.model.logprobs import TargetLogProbs
-from gpt2ft.settings.sections import OptimizerSettings, TrainingSettings
+from gpt2ft.settings.training import OptimizerSettings, TrainingSettings
 from gpt2ft.training.memory_probe import DoesNotFit, explain_out_of_memory, memory_advice, peak_memory, probe_memory
 from gpt2ft.training.optimizer import adamw
 from gpt2ft.training.preflight import PreflightError

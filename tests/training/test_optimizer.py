@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from gpt2ft.model.lora import apply_lora, trainable_parameters
-from gpt2ft.settings.sections import LoRASettings, OptimizerSettings
+from gpt2ft.settings.sections import LoRASettings
+from gpt2ft.settings.training import OptimizerSettings
 from gpt2ft.training.optimizer import adamw, learning_rate, set_learning_rate
 
 STEPS = 100

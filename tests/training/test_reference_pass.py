@@ -15,7 +15,7 @@ from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.objectives.dpo import DPO, tail_log_probs
 from gpt2ft.objectives.losses import start_loss
-from gpt2ft.settings.sections import PreferenceSettings
+from gpt2ft.settings.training import PreferenceSettings
 from gpt2ft.training.reference_pass import attach_reference, attach_tails, check_start, compute_start
 from gpt2ft.training.reference_store import ReferenceLogProbError, reply_key, reply_keys
 

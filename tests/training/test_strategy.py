@@ -12,7 +12,8 @@ import torch
 from gpt2ft.checkpoint import MOMENTS
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.model.lora import apply_lora
-from gpt2ft.settings.sections import LoRASettings, OptimizerSettings
+from gpt2ft.settings.sections import LoRASettings
+from gpt2ft.settings.training import OptimizerSettings
 from gpt2ft.training.optimizer import adamw
 from gpt2ft.training.preflight import PreflightError
 from gpt2ft.training.strategy import DDP, ZeRO3, cast_frozen, prepare

@@ -13,7 +13,7 @@ from gpt2ft.server.openai.conversion import RequestConverter
 from gpt2ft.server.openai.responses import render_error
 from gpt2ft.server.page_files import read_page
 from gpt2ft.server.service import access_policy, describe, make_engine
-from gpt2ft.settings.scripts import ServeSettings
+from gpt2ft.settings.using import ServeSettings
 
 
 def create(

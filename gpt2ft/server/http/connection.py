@@ -13,7 +13,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gpt2ft.server.errors import ApiError, overloaded
 from gpt2ft.server.http.refusal import RenderError, raw_refusal
-from gpt2ft.settings.scripts import ServeSettings
+from gpt2ft.settings.using import ServeSettings
 
 WRITE_BUFFER = 16 * 1024  # bytes that may wait for a client before it counts as slow
 

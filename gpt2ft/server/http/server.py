@@ -12,7 +12,7 @@ from gpt2ft.server.engine import Engine
 from gpt2ft.server.http.access import App
 from gpt2ft.server.http.connection import connection_class
 from gpt2ft.server.http.refusal import RenderError
-from gpt2ft.settings.scripts import ServeSettings
+from gpt2ft.settings.using import ServeSettings
 
 if TYPE_CHECKING:
     from gpt2ft.server.comparison.engines import Engines

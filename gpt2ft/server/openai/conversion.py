@@ -10,8 +10,8 @@ from gpt2ft.inference.prompt_format import TooLong, Turn
 from gpt2ft.server.errors import invalid
 from gpt2ft.server.openai.requests import BaseRequest, ChatMessage, ChatRequest, CompletionRequest
 from gpt2ft.server.reply import GenerationRequest
-from gpt2ft.settings.scripts import ServeSettings
 from gpt2ft.settings.sections import SamplingDefaults, SamplingSettings
+from gpt2ft.settings.using import ServeSettings
 
 
 @dataclass(frozen=True)

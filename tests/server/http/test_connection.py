@@ -12,7 +12,7 @@ from uvicorn.server import ServerState
 
 from gpt2ft.server.http.connection import connection_class
 from gpt2ft.server.openai.responses import render_error
-from gpt2ft.settings.scripts import ServeSettings
+from gpt2ft.settings.using import ServeSettings
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 LARGE = 30_000_000  # more than waits in any buffer on the way

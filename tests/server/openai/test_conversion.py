@@ -5,8 +5,8 @@ import pytest
 from gpt2ft.server.errors import ApiError
 from gpt2ft.server.openai.conversion import RequestConverter, turns_of
 from gpt2ft.server.openai.requests import ChatMessage, ChatRequest, CompletionRequest
-from gpt2ft.settings.scripts import ServeSettings
 from gpt2ft.settings.sections import SamplingSettings
+from gpt2ft.settings.using import ServeSettings
 from gpt2ft.text.template import render_prompt
 
 

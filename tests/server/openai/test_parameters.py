@@ -14,7 +14,7 @@ import gpt2ft
 from gpt2ft.server.errors import ApiError
 from gpt2ft.server.openai.conversion import RequestConverter
 from gpt2ft.server.openai.requests import ChatRequest, CompletionRequest, parse
-from gpt2ft.settings.scripts import ServeSettings
+from gpt2ft.settings.using import ServeSettings
 
 pytest.importorskip("openai", reason="needs the client whose types are read")
 

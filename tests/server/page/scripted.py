@@ -10,7 +10,7 @@ from gpt2ft.server import service
 from gpt2ft.server.comparison import service as comparison
 from gpt2ft.server.comparison.vote_file import VoteFile
 from gpt2ft.server.http import connection
-from gpt2ft.settings.scripts import ServeSettings
+from gpt2ft.settings.using import ServeSettings
 
 TIMEOUT = 20  # seconds until a test that forgot something fails
 SLOTS = 4
