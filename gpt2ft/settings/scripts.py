@@ -6,14 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from gpt2ft.settings.columns import column_problems
-from gpt2ft.settings.sections import (
-    LoRASettings,
-    ModelSettings,
-    NotNegative,
-    Section,
-    source_problems,
-    stream_problems,
-)
+from gpt2ft.settings.sections import LoRASettings, ModelSettings, NotNegative, Section, source_problems, stream_problems
 from gpt2ft.settings.training import DataSettings, OptimizerSettings, PreferenceSettings, TrackerName, TrainingSettings
 
 WITHOUT_EFFECT = ("output", "resume", "tracking", "dry_run", "show")  # on what is trained

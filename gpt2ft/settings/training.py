@@ -8,15 +8,7 @@ from pydantic import Field
 
 from gpt2ft.preference_losses import PREFERENCE_LOSSES
 from gpt2ft.settings.choices import TRACKERS
-from gpt2ft.settings.sections import (
-    CorpusSettings,
-    Fraction,
-    NotNegative,
-    PairRule,
-    Positive,
-    Section,
-    StreamSettings,
-)
+from gpt2ft.settings.sections import CorpusSettings, Fraction, NotNegative, PairRule, Positive, Section, StreamSettings
 
 MessageWeight = Literal["once", "leaves"]
 TrainOn = Literal["all", "last"]

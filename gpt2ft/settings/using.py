@@ -5,13 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from gpt2ft.settings.sections import (
-    NotNegative,
-    Positive,
-    Precision,
-    SamplingDefaults,
-    Section,
-)
+from gpt2ft.settings.sections import NotNegative, Positive, Precision, SamplingDefaults, Section
 
 
 class FinishedModelSettings(Section):

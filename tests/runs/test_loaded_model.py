@@ -12,7 +12,7 @@ from gpt2ft.inference.generate import generate
 from gpt2ft.inference.model import InferenceModel
 from gpt2ft.inference.prompt_format import prompt_format_for
 from gpt2ft.model.attention import dense_attention
-from gpt2ft.model.peft import CONFIG, WEIGHTS
+from gpt2ft.model.peft import WEIGHTS
 from gpt2ft.model.pretrained import ModelError
 from gpt2ft.runs.loaded_model import adapt, load_model
 from gpt2ft.settings.sections import LoRASettings, ModelSettings
