@@ -13,8 +13,8 @@ from gpt2ft import quickstart
 from gpt2ft.errors import NetworkError
 from gpt2ft.hub import commit_of
 from gpt2ft.model import pretrained
-from gpt2ft.model.peft import CONFIG, read_base
-from gpt2ft.model.pretrained import ModelError
+from gpt2ft.model.peft import read_base
+from gpt2ft.model.pretrained import ADAPTER_CONFIG, ModelError
 from gpt2ft.runs.loaded_model import find_model, load_model
 from gpt2ft.settings.choices import PUBLISHED_MODELS
 from gpt2ft.settings.sections import ModelSettings
@@ -137,5 +137,5 @@ def test_the_base_of_an_adapter_is_read_at_its_revision(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "owner/name", "r": 1}
     for revision, base in ((None, "owner/name"), ("b" * 40, f"owner/name@{'b' * 40}")):
-        (tmp_path / CONFIG).write_text(json.dumps(config | {"revision": revision}))
+        (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(config | {"revision": revision}))
         assert read_base(tmp_path) == base

@@ -13,7 +13,7 @@ from gpt2ft.inference.model import InferenceModel
 from gpt2ft.inference.prompt_format import prompt_format_for
 from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.peft import WEIGHTS
-from gpt2ft.model.pretrained import ModelError
+from gpt2ft.model.pretrained import ADAPTER_CONFIG, ModelError
 from gpt2ft.runs.loaded_model import adapt, load_model
 from gpt2ft.settings.sections import LoRASettings, ModelSettings
 
@@ -223,7 +223,7 @@ class TestAdaptersThatAddedTokens:
         folder, _ = trained(("[PAD]", "glorbnax"))
         plain = load(folder)
         files = [*Path(folder).glob("*.json"), *(folder.parent / "model").glob("*.json")]
-        assert {CONFIG, "config.json", "tokenizer.json", "vocab.json"} <= {file.name for file in files}
+        assert {ADAPTER_CONFIG, "config.json", "tokenizer.json", "vocab.json"} <= {file.name for file in files}
         for file in files:
             file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
         marked = load(folder)
