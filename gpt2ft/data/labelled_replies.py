@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2ft.data.kinds import LABELLED, DataKind
+from gpt2ft.data.mixing import Keys, mixed
 from gpt2ft.data.pairs import fit_replies, split_by_pairs
 from gpt2ft.data.reading import DataError
 from gpt2ft.data.store import TokenStore
@@ -112,15 +113,33 @@ def _are_leaves(parents: NDArray[np.integer]) -> NDArray[np.bool_]:
 def _other_rows(store: TokenStore) -> NDArray[np.int64]:
     """Return [rows] the row whose reply is the unrelated one of each: the next in the order of keys, which are digests.
 
+    A prompt may have a row for each of its replies: those are passed over.
+
     Raises:
-        DataError: if there is a single row.
+        DataError: if all rows are of one prompt.
     """
-    if len(store) < 2:
+    prompts = _prompts(store)
+    if len(np.unique(prompts)) < 2:
         raise DataError(
             f"{store.source} must hold labelled replies to two prompts or more, as `dpo.loss` = kto compares them with "
             "replies to other prompts, but holds those to one"
         )
     order = np.argsort(store.keys(), kind="stable")
-    others = np.empty(len(order), np.int64)
-    others[order] = np.roll(order, -1)
+    others, left, ahead = np.empty_like(order), np.arange(len(order)), 1
+    while len(left):
+        following = order[(left + ahead) % len(order)]
+        is_other = prompts[following] != prompts[order[left]]
+        others[order[left[is_other]]] = following[is_other]
+        left, ahead = left[~is_other], ahead + 1
     return others
+
+
+def _prompts(store: TokenStore) -> Keys:
+    """[rows] digest of the turns of each prompt, which stand before its replies."""
+    (digests, firsts), (parents, _) = map(store.nodes, ("digests", "parents"))
+    rows = np.repeat(np.arange(len(store)), np.diff(firsts))
+    places = (np.arange(len(digests)) - firsts[rows]).astype(np.uint64)
+    is_reply = _are_leaves(np.where(parents < 0, parents, parents + firsts[rows]))
+    found = np.zeros(len(store), np.uint64)
+    np.add.at(found, rows[~is_reply], mixed(digests[~is_reply] + places[~is_reply]))
+    return found

@@ -362,11 +362,15 @@ def _counted(
 ) -> tuple[Numbers, Numbers, Numbers]:
     """Return [t] the names of the trees, [t, 3] their tokens, targets and supervised nodes, [t] tokens repeated.
 
+    A tree of one chunk is that chunk as it is, in which two replies to a turn may be the same and are both computed.
+
     Args:
         names: [c] of the tree that each chunk is a part of, ascending in the order of trees.
     """
     held = np.flatnonzero(speaks[nodes.chunk_of])
     keys = mixed(nodes.chains[held] + mixed(names[nodes.chunk_of[held]].astype(np.uint64)))  # of tree and turn
+    is_alone = (np.bincount(names[speaks])[names] == 1)[nodes.chunk_of[held]]
+    keys[is_alone] = mixed(keys[is_alone] + held[is_alone].astype(np.uint64))
     order = np.argsort(keys, kind="stable")
     held, keys = held[order], keys[order]
     firsts = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))

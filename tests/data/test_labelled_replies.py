@@ -8,7 +8,7 @@ from facts import tells
 
 from gpt2ft.data.chunks import chunk
 from gpt2ft.data.kinds import CONVERSATIONS, LABELLED
-from gpt2ft.data.labelled_replies import LabelledReplies
+from gpt2ft.data.labelled_replies import LabelledReplies, _other_rows
 from gpt2ft.data.reading import DataError
 from gpt2ft.data.store import open_store
 from gpt2ft.data.token_tree import counts
@@ -203,8 +203,18 @@ def test_every_labelled_reply_is_in_one_chunk_or_counted(max_length, capacity, s
     assert chunks.left_out == +left_out
 
 
-def test_one_prompt_is_too_few(make_store):
-    store = make_store([PAIR | {"label": True}])
+def test_a_reply_to_the_same_prompt_is_not_unrelated(make_store):
+    """Where a prompt has a record for each of its replies."""
+    records = [{"prompt": "Tea?", "completion": f"Yes, {n}.", "label": n > 3} for n in range(9)]
+    store = make_store([*records, {"prompt": "Rain?", "completion": "No.", "label": False}])
+    for row in range(len(store)):
+        other = int(_other_rows(store)[row])
+        assert tokens_of(store.tree(other, 0), 0) != tokens_of(store.tree(row, 0), 0)
+
+
+@pytest.mark.parametrize("replies", [1, 2])
+def test_one_prompt_is_too_few(replies, make_store):
+    store = make_store([PAIR | {"label": True}, {**PAIR, "completion": "Another.", "label": True}][:replies])
     with pytest.raises(DataError) as raised:
         chunk([store], rows_of(store), LabelledReplies(PLENTY, PLENTY))
     assert tells(str(raised.value), "`dpo.loss` ... kto")

@@ -146,6 +146,22 @@ def test_once_counts_a_turn_once_under_the_same_turns(store, max_length, capacit
     assert_counted(shared)
 
 
+@pytest.mark.parametrize("weight", ["once", "leaves"])
+def test_replies_that_are_the_same_are_counted_as_they_stand(store_of, weight):
+    """In a tree that shares its first turn, but no stream has room for what shares it."""
+
+    def tree(number, texts):
+        replies = [{"message_id": f"{number}-{i}", "role": "assistant", "text": t} for i, t in enumerate(texts)]
+        prompt = {"message_id": str(number), "role": "prompter", "text": "Tea?", "replies": replies}
+        return {"message_tree_id": str(number), "prompt": prompt}
+
+    store = store_of([tree(1, ["tea and rain " * 20] * 2), tree(2, ["a warm cup of tea " * 30])])
+    shared = share_prefixes(chunk([store], rows_of(store), ConversationTrees(weight, 512, 256)))
+    assert len(shared) == 2
+    for index, tree in enumerate(trees_of(shared)):
+        assert tuple(shared.counts[index].tolist())[:4] == counts(tree)[:4]
+
+
 def test_gradients_are_those_of_the_conversations_alone(store, tokenizer, lively):
     model = TargetLogProbs(lively(tokenizer.padded_size, 512), len(tokenizer), "segments").double()
     alone = chunk([store], rows_of(store)[:40], ConversationTrees("leaves", 64, 256))
