@@ -12,6 +12,7 @@ from gpt2ft import quickstart
 from gpt2ft.data.hub_source import HubSource
 from gpt2ft.data.sources import BUNDLED, open_source
 from gpt2ft.hub import commit_of, hub_model
+from gpt2ft.preference_losses import PREFERENCE_LOSSES
 from gpt2ft.runs.describe import SourceShare
 from gpt2ft.runs.loaded_model import home_of
 from gpt2ft.runs.model_card import read_facts
@@ -24,7 +25,10 @@ Origin = dict[str, Any]  # name, and where known repository, revision, license
 
 def lineage(settings: RunSettings, shares: Sequence[SourceShare]) -> dict[str, Any]:
     """Return method, base and data of a run, and the names for others of all sources with held-out figures."""
-    method = "DPO" if isinstance(settings, DPOSettings) else "SFT"
+    method = "SFT"
+    if isinstance(settings, DPOSettings):
+        traits = PREFERENCE_LOSSES[settings.dpo.loss]
+        method = "DPO" if traits.of_pairs and traits.needs_reference else settings.dpo.loss.upper()  # such as KTO
     data = [
         _data_origin(share.source)
         | {name: getattr(share, name) for name in ("mixing_weight", "conversations", "tokens", "supervised", "pairs")}

@@ -17,6 +17,7 @@ import yaml
 from gpt2ft.checkpoint import differences
 from gpt2ft.files import read_json, write_text
 from gpt2ft.model.gpt2 import GPT2Config, parameter_shapes
+from gpt2ft.preference_losses import PREFERENCE_LOSSES
 from gpt2ft.settings.scripts import DPOSettings, SFTSettings
 from gpt2ft.text.markdown import fenced, inline
 from gpt2ft.wording import counted
@@ -29,8 +30,9 @@ TOLD = {"data.train", "data.eval", "data.topic_replies", "model.path"}  # settin
 UNITS = {  # of held-out figures; rewards and the losses of preferences have none
     "bits_per_byte": "bits/byte", "stopped": "share of sample replies that end by themselves",
     **dict.fromkeys(("accuracy", "likelier", "both_fall"), "share of pairs"),
-    **dict.fromkeys(("chosen_change_per_token", "rejected_change_per_token"), "nats/token"),
-    **dict.fromkeys(("chosen_length", "rejected_length"), "tokens"),
+    **dict.fromkeys(("chosen_change_per_token", "rejected_change_per_token", "change_per_token"), "nats/token"),
+    **dict.fromkeys(("chosen_length", "rejected_length", "length"), "tokens"),
+    "desirable": "share of replies", "divergence": "nats/reply",
 }  # fmt: skip
 BEGIN, END = "<!-- certificate -->", "<!-- end of certificate -->"
 PAGE = f"""\
@@ -46,7 +48,7 @@ A chat model: a GPT-2 of {{size:.1f}}M parameters ({{layers}} x {{width}}, {{ids
 
 It started from {{base}}, licence {{license}}.
 
-| training | data | licence | conversations | tokens | supervised | pairs |
+| training | data | licence | conversations or prompts | tokens | supervised | pairs or labelled replies |
 |---|---|---|---:|---:|---:|---:|
 {{data}}
 
@@ -201,21 +203,23 @@ class Card:
         return found
 
     def _figures(self) -> Iterator[str]:
-        found, lineage = evaluations(self.metrics), self.manifest["lineage"]
+        found, lineage, dpo = evaluations(self.metrics), self.manifest["lineage"], self.manifest["settings"].get("dpo")
         if self.step not in found:
             yield "None were measured at this step."
             return
         names, first = lineage["names"], found[min(found)]
         number = self.manifest["identity"]["held_out_data"]["conversations"]
         of = inline(", ".join(names[source] for source in self.manifest["settings"]["data"]["eval"]))
-        yield f"On {counted(number, 'conversation')} {f'of {of} ' if of else ''}that it was not trained on."
+        yield f"On {counted(number, 'prompt' if dpo else 'conversation')} {f'of {of} ' if of else ''}that it was not trained on."
         yield from ("", f"| figure | unit | at step {first['step']:,} | this model |", "|---|---|---:|---:|")
-        of_loss = "nats/token" if "dpo" not in self.manifest["settings"] else ""
+        units = UNITS if dpo else UNITS | {"loss": "nats/token"}
+        if dpo and not PREFERENCE_LOSSES[dpo["loss"]].of_pairs:
+            units = units | {"accuracy": "share of replies"}
         for key, value in found[self.step].items():
             _, is_figure, name = key.partition("eval/")
             _, of_source, source = name.partition("loss/")
             label = f"loss on {names.get(source, 'a source')}" if of_source else name
-            unit = of_loss if name.startswith("loss") else UNITS.get(name, "")
+            unit = units.get("loss" if of_source else name, "")
             if is_figure:
                 yield f"| {inline(label)} | {unit} | {_number(first.get(key))} | {_number(value)} |"
 

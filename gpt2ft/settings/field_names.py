@@ -235,6 +235,7 @@ FIELD_NAMES = {
     # preferences
     **_named("beta dpo_beta kl_coef kl_beta pref_beta", "dpo.beta beta"),
     **_named("loss_type dpo_loss loss pref_loss preference_loss", "dpo.loss"),
+    **_named("kto orpo simpo ipo", "dpo.loss", "It is a value of it."),
     **_named("label_smoothing_factor cdpo_epsilon", "dpo.label_smoothing"),
     **_named("simpo_gamma gamma_beta_ratio", "dpo.gamma"),
     **_named("kto_chosen_weight chosen_weight", "dpo.desirable_weight"),

@@ -148,7 +148,9 @@ def _table(title: str, rows: Sequence[tuple[str, str]], width: int) -> str:
         indent = " " * column
         text = textwrap.wrap(right, min(width - column, WIDEST_TEXT), break_on_hyphens=False)
         if len(left) + 4 > column:
-            lines += textwrap.wrap(left, width, initial_indent="  ", subsequent_indent="    ")
+            words = left.replace(",", ", ") if len(left) + 2 > width else left  # so that no choice stands on two lines
+            wrapped = textwrap.wrap(words, width, initial_indent="  ", subsequent_indent="    ")
+            lines += [line.replace(", ", ",") for line in wrapped]
             lines += [f"{indent}{line}" for line in text]
         else:
             lines.append(f"  {left:<{column - 2}}{text[0] if text else ''}")

@@ -127,7 +127,13 @@ def test_figures_have_units_and_come_from_the_step_of_the_model(tmp_path):
     card = card_text(tmp_path, lines=lines)
     assert "| loss | nats/token | 5 | 2.5 |" in card
     assert "bits/byte | - | 1.25 |" in card
-    assert "| loss |  | 5 | 2.5 |" in card_text(tmp_path, lines=lines, kind=DPOSettings)
+    assert "On 5 conversations that" in card
+    lines[-1] |= {"eval/accuracy": 0.75}
+    for loss, share in (("sigmoid", "pairs"), ("kto", "replies")):
+        card = card_text(tmp_path, lines=lines, kind=DPOSettings, dpo={"loss": loss})
+        assert "| loss |  | 5 | 2.5 |" in card
+        assert f"| accuracy | share of {share} | - | 0.75 |" in card
+        assert "On 5 prompts that" in card
 
 
 # --- where things come from -----------------------------------------------------------------------------------------
@@ -151,6 +157,11 @@ def test_origins_of_data(tmp_path):
     assert _data_origin("oasst1") == OASST | {"revision": "fdf72ae0827c1cda404aff25b6603abec9e3399b"}
     assert _data_origin("quickstart:held_out") == {"name": "quickstart:held_out", "license": "mit"}
     assert "MIT" in (quickstart.MODEL / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("loss", "method"), [("sigmoid", "DPO"), ("kto", "KTO"), ("orpo", "ORPO")])
+def test_a_loss_that_is_no_dpo_is_called_by_its_name(loss, method):
+    assert lineage.lineage(DPOSettings(dpo={"loss": loss}, data={"train": ["quickstart"]}), [])["method"] == method
 
 
 # --- of runs --------------------------------------------------------------------------------------------------------

@@ -74,6 +74,7 @@ def test_help_can_be_read_at_any_width(script, width, monkeypatch, capsys):
     called = main_module.SCRIPTS[script]
     assert f"[{'RECIPE' if called.recipe else called.positional.upper()}" in usage
     assert main_module.SCRIPTS[script].purpose in purpose
+    assert not re.search(r"(?m)^  --.*\w\n +\w[^{]*}", said)  # no choice is broken at the end of a line
     assert not re.search(r"default: *\)|\(default: none\)|None|\(default: false\)", said)
     names = [line.split()[0] for line in lines if line.startswith("  --")]
     assert sorted(names) == sorted(f"--{name}" for name in names_of(main_module.SCRIPTS[script].settings))  # each once

@@ -110,6 +110,7 @@ def test_a_name_of_the_field_or_a_slip_is_answered_with_what_is_meant(name, sett
     [
         ("dpo", "beta", "dpo.beta"),
         ("dpo", "loss_type", "dpo.loss"),
+        ("dpo", "kto", "dpo.loss"),
         ("dpo", "dpo.btea", "dpo.beta"),
         ("chat", "max_tokens", "max_new_tokens"),
         ("chat", "temp", "temperature"),
