@@ -210,7 +210,8 @@ class Card:
         names, first = lineage["names"], found[min(found)]
         number = self.manifest["identity"]["held_out_data"]["conversations"]
         of = inline(", ".join(names[source] for source in self.manifest["settings"]["data"]["eval"]))
-        yield f"On {counted(number, 'prompt' if dpo else 'conversation')} {f'of {of} ' if of else ''}that it was not trained on."
+        evaluated = counted(number, "prompt" if dpo else "conversation")
+        yield f"On {evaluated} {f'of {of} ' if of else ''}that it was not trained on."
         yield from ("", f"| figure | unit | at step {first['step']:,} | this model |", "|---|---|---:|---:|")
         units = UNITS if dpo else UNITS | {"loss": "nats/token"}
         if dpo and not PREFERENCE_LOSSES[dpo["loss"]].of_pairs:
