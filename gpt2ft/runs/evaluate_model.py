@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gpt2ft.command_line import words_to_start
 from gpt2ft.data.corpus import load_corpora
-from gpt2ft.data.kinds import LEARNT, PREFERENCES
+from gpt2ft.data.kinds import LABELLED, LEARNT, PREFERENCES, DataKind
 from gpt2ft.data.reading import listed
 from gpt2ft.distributed import watchdog
 from gpt2ft.distributed.accelerator import precision_of, start_accelerator
@@ -20,6 +20,7 @@ from gpt2ft.distributed.agreement import check_agreement
 from gpt2ft.errors import Gpt2ftError, SettingsError
 from gpt2ft.files import read_json, user_path, write_json, write_text
 from gpt2ft.model.attention import choose_backend
+from gpt2ft.preference_losses import PREFERENCE_LOSSES
 from gpt2ft.report import page
 from gpt2ft.report.conversations import exchanges
 from gpt2ft.report.facts import facts, settings_that_differ
@@ -145,9 +146,16 @@ def _conversations(bench: Bench, measured: list[Measured]) -> Iterator[Conversat
         yield {"turns": [{"user": user, "replies": list(replies)} for user, replies in by_turn]}
 
 
-def _data_of(run: RunSettings) -> tuple[str, bool]:
+def kind_of(run: RunSettings) -> DataKind:
+    """Return as what a run has read its data."""
+    if not isinstance(run, DPOSettings):
+        return LEARNT[run.data.train_on]
+    return PREFERENCES if PREFERENCE_LOSSES[run.dpo.loss].of_pairs else LABELLED
+
+
+def _data_of(run: RunSettings) -> tuple[str, str]:
     """Return all that decides what a run was trained on."""
-    return run.data.model_dump_json(), isinstance(run, DPOSettings)
+    return run.data.model_dump_json(), kind_of(run).name
 
 
 def _scan_training_data(bench: Bench, measured: list[Measured], runs: Sequence[RunSettings]) -> TrainingData | None:
@@ -159,10 +167,9 @@ def _scan_training_data(bench: Bench, measured: list[Measured], runs: Sequence[R
     training = TrainingData(replies, supervised_texts(held_out, tokenizer), len(runs))
     for run, settings in enumerate(runs):
         data = settings.data.model_copy(update={"cache": bench.settings.cache or settings.data.cache})
-        kind = PREFERENCES if isinstance(settings, DPOSettings) else LEARNT[data.train_on]
         print(f"training data: {', '.join(data.train)}", file=sys.stderr, flush=True)
         try:
-            corpus, _ = load_corpora(data, tokenizer, settings.training.seed, kind)
+            corpus, _ = load_corpora(data, tokenizer, settings.training.seed, kind_of(settings))
         except (Gpt2ftError, OSError) as error:
             training.leave_out(run, f"the training data {', '.join(data.train)} cannot be read: {error}")
             continue

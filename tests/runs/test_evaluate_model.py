@@ -243,15 +243,28 @@ def test_empty_data_and_texts_are_one_sentence(content, evaluate, tiny_weights_f
             evaluate(tiny_weights_folder, **{name: (str(empty),) if name == "text" else str(empty)})
 
 
-def test_training_data_that_are_gone_are_said_to_be(evaluate, run_folder, tmp_path):
-    moved = tmp_path / "moved"
+def trained_on(run_folder, moved, data, **sections):
+    """The run as if it had been trained on other data."""
     moved.mkdir()
-    recipe = yaml.safe_load((run_folder / "recipe.yaml").read_text())
-    recipe["data"]["train"] = [str(tmp_path / "gone.jsonl")]
+    recipe = yaml.safe_load((run_folder / "recipe.yaml").read_text()) | sections
+    recipe["data"]["train"] = [str(data)]
     for name in ("model", "manifest.json", "metrics.jsonl"):
         (moved / name).symlink_to(run_folder / name)
     (moved / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    report = evaluate(moved)
+    return moved
+
+
+def test_labelled_replies_are_read_as_training_data_too(evaluate, run_folder, tmp_path):
+    data = tmp_path / "labelled.jsonl"
+    records = [{"prompt": f"Tea {n}?", "completion": f"Yes, {n}.", "label": n > 2} for n in range(4)]
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    report = evaluate(trained_on(run_folder, tmp_path / "moved", data, dpo={"loss": "kto"}), num_prompts=0)
+    assert not report["overlap"]["problems"]
+    assert report["overlap"]["exact"] == 0
+
+
+def test_training_data_that_are_gone_are_said_to_be(evaluate, run_folder, tmp_path):
+    report = evaluate(trained_on(run_folder, tmp_path / "moved", tmp_path / "gone.jsonl"))
     (problem,) = report["overlap"]["problems"]
     assert "gone.jsonl" in problem
     assert "learnt_by_heart" not in report
