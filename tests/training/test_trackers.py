@@ -66,9 +66,14 @@ def wandb(monkeypatch):
 
 
 def records(folder):
-    """What an offline run has written: a log in LevelDB's format of blocks, records of protobuf in it."""
+    """What an offline run has written: a log in LevelDB's format of blocks, records of protobuf in it.
+
+    All of it is there once wandb's service has ended.
+    """
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()
     (file,) = folder.glob("*.wandb")
     content, place, parts, found = file.read_bytes(), 7, b"", []
     while place + 7 <= len(content):
