@@ -102,11 +102,11 @@ def run_script(name: str, arguments: Sequence[str]) -> None:
     script = SCRIPTS[name]
     if "--version" in arguments:
         end_with(f"gpt2ft {importlib.metadata.version('gpt2ft')}")
-    if script.recipe is not None:
-        settings = parse_recipe(script.settings, script.recipe, arguments, script.purpose)
-    else:
-        settings = parse_script(script.settings, script.positional, arguments, script.purpose)
     try:
+        if script.recipe is not None:
+            settings = parse_recipe(script.settings, script.recipe, arguments, script.purpose)
+        else:
+            settings = parse_script(script.settings, script.positional, arguments, script.purpose)
         from gpt2ft.runs import main
 
         work = importlib.import_module(f"gpt2ft.runs.{script.module}").run

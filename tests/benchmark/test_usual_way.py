@@ -57,7 +57,7 @@ def assert_same_gradient(side, ours):
         assert difference < 1e-3, name
 
 
-@pytest.mark.parametrize("kind", [Transformers, TRL])
+@pytest.mark.parametrize("kind", [Transformers, pytest.param(TRL, marks=pytest.mark.long)])
 def test_conversations_have_the_gradient_of_all_their_paths(kind):
     side, ours, model = usual(kind, "sft")
     work = OneStep(lambda random: weigh(made_up_tree(random), "leaves"))
@@ -69,7 +69,7 @@ def test_conversations_have_the_gradient_of_all_their_paths(kind):
     assert_same_gradient(side, ours)
 
 
-@pytest.mark.parametrize("kind", [Transformers, TRL])
+@pytest.mark.parametrize("kind", [Transformers, pytest.param(TRL, marks=pytest.mark.long)])
 def test_preferences_have_the_gradient_of_all_their_pairs(kind):
     side, ours, model = usual(kind, "dpo")
     work, objective = OneStep(made_up_group), DPO(PreferenceSettings())
@@ -92,7 +92,7 @@ def with_pairs(stream, pairs):
     return replace(stream, pairs=pairs)
 
 
-@pytest.mark.parametrize("kind", [Transformers, TRL])
+@pytest.mark.parametrize("kind", [Transformers, pytest.param(TRL, marks=pytest.mark.long)])
 def test_the_reference_alone_leaves_no_gradient(kind):
     side, _, _ = usual(kind, "reference")
     take_step(side, side.settings, OneStep(made_up_group), 0)

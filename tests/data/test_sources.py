@@ -9,6 +9,7 @@ import pytest
 from facts import tells
 from processes import run
 
+from gpt2ft.conversation import Message
 from gpt2ft.data import hub_source
 from gpt2ft.data.blocks import stem
 from gpt2ft.data.hub_source import SOURCES
@@ -402,12 +403,8 @@ def test_without_network_the_cache_answers_with_the_pinned_revision(name, cached
 @pytest.mark.parametrize("name", HUB_PREFERENCES)
 def test_preferences_of_the_hub_are_ranked_replies_and_nothing_to_learn_from(name, cached):
     (answer,) = cached[name, "preferences"]
-    replies = [
-        f"Message(role='assistant', text='{text}', parent=0, rank={rank}, weight=1.0)"
-        for rank, text in ((0, "Yes."), (1, "No."))
-    ]
-    asked = "Message(role='user', text='Tea?', parent=None, rank=None, weight=1.0)"
-    assert f"source={name!r}, messages=({asked}, {', '.join(replies)})" in answer
+    replies = [Message("assistant", text, parent=0, rank=rank) for rank, text in ((0, "Yes."), (1, "No."))]
+    assert f"source={name!r}, messages={(Message('user', 'Tea?', parent=None), *replies)!r}" in answer
     (refusal,) = cached[name, "conversations"]
     assert "is a preference" in refusal
 

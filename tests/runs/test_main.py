@@ -8,6 +8,7 @@ from processes import run
 
 from gpt2ft import errors
 from gpt2ft.__main__ import run_script
+from gpt2ft.benchmark.training import Recompiled
 from gpt2ft.checkpoint_verification import CheckpointError
 from gpt2ft.data.reading import DataError
 from gpt2ft.device import DeviceError
@@ -35,6 +36,7 @@ ENDS = [  # error, exit code, said by every process, says that the same command 
     (ReferenceLogProbError, 2, False, False),
     (Preempted, 75, False, True),
     (TrainingDiverged, 1, False, False),
+    (Recompiled, 1, False, False),
     (NotVerified, 1, False, False),
     (DoesNotFit, 1, True, False),
     (OSError, 1, True, True),
