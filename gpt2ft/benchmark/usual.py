@@ -6,6 +6,7 @@ peak of memory. A batch holds `batch_size` sequences in the order of the data, p
 
 import copy
 import multiprocessing
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 from gpt2ft.benchmark.machine import seconds_of
 from gpt2ft.benchmark.work import Path, Work, compared, conversations, make_work
+from gpt2ft.errors import SettingsError
 from gpt2ft.model.gpt2 import GPT2Config
 from gpt2ft.settings.measuring import BenchmarkSettings
 from gpt2ft.settings.training import OptimizerSettings, PreferenceSettings
@@ -41,24 +43,39 @@ class Worker:
         return self._ask("peak_memory")
 
     def _ask(self, what: str) -> Any:
-        self.pipe.send(what)
-        return self.pipe.recv()
+        try:
+            self.pipe.send(what)
+            return self.pipe.recv()
+        except (EOFError, OSError) as error:
+            raise SettingsError(
+                "`against`: its process has ended, of what it says above; where memory was short, a smaller "
+                "`batch_size` takes less"
+            ) from error
 
 
 @contextmanager
 def usual_way(
     settings: BenchmarkSettings, config: GPT2Config, device: torch.device, dtype: torch.dtype
 ) -> Iterator[Worker]:
-    """Start the process; it ends with the block."""
+    """Start the process; it ends with the block.
+
+    Raises:
+        SettingsError: within the block, if it ends before.
+    """
     ours, theirs = multiprocessing.Pipe()
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=serve, args=(theirs, settings, config, str(device), dtype), daemon=True)
-    process.start()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process, which ends the other one
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, handler)
     theirs.close()
     try:
         yield Worker(ours)
     finally:
         ours.close()
+        process.terminate()
         process.join()
 
 

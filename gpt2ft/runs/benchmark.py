@@ -33,6 +33,8 @@ def run(settings: BenchmarkSettings) -> None:
     """
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     check_against(settings, num_processes)
+    if settings.json:
+        Path(settings.json).parent.mkdir(parents=True, exist_ok=True)
     accelerator = start_accelerator(settings.precision, settings.micro_batches * num_processes)
     config = replace(published_config(settings.model), vocab_size=ROWS)
     if settings.what == "generate":

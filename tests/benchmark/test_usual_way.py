@@ -1,13 +1,19 @@
 """The usual way, step by step: it must compute what ours computes, or its speed is that of something else."""
 
+import multiprocessing
+import signal
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from gpt2ft.benchmark import usual as usual_module
 from gpt2ft.benchmark.made_up import VOCABULARY, made_up_group, made_up_tree
-from gpt2ft.benchmark.usual import TRL, Transformers, take_step
+from gpt2ft.benchmark.usual import TRL, Transformers, Worker, take_step, usual_way
 from gpt2ft.benchmark.work import amounts_of
 from gpt2ft.data.packing import build_pairs, build_stream, number_replies
 from gpt2ft.data.token_tree import weigh
+from gpt2ft.errors import SettingsError
 from gpt2ft.model.gpt2 import GPT2, GPT2Config
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.objectives.dpo import DPO, reply_log_probs
@@ -97,3 +103,34 @@ def test_the_reference_alone_leaves_no_gradient(kind):
     side, _, _ = usual(kind, "reference")
     take_step(side, side.settings, OneStep(made_up_group), 0)
     assert all(parameter.grad is None for parameter in side.model.parameters())
+
+
+def test_a_process_that_has_ended_is_told_in_a_sentence():
+    ours, theirs = multiprocessing.Pipe()
+    theirs.close()
+    with pytest.raises(SettingsError, match="`batch_size`"):
+        Worker(ours).step()
+
+
+def test_ctrl_c_ends_the_process_without_a_word_of_its_own(monkeypatch):
+    seen = []
+
+    class Process:
+        def __init__(self, **_):
+            pass
+
+        def start(self):
+            seen.append(signal.getsignal(signal.SIGINT))  # which a new process inherits if it is ignored
+
+        def terminate(self):
+            seen.append("terminate")
+
+        def join(self):
+            seen.append("join")
+
+    context = SimpleNamespace(Process=Process)
+    monkeypatch.setattr(usual_module.multiprocessing, "get_context", lambda _: context)
+    before = signal.getsignal(signal.SIGINT)
+    with usual_way(BenchmarkSettings(against="transformers"), TINY, torch.device("cpu"), torch.float32):
+        assert signal.getsignal(signal.SIGINT) == before
+    assert seen == [signal.SIG_IGN, "terminate", "join"]
