@@ -227,7 +227,8 @@ class _Columns:
         self.ids.append(tree.id)
         key = conversation = _digest(tree.id, tree.messages[0].text)
         if self.rows_share_conversations:
-            key = _digest(str(conversation), *map(str, digests[first:]))
+            is_bad = any(tree.messages[index].label is False for index in indices)  # one reply may be called both
+            key = _digest(str(conversation), *map(str, digests[first:]), *["undesirable"] * is_bad)
         elif marks:  # the same turns may stand in several records, each of which has others to learn
             key = _digest(str(conversation), *marks)
         self.conversations.append(conversation)

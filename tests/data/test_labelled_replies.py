@@ -212,6 +212,14 @@ def test_a_reply_to_the_same_prompt_is_not_unrelated(make_store):
         assert tokens_of(store.tree(other, 0), 0) != tokens_of(store.tree(row, 0), 0)
 
 
+def test_labels_on_which_people_disagree_are_both_learnt(make_store):
+    """As when several have judged one reply; what says the same twice counts once."""
+    said = [(PAIR, True), (PAIR, False), (PAIR, True), ({**PAIR, "prompt": "And rain?"}, True)]
+    store = make_store([record | {"label": label} for record, label in said])
+    assert len(set(store.keys().tolist())) == 3
+    assert len(set(store.conversations().tolist())) == 2
+
+
 @pytest.mark.parametrize("replies", [1, 2])
 def test_one_prompt_is_too_few(replies, make_store):
     store = make_store([PAIR | {"label": True}, {**PAIR, "completion": "Another.", "label": True}][:replies])
