@@ -1,4 +1,4 @@
-"""What differs between operating systems: no other file asks which one it runs on, or uses what one of them lacks.
+"""Differences between operating systems: no other file asks which one it runs on, or uses what one of them lacks.
 
 Linux and macOS train; WSL is Linux. Windows tokenises, chats, serves and exports. It does not train: there a run could
 not be told to stop and save (it has no SIGTERM), nor flush the entries of a folder, nor rename one with an open file.

@@ -1,4 +1,4 @@
-"""What this machine can do at most: products of matrices, copies, and the peak that a share is of."""
+"""Limits of this machine: products of matrices, copies, and the peak that a share is of."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a step computes: trees, made up or of data, as our streams or as the usual way has them, one path after another.
+"""Work of a step: trees, made up or of data, as our streams or as the usual way has them, one path after another.
 
 Both ways compute the same steps of the same trees. A micro-batch is known by its step and its number in it.
 """
@@ -136,7 +136,7 @@ def compared(trees: Sequence[TokenTree]) -> Iterator[tuple[Path, Path]]:
 
 @dataclass(frozen=True)
 class Amounts:
-    """What was computed, in the units of either way.
+    """Amounts that were computed, in the units of either way.
 
     Attributes:
         tokens: of streams, context that is repeated included.

@@ -139,7 +139,7 @@ class BenchmarkSettings(StreamSettings):
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass, as in training."""
     peak_tflops: Annotated[float, Field(gt=0)] | None = None
-    """What MFU is a share of; default the published peak of the card, if it is known."""
+    """Peak that MFU is a share of; default the published one of the card, if it is known."""
     json: str | None = None
     """File for all figures as one object."""
     seed: NotNegative = 0

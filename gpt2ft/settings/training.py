@@ -1,4 +1,4 @@
-"""What training alone needs: data, the loop, the optimizer, preferences."""
+"""Settings of training alone: data, the loop, the optimizer, preferences."""
 
 import math
 from collections.abc import Iterator

@@ -44,7 +44,7 @@ def test_every_loss_is_tested():
 
 @pytest.mark.parametrize("loss", SETTINGS)
 def test_a_loss_takes_its_own_parameters_and_no_others(loss):
-    """What settings let be set changes the loss, and nothing else does."""
+    """Each setting that a loss takes changes it, and no other does."""
     traits, pairs, own = PREFERENCE_LOSSES[loss], random_pairs(5), SETTINGS[loss]
     assert not list(own.problems())
     values = {"label_smoothing": 0.3, "gamma": 0.7, "rpo_alpha": 0.5, "ld_alpha": 0.5}

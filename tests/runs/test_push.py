@@ -20,7 +20,7 @@ MODEL_FILES = {
 
 
 class Hub:
-    """What a hub has: repositories with their files, and whether they are private."""
+    """Contents of a hub: repositories with their files, and whether they are private."""
 
     def __init__(self):
         self.files, self.private, self.refused, self.validated = {}, {}, None, []

@@ -1,4 +1,4 @@
-"""What the tests of verification share: the script in this process, and ways to change what a run has left."""
+"""Tools of the tests of verification: the script in this process, and ways to change what a run has left."""
 
 import json
 

@@ -75,7 +75,7 @@ def test_losses_and_sums_of_a_step_take_no_float64_there(objective, built, stand
 
 
 def test_pairs_on_another_device_than_the_log_probs_take_the_gradient_back(make_plan):
-    """What the stand-in has no autograd for: the transfer there and back, here within the CPU."""
+    """A step for which the stand-in has no autograd: the transfer there and back, here within the CPU."""
     stream = make_plan().training_stream(0, 0)
     log_probs = torch.zeros(len(stream.targets), requires_grad=True)
     stream.pairs.reference.zero_()

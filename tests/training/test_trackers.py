@@ -66,7 +66,7 @@ def wandb(monkeypatch):
 
 
 def records(folder):
-    """What an offline run has written: a log in LevelDB's format of blocks, records of protobuf in it.
+    """Records that an offline run has written: a log in LevelDB's format of blocks, records of protobuf in it.
 
     All of it is there once wandb's service has ended.
     """
