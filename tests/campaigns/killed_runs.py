@@ -221,7 +221,9 @@ def differences(found: Path, expected: Path) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    """The files of a folder but for its model card, which names the run."""
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name != "README.md")
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 def logged(run: Path) -> list[dict]:
