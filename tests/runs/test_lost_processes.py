@@ -33,6 +33,7 @@ def recipe(tiny_model_folder, tmp_path):
             "path": str(tiny_model_folder),
             "random_init": True,
             "dropout": 0.1,
+            "neftune_alpha": 0.5,
         },
         data={"train": ["quickstart@0.5"], "eval": ["quickstart:held_out"], "max_rank": 1, "max_length": 256},
         training={
