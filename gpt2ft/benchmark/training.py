@@ -135,14 +135,15 @@ class recorded:
 
     def __init__(self, accelerator: Any, strategy: Strategy) -> None:
         self.named = [(strategy.model, "forward"), (accelerator, "backward"), (strategy, "update")]
+        self.own = [vars(owner).get(method) for owner, method in self.named]  # None: the class alone has it
 
     def __enter__(self) -> None:
         for (owner, method), phase in zip(self.named, PHASES, strict=True):
             setattr(owner, method, under_name(phase, getattr(owner, method)))
 
     def __exit__(self, *exception: object) -> None:
-        for owner, method in self.named:
-            delattr(owner, method)  # what the class has stands behind it
+        for (owner, method), own in zip(self.named, self.own, strict=True):
+            setattr(owner, method, own) if own else delattr(owner, method)
 
 
 def under_name(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
