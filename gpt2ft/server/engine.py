@@ -73,7 +73,8 @@ class Engine:
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        """Without those that have ended: who is told so may ask again before the slot is free."""
+        return sum(not reply.has_ended for reply in list(self._running.values()))
 
     @property
     def num_unfinished(self) -> int:

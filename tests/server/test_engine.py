@@ -9,6 +9,8 @@ import pytest
 import torch
 from running_server import read_until
 
+from gpt2ft.server.reply import Reply
+
 END = b"data: [DONE]\n\n\r\n0\r\n\r\n"
 
 
@@ -72,6 +74,20 @@ def test_a_full_queue_is_answered_with_429_and_when_to_try_again(small):
     small.gate.open()
     for connection in connections:
         assert END in read_until(connection, END)
+
+
+def test_who_is_told_of_the_end_may_ask_again_at_once(serving, monkeypatch):
+    unfinished = []
+    end = Reply.end
+
+    def count(reply, reason):
+        end(reply, reason)
+        unfinished.append(running.engine.num_unfinished)
+
+    with serving(slots=1, queue=0) as running:
+        monkeypatch.setattr(Reply, "end", count)
+        running.say(max_tokens=2)
+    assert unfinished == [0]
 
 
 def test_a_reader_that_leaves_frees_its_slot_before_the_next_token(small, caplog):
