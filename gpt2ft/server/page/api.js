@@ -65,6 +65,7 @@ export class ServerError extends Error {
 export async function fetchModel(key, signal) {
   const response = await request("/v1/models", key, { signal });
   const answer = await response.json().catch(nothing);
+  signal?.throwIfAborted();
   const { id: name, defaults = {}, limits = {}, votes } = answer?.data?.[0] ?? {};
   if (typeof name !== "string") throw new ServerError("The server does not name its model.");
   return { name, defaults, limits, votes };

@@ -30,6 +30,7 @@ class Chat {
     /** @type {{ controller: AbortController, done: Promise<void> } | null} the reply under way */
     this.underway = null;
     this.saving = 0; // a timer
+    this.numAsked = 0; // of requests to greet or to reply, of which the last one has the say on troubles
   }
 
   // --- what a person does ---
@@ -49,6 +50,7 @@ class Chat {
   /** Asks for a reply, or for another version of it. @param {number} parent  the place of the turn to reply to */
   async ask(parent) {
     await this.stop();
+    this.numAsked += 1;
     const controller = new AbortController();
     this.underway = { controller, done: this.#receive(parent, controller.signal) };
     await this.underway.done;
@@ -249,12 +251,16 @@ class Chat {
 
   /** Makes the server's acquaintance when the page opens. */
   async greet() {
+    const number = ++this.numAsked;
+    let problem = null;
     try {
       await this.#fetchModel();
-      this.show();
-    } catch (problem) {
-      this.#showTrouble(problem, () => this.greet());
+    } catch (error) {
+      problem = error;
     }
+    if (number !== this.numAsked) return;
+    this.show();
+    if (problem) this.#showTrouble(problem, () => this.greet());
   }
 
   save() {

@@ -17,6 +17,7 @@ export function followEnd(button) {
     follows = true;
     button.hidden = true;
     page.scrollTop = page.scrollHeight;
+    lastTop = page.scrollTop; // from where a person may scroll up before the event of this comes
   };
 
   const look = () => {

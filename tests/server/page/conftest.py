@@ -1,7 +1,7 @@
 """A browser, its tabs, and the server that they visit."""
 
 import pytest
-from browser import open_browser
+from browser import TIMEOUT, open_browser
 
 
 @pytest.fixture(scope="package")
@@ -15,7 +15,7 @@ def browser():
 def profile(browser):
     """Storage and settings that tabs share."""
     with browser.new_context() as profile:
-        profile.set_default_timeout(15_000)  # milliseconds
+        profile.set_default_timeout(TIMEOUT)
         yield profile
 
 

@@ -3,6 +3,8 @@
 import threading
 from collections import deque
 
+from processes import wait_until
+
 from gpt2ft.inference.decoder import StepResult
 from gpt2ft.inference.model import InferenceModel
 from gpt2ft.inference.prompt_format import ChatPromptFormat
@@ -12,7 +14,7 @@ from gpt2ft.server.comparison.vote_file import VoteFile
 from gpt2ft.server.http import connection
 from gpt2ft.settings.using import ServeSettings
 
-TIMEOUT = 20  # seconds until a test that forgot something fails
+TIMEOUT = 120  # seconds until a test that forgot something fails
 SLOTS = 4
 
 
@@ -115,9 +117,14 @@ class ScriptedServer:
         self.stop()
         self.start(**changes)
 
+    def until_asked(self):
+        """Waits until all that will be said has been asked for."""
+        wait_until(lambda: not self.scripts.waiting)
+
     def start_over(self):
         """For the next test."""
         assert not self.scripts.waiting, "a reply was not asked for"
+        wait_until(lambda: self._server.engine.num_unfinished == 0)
         self.scripts.was_left.clear()
         if not self._is_plain:
             self.restart()

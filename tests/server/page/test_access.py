@@ -120,7 +120,7 @@ def is_only_half_in_sight(node):
 
 
 def test_a_phone_never_scrolls_sideways(visit, server):
-    visit.tab.set_viewport_size(PHONE)
+    visit.resize(PHONE)
     server.restart(name="a-model-with-a-long-name" * 4)
     visit.tab.reload()
     overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
@@ -147,7 +147,7 @@ def test_a_phone_never_scrolls_sideways(visit, server):
 
 
 def test_what_is_short_is_one_line_on_a_phone(visit):
-    visit.tab.set_viewport_size(PHONE)
+    visit.resize(PHONE)
     visit.tab.route("**/v1/models", lambda route: route.fulfill(status=401, body="{}"))
     visit.tab.reload()
     for line in ("#keys", "#key-hint", "#new", "#open-history", "#open-settings"):
@@ -168,6 +168,7 @@ def test_what_is_short_is_one_line_on_a_phone(visit):
 def test_motion_only_where_it_is_welcome(visit, server):
     server.will_say(Gate())
     visit.start("What is tea?")
+    server.until_asked()
     name = "getComputedStyle(document.querySelector('.pulse')).animationName"
     visit.tab.emulate_media(reduced_motion="no-preference")
     assert visit.tab.evaluate(name) == "pulse"
@@ -199,6 +200,25 @@ def test_the_end_stays_in_sight_until_the_person_looks_elsewhere(visit, server):
     to_end.click()
     visit.until(f"{place}[1] < 2")
     expect(to_end).to_be_hidden()
+
+
+def test_who_scrolls_up_while_the_page_grows_is_not_taken_back(visit):
+    """Even if both come in one frame, where only the sum of the two is seen."""
+    visit.tab.evaluate(
+        """async () => {
+          const grow = () => {
+            const tall = document.createElement("li");
+            tall.style.height = "3000px";
+            document.querySelector("#turns").append(tall);
+            dispatchEvent(new Event("resize"));
+          };
+          grow();
+          document.documentElement.scrollTop -= 30;
+          for (let frames = 0; frames < 3; frames += 1) await new Promise(requestAnimationFrame);
+          grow();
+        }"""
+    )
+    expect(visit.tab.get_by_role("button", name="To the end")).to_be_visible()
 
 
 def test_a_token_costs_no_more_in_a_long_conversation(visit, server):

@@ -137,13 +137,22 @@ BOMBS = {
 }
 
 
+def seconds_computed(tab):
+    """By the tab's own thread, whatever else the machine has to do."""
+    session = tab.context.new_cdp_session(tab)
+    session.send("Performance.enable", {"timeDomain": "threadTicks"})
+    metrics = session.send("Performance.getMetrics")["metrics"]
+    session.detach()
+    return next(metric["value"] for metric in metrics if metric["name"] == "ThreadTime")
+
+
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_of_markdown_costs_little_and_loses_no_text(visit, name):
-    seconds, depth, text = visit.tab.evaluate(
+    began = seconds_computed(visit.tab)
+    depth, text = visit.tab.evaluate(
         """async (bomb) => {
           const { MarkdownView } = await import("/markdown.js");
           const element = document.createElement("div");
-          const began = performance.now();
           new MarkdownView(element).show(bomb);
           let deepest = 0;
           for (const leaf of element.querySelectorAll("*")) {
@@ -151,11 +160,11 @@ def test_a_bomb_of_markdown_costs_little_and_loses_no_text(visit, name):
             for (let above = leaf; above !== element; above = above.parentElement) depth += 1;
             deepest = Math.max(deepest, depth);
           }
-          return [(performance.now() - began) / 1000, deepest, element.textContent];
+          return [deepest, element.textContent];
         }""",
         BOMBS[name],
     )
-    assert seconds < 5
+    assert seconds_computed(visit.tab) - began < 5
     assert depth <= 21
     for letter in "axy":
         assert text.count(letter) == BOMBS[name].count(letter) or name == "code"
@@ -181,12 +190,13 @@ def test_markup_in_all_other_places_is_text_too(visit, server):
 
 def test_the_policy_is_in_force(visit):
     """So that its silence in all other tests says something."""
-    visit.tab.evaluate(
-        """() => {
-          const script = document.createElement("script");
-          script.textContent = "window.hasRun = true";
-          document.body.append(script);
-        }"""
-    )
+    with visit.tab.expect_console_message(lambda message: message.type == "error"):
+        visit.tab.evaluate(
+            """() => {
+              const script = document.createElement("script");
+              script.textContent = "window.hasRun = true";
+              document.body.append(script);
+            }"""
+        )
     assert visit.tab.evaluate("window.hasRun") is None
     assert "Content Security Policy" in visit.troubles.pop()

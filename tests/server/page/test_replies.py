@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from .scripted import Gate
+from .scripted import TIMEOUT, Gate
 from .visit import expect
 
 
@@ -87,7 +87,7 @@ def test_stopping_keeps_what_was_said_and_frees_the_server(visit, server, how):
     else:
         visit.tab.keyboard.press("Escape")
     expect(visit.turns.last).to_contain_text("stopped")
-    assert server.scripts.was_left.wait(10)
+    assert server.scripts.was_left.wait(TIMEOUT)
     server.will_say("Hot.")
     visit.say("And then?")
     visit.expect_texts("What is tea?", "A drink", "And then?", "Hot.")
@@ -98,9 +98,10 @@ def test_stopping_before_anything_was_said_leaves_the_message_to_be_asked_again(
     server.will_say(Gate())
     visit.start("What is tea?")
     expect(visit.tab.get_by_text("Waiting for the reply").first).to_be_visible()
+    server.until_asked()
     visit.stop.click()
     expect(visit.trouble).to_contain_text("There is no reply yet.")
-    assert server.scripts.was_left.wait(10)
+    assert server.scripts.was_left.wait(TIMEOUT)
     server.will_say("A drink.")
     visit.trouble.get_by_role("button", name="Try again").click()
     visit.expect_texts("What is tea?", "A drink.")
@@ -128,7 +129,8 @@ def test_what_is_typed_amid_a_reply_waits(visit, server):
     visit.message.fill("What is tea?")
     visit.send.dblclick()
     visit.expect_texts("What is tea?", "A drink")
-    visit.start("And cold?")
+    visit.message.fill("And cold?")
+    visit.message.press("Enter")
     gate.open()
     visit.expect_texts("What is tea?", "A drink.")
     expect(visit.message).to_have_value("And cold?")

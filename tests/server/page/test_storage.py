@@ -3,7 +3,9 @@
 import json
 import re
 
-from .scripted import Gate
+from processes import wait_until
+
+from .scripted import TIMEOUT, Gate
 from .visit import Visit, expect
 
 
@@ -41,7 +43,7 @@ def test_a_reload_amid_a_reply_keeps_what_was_said(visit, server):
     visit.tab.reload()
     visit.expect_texts("What is tea?", "A drink")
     expect(visit.turns.last).to_contain_text(re.compile("broken off|not complete"))
-    assert server.scripts.was_left.wait(10)
+    assert server.scripts.was_left.wait(TIMEOUT)
     expect(visit.send).to_be_visible()
 
 
@@ -132,10 +134,16 @@ def open_the_only_one(visit):
     visit.tab.get_by_role("dialog").get_by_role("listitem").get_by_role("button").first.click()
 
 
+def until_they_agree(*visits):
+    """What a tab stores, others learn a moment later."""
+    wait_until(lambda: all(visit.stored() == visits[0].stored() for visit in visits))
+
+
 def test_tabs_with_the_same_conversation_lose_no_turn(new_visit, server):
     one, other = new_visit(), new_visit()
     server.will_say("A drink.")
     one.say("What is tea?")
+    until_they_agree(one, other)
     open_the_only_one(other)
     other.expect_texts("What is tea?", "A drink.")
     server.will_say("Yes.")
@@ -147,6 +155,7 @@ def test_tabs_with_the_same_conversation_lose_no_turn(new_visit, server):
         server.will_say(text, gate, ".")
         visit.start(f"{text}?")
         expect(visit.turns.locator(".text").last).to_have_text(text)
+    until_they_agree(one, other)
     for gate in gates:
         gate.open()
     for visit, text in ((one, "Here"), (other, "There")):

@@ -70,6 +70,18 @@ def test_only_what_may_succeed_is_offered_again(visit, status, can_succeed):
     expect(again).to_be_visible()
 
 
+def test_a_greeting_that_is_answered_late_hides_no_trouble(visit):
+    held = []
+    visit.tab.route("**/v1/models", lambda route: route.fallback() if held else held.append(route))
+    visit.tab.reload()
+    visit.answer_once(status=500, body=json.dumps({"error": {"message": "Not so."}}))
+    visit.say("What is tea?")
+    expect(visit.trouble).to_contain_text("Not so.")
+    held[0].fulfill(body=json.dumps({"data": [{"id": "late"}]}))
+    expect(visit.tab.get_by_role("heading", name="late")).to_be_visible()
+    assert "Not so." in visit.trouble.text_content()
+
+
 PIECE = 'data: {"choices": [{"index": 0, "delta": {"content": "A dri"}, "finish_reason": null}]}\n\n'
 
 

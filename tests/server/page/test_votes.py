@@ -153,7 +153,7 @@ def test_side_by_side_on_a_desk_and_one_below_the_other_on_a_phone(voting):
     left, right = voting.boxes()
     assert left["y"] == right["y"]
     assert left["x"] + left["width"] <= right["x"]
-    voting.tab.set_viewport_size(PHONE)
+    voting.visit.resize(PHONE)
     left, right = voting.boxes()
     assert left["x"] == right["x"]
     assert left["y"] + left["height"] <= right["y"]

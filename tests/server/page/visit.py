@@ -3,10 +3,11 @@
 import json
 
 import pytest
+from browser import TIMEOUT
 
 missing = "the page is tested with playwright, which is missing: pip install -e '.[dev]'"
 expect = pytest.importorskip("playwright.sync_api", reason=missing).expect
-expect.set_options(timeout=15_000)  # milliseconds
+expect.set_options(timeout=TIMEOUT)
 
 DESK, PHONE = {"width": 1000, "height": 800}, {"width": 360, "height": 640}
 
@@ -37,7 +38,7 @@ class Visit:
         self.asked = []  # the bodies of the requests for replies
         self.requests = []  # all addresses
         self.troubles = []  # that no test wants
-        self.tab.set_viewport_size(DESK)
+        self.resize(DESK)
         self.tab.emulate_media(color_scheme="light", reduced_motion="no-preference")
         self.tab.goto(url)
         return self
@@ -65,6 +66,8 @@ class Visit:
         expect(self.send).to_be_visible()
 
     def start(self, text):
+        """Sends a message, which the page takes once no reply is under way."""
+        expect(self.send).to_be_visible()
         self.message.fill(text)
         self.message.press("Enter")
 
@@ -99,7 +102,18 @@ class Visit:
 
     def until(self, condition):
         """Waits, frame by frame, for what an expression says. Playwright's own way needs `eval`, which is forbidden."""
-        self.tab.evaluate(f"async () => {{ while (!({condition})) await new Promise(requestAnimationFrame); }}")
+        is_met = self.tab.evaluate(
+            f"""async () => {{
+              const end = performance.now() + {TIMEOUT};
+              while (!({condition}) && performance.now() < end) await new Promise(requestAnimationFrame);
+              return {condition};
+            }}"""
+        )
+        assert is_met, condition
+
+    def resize(self, size):
+        self.tab.set_viewport_size(size)
+        self.until(f"innerWidth === {size['width']}")
 
     def stored(self, area="localStorage"):
         return self.tab.evaluate(f"Object.fromEntries(Object.entries({area}))")
