@@ -29,7 +29,7 @@ from typing import IO, Any, Self
 import psutil
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 120.0  # until a test gives up
+SECONDS = 300.0  # until a test gives up
 ON_CPU = {"ACCELERATE_USE_CPU": "true"}
 OF_LAUNCHERS = (
     *("ACCELERATE_", "FSDP_", "OMPI_", "PMI_", "MV2_", "SLURM_", "TORCHELASTIC_", "RANK", "LOCAL_RANK", "WORLD_SIZE"),
@@ -182,7 +182,7 @@ class Started:
         except subprocess.TimeoutExpired as error:
             raise AssertionError(f"it takes longer than {seconds} s:\n{self.stdout}\n{self.stderr}") from error
         for reader in self._readers:
-            reader.join(10.0)  # what it leaves behind may still hold the pipe
+            reader.join(60.0)  # what it leaves behind may still hold the pipe
         assert code in (None, found), f"exit code {found}\n{self.stdout[-3000:]}\n{self.stderr[-5000:]}"
         return Ended(found, self.stdout, self.stderr)
 

@@ -65,7 +65,7 @@ class Cluster:
             "LOG": str(self.log),
             "SAVED": str(self.saved),
         }
-        ended = run(["bash", script, *arguments], code=None, seconds=60, **(known | environment))
+        ended = run(["bash", script, *arguments], code=None, **(known | environment))
         return ended.code, ended.printed
 
     def calls(self, name):

@@ -302,7 +302,7 @@ def test_the_entry_point_serves_and_stops_when_told(image):
             """Runs a command in the server's container, as a health check is."""
             enter = ["nsenter", "--target", server.pid, "--mount", "--net", "chroot", machine.root]
             who = ["setpriv", "--reuid", "10001", "--regid", "10001", "--clear-groups"]
-            return run([*enter, *in_environment(environment), *who, *words], code, seconds=60)
+            return run([*enter, *in_environment(environment), *who, *words], code)
 
         assert server.wait_for(r"http://\S+:\d+")[0].endswith(":8000")
         wait_until(lambda: beside(*health, code=None).code == 0)

@@ -1,5 +1,7 @@
 """Errors end a script once, in words, with a code: who reports them, and from where."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from gpt2ft import errors
@@ -8,7 +10,7 @@ from gpt2ft.files import write_text
 
 def test_a_process_that_does_not_speak_leaves_time_to_the_one_that_does(monkeypatch, capsys):
     slept = []
-    monkeypatch.setattr(errors.time, "sleep", slept.append)
+    monkeypatch.setattr(errors, "time", SimpleNamespace(sleep=slept.append))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     for rank in ("0", "1"):
         monkeypatch.setenv("LOCAL_RANK", rank)

@@ -26,7 +26,7 @@ def launch(tmp_path):
         (tmp_path / "one_step.yaml").write_text(RECIPE)
         command = [*words, SCRIPT, tmp_path / "one_step.yaml", "--output", tmp_path / "run"]
         no_accelerate_config = {"HF_HOME": tmp_path / "hf"}
-        return run(command, seconds=150, **no_accelerate_config, **environment), tmp_path / "run"
+        return run(command, seconds=600, **no_accelerate_config, **environment), tmp_path / "run"
 
     return launch
 

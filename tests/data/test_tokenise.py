@@ -66,7 +66,7 @@ def build(source, cache, barrier, results):
     """In a process of its own: opens the store, and tells which shards it wrote. All begin before any is done."""
     blocks.BLOCK_BYTES = BLOCK_BYTES
     with pytest.MonkeyPatch.context() as patch:
-        written = count_shards(patch, then=lambda number: number or barrier.wait(120))
+        written = count_shards(patch, then=lambda number: number or barrier.wait(600))
         try:
             found = open_store(
                 source, FilterSettings(), ChatTokenizer.from_folder(quickstart.MODEL), Path(cache)
@@ -83,9 +83,9 @@ def build_at_once(number, source, cache):
     processes = [SPAWN.Process(target=build, args=arguments, daemon=True) for _ in range(number)]
     for process in processes:
         process.start()
-    found = [results.get(timeout=120) for _ in processes]
+    found = [results.get(timeout=600) for _ in processes]
     for process in processes:
-        process.join(60)
+        process.join(600)
     return zip(*found, strict=True)
 
 
@@ -143,7 +143,7 @@ def killed_in_the_middle(cache):
 def test_after_a_kill_only_what_is_missing_is_tokenised(alone, tokenizer, tmp_path, monkeypatch):
     process = SPAWN.Process(target=killed_in_the_middle, args=(str(tmp_path),))
     process.start()
-    process.join(120)
+    process.join(600)
     assert process.exitcode == -signal.SIGKILL
     assert len(list(tmp_path.glob("trees/*/*.arrow"))) == 12
     assert len(list(tmp_path.glob("trees/*/.*.tmp"))) == 1
@@ -193,8 +193,8 @@ def test_a_part_in_work_is_left_to_whoever_has_it(alone, tokenizer, tmp_path, mo
 
     here = count_shards(monkeypatch, then=let_the_other_work)
     open_store("quickstart", FilterSettings(), tokenizer, tmp_path)
-    _, there = results.get(timeout=120)
-    other.join(60)
+    _, there = results.get(timeout=600)
+    other.join(600)
     assert here == [f"{number:06}.arrow" for number in range(6)]
     assert sorted([*here, *there]) == sorted(alone.keys() - {"statistics.json"})
     assert files(tmp_path) == alone

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 from processes import start
@@ -41,7 +42,7 @@ def test_what_launchers_send_again_does_no_harm(capfd, monkeypatch):
 def test_a_second_signal_ends_the_process_at_once(first, second, wait, monkeypatch):
     codes = []
     monkeypatch.setattr(signals.os, "_exit", codes.append)
-    monkeypatch.setattr(signals.time, "monotonic", iter([0.0, wait]).__next__)
+    monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=iter([0.0, wait]).__next__))
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     with SignalHandler().listening():
         os.kill(os.getpid(), signal.Signals[first])

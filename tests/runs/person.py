@@ -1,5 +1,6 @@
 """A person at a terminal, who talks with launch/chat.py in a process of its own."""
 
+import re
 import sys
 from time import monotonic
 
@@ -9,7 +10,7 @@ import pyte
 from processes import ROOT
 
 SCRIPT = "launch/chat.py"
-TIMEOUT = 60  # seconds until a test gives up
+TIMEOUT = 300  # seconds until a test gives up
 
 
 class Screen(pyte.Screen):
@@ -58,7 +59,17 @@ class Person:
             self.stream.feed(data)
 
     def wait_for_prompt(self, number):
-        self.wait(lambda: self.num_prompts() >= number and self.status())
+        self.wait(lambda: self.num_prompts() >= number and self.is_drawn() and self.status())
+
+    def is_drawn(self):
+        """True once the last prompt is there as a whole: while it is drawn, the cursor is hidden."""
+        drawing, prompt = self.received.rfind(b"\x1b[?25l"), self.received.rfind(b"\x1b[?2004h")
+        return self.received.rfind(b"\x1b[?25h") > max(drawing, prompt)
+
+    def said_since(self, place):
+        """Return the text of a reply that began behind so many bytes, whether or not it is still on the screen."""
+        text = re.sub(rb"\x1b\[[\d;?]*[a-zA-Z]", b"", self.received[place:])
+        return text.rpartition(b"assistant> ")[2] if b"assistant> " in text else b""
 
     def enter(self, text):
         """Return the screen once there is another prompt."""

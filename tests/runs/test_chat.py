@@ -111,9 +111,9 @@ def test_a_reply_streams_below_its_message_and_the_status_line_counts_it(begun, 
 
 def test_ctrl_c_stops_a_reply_and_keeps_what_was_said(begun, tmp_path):
     begun.enter(f"/set max_new_tokens {CONTEXT}")
-    prompts = begun.num_prompts()
+    prompts, place = begun.num_prompts(), len(begun.received)
     begun.child.send("Tell me everything.\r")
-    begun.wait(lambda: len("".join(begun.lines()).partition("user> Tell me everything.")[2]) > 100)
+    begun.wait(lambda: len(begun.said_since(place)) > 100)
     begun.child.sendintr()
     begun.wait_for_prompt(prompts + 1)
     assert "[stopped]" in begun.lines()
@@ -135,9 +135,9 @@ def test_ctrl_c_clears_what_was_typed(begun):
 
 def test_what_is_typed_during_a_reply_waits_for_its_end(begun, tmp_path):
     begun.enter("/set max_new_tokens 500")
-    prompts = begun.num_prompts()
+    prompts, place = begun.num_prompts(), len(begun.received)
     begun.child.send("One.\r")
-    begun.wait(lambda: "assistant> " in "".join(begun.lines()))
+    begun.wait(lambda: begun.said_since(place))
     begun.child.send("Two.\r")
     begun.wait_for_prompt(prompts + 2)
     begun.enter("/set max_new_tokens 12")
@@ -271,7 +271,7 @@ def test_a_pipe_is_one_document_that_is_continued(base_model, untrained, environ
 def test_a_reader_that_has_enough_ends_it_quietly(chat_model, environment):
     piped = ["bash", "-c", 'set -o pipefail; "$@" | head -c 30', "bash"]
     chat = ["python", SCRIPT, chat_model, "--complete", "--max_new_tokens", CONTEXT]
-    ended = run([*piped, *chat], seconds=30, typed="Once upon a time", **environment)
+    ended = run([*piped, *chat], typed="Once upon a time", **environment)
     assert ended.stdout.startswith("Once upon a time")
     assert ended.stderr == ""
 

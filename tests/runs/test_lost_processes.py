@@ -98,7 +98,7 @@ NAMED = {
 )
 def test_one_that_hangs_is_named_and_all_end(trouble, launcher, start, tmp_path):
     """Torchrun gives one that is frozen half a minute to end by itself."""
-    ended = start(ON_ONE_MACHINE[launcher], f"{trouble}:1:2").finish(code=None, seconds=200)
+    ended = start(ON_ONE_MACHINE[launcher], f"{trouble}:1:2").finish(code=None, seconds=600)
     seconds = time.time() - float((tmp_path / trouble).read_text())
     assert ended.code != 0
     assert len(ended.errors) == 1, ended.printed
@@ -113,7 +113,7 @@ def test_the_loss_of_the_first_process_and_of_its_store_is_named(start, tmp_path
     """Started by hand, the first process keeps the store."""
     group = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     ranks = [start(["python"], "freezes:0:2", RANK=rank, LOCAL_RANK=rank, **group) for rank in range(2)]
-    ended = ranks[1].finish(code=69, seconds=200)
+    ended = ranks[1].finish(code=69, seconds=600)
     assert re.match(r"error: the store on 127.0.0.1 does not answer", ended.errors[0])
 
 
@@ -125,8 +125,8 @@ def test_the_loss_of_the_first_process_and_of_its_store_is_named(start, tmp_path
 )
 def test_the_launcher_starts_all_again_and_they_end_in_the_same_bits(trouble, start, tmp_path):
     """Told to begin anew, they do so once: a restart goes on."""
-    start(torchrun(2), output="undisturbed").finish(seconds=200)
-    ended = start(torchrun(2, "--max_restarts", "1"), f"{trouble}:1:4", resume="never").finish(seconds=200)
+    start(torchrun(2), output="undisturbed").finish(seconds=600)
+    ended = start(torchrun(2, "--max_restarts", "1"), f"{trouble}:1:4", resume="never").finish(seconds=600)
     assert (tmp_path / trouble).exists()
     assert re.search(r"resuming .*step-0000000[34]", ended.stdout)
     assert losses(tmp_path / "run") == losses(tmp_path / "undisturbed")
@@ -148,7 +148,7 @@ def machines(start, each=1, trouble="none:0:0", restarts=1, **more):
 def test_two_machines_train_as_one_process_does(start, run_sft, tmp_path):
     run_sft(tmp_path / "alone", steps=STEPS, micro_batches_per_step=4)
     for machine in machines(start):
-        machine.finish(seconds=200)
+        machine.finish(seconds=600)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
     assert len(losses(tmp_path / "run")) == STEPS
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["processes"] == 2
@@ -157,8 +157,8 @@ def test_two_machines_train_as_one_process_does(start, run_sft, tmp_path):
 @pytest.mark.long
 def test_a_process_lost_on_another_machine_is_replaced(start, tmp_path):
     for machine in machines(start, each=2, output="undisturbed"):
-        machine.finish(seconds=300)
-    ended = [machine.finish(seconds=300) for machine in machines(start, each=2, trouble="dies:3:4")]
+        machine.finish(seconds=900)
+    ended = [machine.finish(seconds=900) for machine in machines(start, each=2, trouble="dies:3:4")]
     assert (tmp_path / "dies").exists()
     said = "".join(each.stdout for each in ended)
     assert re.search(r"resuming .*step-0000000[34]", said)
@@ -170,14 +170,14 @@ def test_a_process_lost_on_another_machine_is_replaced(start, tmp_path):
 def test_a_process_that_fails_on_another_machine_ends_all(start):
     """Whose launcher starts nothing again."""
     both = machines(start, trouble="fails:1:2", restarts=0)
-    ended = [machine.finish(code=None, seconds=300) for machine in both]
+    ended = [machine.finish(code=None, seconds=900) for machine in both]
     assert 0 not in [each.code for each in ended]
     assert "error on rank 1: no space left on any device" in "".join(each.stderr for each in ended)
 
 
 @pytest.mark.long
 def test_a_process_with_another_learning_rate_is_named_before_the_first_step(start, tmp_path):
-    ended = start(torchrun(2), "differs:1:0").finish(code=None, seconds=200)
+    ended = start(torchrun(2), "differs:1:0").finish(code=None, seconds=600)
     assert ended.code != 0
     assert ended.errors
     assert all(error.startswith("error: all processes must train the same run, ") for error in ended.errors)
@@ -188,7 +188,7 @@ def test_a_process_with_another_learning_rate_is_named_before_the_first_step(sta
 
 @pytest.mark.campaign
 def test_machines_that_do_not_share_the_output_folder_are_refused(start, tmp_path):
-    ended = start(torchrun(2), "elsewhere:1:0").finish(code=None, seconds=200)
+    ended = start(torchrun(2), "elsewhere:1:0").finish(code=None, seconds=600)
     assert ended.code != 0
     said = f"rank 1 (host {socket.gethostname()}) does not find in {tmp_path / 'run of another'} what the first process"
     assert len(ended.errors) == 1

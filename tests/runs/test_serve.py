@@ -20,7 +20,7 @@ from gpt2ft.settings.using import ChatSettings, ServeSettings
 pytest.importorskip("uvicorn", reason="needs the extra [serve]")
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 60  # seconds until a test gives up
+TIMEOUT = 300  # seconds until a test gives up
 KEY = "0123456789abcdef"
 BARE = {serve.KEY_VARIABLE: None}
 

@@ -1,12 +1,13 @@
 """A server that runs in this process, and a model whose steps a test can hold up."""
 
+import asyncio
 import http.client
 import json
 import socket
 import threading
 from time import monotonic
 
-TIMEOUT = 60  # seconds until a test gives up
+TIMEOUT = 120  # seconds until a test gives up
 N_POSITIONS = 128
 
 
@@ -64,6 +65,15 @@ class Running:
         while not is_met():
             assert monotonic() < end, f"{what} did not come about within {TIMEOUT} s"
             self.ask("/health")
+
+    def skip(self, seconds):
+        """Has all timers of the server's connections believe that so much time has passed."""
+        loop = next(iter(self.server.server_state.connections)).loop
+
+        async def skip():
+            loop.time = lambda: monotonic() + seconds
+
+        asyncio.run_coroutine_threadsafe(skip(), loop).result(TIMEOUT)
 
     def until_ready(self):
         self.until(lambda: self.ask("/ready")[0] == 200, "readiness")

@@ -119,7 +119,7 @@ def test_a_vote_for_a_pair_that_is_gone_is_told_why(serving, server, votes, tmp_
     vote(server, pair)
     assert refused(*vote(server, pair, "right")) == (409, "pair_already_voted")
     assert len(lines(votes)) == before + 1
-    with serving(votes=tmp_path / "votes.jsonl", vote_timeout=0.001, max_new_tokens=1) as hasty:
+    with serving(votes=tmp_path / "votes.jsonl", vote_timeout=1e-9, max_new_tokens=1) as hasty:
         assert refused(*vote(hasty, pair_of(hasty))) == (410, "pair_expired")
         assert (tmp_path / "votes.jsonl").read_bytes() == b""
 

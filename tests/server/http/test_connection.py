@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from time import monotonic
 
 import pytest
 
@@ -55,14 +56,21 @@ class Port:
 
     async def until_open(self, number):
         """Lets the server's side of the event loop go on until it has so many connections."""
-        async with asyncio.timeout(30):
-            while len(self.state.connections) != number:
+        await self.until(lambda: len(self.state.connections) == number)
+
+    async def until(self, is_met):
+        async with asyncio.timeout(120):
+            while not is_met():
                 await asyncio.sleep(0)
+
+    def skip(self, seconds):
+        """Has all timers believe that so much time has passed."""
+        asyncio.get_running_loop().time = lambda: monotonic() + seconds
 
     async def exchange(self, data):
         """All that comes until the server hangs up."""
         reader, writer = await self.connect(data)
-        received = await asyncio.wait_for(reader.read(), 30)
+        received = await asyncio.wait_for(reader.read(), 120)
         writer.close()
         return received
 
@@ -85,13 +93,24 @@ def on_port(scenario, **settings):
 
 
 def test_a_head_that_is_too_slow_is_refused_and_silence_is_hung_up_on():
-    assert error_of(on_port(lambda port: port.exchange(GET[:20]), body_seconds=0.1)) == (408, "request_timeout")
-    assert on_port(lambda port: port.exchange(b""), body_seconds=0.1) == b""
+    async def scenario(port, data):
+        reader, _ = await port.connect(data)
+        await port.until(lambda: [len(each.conn.trailing_data[0]) for each in port.state.connections] == [len(data)])
+        port.skip(1001)
+        return await reader.read()
+
+    assert error_of(on_port(lambda port: scenario(port, GET[:20]), body_seconds=1000)) == (408, "request_timeout")
+    assert on_port(lambda port: scenario(port, b""), body_seconds=1000) == b""
 
 
 def test_a_second_head_that_is_too_slow_is_hung_up_on():
-    received = on_port(lambda port: port.exchange(GET + GET[:20]), body_seconds=0.1, keep_alive=1)
-    assert received.count(b"HTTP/1.1 200") == 1
+    async def scenario(port):
+        reader, _ = await port.connect(GET + GET[:20])
+        received = await reader.readuntil(b"ok")
+        port.skip(1001)
+        return received + await reader.read()
+
+    assert on_port(scenario, body_seconds=1000, keep_alive=1).count(b"HTTP/1.1 200") == 1
 
 
 @pytest.mark.parametrize("data", [b"\x16\x03\x01\x02\x00\r\n\r\n", b"GET\r\n\r\n", GET.replace(b"Host", b"Bad Host")])
@@ -123,6 +142,7 @@ def test_a_client_that_does_not_read_is_hung_up_on_and_one_that_reads_gets_it_al
         head = await reader.readuntil(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200")
         assert len(await reader.readexactly(LARGE)) == LARGE
+        port.skip(1001)
         await port.until_open(1)
 
-    on_port(scenario, write_timeout=0.2)
+    on_port(scenario, write_timeout=1000, keep_alive=9000)
