@@ -1,7 +1,7 @@
 """The page as a browser shows it: on a phone and on paper, light and dark, and with nothing but itself."""
 
 import pytest
-from browser import open_browser
+from browser import TIMEOUT, open_browser
 from report.made_up import made_up_report
 from report.test_report_page import HOSTILE, with_texts
 
@@ -25,6 +25,7 @@ def show(request, browser, tmp_path):
         file = tmp_path / "report.html"
         file.write_text(html(report), encoding="utf-8")
         context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=request.param)
+        context.set_default_timeout(TIMEOUT)
         tabs.append(context)
         tab = context.new_page()
         tab.on("console", lambda message: said.append(message.text))
