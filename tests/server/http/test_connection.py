@@ -68,11 +68,14 @@ class Port:
         asyncio.get_running_loop().time = lambda: monotonic() + seconds
 
     async def exchange(self, data):
-        """All that comes until the server hangs up."""
         reader, writer = await self.connect(data)
-        received = await asyncio.wait_for(reader.read(), 120)
+        received = await self.rest(reader)
         writer.close()
         return received
+
+    async def rest(self, reader):
+        """All that comes until the server hangs up."""
+        return await asyncio.wait_for(reader.read(), 120)
 
 
 def error_of(received):
@@ -97,7 +100,7 @@ def test_a_head_that_is_too_slow_is_refused_and_silence_is_hung_up_on():
         reader, _ = await port.connect(data)
         await port.until(lambda: [len(each.conn.trailing_data[0]) for each in port.state.connections] == [len(data)])
         port.skip(1001)
-        return await reader.read()
+        return await port.rest(reader)
 
     assert error_of(on_port(lambda port: scenario(port, GET[:20]), body_seconds=1000)) == (408, "request_timeout")
     assert on_port(lambda port: scenario(port, b""), body_seconds=1000) == b""
@@ -108,7 +111,7 @@ def test_a_second_head_that_is_too_slow_is_hung_up_on():
         reader, _ = await port.connect(GET + GET[:20])
         received = await reader.readuntil(b"ok")
         port.skip(1001)
-        return received + await reader.read()
+        return received + await port.rest(reader)
 
     assert on_port(scenario, body_seconds=1000, keep_alive=1).count(b"HTTP/1.1 200") == 1
 
