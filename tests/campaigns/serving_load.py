@@ -27,7 +27,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 import processes
 
 DEFAULT = ["gpt2", "--random_init", "--slots", "64"]  # a slot for each client: see the README
-TIMEOUT = 60.0  # seconds for one answer
+TIMEOUT = 300.0  # seconds for one answer
 WORDS = ["tea", "cup", "hot", "rain", "leaf", "water", "kettle", "cold", "sugar", "milk", "lemon", "why", "how", "when"]
 
 
@@ -175,7 +175,9 @@ def report_streams(clients: list[Client], samples: list, seconds: float) -> list
     tokens = [client.tokens for client in clients]
     first = [value for client in clients for value in client.first]
     gaps = [value for client in clients for value in client.gaps]
-    middle = [sample for sample in samples if sample[0] >= seconds / 2]
+    if not samples:
+        return [*problems, "/health did not answer"]
+    half_way = next((sample for sample in samples if sample[0] >= seconds / 2), samples[-1])
     memory = [sample[1] / 2**20 for sample in samples]
     replies, left = sum(client.replies for client in clients), sum(client.left for client in clients)
     print(
@@ -185,7 +187,7 @@ def report_streams(clients: list[Client], samples: list, seconds: float) -> list
     print(f"  tokens per client: min {min(tokens)}, median {quantile(tokens, 0.5)}, max {max(tokens)}")
     print(f"  first text: p50 {quantile(first, 0.5):.2f} s, p99 {quantile(first, 0.99):.2f} s")
     print(f"  between pieces: p50 {quantile(gaps, 0.5):.3f} s, p99 {quantile(gaps, 0.99):.3f} s")
-    print(f"  memory: first {memory[0]:.0f} MiB, half-way {middle[0][1] / 2**20:.0f} MiB, last {memory[-1]:.0f} MiB")
+    print(f"  memory: first {memory[0]:.0f} MiB, half-way {half_way[1] / 2**20:.0f} MiB, last {memory[-1]:.0f} MiB")
     print(f"  open files: first {samples[0][2]}, most {max(s[2] for s in samples)}, last {samples[-1][2]}")
     health = [sample[3] for sample in samples]
     print(f"  /health meanwhile: p50 {quantile(health, 0.5) * 1000:.0f} ms, slowest {max(health) * 1000:.0f} ms")

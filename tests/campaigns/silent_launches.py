@@ -112,7 +112,7 @@ def launch(silent: Silent, folder: Path) -> Outcome:
         words += ["--config_file", str(folder / "accelerate.yaml")]
     command = [*words, SCRIPT, "--output", folder / "run"]
     since = time.monotonic()
-    ended = run(command, code=None, seconds=150, HF_HOME=folder / "hf", **silent.environment)
+    ended = run(command, code=None, HF_HOME=folder / "hf", **silent.environment)
     seconds = time.monotonic() - since
     errors = [line.removeprefix("error: ") for line in ended.errors]
     return Outcome(ended.code, seconds, errors, ended.printed, (folder / "run").exists())
