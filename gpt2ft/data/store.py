@@ -8,7 +8,7 @@ determines the tokens: the data, the filters, the template and the tokenizer.
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,8 @@ class TokenStore:
             raise DataError(f"the tokenised data in {folder} is damaged ({error}): remove that folder") from error
         self.notes = (*notes, *filter(None, [self.statistics.rendered, _note_on_weights(self.statistics.weighed)]))
         self._firsts = [0, *accumulate(batch.num_rows for batch in self._batches)]  # first row of each batch
+        sizes = (len(batch.column("lengths").values) for batch in self._batches)
+        self._first_nodes = [0, *accumulate(sizes)]  # first node of each batch
         self._views: dict[tuple[int, str], tuple[NDArray[np.int32], NDArray]] = {}
 
     def __len__(self) -> int:
@@ -110,6 +112,22 @@ class TokenStore:
         counts = [np.diff(batch.column(column).offsets.to_numpy()) for batch in self._batches]
         return np.concatenate(values), np.concatenate([[0], np.cumsum(np.concatenate(counts), dtype=np.int64)])
 
+    def node_ranges(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return [k] the first node of some rows, as a number among all of the store, and [k] how many they have."""
+        firsts, counts = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
+        for number, here, inside in _by_batch(rows, self._firsts):
+            offsets, _ = self._lists(number, "lengths")
+            firsts[here] = self._first_nodes[number] + offsets[inside]
+            counts[here] = offsets[inside + 1] - offsets[inside]
+        return firsts, counts
+
+    def nodes_at(self, column: str, numbers: NDArray[np.int64]) -> NDArray:
+        """Return [k] what a column that has a value for each node says of those of some numbers."""
+        found = np.empty(len(numbers), self._lists(0, column)[1].dtype)
+        for number, here, inside in _by_batch(numbers, self._first_nodes):
+            found[here] = self._lists(number, column)[1][inside]
+        return found
+
     def _column(self, name: str) -> NDArray:
         return np.concatenate([batch.column(name).to_numpy() for batch in self._batches])
 
@@ -124,6 +142,18 @@ class TokenStore:
             lists = self._batches[number].column(column)
             self._views[number, column] = (lists.offsets.to_numpy(), lists.values.to_numpy())
         return self._views[number, column]
+
+
+def _by_batch(numbers: NDArray[np.int64], firsts: list[int]) -> Iterator[tuple[int, NDArray, NDArray]]:
+    """Yield each batch that holds some of the numbers, where these stand, and their places in it.
+
+    Args:
+        firsts: the first number that each batch holds, and the end of the last.
+    """
+    batches = np.searchsorted(firsts, numbers, side="right") - 1
+    for batch in np.unique(batches).tolist():
+        here = np.flatnonzero(batches == batch)
+        yield batch, here, numbers[here] - firsts[batch]
 
 
 def _sizes(batch: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

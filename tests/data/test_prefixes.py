@@ -3,12 +3,15 @@
 What is expected is worked out from the chunks alone: every target with all the tokens above it, and what it counts.
 """
 
+import tempfile
+import tracemalloc
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
+from gpt2ft.data import prefixes
 from gpt2ft.data.chunks import ConversationTrees, chunk
 from gpt2ft.data.corpus import load_corpora
 from gpt2ft.data.kinds import LABELLED, PREFERENCES
@@ -237,6 +240,54 @@ def test_ten_thousand_conversations_of_one_system_turn_are_cut_to_fit(store_of):
     assert position["tree_to_path_tokens"] == plan.tokens / alone.sizes.sum() < 0.7
     assert position["repeated_share"] == plan.repeated / plan.tokens < 0.05
     assert plan.position(3)["data"] != Plan(alone, 1024, 4, seed=0, epochs=1).position(3)["data"]
+
+
+@pytest.mark.parametrize("weight", ["once", "leaves"])
+@pytest.mark.parametrize(("max_length", "capacity"), CASES)
+def test_nothing_depends_on_the_size_of_blocks(store, monkeypatch, weight, max_length, capacity):
+    """Rows are those of two sources and in no order, so a block is of both, and a turn of many blocks."""
+    rows = np.random.default_rng(3).permutation(np.concatenate([rows_of(store, store), rows_of(store)]))
+    alone = chunk([store, store], rows, ConversationTrees(weight, max_length, capacity))
+    expected = share_prefixes(alone)
+    monkeypatch.setattr(prefixes, "BLOCK", 100)
+    shared = share_prefixes(alone)
+    for name in ("rows", "counts", "parts", "repeated", "pieces", "tokens_alone"):
+        assert np.array_equal(getattr(shared, name), getattr(expected, name))
+    for tree, other in zip(trees_of(shared), trees_of(expected), strict=True):
+        assert np.array_equal(tree.tokens, other.tokens)
+        assert np.array_equal(tree.weights, other.weights)
+
+
+def test_memory_grows_with_conversations_and_not_with_their_turns(store_of, monkeypatch):
+    """The system turn is that of all, what else comes before the last reply that of two."""
+
+    def peak(number, exchanges):
+        """Bytes for `number` conversations: put together, and what is kept of it."""
+        records = []
+        for row in range(number):
+            asked = [{"role": "user", "content": f"Tea {row - row % 2}, {turn}?"} for turn in range(exchanges)]
+            turns = [turn for ask in asked for turn in (ask, {"role": "assistant", "content": "Yes."})]
+            records.append({"messages": [SYSTEM, *turns[:-1], {"role": "assistant", "content": f"Tea {row}."}]})
+        store = store_of(records)
+        alone = chunk([store], rows_of(store), ConversationTrees("once", 1024, 2048))
+        tracemalloc.start()
+        shared = share_prefixes(alone)
+        kept, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert len(shared.together.members) > number / 2
+        return np.array([most, kept])
+
+    monkeypatch.setattr(prefixes, "BLOCK", 512)
+    peak(100, 2)
+    few, many, long = peak(1000, 2), peak(3000, 2), peak(1000, 16)
+    assert ((many - few) / 2000 <= (240, 64)).all(), "bytes for each conversation"
+    assert ((long - few) / 28_000 <= (2, 1)).all(), "bytes for each turn: a bit, and more trees to fill"
+
+
+def test_a_temporary_file_that_cannot_be_written(store, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(OSError, match=r"data\.share_prefixes.*gone.*TMPDIR"):
+        share_prefixes(chunk([store], rows_of(store), ConversationTrees("once", 512, 512)))
 
 
 def pairs(chunks):
