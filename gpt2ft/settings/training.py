@@ -203,12 +203,14 @@ class PreferenceSettings(Section):
                 yield f"`dpo.{name}` must be {default:g} with `dpo.loss` = {self.loss}: only {takers} have it"
         if self.is_list_wise and self.pairs != "all":
             yield f"`dpo.pairs` must be all with `dpo.loss` = {self.loss}, of whole rankings, but is {self.pairs}"
-        has_rule_of_pairs = self.pairs == "adjacent" or self.pair_weight != "pair" or self.whole_trees
-        if has_rule_of_pairs and not PREFERENCE_LOSSES[self.loss].of_pairs:
-            yield (
-                "`dpo.pairs` must be best_worst or all, `dpo.pair_weight` pair and `dpo.whole_trees` false with "
-                f"`dpo.loss` = {self.loss}: of ranked replies it takes the best and the worst, each by itself"
-            )
+        if not PREFERENCE_LOSSES[self.loss].of_pairs:
+            why = f"with `dpo.loss` = {self.loss}, which takes each reply by itself"
+            if self.pairs == "adjacent":
+                yield f"`dpo.pairs` must be best_worst or all {why} and of ranked ones the best and the worst"
+            if self.pair_weight != "pair":
+                yield f"`dpo.pair_weight` must be pair {why}, but is {self.pair_weight}"
+            if self.whole_trees:
+                yield f"`dpo.whole_trees` must be false {why}"
         if "label_smoothing" in taken and not self.label_smoothing:
             yield f"`dpo.label_smoothing` must be above 0 with `dpo.loss` = {self.loss}, which is sigmoid otherwise"
 
