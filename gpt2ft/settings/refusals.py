@@ -17,6 +17,7 @@ from gpt2ft.settings.choices import PUBLISHED_MODELS
 from gpt2ft.settings.recipes import ENDINGS, is_path, list_recipes
 from gpt2ft.settings.sections import RENAMED, Section, is_section, names_of
 from gpt2ft.settings.suggestions import either, nearest_name, nearest_path, setting_meant
+from gpt2ft.settings.training import PreferenceSettings
 
 LIMITS = {"gt": "above", "ge": "of at least", "lt": "below", "le": "at most"}
 
@@ -59,7 +60,11 @@ def no_setting(kind: type[Section], name: str) -> str:
     if name.startswith("dpo.") and "dpo" not in kind.model_fields:
         return f"there is no setting `{name}` here: it belongs to `{' '.join(words_to_start('dpo'))}`"
     sections = [section for section in kind.model_fields if section not in known]
-    return f"there is no setting `{name}`{setting_meant(name, known, sections)}"
+    meant = setting_meant(name, known, sections)
+    of_dpo = [f"dpo.{field}" for field in PreferenceSettings.model_fields]
+    if not meant and "training" in kind.model_fields and (meant := setting_meant(name, of_dpo)):
+        return f"there is no setting `{name}` here: it belongs to `{' '.join(words_to_start('dpo'))}`{meant}"
+    return f"there is no setting `{name}`{meant}"
 
 
 def no_recipe(kind: type[Section], recipe: str) -> str:

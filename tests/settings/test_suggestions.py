@@ -5,6 +5,7 @@ import re
 import pytest
 
 from gpt2ft.__main__ import SCRIPTS
+from gpt2ft.command_line import words_to_start
 from gpt2ft.settings.field_names import FIELD_NAMES
 from gpt2ft.settings.refusals import no_setting
 from gpt2ft.settings.sections import names_of
@@ -130,6 +131,18 @@ def test_every_script_offers_settings_of_its_own(script, name, settings):
     assert answer(script, name)[0] == settings.split()
 
 
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [("loss_type", "dpo.loss"), ("kto", "dpo.loss"), ("ld_alpha", "dpo.ld_alpha"), ("rpo", "dpo.rpo_alpha")],
+)
+def test_a_setting_of_preferences_is_looked_for_in_their_script(name, setting):
+    assert answer("sft", name)[0] == [setting]
+    other_script = " ".join(words_to_start("dpo"))
+    assert other_script in no_setting(SCRIPTS["sft"].settings, name)
+    assert other_script not in no_setting(SCRIPTS["dpo"].settings, name)
+    assert answer("chat", name)[0] == []
+
+
 def test_another_unit_is_said_in_a_few_words():
     for name, unit in {
         "batch_size": "tokens",
@@ -148,7 +161,7 @@ def test_what_is_not_to_be_set_is_said(name):
 
 
 UNKNOWN = """
-    zzz revision ld_alpha bias message verbose trust_remote_code use_cache use_liger_kernel eval_delay x training.x
+    zzz revision bias message verbose trust_remote_code use_cache use_liger_kernel eval_delay x training.x
     optimizer.momentum_decay data.text dpo.pairs stage strict
 """
 
