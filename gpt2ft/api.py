@@ -19,8 +19,10 @@ import numpy as np
 import torch
 
 from gpt2ft.chat.session import Session
-from gpt2ft.conversation import CHAT_ROLES, ROLES, Message, MessageTree, Role
+from gpt2ft.conversation import CHAT_ROLES, ROLES, Message
+from gpt2ft.data.formats.keys import weight_of
 from gpt2ft.data.packing import build_stream
+from gpt2ft.data.reading import Malformed
 from gpt2ft.data.token_tree import TokenTree, is_supervised
 from gpt2ft.errors import SettingsError
 from gpt2ft.inference.model import InferenceModel
@@ -32,7 +34,7 @@ from gpt2ft.settings.using import ChatSettings
 from gpt2ft.stream import TokenStream
 from gpt2ft.text.template import render_turn
 
-Messages = Sequence[Mapping[str, str]]  # {"role": "user", "content": "What is tea?"}
+Messages = Sequence[Mapping[str, Any]]  # {"role": "user", "content": "What is tea?"}, and what else weighs it in data
 
 
 def load(model: str | None = None, precision: str = "auto") -> InferenceModel:
@@ -60,10 +62,9 @@ def tokenise(model: InferenceModel, messages: Messages) -> TokenStream:
         One stream, its length N rounded up to a multiple of 128, the block of the attention mask.
 
     Raises:
-        SettingsError: if a role is none of system, user and assistant.
+        SettingsError: if a role is none of system, user and assistant, or a weight is none that data may have.
     """
-    tree = MessageTree.from_turns("", "", _turns(messages))
-    return _stream(_token_tree(model, tree))
+    return _stream(_token_tree(model, _conversation(messages)))
 
 
 def reply_log_probs(model: InferenceModel, messages: Messages, replies: Sequence[str]) -> list[float]:
@@ -74,10 +75,10 @@ def reply_log_probs(model: InferenceModel, messages: Messages, replies: Sequence
     Raises:
         SettingsError: if conversation and reply are longer than the context, or a role is unknown.
     """
-    conversation = MessageTree.from_turns("", "", _turns(messages)).messages
+    conversation = _conversation(messages)
     last = len(conversation) - 1
     branches = [Message("assistant", reply, parent=last) for reply in replies]
-    tree = _token_tree(model, MessageTree("", "", (*conversation, *branches)))
+    tree = _token_tree(model, [*conversation, *branches])
     longest, context = int((tree.depths + tree.lengths).max()), model.gpt2.config.n_positions
     if longest > context:
         raise SettingsError(f"conversation and reply must fit the context of {context} tokens, but are {longest}")
@@ -92,23 +93,30 @@ def reply_log_probs(model: InferenceModel, messages: Messages, replies: Sequence
     return sums[last + 1 :].tolist()
 
 
-def _turns(messages: Messages) -> list[tuple[Role, str]]:
-    for message in messages:
+def _conversation(messages: Messages) -> list[Message]:
+    found = []
+    for index, message in enumerate(messages):
         if message["role"] not in CHAT_ROLES:
             raise SettingsError(f"a role must be one of {', '.join(CHAT_ROLES)}, but is {message['role']!r}")
-    return [(message["role"], message["content"]) for message in messages]
+        try:
+            weight = weight_of(dict(message), message["role"])
+        except Malformed as error:
+            raise SettingsError(str(error)) from error
+        found.append(Message(message["role"], message["content"], index - 1 if index else None, weight=weight))
+    return found
 
 
-def _token_tree(model: InferenceModel, tree: MessageTree) -> TokenTree:
-    turns = [render_turn(model.tokenizer, message.role, message.text) for message in tree.messages]
+def _token_tree(model: InferenceModel, messages: Sequence[Message]) -> TokenTree:
+    turns = [render_turn(model.tokenizer, message.role, message.text) for message in messages]
     number = len(turns)
-    roles = np.array([ROLES.index(message.role) for message in tree.messages], np.int8)
+    roles = np.array([ROLES.index(message.role) for message in messages], np.int8)
+    weights = np.array([message.weight for message in messages], np.float32)
     return TokenTree(
         tokens=np.concatenate([np.array(turn) for turn in turns]),
         lengths=np.array([len(turn) for turn in turns], np.int32),
-        parents=np.array([-1 if message.parent is None else message.parent for message in tree.messages], np.int32),
+        parents=np.array([-1 if message.parent is None else message.parent for message in messages], np.int32),
         roles=roles,
-        weights=is_supervised(roles).astype(np.float32),
+        weights=weights * is_supervised(roles),
         groups=np.zeros(number, np.int32),
         messages=np.arange(number, dtype=np.int32),
     )

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from processes import run
@@ -51,6 +52,28 @@ def test_a_conversation_is_tokenised_as_training_does(model, tokenizer, tmp_path
     first = int(stored.starts[2])
     assert stream.supervised.tolist() == list(range(first, stream.num_tokens - 1))
     assert stream.targets.tolist() == stored.tokens[first + 1 :].tolist()
+
+
+def test_a_conversation_is_weighed_as_training_does(model, tokenizer, tmp_path, cache):
+    messages = [
+        {"role": "user", "content": "Tea?"},
+        {"role": "assistant", "content": "Yes.", "weight": 0.25},
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": "No.", "train": False},
+        {"role": "user", "content": "Cups?"},
+        {"role": "assistant", "content": "Two."},
+    ]
+    file = tmp_path / "weighed.jsonl"
+    file.write_text(json.dumps({"messages": messages}))
+    corpus, _ = load_corpora(DataSettings(train=(str(file),), cache=str(cache)), tokenizer)
+    stored = corpus.stores[0].tree(0, group=0)
+    stream = gpt2ft.tokenise(model, messages)
+    assert stored.weights.tolist() == [0, 0.25, 0, 0, 0, 1]
+    targets = (stored.lengths - 1) * (stored.weights > 0)
+    assert stream.weights.tolist() == np.repeat(stored.weights, targets).tolist()
+    for turn, problem in (({"role": "user", "weight": 1}, "user turn"), ({"role": "assistant", "weight": 2}, "weight")):
+        with pytest.raises(SettingsError, match=problem):
+            gpt2ft.tokenise(model, [{"content": "Tea?"} | turn])
 
 
 def test_replies_have_the_log_probs_of_the_model_itself(model, tokenizer):
