@@ -227,7 +227,7 @@ def _too_large(what: str, tree: TokenTree, capacity: int) -> ValueError:
     needed = len(tree.tokens)
     return ValueError(
         f"{what} are {needed:,} tokens, but a stream holds {capacity:,}: `tokens_per_micro_batch` must be at least "
-        f"{-(-needed // 128) * 128}"
+        f"{-(-needed // 128) * 128}, or `auto_from` where it is auto"
     )
 
 

@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from gpt2ft.data.plan import Plan
+from gpt2ft.data.reading import DataError
 from gpt2ft.distributed.accelerator import global_sum, set_accumulation
 from gpt2ft.errors import SettingsError
 from gpt2ft.model.logprobs import TargetLogProbs
@@ -51,6 +52,9 @@ def find_size(
     """Return the settings with the largest size that fits on all processes, which call it together.
 
     Larger than the recipe's it is on CUDA alone, and only where a step is full: else it would hold more tokens.
+
+    Raises:
+        DataError: if the data do not fit streams of the recipe's size.
     """
     training = settings.training
     usual = training.auto_from, training.micro_batches_per_step
@@ -59,8 +63,12 @@ def find_size(
     all_sizes = sizes(training, settings.data.max_length, accelerator.num_processes)
     sized = with_size(settings, *usual)
     for tokens, count in (size for size in all_sizes if most is None or size[0] <= most):
+        try:
+            plan = plan_of(with_size(settings, tokens, count))
+        except DataError:  # a prompt with its replies is longer: the last size that holds it is left to the probe
+            break
         sized = with_size(settings, tokens, count)
-        if not any(global_sum(accelerator, float(not _fits(model, accelerator, hardware, plan_of(sized))))):
+        if not any(global_sum(accelerator, float(not _fits(model, accelerator, hardware, plan)))):
             break
     set_accumulation(accelerator, sized.training.micro_batches_per_step)
     if accelerator.is_main_process:

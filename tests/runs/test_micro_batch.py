@@ -3,11 +3,17 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from gpt2ft.data.chunks import chunk
+from gpt2ft.data.kinds import PREFERENCES
 from gpt2ft.data.packing import build_stream
+from gpt2ft.data.pairs import PreferencePairs
+from gpt2ft.data.reading import DataError
+from gpt2ft.data.store import open_store
 from gpt2ft.data.token_tree import weigh
 from gpt2ft.errors import SettingsError
 from gpt2ft.model.logprobs import TargetLogProbs
@@ -16,6 +22,7 @@ from gpt2ft.runs.micro_batch import find_size, sizes, with_size_of
 from gpt2ft.settings.layers import over
 from gpt2ft.settings.parsing import refuse_problems
 from gpt2ft.settings.scripts import SFTSettings
+from gpt2ft.settings.sections import FilterSettings
 from gpt2ft.settings.training import TrainingSettings
 from gpt2ft.training.memory_probe import fits
 
@@ -46,7 +53,7 @@ def test_every_size_makes_up_the_step_and_is_shared_equally(processes, longest):
 def find(monkeypatch):
     """find(settings, most tokens that fit here, and on the other process, on which device): the size that is found."""
 
-    def find(settings, here, elsewhere=None, device="cuda", streams=6):
+    def find(settings, here, elsewhere=None, device="cuda", streams=6, longest=256):
         processes = 1 if elsewhere is None else 2
         accelerator = SimpleNamespace(
             num_processes=processes, device=torch.device(device), is_main_process=False, gradient_accumulation_steps=0,
@@ -63,6 +70,8 @@ def find(monkeypatch):
 
         def plan_of(sized):
             tokens, count = size_of(sized)
+            if tokens < longest:
+                raise DataError("a prompt and the two replies of a pair are longer")
             return SimpleNamespace(tokens=tokens, streams_per_step=min(count, streams))
 
         monkeypatch.setattr(micro_batch, "_fits", does_fit)
@@ -80,6 +89,21 @@ def test_the_largest_that_fits_on_all_processes_is_taken(find):
     assert find(settings_of(), here=9999, elsewhere=800) == ((768, 4), [1536, 768])
     assert find(settings_of(), here=600, elsewhere=9999) == ((512, 6), [1536, 768, 512])
     assert find(settings_of(), here=0) == ((256, 12), [3072, 1536, 1024, 768, 512, 384, 256])  # the probe refuses it
+
+
+def test_no_size_is_tried_that_does_not_hold_the_data(find):
+    assert find(settings_of(), here=0, longest=512) == ((512, 6), [3072, 1536, 1024, 768, 512])
+    with pytest.raises(DataError, match="two replies"):
+        find(settings_of(), here=9999, longest=600)
+
+
+def test_data_that_no_stream_of_the_recipes_size_holds_are_told_the_setting_to_raise(tmp_path, tokenizer):
+    text = "tea and rain " * 60
+    file = tmp_path / "pair.jsonl"
+    file.write_text(json.dumps({"prompt": "Tea?", "chosen": text, "rejected": text + "cup"}))
+    store = open_store(str(file), FilterSettings(), tokenizer, tmp_path, kind=PREFERENCES)
+    with pytest.raises(DataError, match=r"`auto_from` where it is auto"):
+        chunk([store], np.array([[0, 0]]), PreferencePairs("all", "pair", 256, 256))
 
 
 def test_larger_than_the_recipes_it_is_only_on_cuda_and_where_a_step_is_full(find):
