@@ -149,16 +149,23 @@ def test_once_counts_a_turn_once_under_the_same_turns(store, max_length, capacit
     assert_counted(shared)
 
 
+def oasst_tree(number, texts, asked="Tea?"):
+    replies = [{"message_id": f"{number}-{i}", "role": "assistant", "text": t} for i, t in enumerate(texts)]
+    prompt = {"message_id": str(number), "role": "prompter", "text": asked, "replies": replies}
+    return {"message_tree_id": str(number), "prompt": prompt}
+
+
+def test_same_replies_of_a_tree_count_once_where_it_begins_like_another(store_of):
+    store = store_of([oasst_tree(1, ["Yes."] * 2), oasst_tree(2, ["No."]), oasst_tree(3, ["Yes."] * 2, "Rain?")])
+    alone = chunk([store], rows_of(store), ConversationTrees("once", 512, 512))
+    assert sorted(learnt(trees_of(alone)).values()) == [1, 2, 2]
+    assert [sorted(learnt([tree]).values()) for tree in trees_of(share_prefixes(alone))] == [[1, 1], [2]]
+
+
 @pytest.mark.parametrize("weight", ["once", "leaves"])
 def test_replies_that_are_the_same_are_counted_as_they_stand(store_of, weight):
     """In a tree that shares its first turn, but no stream has room for what shares it."""
-
-    def tree(number, texts):
-        replies = [{"message_id": f"{number}-{i}", "role": "assistant", "text": t} for i, t in enumerate(texts)]
-        prompt = {"message_id": str(number), "role": "prompter", "text": "Tea?", "replies": replies}
-        return {"message_tree_id": str(number), "prompt": prompt}
-
-    store = store_of([tree(1, ["tea and rain " * 20] * 2), tree(2, ["a warm cup of tea " * 30])])
+    store = store_of([oasst_tree(1, ["tea and rain " * 20] * 2), oasst_tree(2, ["a warm cup of tea " * 30])])
     shared = share_prefixes(chunk([store], rows_of(store), ConversationTrees(weight, 512, 256)))
     assert len(shared) == 2
     for index, tree in enumerate(trees_of(shared)):
