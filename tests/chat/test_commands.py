@@ -1,119 +1,17 @@
 """Entries of a chat, with a session that only remembers."""
 
-import json
 import re
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from remembering import RememberingChat, notice, problem
 
-from gpt2ft.chat.commands import COMMANDS, Chat, settings_of
+from gpt2ft.chat.commands import COMMANDS, settings_of
 from gpt2ft.chat.session import Statistics
-from gpt2ft.conversation import ROLES
-from gpt2ft.settings.sections import SamplingSettings
-
-
-class FakeSession:
-    """Replies with what it was told, ends as it was told, and remembers."""
-
-    def __init__(self):
-        self.turns, self.system, self.last = [], None, None
-        self.sampling, self.max_new_tokens = SamplingSettings(), 256
-        self.next_last = Statistics(tokens=3, seconds=1.0, finish="stop", prompt_tokens=5, dropped_turns=0)
-        self.num_replies = 0
-
-    def say(self, text):
-        if "too long" in text:
-            raise ValueError("a message must be shorter")
-        self.turns.append(("user", text))
-
-    def reply(self, should_stop):
-        self.num_replies += 1
-        said = f"reply {self.num_replies}"
-        self.turns.append(("assistant", said))
-        self.last = self.next_last
-        return iter(said.split("(?= )"))
-
-    def complete(self, text, should_stop):
-        if "too long" in text:
-            raise ValueError("a text must be shorter")
-        self.last = self.next_last
-        return iter([" and", " so on"])
-
-    def undo(self):
-        if not self.turns:
-            raise ValueError("there must be a message")
-        del self.turns[-2:]
-
-    def retry(self):
-        self.turns.pop()
-
-    def new(self):
-        self.turns, self.last = [], None
-
-    def to_messages(self):
-        system = [("system", self.system)] if self.system else []
-        return [{"role": role, "content": text} for role, text in [*system, *self.turns]]
-
-    def from_messages(self, messages):
-        if any(message["role"] not in ROLES for message in messages):
-            raise ValueError("`role` must be known")
-        self.turns = [(message["role"], message["content"]) for message in messages]
-
-
-class FakeScreen:
-    """Remembers all that is shown, as (kind, text)."""
-
-    def __init__(self):
-        self.shown = []
-
-    def interrupted(self):
-        return False
-
-    def turn(self, role, pieces):
-        self.shown.append((role, "".join(pieces)))
-
-    def transcript(self, turns):
-        self.shown.append(("transcript", turns))
-
-    def notice(self, text):
-        self.shown.append(("notice", text))
-
-    def problem(self, text):
-        self.shown.append(("problem", text))
-
-
-class Run:
-    """A chat of fakes: run("/new") gives what was shown for it."""
-
-    def __init__(self, completes=False):
-        self.session = FakeSession()
-        self.screen = FakeScreen()
-        self.chat = Chat(self.session, self.screen, completes)
-
-    def __call__(self, text):
-        self.screen.shown.clear()
-        self.chat.enter(text)
-        return list(self.screen.shown)
 
 
 @pytest.fixture
 def run():
-    return Run()
-
-
-def notice(shown):
-    """The text of the one thing that was shown, a notice."""
-    [(kind, text)] = shown
-    assert kind == "notice"
-    return text
-
-
-def problem(shown):
-    """Likewise, a problem."""
-    [(kind, text)] = shown
-    assert kind == "problem"
-    return text
+    return RememberingChat()
 
 
 # --- messages -------------------------------------------------------------------------------------------------------
@@ -211,7 +109,7 @@ def test_a_command_of_another_chat_is_answered_with_ours(run, given, meant):
 @pytest.mark.parametrize("completes", [False, True])
 @pytest.mark.parametrize("command", ["/quit", "/exit", " /Exit "])
 def test_these_commands_leave_everywhere(command, completes):
-    run = Run(completes)
+    run = RememberingChat(completes)
     assert run(command) == []
     assert not run.chat.is_open
 
@@ -221,9 +119,15 @@ def test_a_bare_word_leaves_as_its_command_does(run, word):
     assert run(word) == []
     assert not run.chat.is_open
     assert run.session.turns == []
-    completing = Run(completes=True)
+    completing = RememberingChat(completes=True)
     completing(word)
     assert completing.chat.is_open  # there it is a text to go on with
+
+
+@pytest.mark.parametrize("said", ["exit now", "//exit", "how do I quit?", "/exi"])
+def test_other_lines_do_not_leave(said, run):
+    run(said)
+    assert run.chat.is_open
 
 
 def test_help_lists_every_command_on_lines_that_fit(run):
@@ -265,132 +169,11 @@ def test_a_bad_setting_is_refused_in_a_sentence(run, text, facts):
     assert settings_of(run.session) == before
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
-
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-
-
-@given(turns=st.lists(st.tuples(TEXT, TEXT), max_size=4), system=TEXT)
-def test_what_is_saved_is_one_line_and_is_loaded_as_it_was(turns, system, tmp_path_factory):
-    file = tmp_path_factory.mktemp("saved") / "a chat.jsonl"
-    run, again = Run(), Run()
-    run.session.system = system or None
-    run.session.turns = [turn for user, reply in turns for turn in (("user", user), ("assistant", reply))]
-    assert str(file) in notice(run(f"/save {file}"))
-    assert file.read_text(encoding="utf-8").count("\n") == 1
-    assert json.loads(file.read_text(encoding="utf-8")) == {"messages": run.session.to_messages()}
-    assert str(file) in notice(again(f"/load {file}")[-1:])
-    assert again.session.turns == [(message["role"], message["content"]) for message in run.session.to_messages()]
-
-
-def conversations(file):
-    return [[turn["content"] for turn in json.loads(line)["messages"]] for line in file.read_text().splitlines()]
-
-
-def test_a_file_of_others_is_never_replaced(run, tmp_path):
-    theirs = tmp_path / "theirs.jsonl"
-    for content in ("precious", '{"text": "precious"}\n'):
-        theirs.write_text(content)
-        assert str(theirs) in problem(run(f"/save {theirs}"))
-        assert theirs.read_text() == content
-    assert str(tmp_path) in problem(run(f"/save {tmp_path}"))
-
-
-def test_each_conversation_of_a_file_is_kept_and_this_one_is_renewed(run, tmp_path):
-    file = tmp_path / "chats.jsonl"
-    run("one")
-    assert "saved" in notice(run(f"/save {file}"))
-    run("two")
-    run(f"/save {file}")
-    assert conversations(file) == [["one", "reply 1", "two", "reply 2"]]
-    run("/new")
-    run("three")
-    assert "added" in notice(run(f"/save {file}"))
-    run("/undo")
-    run("four")
-    run(f"/save {file}")
-    assert conversations(file) == [["one", "reply 1", "two", "reply 2"], ["four", "reply 4"]]
-
-
-@pytest.mark.parametrize("end", ["\n", ""])
-def test_a_conversation_is_added_to_what_earlier_chats_have_saved(end, tmp_path):
-    file = tmp_path / "chats.jsonl"
-    file.write_text(json.dumps({"messages": [{"role": "user", "content": "earlier"}]}) + end)
-    run, other = Run(), Run()
-    run("now")
-    assert "added" in notice(run(f"/save {file}"))
-    other("there")
-    other(f"/save {file}")
-    run("again")
-    run(f"/save {file}")
-    expected = [["earlier"], ["now", "reply 1"], ["there", "reply 1"], ["now", "reply 1", "again", "reply 2"]]
-    assert conversations(file) == expected
-
-
-def test_a_conversation_that_is_loaded_is_another_one(run, tmp_path):
-    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
-    run("one")
-    run(f"/save {one}")
-    run(f"/save {other}")
-    run(f"/load {other}")
-    run("two")
-    run(f"/save {one}")
-    assert conversations(one) == [["one", "reply 1"], ["one", "reply 1", "two", "reply 2"]]
-
-
-@pytest.mark.parametrize("said", ["exit now", "//exit", "how do I quit?", "/exi"])
-def test_other_lines_do_not_leave(said, run):
-    run(said)
-    assert run.chat.is_open
-
-
-def test_bytes_that_are_no_text_do_not_keep_a_chat_from_being_saved(run, tmp_path):
-    run("what is \udcff?")
-    assert notice(run(f"/save {tmp_path / 'chat.jsonl'}"))
-    assert json.loads((tmp_path / "chat.jsonl").read_text())["messages"][0]["content"] == "what is ??"
-
-
-def test_a_file_that_cannot_be_written_is_said(run, tmp_path):
-    file = tmp_path / "missing" / "file"
-    assert re.search(f"{file}.*No such file", problem(run(f"/save {file}")))
-    assert "FILE" in problem(run("/save"))
-
-
-@pytest.mark.parametrize(
-    ("content", "fact"),
-    [
-        (None, "No such file"),
-        (b"", '{"messages": '),
-        (b"not json\n", "JSON lines"),
-        (b"\xff\xfe\n", "JSON lines"),
-        (b"[" * 100_000, "JSON lines"),
-        (b'{"text": "hello"}\n', '{"messages": '),
-        (b'{"messages": [{"role": "narrator", "content": ""}]}\n', "`role`"),
-    ],
-)
-def test_a_file_that_cannot_be_loaded_is_said_and_nothing_changes(run, tmp_path, content, fact):
-    run("hello")
-    turns = list(run.session.turns)
-    file = tmp_path / "chat.jsonl"
-    if content is not None:
-        file.write_bytes(content)
-    assert re.search(f"{file}.*{fact}", problem(run(f"/load {file}")))
-    assert run.session.turns == turns
-
-
-def test_the_first_of_several_conversations_is_loaded_and_it_is_said(run, tmp_path):
-    lines = [json.dumps({"messages": [{"role": "user", "content": text}]}) for text in ("first\u2028line", "second")]
-    (tmp_path / "two.jsonl").write_text("\n" + "\n".join(lines) + "\n")
-    shown = run(f"/load {tmp_path / 'two.jsonl'}")
-    assert shown[0] == ("transcript", [("user", "first\u2028line")])
-    assert "first conversation" in notice(shown[1:])
-
-
 # --- documents ------------------------------------------------------------------------------------------------------
 
 
 def test_documents_are_continued_without_turns():
-    run = Run(completes=True)
+    run = RememberingChat(completes=True)
     assert run("Once") == [(None, "Once and so on")]
     assert run("//usr") == [(None, "/usr and so on")]
     assert run("too long") == [("problem", "a text must be shorter")]

@@ -1,15 +1,17 @@
-"""Records, written to any kind of file and read back with their accounting checked."""
+"""Records, written to any kind of file and read back with their accounting checked, and a store of preferences."""
 
 import gzip
 import json
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 
 from gpt2ft.data.blocks import RecordBlock
 from gpt2ft.data.kinds import CONVERSATIONS, PREFERENCES
 from gpt2ft.data.reading import REASONS, DataError, ReadContext
 from gpt2ft.data.sources import Source, open_source
+from gpt2ft.data.store import open_store
 from gpt2ft.settings.sections import FilterSettings
 
 
@@ -96,3 +98,28 @@ def write():
         return file
 
     return write
+
+
+@pytest.fixture(scope="session")
+def random_groups(write, tmp_path_factory, tokenizer, cache):
+    """150 groups of preferences: prompts of up to five turns, two to six replies of up to 60 words, many ranks tied."""
+    random = np.random.default_rng(0)
+    words = ["tea", "rain", "cup", "warm", "leaf", "and", "of", "a"]
+
+    def message(id, role, most=60, **fields):
+        text = " ".join(random.choice(words, int(random.integers(1, most))).tolist())
+        return {"message_id": id, "role": role, "text": text, "replies": [], **fields}
+
+    trees = []
+    for number in range(150):
+        root = message(f"{number}", "system" if random.random() < 0.3 else "prompter", most=20)
+        last = root
+        for turn in range(2 * int(random.integers(0, 3)) + (root["role"] == "system")):
+            role = "prompter" if last["role"] in ("assistant", "system") else "assistant"
+            last["replies"] = [message(f"{number}-{turn}", role, most=20)]
+            (last,) = last["replies"]
+        ranks = [0, 1, *random.integers(0, 4, int(random.integers(0, 5))).tolist()]
+        last["replies"] = [message(f"{number}-r{i}", "assistant", rank=rank) for i, rank in enumerate(ranks)]
+        trees.append({"message_tree_id": f"{number}", "prompt": root})
+    file = write(tmp_path_factory.mktemp("groups") / "groups.jsonl", trees)
+    return open_store(str(file), FilterSettings(reviewed_only=False), tokenizer, cache, kind=PREFERENCES)

@@ -1,5 +1,6 @@
 """Small training runs in this process: a half of the quickstart's data, a model of one tenth, a second or two."""
 
+import shutil
 from contextlib import contextmanager
 
 import pytest
@@ -136,10 +137,16 @@ def own_trees(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(run_sft, own_trees, tmp_path_factory):
-    """A run of 7 steps to be verified: copy it before it is changed."""
+    """A run of 7 steps to be verified, and left as it is."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     run_sft(folder, 7, data={"train": [str(own_trees)]}, keep_for_verification=2)
     return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of it, to be changed."""
+    return shutil.copytree(finished, tmp_path / "run")
 
 
 @pytest.fixture(scope="session")

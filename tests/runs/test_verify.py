@@ -26,12 +26,6 @@ from gpt2ft.runs.recompute import choose
 from gpt2ft.settings.using import ExportSettings
 from gpt2ft.training.tracking import line_digests
 
-
-@pytest.fixture
-def run(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "run")
-
-
 # --- runs that verify -----------------------------------------------------------------------------------------------
 
 

@@ -21,11 +21,6 @@ from gpt2ft.runs import export
 from gpt2ft.settings.using import ExportSettings
 
 
-@pytest.fixture
-def run(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "run")
-
-
 def swap_checkpoints(run, one, other):
     for name in ("model.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors"):
         shutil.copy(run / "checkpoints" / one / name, run / "checkpoints" / other / name)

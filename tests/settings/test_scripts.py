@@ -4,6 +4,7 @@ import re
 from importlib.metadata import version
 
 import pytest
+from answers import keys
 from processes import run
 
 from gpt2ft import __main__ as main_module
@@ -30,10 +31,6 @@ def run_script(script, *words, **environment):
     """The last line of what a script prints, and all of it, with the code it ends with and what it imported."""
     done = run(["python", "-W", "error", "-c", RUN_AND_LIST_MODULES, LAUNCH / script, *words], code=None, **environment)
     return done.stdout.splitlines()[-1], done.printed
-
-
-def keys(problems):
-    return [problem.split("`")[1] for problem in problems]
 
 
 # --- the command line of each ---------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import GPT, HUMAN
 
 from gpt2ft.conversation import MessageTree
 from gpt2ft.data.formats.turns import Turn, clean, content_id
@@ -180,3 +181,22 @@ def test_a_conversation_without_turns_is_counted(read):
     assert len(trees) == 1
     assert +context.dropped == {"empty": 1}
     assert context.totals.trees == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        *((name, "user") for name in ("user", "human", "prompter", "User", "HUMAN")),
+        *(
+            (name, "assistant")
+            for name in ("assistant", "gpt", "chatgpt", "bot", "chatbot", "model", "ai", "Assistant")
+        ),
+        *((name, "system") for name in ("system", "developer", "System")),
+    ],
+)
+@pytest.mark.parametrize("layout", ["messages", "conversations"])
+def test_spellings_of_roles(name, role, layout, read):
+    spoken = {"system": {"from": "system", "value": "Be brief."}, "user": HUMAN, "assistant": GPT}
+    turns = [turn | {"from": name} if known == role else turn for known, turn in spoken.items()]
+    (tree,), _ = read([{layout: turns}])
+    assert [message.role for message in tree.messages] == ["system", "user", "assistant"]
