@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from gpt2ft.benchmark import made_up
 from gpt2ft.benchmark import usual as usual_module
-from gpt2ft.benchmark.made_up import VOCABULARY, made_up_group, made_up_tree
+from gpt2ft.benchmark.made_up import made_up_group, made_up_tree
 from gpt2ft.benchmark.usual import TRL, Transformers, Worker, take_step, usual_way
 from gpt2ft.benchmark.work import amounts_of
 from gpt2ft.data.packing import build_pairs, build_stream, number_replies
@@ -22,7 +23,14 @@ from gpt2ft.random import generator
 from gpt2ft.settings.measuring import BenchmarkSettings
 from gpt2ft.settings.training import PreferenceSettings
 
+VOCABULARY = 500
 TINY = GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2)
+
+
+@pytest.fixture(autouse=True)
+def small_vocabulary(monkeypatch):
+    """Almost all of the time goes by its length."""
+    monkeypatch.setattr(made_up, "VOCABULARY", VOCABULARY)
 
 
 class OneStep:
