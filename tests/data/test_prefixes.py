@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2ft.data import prefixes
+from gpt2ft.data import turn_nodes
 from gpt2ft.data.chunks import ConversationTrees, chunk
 from gpt2ft.data.corpus import load_corpora
 from gpt2ft.data.kinds import LABELLED, PREFERENCES
@@ -256,7 +256,7 @@ def test_nothing_depends_on_the_size_of_blocks(store, monkeypatch, weight, max_l
     rows = np.random.default_rng(3).permutation(np.concatenate([rows_of(store, store), rows_of(store)]))
     alone = chunk([store, store], rows, ConversationTrees(weight, max_length, capacity))
     expected = share_prefixes(alone)
-    monkeypatch.setattr(prefixes, "BLOCK", 100)
+    monkeypatch.setattr(turn_nodes, "BLOCK", 100)
     shared = share_prefixes(alone)
     for name in ("rows", "counts", "parts", "repeated", "pieces", "tokens_alone"):
         assert np.array_equal(getattr(shared, name), getattr(expected, name))
@@ -284,7 +284,7 @@ def test_memory_grows_with_conversations_and_not_with_their_turns(store_of, monk
         assert len(shared.together.members) > number / 2
         return np.array([most, kept])
 
-    monkeypatch.setattr(prefixes, "BLOCK", 512)
+    monkeypatch.setattr(turn_nodes, "BLOCK", 512)
     peak(100, 2)
     few, many, long = peak(1000, 2), peak(3000, 2), peak(1000, 16)
     assert ((many - few) / 2000 <= (240, 64)).all(), "bytes for each conversation"
