@@ -193,14 +193,28 @@ def compiler_problem() -> str | None:
     Triton builds a module for Python in C whenever it meets a new driver or an empty cache. So does this, in the same
     way, because a compiler without Python's or C's headers is no less common than none.
     """
-    for switch in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
-        if os.environ.get(switch) == "1":
-            return f"{switch}=1 switches compiling off: leave it out"
+    if problem := _switched_off():
+        return problem
     if find_spec("triton") is None:
         return "Triton is not installed: `pip install triton`"
     if torch.cuda.get_device_capability() < OLDEST_FOR_TRITON:
         return f"Triton compiles for compute capability 7.0 and newer, but {torch.cuda.get_device_name()} is older"
     return _c_compiler_problem()
+
+
+def cpp_compiler_problem() -> str | None:
+    """Return why nothing can be compiled for the CPU here, and what to do; None if it can."""
+    if problem := _switched_off():
+        return problem
+    compiler = os.environ.get("CXX") or "g++"  # as PyTorch has it
+    return None if shutil.which(compiler) else f"there is no C++ compiler {compiler}: install g++"
+
+
+def _switched_off() -> str | None:
+    for switch in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
+        if os.environ.get(switch) == "1":
+            return f"{switch}=1 switches compiling off: leave it out"
+    return None
 
 
 def _c_compiler_problem() -> str | None:

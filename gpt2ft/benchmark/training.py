@@ -15,9 +15,10 @@ from gpt2ft.benchmark.machine import seconds_of
 from gpt2ft.benchmark.made_up import VOCABULARY
 from gpt2ft.benchmark.work import Work
 from gpt2ft.checkpoint import TrainState
+from gpt2ft.distributed import launch_checks
 from gpt2ft.distributed.accelerator import autocast
-from gpt2ft.errors import Gpt2ftError
 from gpt2ft.model.attention import choose_backend
+from gpt2ft.model.compiled import Recompiled, choose_compiling
 from gpt2ft.model.gpt2 import GPT2, GPT2Config
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.model.lora import apply_lora
@@ -33,12 +34,6 @@ from gpt2ft.training.strategy import Strategy, cast_frozen, prepare
 
 PHASES = ("forward", "backward", "optimizer")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
-
-
-class Recompiled(Gpt2ftError):
-    """A graph was compiled after the first step: shapes are not what they seem."""
-
-    exit_code = 1
 
 
 class Silent:
@@ -70,7 +65,10 @@ class Training:
         gpt2.activation_checkpointing = settings.activation_checkpointing
         self.parameters = sum(parameter.numel() for parameter in gpt2.parameters())
         self.trained = sum(parameter.numel() for parameter in gpt2.parameters() if parameter.requires_grad)
-        model = TargetLogProbs(gpt2.to(accelerator.device), VOCABULARY, self.backend)
+        self.compiles = choose_compiling(
+            settings.compile, accelerator.device, self.backend, launch_checks.strategy(), "compile"
+        )
+        model = TargetLogProbs(gpt2.to(accelerator.device), VOCABULARY, self.backend, compiles=self.compiles)
         optimizer = adamw(
             gpt2, OptimizerSettings(), fused=accelerator.device.type == "cuda", lora_plus_ratio=settings.lora.plus_ratio
         )

@@ -24,7 +24,7 @@ from gpt2ft.wording import counted
 STARTED_WITHOUT_TORCHRUN = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 NAMES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "DeepSpeed ZeRO-2", "zero3": "DeepSpeed ZeRO-3"}
 SECTIONS = {"fsdp_config": "fsdp_", "deepspeed_config": "", "dynamo_config": "dynamo_"}  # prefixes that may be left out
-COMPILED = "attention is compiled anyway, and the rest would be again and again"
+COMPILED = "blocks are compiled anyway, and the rest would be again and again"
 OFF = "(?!(?:true|1|yes)$).*"
 # Of a launcher's settings: the variable, a pattern of what it may be, what must hold, and what to do if it does not.
 ALWAYS = (

@@ -15,8 +15,9 @@ Shape letters: N tokens, H heads, D head width.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from gpt2ft.device import compiler_problem
 from gpt2ft.errors import SettingsError
 from gpt2ft.stream import Segment, block_kinds, segments, visible
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 Backend = Literal["flex", "segments", "dense"]
 Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # q, k, v [N, H, D] and the layer -> [N, H, D]
@@ -77,15 +81,20 @@ def attention_for(horizons: Tensor, num_tokens: int, backend: Backend) -> Attent
     raise ValueError(f"`backend` must be flex, segments or dense, but is {backend!r}")
 
 
-def dense_attention(horizons: Tensor) -> Attention:
+@dataclass(frozen=True)
+class DenseAttention:
     """Attention with the N x N mask."""
-    mask = visible(horizons)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+    mask: Tensor  # bool [N, N]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, N, D]
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1)
+        return scaled_dot_product_attention(q, k, v, attn_mask=self.mask)[0].transpose(0, 1)
 
-    return attend
+
+def dense_attention(horizons: Tensor) -> DenseAttention:
+    """Return the reference for all others."""
+    return DenseAttention(visible(horizons))
 
 
 def segment_attention(horizons: Tensor, num_tokens: int) -> Attention:
@@ -124,26 +133,42 @@ def segment_attention(horizons: Tensor, num_tokens: int) -> Attention:
     return attend
 
 
-def flex_attention(horizons: Tensor) -> Attention:
-    """FlexAttention with a block mask: unseen blocks are skipped, wholly seen ones need no mask."""
-    from torch.nn.attention.flex_attention import BlockMask
+@dataclass(frozen=True)
+class FlexAttention:
+    """FlexAttention with a block mask: unseen blocks are skipped, wholly seen ones need no mask.
 
-    def rule(batch, head, query, key):
-        return (key <= query) & (query < horizons[key])
+    Lists of blocks are the number in each row [1, 1, N / block] and their columns, which come first.
+    """
 
-    some, full = block_kinds(horizons, FLEX_BLOCK)
-    partial_counts, partial_blocks = _counts_and_columns(some & ~full)
-    full_counts, full_blocks = _counts_and_columns(full)
-    block_mask = BlockMask.from_kv_blocks(
-        partial_counts, partial_blocks, full_counts, full_blocks, BLOCK_SIZE=FLEX_BLOCK, mask_mod=rule
-    )
-    kernel = _flex_kernel(horizons.device.type)
+    horizons: Tensor  # [N]
+    keys: tuple[Tensor, ...]  # by query block: the lists of partly seen key blocks, and of wholly seen ones
+    queries: tuple[Tensor, ...]  # by key block: those of the query blocks that see it, for the backward pass
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        from torch.nn.attention.flex_attention import flex_attention as inlined
+
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, N, D]
-        return kernel(q, k, v, block_mask=block_mask)[0].transpose(0, 1)
+        kernel = inlined if torch.compiler.is_compiling() else _flex_kernel(q.device.type)
+        return kernel(q, k, v, block_mask=self.block_mask())[0].transpose(0, 1)
 
-    return attend
+    def block_mask(self) -> "BlockMask":
+        """Return the mask as FlexAttention takes it, made of the tensors where it is used: in a graph, as its part."""
+        from torch.nn.attention.flex_attention import BlockMask
+
+        horizons, size = self.horizons, len(self.horizons)
+
+        def rule(batch, head, query, key):
+            return (key <= query) & (query < horizons[key])
+
+        return BlockMask((size, size), *self.keys, *self.queries, BLOCK_SIZE=(FLEX_BLOCK, FLEX_BLOCK), mask_mod=rule)
+
+
+def flex_attention(horizons: Tensor) -> FlexAttention:
+    """Return FlexAttention with the blocks found straight from the horizons."""
+    some, full = block_kinds(horizons, FLEX_BLOCK)
+    partial = some & ~full
+    keys = (*_counts_and_columns(partial), *_counts_and_columns(full))
+    return FlexAttention(horizons, keys, (*_counts_and_columns(partial.t()), *_counts_and_columns(full.t())))
 
 
 def _counts_and_columns(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,5 +182,13 @@ def _counts_and_columns(blocks: Tensor) -> tuple[Tensor, Tensor]:
 def _flex_kernel(device_type: str):
     from torch.nn.attention.flex_attention import flex_attention
 
-    # fullgraph: past the limit of recompilations it would be computed N x N without a word.
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True) if device_type == "cuda" else flex_attention
+    return compiled(flex_attention) if device_type == "cuda" else flex_attention
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compile for fixed shapes, as one graph or not at all: past the limit of recompilations, attention would be
+    computed N x N without a word."""
+    from torch._dynamo import config
+
+    config.optimize_ddp = False  # which cuts the graph of a block where DDP's buckets end
+    return torch.compile(function, dynamic=False, fullgraph=True)

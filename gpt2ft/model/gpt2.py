@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gpt2ft.model.attention import Attention
+from gpt2ft.model.compiled import CompiledBlocks
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,10 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, attend: Attention) -> Tensor:
+    def forward(self, x: Tensor, attend: Attention, compiled: CompiledBlocks | None = None) -> Tensor:
+        return compiled(self, x, attend) if compiled else self.compute(x, attend)
+
+    def compute(self, x: Tensor, attend: Attention) -> Tensor:
         x = x + self.attn(self.ln_1(x), attend)
         return x + self.mlp(self.ln_2(x))
 
@@ -126,18 +130,27 @@ class GPT2(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
-    def forward(self, tokens: Tensor, positions: Tensor, attend: Attention, noise: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attend: Attention,
+        noise: Tensor | None = None,
+        compiled: CompiledBlocks | None = None,
+    ) -> Tensor:
         """Return hidden states [N, E] of tokens and positions [N].
 
         Args:
             attend: the attention of their stream.
             noise: [N, E] on the embeddings of the tokens.
+            compiled: what computes the blocks, instead of themselves.
         """
         embeddings = self.wte(tokens) if noise is None else self.wte(tokens) + noise
         x = self.drop(embeddings + self.wpe(positions))
         activation_checkpointing = self.activation_checkpointing and torch.is_grad_enabled()
         for block in self.h:
-            x = checkpoint(block, x, attend, use_reentrant=False) if activation_checkpointing else block(x, attend)
+            arguments = (x, attend, compiled)
+            x = checkpoint(block, *arguments, use_reentrant=False) if activation_checkpointing else block(*arguments)
         return self.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

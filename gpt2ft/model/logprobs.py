@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2ft.model.attention import Backend, attention_for
+from gpt2ft.model.compiled import CompiledBlocks
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.neftune import embedding_noise
 from gpt2ft.stream import TokenStream
@@ -24,14 +25,18 @@ class TargetLogProbs(nn.Module):
         num_ids: ids in use. The rows of the table beyond them are padding, whose log-probability is minus infinity:
             they are left out of the normalisation, and no target may name them.
         neftune_alpha: of the noise on the embeddings in training, see neftune.py.
+        compiles: have blocks compiled, see compiled.py.
     """
 
-    def __init__(self, gpt2: GPT2, num_ids: int, backend: Backend, neftune_alpha: float = 0.0) -> None:
+    def __init__(
+        self, gpt2: GPT2, num_ids: int, backend: Backend, neftune_alpha: float = 0.0, compiles: bool = False
+    ) -> None:
         super().__init__()
         self.gpt2 = gpt2
         self.num_ids = num_ids
         self.backend = backend
         self.neftune_alpha = neftune_alpha
+        self.compiled = CompiledBlocks() if compiles else None
 
     def forward(self, stream: TokenStream) -> Tensor:
         attend = attention_for(stream.horizons, stream.num_tokens, self.backend)
@@ -39,7 +44,8 @@ class TargetLogProbs(nn.Module):
         if self.training and self.neftune_alpha:
             width = self.gpt2.config.n_embd
             noise = embedding_noise(self.neftune_alpha, stream.positions, stream.horizons, width)
-        hidden = self.gpt2(stream.tokens, stream.positions, attend, noise)[stream.supervised]  # [S, E]
+        hidden = self.gpt2(stream.tokens, stream.positions, attend, noise, self.compiled)
+        hidden = hidden[stream.supervised]  # [S, E]
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         table = self.gpt2.wte

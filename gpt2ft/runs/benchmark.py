@@ -114,6 +114,6 @@ def headline(settings: BenchmarkSettings, training: Training) -> str:
     return (
         f"{settings.what}, {settings.model}, {training.parameters / 1e6:.0f}M parameters{lora}, "
         f"{accelerator.num_processes} x {accelerator.device.type}, {precision_name(accelerator)}, "
-        f"{training.backend} attention, "
+        f"{training.backend} attention, blocks {'compiled' if training.compiles else 'as they are'}, "
         f"{settings.micro_batches} x {settings.tokens_per_micro_batch:,} tokens a step"
     )

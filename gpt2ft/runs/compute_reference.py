@@ -66,7 +66,9 @@ def _report(
         loaded, _ = find_model(name)
         if loaded.tokenizer.digest != setup.loaded.tokenizer.digest:
             raise ModelError(f"{name} must have the tokenizer of {setup.loaded.source}, but has another")
-        policy = TargetLogProbs(loaded.gpt2, len(loaded.tokenizer), model.backend).to(setup.accelerator.device)
+        policy = TargetLogProbs(
+            loaded.gpt2, len(loaded.tokenizer), model.backend, compiles=model.compiled is not None
+        ).to(setup.accelerator.device)
         store = store_for(loaded, policy, setup.accelerator, cache)
         attach_reference([plan], store, policy, setup.accelerator, signals)
         later = plan.reference

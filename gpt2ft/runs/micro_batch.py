@@ -89,6 +89,8 @@ def _fits(model: TargetLogProbs, accelerator: Any, hardware: Hardware, plan: Pla
     finally:
         torch.cuda.empty_cache()
         torch.compiler.reset()  # each length is compiled anew, and only so many may be
+        if model.compiled:
+            model.compiled.kinds.clear()
 
 
 def keep_size(settings: RunSettings, output: "Output", accelerator: Any) -> RunSettings:

@@ -11,9 +11,10 @@ from gpt2ft.data.plan import Plan
 from gpt2ft.data.prefixes import share_prefixes
 from gpt2ft.data.sources import Origin
 from gpt2ft.distributed import launch_checks
-from gpt2ft.distributed.accelerator import once_a_machine, precision_name
+from gpt2ft.distributed.accelerator import autocast, once_a_machine, precision_name
 from gpt2ft.errors import SettingsError
 from gpt2ft.model.attention import Backend, choose_backend
+from gpt2ft.model.compiled import choose_compiling
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.runs.data_statistics import FIGURES_FROM, data_statistics
 from gpt2ft.runs.describe import Hardware, describe
@@ -42,6 +43,7 @@ class RunSetup:
     eval_plan: Plan | None
     steps: int
     backend: Backend
+    compiles: bool
 
     @property
     def is_main(self) -> bool:
@@ -62,6 +64,8 @@ def set_up(settings: RunSettings, task: "Task", accelerator: Any) -> RunSetup:
     """
     training = settings.training
     backend = choose_backend(settings.model.attention, accelerator.device, "model.attention")
+    strategy = launch_checks.strategy()
+    compiles = choose_compiling(training.compile, accelerator.device, backend, strategy, "training.compile")
     loaded = load_start(settings)
     settings = for_model(settings, loaded.gpt2.config.n_embd)
     kind = task.chunking(training.auto_from, for_training=True).kind
@@ -72,14 +76,14 @@ def set_up(settings: RunSettings, task: "Task", accelerator: Any) -> RunSetup:
             "`training.patience` needs held-out data, but there are too few conversations to spare one: set `data.eval`"
         )
     if training.tokens_per_micro_batch == "auto":
-        model = _on_device(loaded, settings, backend, accelerator)
+        model = _on_device(loaded, settings, backend, compiles, accelerator)
         hardware = _hardware(settings, accelerator)
         settings = find_size(settings, model, accelerator, hardware, lambda sized: plan_for(corpus, sized, task, True))
     plan = plan_for(corpus, settings, task, for_training=True)
     eval_plan = plan_for(held_out, settings, task, for_training=False) if held_out else None
     steps = training.steps or plan.steps
     settings = for_plan(settings, plan, has_held_out=held_out is not None)
-    setup = RunSetup(settings, accelerator, loaded, corpus, held_out, plan, eval_plan, steps, backend)
+    setup = RunSetup(settings, accelerator, loaded, corpus, held_out, plan, eval_plan, steps, backend, compiles)
     if setup.is_main:
         _print_plan(setup)
     return setup
@@ -168,12 +172,14 @@ def for_plan(settings: RunSettings, plan: Plan, has_held_out: bool) -> RunSettin
 
 def target_log_probs(setup: RunSetup) -> TargetLogProbs:
     """Return the model as training calls it, in float32 and on the device."""
-    return _on_device(setup.loaded, setup.settings, setup.backend, setup.accelerator)
+    return _on_device(setup.loaded, setup.settings, setup.backend, setup.compiles, setup.accelerator)
 
 
-def _on_device(loaded: LoadedModel, settings: RunSettings, backend: Backend, accelerator: Any) -> TargetLogProbs:
+def _on_device(
+    loaded: LoadedModel, settings: RunSettings, backend: Backend, compiles: bool, accelerator: Any
+) -> TargetLogProbs:
     loaded.gpt2.activation_checkpointing = settings.training.activation_checkpointing
-    model = TargetLogProbs(loaded.gpt2, len(loaded.tokenizer), backend, settings.model.neftune_alpha)
+    model = TargetLogProbs(loaded.gpt2, len(loaded.tokenizer), backend, settings.model.neftune_alpha, compiles)
     return model.to(accelerator.device)
 
 
@@ -198,11 +204,15 @@ def run_preflight_checks(setup: RunSetup, model: TargetLogProbs) -> None:
             raise preflight.PreflightError(f"{expected} turns of a stream should be supervised, but {found} are")
         turns += found
     preflight.check_tied(model)
-    worst = preflight.check_isolation(model, plan.stream(plan.micro_batches(0)[0]))
+    stream = plan.stream(plan.micro_batches(0)[0])
+    compiled = preflight.check_compiled(model, stream, autocast(setup.accelerator)) if model.compiled else None
+    worst = preflight.check_isolation(model, stream)
     if setup.is_main:
         isolation = f"packed = alone within {worst:.1g} ({model.backend} attention)"
         stops = "1 supervised turn stops" if turns == 1 else f"{turns:,} supervised turns all stop"
         print_row("checked", f"{stops}; {isolation}")
+        if compiled:
+            print_row("compiled", "blocks = plain within {:.1g}, gradients within {:.1g}".format(*compiled))
 
 
 def cast_to_precision(setup: RunSetup, in_float32: TargetLogProbs) -> TargetLogProbs:

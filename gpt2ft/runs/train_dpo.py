@@ -118,5 +118,5 @@ def store_for(loaded: LoadedModel, model: TargetLogProbs, accelerator: Any, cach
         "precision": precision_of(accelerator),
         "attention": model.backend,
         "device": accelerator.device.type,
-    }
+    } | ({"blocks": "compiled"} if model.compiled else {})
     return ReferenceStore(cache_root(cache), computed_by, versions())

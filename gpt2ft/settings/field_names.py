@@ -278,7 +278,7 @@ FIELD_NAMES = {
         "device use_cpu cpu cuda no_cuda gpu accelerator",
         note="A GPU where there is one; ACCELERATE_USE_CPU=true for none.",
     ),
-    **_named("torch_compile compile use_compile", note="Compiled on CUDA without a setting."),
+    **_named("torch_compile compile use_compile", "training.compile compile", "On CUDA it is done by default."),
     **_named(
         "push_to_hub hub_model_id repo_id hub_token hub_private_repo",
         note="`launch/export.py --push NAME` uploads a model, privately unless `--public`; the key is that of the "

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from gpt2ft.settings.columns import column_problems
 from gpt2ft.settings.sections import (
+    Compile,
     CorpusSettings,
     FilterSettings,
     LoRASettings,
@@ -136,6 +137,8 @@ class BenchmarkSettings(StreamSettings):
     """Tokens of each reply of `generate`."""
     attention: Literal["auto", "flex", "segments", "dense"] = "auto"
     """Implementation of attention, as in training."""
+    compile: Compile = "auto"
+    """Compile the blocks of the model, as in training."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass, as in training."""
     peak_tflops: Annotated[float, Field(gt=0)] | None = None

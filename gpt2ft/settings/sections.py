@@ -95,8 +95,8 @@ def _meant(kind: Any, value: Any) -> Any:
         return (value,) if isinstance(value, str | int | float) else value
     if isinstance(value, str) and value.lower() == "none" and type(None) in get_args(kind):
         return None
-    if isinstance(value, bool) and {int, float} & _types(kind):
-        return str(value).lower()  # else true would be 1
+    if isinstance(value, bool) and {int, float, "true"} & _types(kind):
+        return str(value).lower()  # else true would be 1; and YAML has no other word for it
     return value
 
 
@@ -226,6 +226,9 @@ class SamplingSettings(SamplingDefaults):
 
     seed: int | None = None
     """The same seed gives the same reply; default: another every time."""
+
+
+Compile = Literal["auto", "true", "false"]
 
 
 class StreamSettings(Section):

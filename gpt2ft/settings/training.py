@@ -8,7 +8,16 @@ from pydantic import Field
 
 from gpt2ft.preference_losses import PREFERENCE_LOSSES
 from gpt2ft.settings.choices import TRACKERS
-from gpt2ft.settings.sections import CorpusSettings, Fraction, NotNegative, PairRule, Positive, Section, StreamSettings
+from gpt2ft.settings.sections import (
+    Compile,
+    CorpusSettings,
+    Fraction,
+    NotNegative,
+    PairRule,
+    Positive,
+    Section,
+    StreamSettings,
+)
 
 MessageWeight = Literal["once", "leaves"]
 TrainOn = Literal["all", "last"]
@@ -61,7 +70,7 @@ class TrainingSettings(StreamSettings):
     groups: ClassVar = {
         "evaluation": ("eval_every", "patience", "sample_prompts", "sample_tokens"),
         "checkpoints": ("save_every", "save_minutes", "keep_checkpoints", "keep_for_verification"),
-        "computing": ("precision", "activation_checkpointing", "deterministic"),
+        "computing": ("precision", "compile", "activation_checkpointing", "deterministic"),
     }
     tokens_per_micro_batch: Positive | Literal["auto"] = 8192
     """Most tokens in one stream, the unit of one pass through the model; auto: as many as memory holds, with fewer
@@ -102,6 +111,9 @@ class TrainingSettings(StreamSettings):
     max_skipped_steps: Positive = 10
     """Steps in a row with a gradient that is not finite, after which the run stops; in fp16 without those that a lower
     scale of the loss may mend."""
+    compile: Compile = "auto"
+    """Compile the blocks of the model: one graph for all layers and streams. auto: on CUDA, where a compiler is and the
+    strategy is not ZeRO-3; true: also on a CPU, with `model.attention dense`; false: never."""
     activation_checkpointing: bool = False
     """Keep fewer activations and compute them again in the backward pass: same run, less memory, a quarter slower."""
     deterministic: bool = False

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gpt2ft.conversation import SUPERVISED_ROLES
 from gpt2ft.errors import Gpt2ftError
+from gpt2ft.model.attention import attention_for
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.stream import TokenStream
 from gpt2ft.text.tokenizer import ChatTokenizer
@@ -112,6 +113,59 @@ def check_isolation(model: TargetLogProbs, stream: TokenStream, paths: int = 4) 
             "try `--model.attention dense`"
         )
     return worst
+
+
+def check_compiled(model: TargetLogProbs, stream: TokenStream, precision: torch.autocast) -> tuple[float, float]:
+    """Check that compiled blocks give the log-probs of plain ones, and a block the gradients, on this data.
+
+    Without dropout, whose noise a compiled block draws in its own way.
+
+    Args:
+        precision: of training, in which gradients are compared; log-probs are in float32.
+
+    Returns:
+        The largest difference of a log-prob, and of the gradient of a parameter as a share of its norm.
+
+    Raises:
+        PreflightError: if one is beyond rounding.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    stream, compiled = stream.to(device), model.compiled
+    found = []
+    for model.compiled in (None, compiled):
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            log_probs = model(stream)[: stream.num_supervised]
+        with precision:
+            is_mixed = torch.is_autocast_enabled(device.type)
+            found.append((log_probs, _gradients_of_a_block(model, stream)))
+    model.train(was_training)
+    (plain, plain_gradients), (log_probs, gradients) = found
+    of_log_probs = float((log_probs - plain).abs().max()) if len(plain) else 0.0
+    pairs = zip(gradients, plain_gradients, strict=True)
+    shares = [float((gradient - as_plain).norm() / as_plain.norm().clamp_min(1e-30)) for gradient, as_plain in pairs]
+    of_gradients = float(torch.tensor(shares).max())  # NaN if one of them is
+    most = (1e-4 if device.type == "cpu" else 1e-3, 5e-2 if is_mixed else 1e-3)
+    if not (of_log_probs <= most[0] and of_gradients <= most[1]):
+        raise PreflightError(
+            f"compiled blocks differ from plain ones: log-probs by {of_log_probs:.2g} (at most {most[0]}), gradients "
+            f"by {of_gradients:.2g} of their norm (at most {most[1]}); use `--training.compile false`"
+        )
+    return of_log_probs, of_gradients
+
+
+def _gradients_of_a_block(model: TargetLogProbs, stream: TokenStream) -> list[Tensor]:
+    """Return the gradients of the first block's input and trained parameters, of its squared output.
+
+    The sum is divided so that neither its gradients nor their sums over tokens leave the range of fp16.
+    """
+    gpt2, block = model.gpt2, model.gpt2.h[0]
+    attend = attention_for(stream.horizons, stream.num_tokens, model.backend)
+    x = (gpt2.wte(stream.tokens) + gpt2.wpe(stream.positions)).detach().requires_grad_()
+    trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
+    loss = block(x, attend, model.compiled).square().sum() / len(x) ** 0.5
+    return torch.autograd.grad(loss, [x, *trained])
 
 
 def path_alone(stream: TokenStream, index: int, size: int = 0) -> tuple[TokenStream, Tensor]:

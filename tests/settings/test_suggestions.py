@@ -153,7 +153,7 @@ def test_another_unit_is_said_in_a_few_words():
         assert unit in answer("sft", name)[1]
 
 
-@pytest.mark.parametrize("name", ["wandb_project", "deepspeed", "packing", "load_in_4bit", "optim", "torch_compile"])
+@pytest.mark.parametrize("name", ["wandb_project", "deepspeed", "packing", "load_in_4bit", "optim"])
 def test_what_is_not_to_be_set_is_said(name):
     offered, note = answer("sft", name)
     assert offered == []
