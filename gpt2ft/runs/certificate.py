@@ -79,13 +79,17 @@ def _digests(folder: Path) -> dict[str, str]:
 def check_model(file: Path, model: Path) -> str:
     """Tell whether a model is one of a certificate's; return why not in one sentence, empty if it is."""
     certificate, found = read_json(file), _digests(model)
-    if not isinstance(certificate, dict) or certificate.get("format") != FORMAT or not certificate.get("verified"):
+    try:
+        if (certificate["format"], certificate["verified"]) != (FORMAT, True):
+            raise ValueError
+        run = certificate["run"]
+        for name, digests in certificate["models"].items():
+            dtype = next((key for key, digest in digests.items() if digest == found["float32"]), None)
+            if dtype and digests["tokenizer"] != found["tokenizer"]:
+                return f"{model} has the weights of {name}/ of {run}, but another tokenizer"
+            if dtype:
+                print(f"{model} is {name}/ of {run} in {dtype}, weights and tokenizer")
+                return ""
+    except (ValueError, LookupError, TypeError, AttributeError):  # of another shape than any that is written here
         return f"{file} is not the certificate of a run that verifies"
-    for name, digests in certificate["models"].items():
-        dtype = next((key for key, digest in digests.items() if digest == found["float32"]), None)
-        if dtype and digests["tokenizer"] != found["tokenizer"]:
-            return f"{model} has the weights of {name}/ of {certificate['run']}, but another tokenizer"
-        if dtype:
-            print(f"{model} is {name}/ of {certificate['run']} in {dtype}, weights and tokenizer")
-            return ""
-    return f"{model} is no model of {certificate['run']}: its weights have the digest {found['float32']}"
+    return f"{model} is no model of {run}: its weights have the digest {found['float32']}"

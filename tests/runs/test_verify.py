@@ -74,8 +74,12 @@ def test_lines_that_are_no_runs_are_named(run, another):
         check(run, another)
 
 
-def test_another_file_is_no_certificate(tiny_weights_folder, tmp_path):
-    write_json(tmp_path / "manifest.json", {"format": 1, "step": 3})
+@pytest.mark.parametrize(
+    "content", [[1], {"format": 1, "step": 3}, *({"format": 1, "verified": True, "run": "r"} | more for more in (
+        {}, {"models": [1]}, {"models": {"model": "all"}}, {"models": {"model": None}}))]
+)  # fmt: skip
+def test_another_file_is_no_certificate(content, tiny_weights_folder, tmp_path):
+    write_json(tmp_path / "manifest.json", content)
     assert "is not the certificate of a run" in check(tmp_path / "manifest.json", tiny_weights_folder)
 
 
