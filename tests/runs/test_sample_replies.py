@@ -5,6 +5,7 @@ import shlex
 
 import processes
 import pytest
+from accelerate.state import AcceleratorState
 
 from gpt2ft.data.reading import DataError
 from gpt2ft.errors import SettingsError
@@ -27,6 +28,7 @@ def sample(tiny_weights_folder, tmp_path, one_thread):
             "min_words": 5,
         }
         output = tmp_path / name
+        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier test may have left another precision
         sample_replies.run(SampleSettings(model=str(tiny_weights_folder), output=str(output), **given | changes))
         return output.read_text().splitlines()
 
