@@ -10,6 +10,7 @@ import numpy as np
 
 from gpt2ft.data.corpus import Corpus
 from gpt2ft.data.kinds import LABELLED
+from gpt2ft.data.labelled_replies import DESIRABLE
 from gpt2ft.data.mixing import LEAST_TO_HOLD_OUT
 from gpt2ft.data.plan import Plan
 from gpt2ft.data.reading import listed
@@ -84,6 +85,9 @@ def describe(setup: "RunSetup", hardware: Hardware) -> Iterator[tuple[str, str]]
             f"sequences of their own they would be {tokens_if_unpacked:,} tokens, "
             f"{tokens_if_unpacked / plan.tokens:.1f} times as many",
         )
+        if others and len(labels := _labels(setup.corpus)) == 1:
+            which, other = ("undesirable", "less") if DESIRABLE not in labels else ("desirable", "more")
+            yield "warning", f"all labels are {which}: replies only become {other} likely, whatever they are like"
     yield "training", describe_steps(plan, setup.steps, setup.settings.optimizer.learning_rate)
     if setup.settings.training.patience:
         yield "", describe_patience(setup.settings.training, setup.steps, plan)
@@ -91,6 +95,11 @@ def describe(setup: "RunSetup", hardware: Hardware) -> Iterator[tuple[str, str]]
         yield "warning", few_steps_warning(setup.steps, setup.settings.training)
     yield "devices", str(hardware)
     yield "memory", f"about {memory_estimate(loaded.gpt2, plan.capacity, hardware) / GIB:.1f} GiB per device"
+
+
+def _labels(corpus: Corpus) -> set[int]:
+    """Return the labels that sources of labelled replies have, as ranks; what is no such reply has -1."""
+    return {int(rank) for store in corpus.stores for rank in np.unique(store.nodes("ranks")[0])} - {-1}
 
 
 def few_steps_warning(steps: int, training: TrainingSettings) -> str:

@@ -1,6 +1,8 @@
 """A run on labelled replies: it starts where the reference is, learns what the labels say, and resumes like any."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,6 +54,14 @@ def test_it_learns_what_the_labels_say_and_resumes_to_the_same_bits(run_dpo, sto
     assert [line["train/loss"] for line in logged(tmp_path / "parts", "train")] == [
         line["train/loss"] for line in steps
     ]
+
+
+@pytest.mark.parametrize(("label", "told"), [("true", "desirable"), ("false", "undesirable"), (None, "")])
+def test_labels_that_are_all_the_same_are_told_of(run_dpo, rows, tmp_path, capsys, label, told):
+    file, text = tmp_path / "rows.jsonl", Path(rows).read_text()
+    file.write_text(re.sub(r"true|false", label, text) if label else text)
+    run_dpo(tmp_path / "run", 1, data={"train": [str(file)], "eval": []}, dpo={"loss": "kto"})
+    assert re.findall(r"all labels are (\w+):", capsys.readouterr().out) == ([told] if told else [])
 
 
 @pytest.mark.parametrize(
