@@ -17,7 +17,7 @@ from gpt2ft.data.reading import listed
 from gpt2ft.device import PrecisionName
 from gpt2ft.distributed.launch_checks import NAMES, StrategyName
 from gpt2ft.model.gpt2 import GPT2
-from gpt2ft.model.logprobs import CHUNK
+from gpt2ft.model.logprobs import chunk_size
 from gpt2ft.settings.training import TrainingSettings
 from gpt2ft.wording import counted
 
@@ -165,7 +165,8 @@ def memory_estimate(gpt2: GPT2, capacity: int, hardware: Hardware) -> float:
     per_layer = 18 if trained == parameters else 13
     layers = per_layer + config.n_layer if hardware.activation_checkpointing else per_layer * config.n_layer
     activations = capacity * config.n_embd * width * (layers + 4)
-    return state + activations + 2 * CHUNK * config.vocab_size * 4
+    logits = min(chunk_size(hardware.device), capacity) * config.vocab_size * 4
+    return state + activations + 2 * logits
 
 
 def optimizer_bytes(gpt2: GPT2, hardware: Hardware) -> float:

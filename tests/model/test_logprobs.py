@@ -2,11 +2,14 @@
 
 from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2ft.model import logprobs
 from gpt2ft.model.attention import attention_for
@@ -134,6 +137,117 @@ class TestHead:
         logprobs._LogProbs.apply(hidden, weight, None, None, torch.zeros(5, dtype=torch.long), 9).sum().backward()
         assert hidden.grad is not None
         assert weight.grad is None
+
+
+class Recorded(TorchDispatchMode):
+    """Results of operators: name, shape, dtype; and the precision in which a CPU multiplies float32 just then."""
+
+    def __init__(self):
+        super().__init__()
+        self.results = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            precision = torch.backends.mkldnn.matmul.fp32_precision
+            self.results.append((func.overloadpacket.__name__, tuple(result.shape), result.dtype, precision))
+        return result
+
+
+class TestChunks:
+    """All chunks in one function: S targets, E wide, V rows, of which the last 8 are padding."""
+
+    S, E, V = 300, 32, 1000
+
+    def head(self, dtype=torch.bfloat16, device="cpu"):
+        generator = torch.Generator().manual_seed(0) if device == "cpu" else None
+        hidden = torch.randn(self.S, self.E, generator=generator, device=device).to(dtype).requires_grad_()
+        weight = torch.randn(self.V, self.E, generator=generator, device=device).to(dtype).float().requires_grad_()
+        targets = torch.randint(self.V - 8, (self.S,), generator=generator, device=device)
+        return hidden, weight, targets
+
+    def apply(self, hidden, weight, targets, rows=None, row_ids=None):
+        return logprobs._LogProbs.apply(hidden, weight, rows, row_ids, targets, self.V - 8)
+
+    @pytest.mark.parametrize("chunk", [4, 64, 1024])
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-3)])
+    def test_add_to_one_gradient_in_float32(self, dtype, tolerance, chunk, monkeypatch):
+        monkeypatch.setattr(logprobs, "CHUNK", chunk)
+        hidden, weight, targets = self.head(dtype)
+        rows, row_ids = weight.detach()[[3, 500]].requires_grad_(), torch.tensor([3, 500])
+        upstream = torch.randn(self.S, generator=torch.Generator().manual_seed(1))
+        found = torch.autograd.grad(self.apply(hidden, weight, targets), (hidden, weight), upstream)
+        of_rows = torch.autograd.grad(self.apply(hidden, weight.detach(), targets, rows, row_ids), rows, upstream)
+        exact = hidden.double(), weight.double()
+        expected = (exact[0] @ exact[1][: self.V - 8].t()).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        expected = torch.autograd.grad(expected, (hidden, weight), upstream.double())
+        assert [gradient.dtype for gradient in (*found, *of_rows)] == [dtype, torch.float32, torch.float32]
+        for one, other in zip((*found, *of_rows), (*expected, expected[1][row_ids]), strict=True):
+            assert (one.double() - other).norm() < tolerance * other.norm()
+
+    def test_cast_the_table_once_a_pass(self, monkeypatch):
+        monkeypatch.setattr(logprobs, "CHUNK", 64)
+        hidden, weight, targets = self.head()
+        with Recorded() as forward:
+            found = self.apply(hidden, weight, targets)
+        with Recorded() as backward:
+            found.sum().backward()
+        for recorded in (forward, backward):
+            of_table = [
+                dtype for name, shape, dtype, _ in recorded.results if (name, shape) == ("_to_copy", weight.shape)
+            ]
+            assert of_table.count(torch.bfloat16) == 1
+            assert sum(shape == (64, self.V) for name, shape, *_ in recorded.results if name == "mm") == 4
+
+    def test_hold_the_logits_of_one_alone(self, monkeypatch):
+        monkeypatch.setattr(logprobs, "CHUNK", 64)
+        hidden, weight, targets = self.head()
+        with Recorded() as recorded:
+            self.apply(hidden, weight, targets).sum().backward()
+        sizes = [np.prod(shape) for _, shape, *_ in recorded.results]
+        assert max(sizes) == 64 * self.V
+        buffers = [
+            name for name, shape, *_ in recorded.results if shape == (64, self.V) and name in ("empty", "new_empty")
+        ]
+        assert len(buffers) == 2  # in either pass one
+
+    def test_multiply_in_bfloat16_with_sums_in_float32_where_the_cpu_can(self):
+        matmul = torch.backends.mkldnn.matmul
+        before = matmul.fp32_precision
+        for dtype, expected in ((torch.bfloat16, "bf16"), (torch.float16, before), (torch.float32, before)):
+            with Recorded() as recorded, torch.no_grad():
+                self.apply(*self.head(dtype))
+            precisions = [precision for name, *_, precision in recorded.results if name == "mm"]
+            assert precisions == [expected]
+            assert [precision for name, *_, precision in recorded.results if name == "gather"] == [before]
+        hidden, weight, targets = self.head()
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            self.apply(hidden[:, 1:], weight, targets)
+        assert matmul.fp32_precision == before != "bf16"
+
+    def test_on_cuda_are_larger_and_give_float32_at_once(self, monkeypatch):
+        """Shapes and dtypes alone, without a GPU."""
+        monkeypatch.setattr(TestChunks, "S", 5000)
+        with FakeTensorMode():
+            hidden, weight, targets = (tensor.detach() for tensor in self.head(device="cuda"))
+            ctx = SimpleNamespace(
+                needs_input_grad=(True, True, False), save_for_backward=lambda *saved: kept.extend(saved)
+            )
+            kept = []
+            with Recorded() as forward:
+                found = logprobs._LogProbs.forward(ctx, hidden, weight, None, None, targets, self.V - 8)
+            ctx.saved_tensors = kept
+            with Recorded() as backward:
+                d_hidden, d_weight, *_ = logprobs._LogProbs.backward(ctx, torch.ones_like(found))
+        assert (found.shape, found.dtype, found.device.type) == ((5000,), torch.float32, "cuda")
+        assert (d_hidden.shape, d_hidden.dtype) == (hidden.shape, torch.bfloat16)
+        assert (d_weight.shape, d_weight.dtype) == (weight.shape, torch.float32)
+        logits = [((size, self.V), torch.float32) for size in (4096, 904)]
+        products = [(shape, dtype) for name, shape, dtype, _ in forward.results if name == "mm"]
+        assert products == logits
+        products = [(shape, dtype) for name, shape, dtype, _ in backward.results if name == "mm"]
+        assert [product for product in products if product[0][1] == self.V] == logits
+        assert products.count((weight.shape, torch.float32)) == 2
 
 
 class TestPadding:
