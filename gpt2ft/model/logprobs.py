@@ -19,7 +19,7 @@ from gpt2ft.model.neftune import embedding_noise
 from gpt2ft.stream import TokenStream
 
 CHUNK = 1024
-CHUNK_ON_CUDA = 4096  # too few rows leave much of a GPU idle
+CHUNK_ON_CUDA = 4 * CHUNK  # too few rows leave much of a GPU idle
 
 
 def chunk_size(device_type: str) -> int:
@@ -60,13 +60,14 @@ class TargetLogProbs(nn.Module):
         table = self.gpt2.wte
         weight = table.weight  # read on every process, even without targets: shards are gathered for it together
         rows = (getattr(table, "rows", None), getattr(table, "row_ids", None))  # trained alone, see lora.py
-        log_probs, scored = [], slice(stream.num_supervised)
-        if stream.num_supervised:
-            log_probs.append(_LogProbs.apply(hidden[scored], weight, *rows, stream.targets[scored], self.num_ids))
+        scored = -(-stream.num_supervised // CHUNK) * CHUNK  # so that there are few shapes
         # The rest are entries of weight 0. They stay connected, so that a stream without supervision takes part
         # in the gradient all-reduce like any other.
-        log_probs.append(hidden[stream.num_supervised :].float().sum(-1) * 0.0)
-        return torch.cat(log_probs)
+        rest = hidden[scored:].float().sum(-1) * 0.0
+        if not scored:
+            return rest
+        log_probs = _LogProbs.apply(hidden[:scored], weight, *rows, stream.targets[:scored], self.num_ids)
+        return torch.cat([log_probs, rest])
 
 
 class _LogProbs(torch.autograd.Function):
