@@ -1,15 +1,16 @@
 """Steps of the real loop, timed whole: training/fit.py with a model of random weights, and nothing to log or save.
 
-A step under the profiler, after those that are timed, tells where the time goes; timing each phase would have the
-device wait for the host between them.
+One more step, after those that are timed, tells where the time goes and how often the host waits. A GPU notes by itself
+when it comes to a phase: to time each would have it wait for the host between them.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
 from gpt2ft.benchmark.machine import seconds_of
 from gpt2ft.benchmark.made_up import VOCABULARY
@@ -33,7 +34,7 @@ from gpt2ft.training.optimizer import adamw
 from gpt2ft.training.strategy import Strategy, cast_frozen, prepare
 
 PHASES = ("forward", "backward", "optimizer")
-WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
+WAITS = {"cuda": ("cudaStreamSynchronize", "cudaEventSynchronize")}  # elsewhere numbers that would be read from a GPU
 
 
 class Silent:
@@ -116,40 +117,60 @@ class Training:
 
     def profile(self) -> dict[str, Any]:
         """Return where the time of one more step goes: seconds by phase, and how often the host waited."""
-        accelerator, strategy = self.accelerator, self.inputs.strategy
-        is_cuda = accelerator.device.type == "cuda"
-        kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * is_cuda
-        with profile(activities=kinds) as profiler, recorded(accelerator, strategy):
+        device, strategy = self.accelerator.device, self.inputs.strategy
+        kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+        with profile(activities=kinds) as profiler, recorded(self.accelerator, strategy) as spans:
             whole = self.step()
-        events = {event.key: event for event in profiler.key_averages()}
-        unit = "device_time_total" if is_cuda else "cpu_time_total"
-        phases = {name: getattr(events[name], unit) / 1e6 for name in PHASES if name in events}
+        phases = {name: seconds for name in PHASES if (seconds := sum(map(seconds_between, spans[name])))}
         phases["the rest"] = max(0.0, whole - sum(phases.values()))
-        return {"seconds_by_phase": phases, "host_waits": sum(events[name].count for name in WAITS if name in events)}
+        waits = WAITS.get(device.type, ("aten::_local_scalar_dense",))
+        return {
+            "seconds_by_phase": phases,
+            "host_waits": sum(event.count for event in profiler.key_averages() if event.key in waits),
+        }
 
 
 class recorded:
-    """Give the profiler a name for each phase within the block."""
+    """Note when each phase begins and ends within the block: a list of pairs of marks by phase."""
 
     def __init__(self, accelerator: Any, strategy: Strategy) -> None:
+        self.device = accelerator.device
         self.named = [(strategy.model, "forward"), (accelerator, "backward"), (strategy, "update")]
         self.own = [vars(owner).get(method) for owner, method in self.named]  # None: the class alone has it
+        self.spans: dict[str, list[tuple[Any, Any]]] = {name: [] for name in PHASES}
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> dict[str, list[tuple[Any, Any]]]:
         for (owner, method), phase in zip(self.named, PHASES, strict=True):
-            setattr(owner, method, under_name(phase, getattr(owner, method)))
+            setattr(owner, method, self.noting(self.spans[phase], getattr(owner, method)))
+        return self.spans
 
     def __exit__(self, *exception: object) -> None:
         for (owner, method), own in zip(self.named, self.own, strict=True):
             setattr(owner, method, own) if own else delattr(owner, method)
 
+    def noting(self, spans: list[tuple[Any, Any]], function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = mark(self.device)
+            result = function(*args, **kwargs)
+            spans.append((start, mark(self.device)))
+            return result
 
-def under_name(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with record_function(name):
-            return function(*args, **kwargs)
+        return call
 
-    return call
+
+def mark(device: torch.device) -> Any:
+    """Return the time, or an event by which a GPU will note it when it comes to it."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(span: tuple[Any, Any]) -> float:
+    """Return the seconds between two marks, of which a GPU must have come to the second."""
+    start, end = span
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
 
 
 def graphs_compiled() -> int:

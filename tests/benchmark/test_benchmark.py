@@ -1,8 +1,10 @@
 """The benchmark as it is called: what it measures, prints and writes, and what it refuses."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
 from gpt2ft.benchmark import machine, made_up, training, work
@@ -111,6 +113,31 @@ def test_what_is_compiled_after_the_first_step_ends_it(monkeypatch, small_vocabu
     trained.step()
     with pytest.raises(Recompiled, match=r"step 3 compiled 1 "):
         trained.step()
+
+
+def test_a_gpu_times_the_phases_by_its_own_events(monkeypatch):
+    """Which are read once it has come to all of them; to time each would have it wait."""
+    clock = iter(range(10, 100, 10))
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = next(clock)  # milliseconds
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    owner = SimpleNamespace(
+        forward=lambda x: x + 1, backward=None, update=None, device=torch.device("cuda"), model=None
+    )
+    owner.model = owner
+    with training.recorded(owner, owner) as spans:
+        assert [owner.forward(x) for x in (1, 2)] == [2, 3]
+    assert [training.seconds_between(span) for span in spans["forward"]] == [0.01, 0.01]
+    assert not spans["backward"]
 
 
 @pytest.mark.parametrize(
