@@ -15,9 +15,10 @@ LENGTH_OF_A_MESSAGE = 1000  # in hand-made trees token m * 1000 + i is token i o
 
 
 def pytest_xdist_auto_num_workers(config):
-    """Folders are shared by two processes; a few files would be done before a second one has imported PyTorch."""
+    """Folders are shared by two processes, but not the GPU, where speed is measured; a few files would be done before a
+    second one has imported PyTorch."""
     files = all(Path(argument.partition("::")[0]).suffix == ".py" for argument in config.args)
-    return 0 if files else min(2, os.cpu_count())
+    return 0 if files or config.option.markexpr == "gpu" else min(2, os.cpu_count())
 
 
 def pytest_configure(config):

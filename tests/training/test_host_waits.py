@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from host_waits import counted_waits
 from small_loop import MICRO_BATCHES, STEPS
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2ft.checkpoint import TrainState
 from gpt2ft.data.packing import build_pairs, build_stream, number_replies
@@ -16,22 +16,6 @@ from gpt2ft.objectives.dpo import DPO
 from gpt2ft.objectives.sft import SFT
 from gpt2ft.settings.training import PreferenceSettings
 from gpt2ft.training.fit import fit
-
-
-class HostWaits(TorchDispatchMode):
-    """Counts what has the CPU wait for a GPU: numbers that are read, and shapes that depend on values."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        name = function.overloadpacket.__name__
-        masks = [index for index in arguments[1] if index is not None] if name in ("index", "index_put_") else []
-        reads = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "repeat_interleave")
-        if name in reads or any(mask.dtype in (torch.bool, torch.uint8) for mask in masks):
-            self.found.append(name)
-        return function(*arguments, **(keywords or {}))
 
 
 class PairBatches:
@@ -64,7 +48,7 @@ def test_a_step_waits_for_the_device_once(what, backend, make_run, make_tree):
     inputs = replace(inputs, steps=100, batches=PairBatches(make_tree) if what == "dpo" else inputs.batches)
     inputs.strategy.model.backend = backend
     diary.signal_after, diary.save = STEPS, lambda state: None
-    with HostWaits() as waits, pytest.raises(Preempted):
+    with counted_waits(torch.device("cpu")) as waits, pytest.raises(Preempted):
         fit(replace(inputs, save=diary.save), TrainState())
     assert diary.advanced == STEPS
-    assert waits.found == ["_local_scalar_dense"] * STEPS
+    assert waits == ["_local_scalar_dense"] * STEPS

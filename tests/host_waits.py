@@ -1,0 +1,45 @@
+"""What has the CPU wait for a GPU: told by the GPU's own warnings there, and from the operators where there is none."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@contextmanager
+def counted_waits(device: torch.device) -> Iterator[list[str]]:
+    """Give a list that at the end of the block holds where, or by which operator, the CPU has waited each time."""
+    if device.type != "cuda":
+        with HostWaits() as waits:
+            yield waits.found
+        return
+    found: list[str] = []
+    warns_always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield found
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.set_warn_always(warns_always)
+    found += [f"{each.filename}:{each.lineno}" for each in caught if "synchronizing" in str(each.message)]
+
+
+class HostWaits(TorchDispatchMode):
+    """Counts what has the CPU wait for a GPU: numbers that are read, and shapes that depend on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        name = function.overloadpacket.__name__
+        masks = [index for index in arguments[1] if index is not None] if name in ("index", "index_put_") else []
+        reads = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "repeat_interleave")
+        if name in reads or any(mask.dtype in (torch.bool, torch.uint8) for mask in masks):
+            self.found.append(name)
+        return function(*arguments, **(keywords or {}))
