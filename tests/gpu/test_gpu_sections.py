@@ -18,7 +18,7 @@ from gpt2ft.runs import benchmark
 from gpt2ft.training.optimizer import adamw
 
 CPU = torch.device("cpu")
-LONG = ("sft_medium", "lora_medium", "dpo", "resume", "sft_usual", "dpo_usual")  # as others are, with other settings
+LONG = ("sft_medium", "lora_medium", "dpo", "runs", "resume", "sft_usual", "dpo_usual")
 
 
 def forget_accelerator():
