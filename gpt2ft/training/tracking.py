@@ -110,9 +110,18 @@ def as_json(value: float | str) -> float | str | None:
 
 def training_lines(metrics: Path) -> dict[int, dict[str, Any]]:
     """Return the lines of metrics.jsonl that are of training, by step; raise SettingsError if they are no run's."""
+    return _lines_with("train/loss", metrics)
+
+
+def held_out_lines(metrics: Path) -> dict[int, dict[str, Any]]:
+    """Return those that are of held-out data."""
+    return _lines_with("eval/loss", metrics)
+
+
+def _lines_with(name: str, metrics: Path) -> dict[int, dict[str, Any]]:
     try:
         lines = map(json.loads, metrics.read_text(encoding="utf-8").splitlines())
-        return {line["step"]: line for line in lines if "train/loss" in line}
+        return {line["step"]: line for line in lines if name in line}
     except (ValueError, LookupError, TypeError) as error:
         raise SettingsError(f"{metrics} must hold the lines that a run wrote, but does not: {error}") from error
 

@@ -15,6 +15,7 @@ from verification import (
     failures,
     forge_checkpoint,
     nudge,
+    other_held_out_loss,
     other_loss,
     read,
 )
@@ -205,6 +206,8 @@ def test_two_runs_are_compared_line_by_line(finished, another, run_sft, own_tree
     run_sft(tmp_path / "short", 3)
     assert "in what was trained on" in check(finished, tmp_path / "short")
     assert "data        `identity.tokenised_data." in capsys.readouterr().out
+    edit_line(tmp_path / "same", other_held_out_loss)
+    assert "differ first at step 7, in what was held out: `eval/loss`" in check(finished, tmp_path / "same")
     edit_line(tmp_path / "same", other_loss)
     assert "differ first at step 7, in numbers: `train/loss`" in check(finished, tmp_path / "same")
     change_json(tmp_path / "same" / "manifest.json", lambda manifest: manifest["versions"].update(torch="9"))
