@@ -169,28 +169,51 @@ def accelerator(one_thread):
 
 
 @pytest.fixture(scope="session")
-def tiny_model_folder(tmp_path_factory):
-    """The quickstart's vocabulary with a shape of 2 layers x 32."""
+def make_tiny_model(tmp_path_factory):
+    """make_tiny_model(num_merges): a shape of 2 layers x 32 with so many of the quickstart's merges, None for all."""
     from gpt2ft import quickstart
 
-    folder = tmp_path_factory.mktemp("tiny_model")
-    for name in ("vocab.json", "merges.txt"):
-        (folder / name).write_bytes((quickstart.MODEL / name).read_bytes())
-    config = json.loads((quickstart.MODEL / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps(config | {"n_ctx": 256, "n_positions": 256, "n_embd": 32, "n_head": 2, "n_layer": 2})
-    )
-    return folder
+    def make(num_merges):
+        folder = tmp_path_factory.mktemp("tiny_model")
+        version, *merges = (quickstart.MODEL / "merges.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
+        del merges[num_merges or len(merges) :]
+        built = {merge.replace(" ", "") for merge in merges}
+        names = json.loads((quickstart.MODEL / "vocab.json").read_text(encoding="utf-8"))
+        kept = [name for name in names if len(name) == 1 or name in built or name == "<|endoftext|>"]
+        (folder / "merges.txt").write_text("\n".join([version, *merges, ""]), encoding="utf-8")
+        (folder / "vocab.json").write_text(json.dumps({name: id for id, name in enumerate(kept)}), encoding="utf-8")
+        config = json.loads((quickstart.MODEL / "config.json").read_text())
+        config |= {"n_ctx": 256, "n_positions": 256, "n_embd": 32, "n_head": 2, "n_layer": 2, "vocab_size": len(kept)}
+        config |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), len(kept) - 1)
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")
-def tiny_weights_folder(tiny_model_folder, tmp_path_factory):
-    """The same shape with random weights in it."""
+def write_tiny_weights(tmp_path_factory):
+    """write_tiny_weights(folder): another folder, with random weights in its shape."""
     from gpt2ft.runs.export import write_folder
     from gpt2ft.runs.loaded_model import load_model
     from gpt2ft.settings.sections import ModelSettings
 
-    folder = tmp_path_factory.mktemp("tiny_weights") / "model"
-    policy = load_model(ModelSettings(path=str(tiny_model_folder), random_init=True), seed=3)
-    write_folder(folder, policy.weights(), policy.gpt2.config, policy.tokenizer)
-    return folder
+    def write(shape):
+        folder = tmp_path_factory.mktemp("tiny_weights") / "model"
+        policy = load_model(ModelSettings(path=str(shape), random_init=True), seed=3)
+        write_folder(folder, policy.weights(), policy.gpt2.config, policy.tokenizer)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(make_tiny_model):
+    """A quarter of the quickstart's vocabulary: most of the time goes by its length."""
+    return make_tiny_model(2000)
+
+
+@pytest.fixture(scope="session")
+def tiny_weights_folder(tiny_model_folder, write_tiny_weights):
+    """The same shape with random weights in it."""
+    return write_tiny_weights(tiny_model_folder)

@@ -11,7 +11,7 @@ from processes import ROOT, run, torchrun
 
 SCRIPT = "launch/sft.py"
 RECIPE = """
-model: {path: quickstart, random_init: true}
+model: {path: TINY_MODEL, random_init: true}
 data: {train: [quickstart], max_rank: 1, max_length: 256}
 training: {steps: 1, tokens_per_micro_batch: 256, micro_batches_per_step: 2, sample_prompts: 0}
 """
@@ -19,11 +19,11 @@ TWO_ON_CPU = (ROOT / "accelerate_configs" / "cpu.yaml").read_text(encoding="utf-
 
 
 @pytest.fixture
-def launch(tmp_path):
+def launch(tmp_path, tiny_model_folder):
     """launch(words before the script, **environment): how a training run of one step has ended, and its folder."""
 
     def launch(*words, **environment):
-        (tmp_path / "one_step.yaml").write_text(RECIPE)
+        (tmp_path / "one_step.yaml").write_text(RECIPE.replace("TINY_MODEL", str(tiny_model_folder)))
         command = [*words, SCRIPT, tmp_path / "one_step.yaml", "--output", tmp_path / "run"]
         no_accelerate_config = {"HF_HOME": tmp_path / "hf"}
         return run(command, seconds=600, **no_accelerate_config, **environment), tmp_path / "run"

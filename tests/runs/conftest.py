@@ -1,4 +1,4 @@
-"""Small training runs in this process: a half of the quickstart's data, a model of one tenth, a second or two."""
+"""Small training runs in this process: a part of the quickstart's data, a model of one hundredth, a second or two."""
 
 import shutil
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from gpt2ft.settings.scripts import DPOSettings, ReferenceSettings, SFTSettings
 
 @pytest.fixture(scope="session")
 def run_sft(tiny_model_folder, one_thread, tmp_path_factory):
-    """Trains: run_sft(output, steps=7, seed=0, objective=SFT(), ...). Steps of 6 streams, 16 to an epoch.
+    """Trains: run_sft(output, steps=7, seed=0, objective=SFT(), ...). Steps of 6 streams, 17 to an epoch.
 
     `path` is a folder with weights to start from, `lora` the settings of adapters.
     """
@@ -169,7 +169,7 @@ SMALL_STEPS = {
 
 
 def quickstart_data(cache):
-    return {"train": ["quickstart@0.5"], "eval": ["quickstart:held_out"], "max_length": 256, "cache": str(cache)}
+    return {"train": ["quickstart@0.4"], "eval": ["quickstart:held_out"], "max_length": 256, "cache": str(cache)}
 
 
 def train_here(settings, task):

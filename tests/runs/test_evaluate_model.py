@@ -22,13 +22,13 @@ from gpt2ft.settings.measuring import EvaluateSettings
 from gpt2ft.settings.parsing import parse_script
 from gpt2ft.settings.sections import ModelSettings
 
-FEW = {"data": ("quickstart:held_out",), "num_prompts": 21, "max_new_tokens": 8, "precision": "fp32"}
+FEW = {"data": ("quickstart:held_out",), "num_prompts": 21, "max_new_tokens": 12, "precision": "fp32"}
 
 
 @pytest.fixture(scope="module")
 def run_folder(run_sft, tiny_weights_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compared") / "tuned"
-    run_sft(folder, 6, path=tiny_weights_folder)
+    run_sft(folder, 6, path=tiny_weights_folder, learning_rate=1e-3)
     return folder
 
 

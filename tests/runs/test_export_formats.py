@@ -51,7 +51,7 @@ def exported(model, output, **settings):
 
 @pytest.fixture(scope="module")
 def ids():
-    return torch.randint(0, 3000, (100,), generator=torch.Generator().manual_seed(0))
+    return torch.randint(0, 2000, (100,), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()

@@ -194,7 +194,7 @@ def test_every_folder_of_a_run_has_its_card(lora_run, dpo_run):
     card = ModelCard.load(dpo_run / "model" / "README.md")
     assert {"sft", "lora", "dpo"} <= set(card.data.tags)
     assert "| DPO | trees.jsonl | not known here |" in card.text
-    assert "| SFT LoRA | quickstart x 0.5 | mit |" in card.text
+    assert "| SFT LoRA | quickstart x 0.4 | mit |" in card.text
     for file in (*lora_run.rglob("README.md"), *dpo_run.rglob("README.md")):
         assert str(lora_run.parent) not in file.read_text()
         assert str(Path(quickstart.TREES).parent) not in file.read_text()

@@ -13,7 +13,7 @@ from gpt2ft.errors import SettingsError
 from gpt2ft.objectives.sft import SFT
 from gpt2ft.training.fit import TrainingDiverged
 
-STEPS = 7  # 16 streams to an epoch in steps of 6: the run ends in the third
+STEPS = 7  # 17 streams to an epoch in steps of 6: the run ends in the third
 
 
 def weights(folder):

@@ -180,8 +180,9 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_model_folder, tiny_weights_folder, tmp_path_factory):
-    return Runs(tmp_path_factory.mktemp("runs"), tiny_model_folder, tiny_weights_folder)
+def runs(make_tiny_model, write_tiny_weights, tmp_path_factory):
+    shape = make_tiny_model(None)  # STEPS, and where its epochs end, go by the tokens of this one
+    return Runs(tmp_path_factory.mktemp("runs"), shape, write_tiny_weights(shape))
 
 
 def logged(folder, key):

@@ -89,7 +89,7 @@ def test_during_evaluation(evaluation, uninterrupted, run_sft, tmp_path, monkeyp
     def stream(self, micro_batch):
         if self.chunks.stores[0].source == "quickstart:held_out":
             asked.append(None)
-            if len(asked) == 10 * evaluation - 2:  # ten held-out streams
+            if len(asked) == 12 * evaluation - 2:  # twelve held-out streams
                 send(signal.SIGTERM)
         return whole(self, micro_batch)
 
@@ -97,7 +97,7 @@ def test_during_evaluation(evaluation, uninterrupted, run_sft, tmp_path, monkeyp
         patch.setattr(Plan, "stream", stream)
         with pytest.raises(Preempted):
             run_sft(tmp_path / "run", **RUN)
-    assert len(asked) >= 10 * evaluation - 2
+    assert len(asked) >= 12 * evaluation - 2
     run_sft(tmp_path / "run", **RUN)
     same_end(uninterrupted, tmp_path / "run")
 
