@@ -156,7 +156,7 @@ def _marks(record: Record, keys: Iterable[str], weights: Collection[str] = MARKS
             least = LEAST_WEIGHT if key in weights else 1
             if not isinstance(mark, int | float) or not (mark == 0 or least <= mark <= 1):
                 between = f", or from {LEAST_WEIGHT:f} to 1 where by a weight" if key in weights else ""
-                text = ", which is text, as all fields of .csv and .tsv are" if isinstance(mark, str) else ""
+                text = ", which is text: .csv and .tsv hold nothing else, .jsonl does" if isinstance(mark, str) else ""
                 raise Malformed(
                     f"`{key}` must be 1 or true where it is to be learnt, 0 or false where not{between}, but is "
                     f"{show(mark)}{text}{of(record)}; {PASS_OVER}"
