@@ -69,7 +69,8 @@ class Training:
         self.compiles = choose_compiling(
             settings.compile, accelerator.device, self.backend, launch_checks.strategy(), "compile"
         )
-        model = TargetLogProbs(gpt2.to(accelerator.device), VOCABULARY, self.backend, compiles=self.compiles)
+        num_ids = min(VOCABULARY, config.vocab_size)
+        model = TargetLogProbs(gpt2.to(accelerator.device), num_ids, self.backend, compiles=self.compiles)
         optimizer = adamw(
             gpt2, OptimizerSettings(), fused=accelerator.device.type == "cuda", lora_plus_ratio=settings.lora.plus_ratio
         )
