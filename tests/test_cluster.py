@@ -22,6 +22,7 @@ ENDS = {  # of torchrun: what its processes do first, and its exit code, which i
     "well": "save; exit 0",
     "failed": "save; exit 1",
     "told": "trap 'save; exit 1' TERM; touch \"$LOG.started\"; told; for _ in $(seq 200); do sleep 0.05; done; exit 9",
+    "while copying": 'save; until [ -e "$LOG.copying" ]; do sleep 0.01; done; exit 0',
     "told too early": "trap 'exit 1' TERM; told; for _ in $(seq 200); do sleep 0.05; done; exit 9",
 }
 NOTHING_MORE = "told() { :; }"
@@ -31,16 +32,21 @@ echo "torchrun $*" >> "$LOG"
 save() { mkdir -p "$SAVED/step-00000002" "$SAVED/.step-00000003.1.tmp"; echo new > "$SAVED/step-00000002/state.json"; }
 """
 RSYNC = f"""#!{sys.executable}
-import os, pathlib, shutil, sys
+import os, pathlib, shutil, sys, time
 options, (source, target) = sys.argv[1:-2], map(pathlib.Path, sys.argv[-2:])
 with open(os.environ["LOG"], "a") as log:
     print("rsync", *sys.argv[1:], file=log)
 if os.environ.get("NO_BUCKET"):
     sys.exit(23)
 if "--delete-after" in options:
+    copying = pathlib.Path(os.environ["LOG"] + ".copying")
+    copying.touch(exist_ok=False)  # no two at once
+    time.sleep(float(os.environ.get("COPY_TAKES", 0)))
     shutil.rmtree(target / source.name, ignore_errors=True)
 ignore = shutil.ignore_patterns(".*") if ".*" in options else None
 shutil.copytree(source, target / source.name, ignore=ignore, dirs_exist_ok=True)
+if "--delete-after" in options:
+    copying.unlink()
 """
 
 
@@ -238,6 +244,12 @@ def test_skypilots_first_machine_restores_shares_and_copies(cluster, sky_run):
     assert (bucket / "oasst-gpt2" / "checkpoints" / "step-00000002" / "state.json").read_text() == "new\n"
     assert not list(bucket.rglob(".*"))
     assert list(cluster.saved.glob(".*"))
+
+
+def test_skypilots_last_copy_waits_for_the_one_under_way(cluster, sky_run):
+    assert sky_run("while copying", 0, COPY_TAKES="0.5") == (0, "waits for the bucket\n")
+    assert (cluster.folder / "bucket/oasst-gpt2/checkpoints/step-00000002").exists()
+    assert len(cluster.calls("rsync")) >= 3
 
 
 def test_skypilots_other_machines_use_the_folder_of_the_first(cluster, sky_run):
