@@ -35,7 +35,7 @@ def recipe(tiny_model_folder, tmp_path):
             "dropout": 0.1,
             "neftune_alpha": 0.5,
         },
-        data={"train": ["quickstart@0.5"], "eval": ["quickstart:held_out"], "max_rank": 1, "max_length": 256},
+        data={"train": ["quickstart@0.4"], "eval": ["quickstart:held_out"], "max_rank": 1, "max_length": 256},
         training={
             "steps": STEPS,
             "tokens_per_micro_batch": 512,
