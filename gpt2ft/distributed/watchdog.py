@@ -97,7 +97,7 @@ class Watchdog(Thread):
             try:
                 self.store.set(self.keys[self.rank], beat)
                 beats = [Heartbeat(*json.loads(beat)) for beat in self.store.multi_get(self.keys)]
-            except RuntimeError:  # the first process may have ended well, and this one be about to
+            except RuntimeError:  # the first process has ended, and this one is about to, or the timer ends it
                 return
             timer.cancel()
             if diagnoses := [beat.diagnosis for beat in beats if beat.diagnosis]:  # of any process, this one too

@@ -91,7 +91,8 @@ def prepare_strategy(setup: RunSetup, model: TargetLogProbs, resume_point: Resum
     optimizer = adamw(model.gpt2, settings.optimizer, is_fused, settings.lora.plus_ratio)
     is_sharded = launch_checks.strategy() != "ddp"
     streams = settings.training.model_copy(update={"tokens_per_micro_batch": setup.plan.capacity})
-    advice = memory_advice(streams, settings.data.max_length, bool(settings.lora.rank), is_sharded)
+    longest = settings.data.max_length * (2 if setup.plan.pair_capacity else 1)  # the two replies of a pair
+    advice = memory_advice(streams, longest, bool(settings.lora.rank), is_sharded)
     with explain_out_of_memory(advice):
         strategy = prepare(accelerator, model, optimizer, settings.training.max_grad_norm)
         largest = setup.plan.stream(setup.plan.streams[0])

@@ -95,11 +95,13 @@ class Verification:
         self.manifest = self.output.read_manifest()
         keys = ("settings", "precision", "starts", "finished", "metrics", "identity")
         try:
-            given, precision, *_ = (self.manifest[key] for key in keys)
+            if lacking := [f"`{key}`" for key in keys if key not in self.manifest]:
+                raise LookupError(f"its manifest has no {', '.join(lacking)}")
+            given, precision = self.manifest["settings"], self.manifest["precision"]
             kind, task = (DPOSettings, PreferenceTuning) if "dpo" in given else (SFTSettings, FineTuning)
             self.settings = kind.model_validate(given)
         except UNREADABLE as error:
-            raise SettingsError(f"{folder} must be a finished run of this version, but is not: {error!r}") from error
+            raise SettingsError(f"{folder} must be a finished run of this version, but {error}") from error
         self.task, training = task(self.settings), self.settings.training
         self.accelerator = start_accelerator(precision, training.micro_batches_per_step, training.deterministic)
         seed = secrets.randbits(32) if asked.seed is None else asked.seed

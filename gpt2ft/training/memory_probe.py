@@ -104,7 +104,7 @@ def memory_advice(training: TrainingSettings, longest: int, uses_lora: bool, is_
     """Return how to need less memory, with the step kept as it is where possible.
 
     Args:
-        longest: tokens of the longest conversation: a stream cannot be smaller.
+        longest: tokens of the longest conversation or pair of replies: a stream cannot be smaller.
         is_sharded: the processes share the optimizer's memory already.
     """
     tokens, micro_batches = training.tokens_per_micro_batch, training.micro_batches_per_step

@@ -168,7 +168,7 @@ def test_elsewhere_the_tolerance_holds_and_is_named(run):
 def test_what_is_no_finished_run_is_refused(tmp_path, finished):
     assert verify.NotVerified.exit_code == 1
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(SettingsError, match="finished run"):
+    with pytest.raises(SettingsError, match="finished run of this version, but its manifest has no `settings`"):
         check(tmp_path)
     with pytest.raises(SettingsError, match="runs of this version"):
         check(finished, tmp_path)
