@@ -28,6 +28,11 @@ NVIDIA, DISPLAY = "0x10de", "0x03"  # vendor and class in PCI
 OLDEST_FOR_TRITON = (7, 0)  # compute capability
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
+# Caches of 1024 products by shape, 0.25 MiB each, one of oneDNN and one of every thread of PyTorch: 1.5 GB where the
+# attention of each stream has shapes of its own. Kept or made again, a product takes the same time.
+CACHES_OF_SHAPES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+SHAPES_KEPT = 128
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -161,13 +166,15 @@ def choose_precision(asked: str, without_bf16: PrecisionName = "fp16") -> Precis
     and fp32 otherwise.
 
     A GPU without bf16 emulates it: that is done where it is asked for, and said. From here on no product in float32 is
-    rounded to TF32.
+    rounded to TF32, and few products in bf16 on a CPU are kept by their shapes.
 
     Raises:
         DeviceError: if an Apple GPU is to compute in anything but fp32.
     """
     # Vendors' images let it be: checks in float32 would fail, and fp32 would not be fp32.
     torch.set_float32_matmul_precision("highest")
+    for capacity in CACHES_OF_SHAPES:  # read at the first product in bf16 on a CPU
+        os.environ.setdefault(capacity, str(SHAPES_KEPT))
     if device_type() == "mps" and asked not in ("auto", "fp32"):
         raise DeviceError(
             f"on Apple's GPUs `precision` must be fp32, but is {asked}: leave it out, or set ACCELERATE_USE_CPU=true"

@@ -1,15 +1,26 @@
 """The device is the one that was asked for: no GPU stands by unused, none is asked for what it has not."""
 
 import os
+import sys
 from contextlib import nullcontext
 
 import pytest
 import torch
 from facts import tells
-from processes import OF_LAUNCHERS
+from processes import OF_LAUNCHERS, ON_CPU, run
 
 from gpt2ft import device
-from gpt2ft.device import DeviceError, available_cores, check_gpu, choose_precision, compiler_problem, find_gpu, on_cuda
+from gpt2ft.device import (
+    CACHES_OF_SHAPES,
+    SHAPES_KEPT,
+    DeviceError,
+    available_cores,
+    check_gpu,
+    choose_precision,
+    compiler_problem,
+    find_gpu,
+    on_cuda,
+)
 
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 12020). Please update it.\nMore."
 
@@ -187,6 +198,30 @@ class TestPrecision:
         usable_gpu()
         assert choose_precision("bf16") == "bf16"
         assert tells(capsys.readouterr().err, "Tesla T4 ... no bf16 ... emulated ... `precision fp16`")
+
+    def test_shapes_of_products_take_no_more_and_more_memory(self):
+        program = """
+import psutil, torch
+from gpt2ft.device import choose_precision
+choose_precision("bf16")
+torch.set_num_threads(1)
+states, resident = torch.ones(700, 64, dtype=torch.bfloat16), []
+for shape in range(1, 601):
+    torch.mm(states[:shape], states[: shape + 100].t())
+    if shape in (300, 600):
+        resident.append(psutil.Process().memory_info().rss)
+print(resident[1] - resident[0])
+"""
+        unset = dict.fromkeys(CACHES_OF_SHAPES)
+        assert int(run([sys.executable, "-c", program], **ON_CPU, **unset).stdout) < 60 * 2**20
+
+    def test_a_number_of_shapes_that_somebody_has_set_stays(self, monkeypatch):
+        one, other = CACHES_OF_SHAPES
+        monkeypatch.setenv(one, "7")
+        monkeypatch.setenv(other, "")  # to be put back in the end
+        monkeypatch.delenv(other)
+        choose_precision("fp32")
+        assert (os.environ[one], os.environ[other]) == ("7", str(SHAPES_KEPT))
 
     @pytest.mark.parametrize("asked", ["auto", "fp32", "bf16"])
     def test_float32_is_not_rounded_to_tf32(self, asked):
