@@ -10,13 +10,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from gpt2ft.errors import Gpt2ftError, is_first_on_machine
 from gpt2ft.system import bound_cores
@@ -38,6 +39,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 class DeviceError(Gpt2ftError):
     """A GPU that is there and cannot be used."""
+
+
+def to_device(numbers: Sequence, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Return numbers as a tensor on a device, which is not waited for: a copy of pinned memory does not block."""
+    return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 # --- CPU or GPU -----------------------------------------------------------------------------------------------------

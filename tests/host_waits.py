@@ -2,17 +2,22 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @contextmanager
-def counted_waits(device: torch.device) -> Iterator[list[str]]:
-    """Give a list that at the end of the block holds where, or by which operator, the CPU has waited each time."""
+def counted_waits(device: torch.device, copies: bool = False) -> Iterator[list[str]]:
+    """Give a list that at the end of the block holds where, or by which operator, the CPU has waited each time.
+
+    Args:
+        copies: where there is no GPU, count copies to and from the device too: all tensors then belong on it.
+    """
     if device.type != "cuda":
-        with HostWaits() as waits:
+        with HostWaits() as waits, Copies(waits.found) if copies else nullcontext():
             yield waits.found
         return
     found: list[str] = []
@@ -43,3 +48,23 @@ class HostWaits(TorchDispatchMode):
         if name in reads or any(mask.dtype in (torch.bool, torch.uint8) for mask in masks):
             self.found.append(name)
         return function(*arguments, **(keywords or {}))
+
+
+class Copies(TorchFunctionMode):
+    """Counts what would have the CPU wait for a copy, as seen in how it is called: lists of numbers, either way."""
+
+    def __init__(self, found):
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        keywords = keywords or {}
+        name = getattr(function, "__name__", "")
+        places = [value for value in (*arguments[1:], keywords.get("device")) if isinstance(value, (torch.device, str))]
+        makes = name in ("tensor", "as_tensor") and keywords.get("device") is not None
+        moves = name in ("to", "cpu", "cuda") and (places or name != "to") and not keywords.get("non_blocking")
+        index = arguments[1] if name in ("__getitem__", "__setitem__") else ()
+        lists = any(isinstance(each, list) for each in (index if isinstance(index, tuple) else (index,)))
+        if name == "tolist" or makes or moves or lists:
+            self.found.append(name)
+        return function(*arguments, **keywords)

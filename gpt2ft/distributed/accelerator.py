@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from gpt2ft.device import DTYPES, PrecisionName, available_cores, choose_precision, device_type, on_cuda
+from gpt2ft.device import DTYPES, PrecisionName, available_cores, choose_precision, device_type, on_cuda, to_device
 from gpt2ft.distributed import cpu, launch_checks, rendezvous, watchdog
 from gpt2ft.distributed.launch_checks import LaunchError, StrategyName
 from gpt2ft.distributed.launcher_arguments import is_launched
@@ -223,9 +223,7 @@ def as_sums(accelerator: Any, *values: Tensor) -> Tensor:
 
 def on_device(accelerator: Any, *numbers: float) -> Tensor:
     """Return numbers as float64 where sums lie, without waiting for the device."""
-    is_cuda = accelerator.device.type == "cuda"  # a copy of pinned memory does not block
-    values = torch.tensor(numbers, dtype=torch.float64, pin_memory=is_cuda)
-    return values.to(device_of_sums(accelerator), non_blocking=True)
+    return to_device(numbers, device_of_sums(accelerator), torch.float64)
 
 
 def device_sum(accelerator: Any, values: Tensor) -> Tensor:

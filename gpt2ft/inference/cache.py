@@ -1,5 +1,7 @@
 """Keys and values of the tokens that sequences hold, and the attention over them.
 
+Nothing here waits for the device: what is computed on is known on the CPU, from the lengths.
+
 Shape letters: B sequences, N new tokens, T cached tokens, H heads, D head width.
 """
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from gpt2ft.device import to_device
 from gpt2ft.model.attention import Attention
 from gpt2ft.model.gpt2 import GPT2
 
@@ -35,15 +38,15 @@ class KeyValueCache:
                 for layer, tensor in enumerate(tensors):
                     tensors[layer] = pad(tensor, (0, 0, 0, more))
 
-    def prefill(self, slot: int, start: int) -> Attention:
-        """Attention of one sequence's tokens from `start` on to the cached ones before and, causally, each other."""
+    def prefill(self, slot: int, start: int, end: int) -> Attention:
+        """Attention of one sequence's tokens `start` to `end` to the cached ones before and, causally, each other."""
+        device = self.keys[0].device
+        mask = torch.ones(end - start, end, dtype=torch.bool, device=device).tril(start) if start else None
 
         def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-            end = start + len(k)
             self.keys[layer][slot, :, start:end] = k.transpose(0, 1)
             self.values[layer][slot, :, start:end] = v.transpose(0, 1)
             keys, values = self.keys[layer][slot, :, :end], self.values[layer][slot, :, :end]  # [H, T, D]
-            mask = torch.ones(len(q), end, dtype=torch.bool, device=q.device).tril(start) if start else None
             mixed = scaled_dot_product_attention(
                 q.transpose(0, 1)[None], keys[None], values[None], attn_mask=mask, is_causal=mask is None
             )
@@ -54,8 +57,9 @@ class KeyValueCache:
     def step(self, slots: Sequence[int], lengths: Sequence[int]) -> Attention:
         """Attention of one new token in each of `slots` (ascending) to itself and `lengths` cached ones; N is B."""
         device, most = self.keys[0].device, max(lengths) + 1
-        index, ends = torch.tensor([slots, lengths], device=device)
-        seen = torch.arange(most, device=device) <= ends[:, None]  # [B, T]
+        index, ends = to_device([slots, lengths], device)
+        # Without a mask where all see all: CUDA then has a faster kernel.
+        seen = None if min(lengths) == max(lengths) else torch.arange(most, device=device) <= ends[:, None, None, None]
         is_run = len(slots) == slots[-1] - slots[0] + 1
         rows = slice(slots[0], slots[-1] + 1) if is_run else index  # a run of slots is read in place, others are copied
 
@@ -63,7 +67,7 @@ class KeyValueCache:
             self.keys[layer][index, :, ends] = k
             self.values[layer][index, :, ends] = v
             keys, values = self.keys[layer][rows, :, :most], self.values[layer][rows, :, :most]  # [B, H, T, D]
-            return scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=seen[:, None, None])[:, :, 0]
+            return scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=seen)[:, :, 0]
 
         return attend
 

@@ -5,7 +5,7 @@
              --------------------------------------------------> steps, one token of every open sequence each
 
 A step is one forward pass over one stream: the last token of every sequence, and a chunk of the prompts that have just
-joined. So no long prompt holds up the others.
+joined. So no long prompt holds up the others. The CPU waits for the device once a step: for the ids.
 
 Shape letters: B sequences, N new tokens, E embedding width, V rows of the vocabulary.
 """
@@ -13,20 +13,23 @@ Shape letters: B sequences, N new tokens, E embedding width, V rows of the vocab
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gpt2ft.device import to_device
 from gpt2ft.inference.cache import KeyValueCache, side_by_side
 from gpt2ft.inference.sampling import Sampler, sample
 from gpt2ft.model.attention import sdpa_of_varying_shapes
 from gpt2ft.model.gpt2 import GPT2
-from gpt2ft.model.logprobs import head_logits
+from gpt2ft.model.logprobs import head_logits, head_table
 from gpt2ft.settings.sections import SamplingSettings
 from gpt2ft.text.tokenizer import ChatTokenizer
 
 PREFILL_CHUNK = 4096  # tokens of prompts in one pass, which bounds its memory
+BROKEN = -1  # in the place of an id: the logits were not finite
 
 FinishReason = Literal["stop", "length"]
 Ending = FinishReason | Literal["broken"]
@@ -90,8 +93,9 @@ class Decoder:
                 raise ValueError(f"`{name}` must be at least 1, but is {number}")
         self.model = model
         self._stop_ids = frozenset(stop_ids)
-        self._suppressed = suppressed.to(model.wte.weight.device)
-        self._control_ids = self._stop_ids | set(suppressed.nonzero()[:, 0].tolist())  # all that is not content
+        self._table = head_table(model.wte.weight.detach())
+        self._suppressed_ids = suppressed.to(self._table.device).nonzero()[:, 0]
+        self._control_ids = self._stop_ids | set(self._suppressed_ids.tolist())  # all that is not content
         self._prefill_chunk = prefill_chunk
         self._cache = KeyValueCache(model, num_sequences)
         self._cached: list[list[int]] = [[] for _ in range(num_sequences)]  # ids whose keys and values a slot holds
@@ -105,7 +109,7 @@ class Decoder:
 
     def check(self, prompt_ids: Sequence[int], max_new_tokens: int) -> None:
         """Raise ValueError if a prompt is empty, leaves no room for one token or holds an id that does not exist."""
-        rows, most = len(self._suppressed), self.model.config.n_positions - 1
+        rows, most = len(self._table), self.model.config.n_positions - 1
         if not 1 <= len(prompt_ids) <= most:
             raise ValueError(
                 f"a prompt must have from 1 to {most} tokens, so that the context of {most + 1} leaves room for one "
@@ -152,11 +156,11 @@ class Decoder:
         if not portions:
             return []
         hidden = self._read(portions)
-        ready = sorted((slot, row) for row, slot in enumerate(portions) if not self._sequence(slot).unread)
-        if not ready:
+        ends = dict(zip(portions, accumulate(map(len, portions.values())), strict=True))
+        slots = sorted(slot for slot in portions if not self._sequence(slot).unread)
+        if not slots:
             return []
-        slots, rows = zip(*ready, strict=True)
-        return list(self._sample(slots, hidden[list(rows)]))
+        return list(self._sample(slots, hidden[to_device([ends[slot] - 1 for slot in slots], hidden.device)]))
 
     def leave(self, slot: int) -> None:
         """Free a slot, also before its sequence has ended."""
@@ -210,41 +214,46 @@ class Decoder:
         return portions | dict(sorted(single.items()))
 
     def _read(self, portions: dict[int, list[int]]) -> Tensor:
-        """Run the model over all portions; the hidden state after the last id of each, [B, E]."""
+        """Run the model over all portions, end to end; their hidden states [N, E]."""
         starts = {slot: len(self._cached[slot]) for slot in portions}
         self._cache.make_room(max(starts[slot] + len(ids) for slot, ids in portions.items()))
         prompts = [slot for slot, ids in portions.items() if len(ids) > 1]
         singles = [slot for slot, ids in portions.items() if len(ids) == 1]
-        attentions = [self._cache.prefill(slot, starts[slot]) for slot in prompts]
         sizes = [len(portions[slot]) for slot in prompts]
+        attentions = [
+            self._cache.prefill(slot, starts[slot], starts[slot] + size)
+            for slot, size in zip(prompts, sizes, strict=True)
+        ]
         if singles:
             attentions.append(self._cache.step(singles, [starts[slot] for slot in singles]))
             sizes.append(len(singles))
         ids = [id for portion in portions.values() for id in portion]
         positions = [starts[slot] + i for slot, portion in portions.items() for i in range(len(portion))]
-        tokens, positions = torch.tensor([ids, positions], device=self._suppressed.device)
+        tokens, positions = to_device([ids, positions], self._table.device)
         with _evaluating(self.model), sdpa_of_varying_shapes():
             hidden = self.model(tokens, positions, side_by_side(attentions, sizes))  # [N, E]
         for slot, portion in portions.items():
             self._cached[slot] += portion
             self._sequence(slot).is_finite = False  # until the logits that follow are finite
             del self._sequence(slot).unread[: len(portion)]
-        lasts = torch.tensor([len(portion) for portion in portions.values()], device=hidden.device).cumsum(0) - 1
-        return hidden[lasts]
+        return hidden
 
     def _sample(self, slots: Sequence[int], hidden: Tensor) -> Iterator[StepResult]:
         """Sample the id that follows each hidden state, [B, E]."""
         sequences = [self._sequence(slot) for slot in slots]
-        logits = head_logits(hidden, self.model.wte.weight, len(self._suppressed))  # [B, V]
-        are_finite = logits.masked_fill(self._suppressed, 0.0).isfinite().all(-1)
-        logits = logits.masked_fill(~are_finite[:, None], 0.0).masked_fill(self._suppressed, -torch.inf)
-        for row, sequence in zip(logits, sequences, strict=True):
-            if others := self._stop_ids - sequence.stop_ids:
-                row[list(others)] = -torch.inf
+        logits = head_logits(hidden, self._table)  # [B, V]
+        logits.index_fill_(1, self._suppressed_ids, 0.0)  # which may be anything
+        are_finite = logits.amax(-1).isfinite() & logits.amin(-1).isfinite()
+        logits.masked_fill_(~are_finite[:, None], 0.0).index_fill_(1, self._suppressed_ids, -torch.inf)
+        foreign = [(row, id) for row, one in enumerate(sequences) for id in self._stop_ids - one.stop_ids]
+        if foreign:
+            rows, ids = to_device(foreign, logits.device).unbind(1)
+            logits[rows, ids] = -torch.inf
         ids = sample(logits, [sequence.sampler for sequence in sequences])
-        for slot, sequence, id, is_finite in zip(slots, sequences, ids.tolist(), are_finite.tolist(), strict=True):
-            sequence.is_finite = is_finite
-            yield StepResult(slot, *(_extend(sequence, id) if is_finite else _end(sequence, "broken")))
+        ids = ids.masked_fill(~are_finite, BROKEN).tolist()  # the wait
+        for slot, sequence, id in zip(slots, sequences, ids, strict=True):
+            sequence.is_finite = id != BROKEN
+            yield StepResult(slot, *(_extend(sequence, id) if sequence.is_finite else _end(sequence, "broken")))
 
 
 def _extend(sequence: _Sequence, id: int) -> tuple[int | None, Ending | None]:
@@ -265,12 +274,14 @@ def _end(sequence: _Sequence, finish_reason: Ending) -> tuple[None, Ending]:
 
 @contextmanager
 def _evaluating(model: GPT2) -> Iterator[None]:
-    was_training = model.training
+    if not model.training:
+        yield
+        return
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        model.train()
 
 
 def _num_shared(first: Sequence[int], second: Sequence[int]) -> int:

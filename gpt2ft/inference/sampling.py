@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpt2ft.device import to_device
 from gpt2ft.random import generator
 from gpt2ft.settings.sections import SamplingSettings
 
@@ -49,37 +50,40 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
 
     Args:
         logits: floating point [B, V], minus infinity for ids that must not be sampled.
-        samplers: B of them; each draws one number.
+        samplers: B of them; each draws one number, unless all take the likeliest.
     """
-    shaped = probabilities(penalized(logits, samplers), [sampler.settings for sampler in samplers])
-    return sample_by_inverse_cdf(shaped, [sampler.uniform() for sampler in samplers])
+    logits, settings = penalized(logits, samplers), [sampler.settings for sampler in samplers]
+    if all(one.temperature == 0 for one in settings):
+        return logits.argmax(-1)
+    return sample_by_inverse_cdf(probabilities(logits, settings), [sampler.uniform() for sampler in samplers])
 
 
 def penalized(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     """logits [B, V] after each sequence's repetition penalty."""
-    logits = logits.clone()
-    for row, sampler in zip(logits, samplers, strict=True):
-        penalty = _bounded(sampler.settings.repetition_penalty)
-        if penalty != 1 and sampler.content_ids:
-            ids = torch.tensor(sampler.content_ids, device=row.device)
-            old = row[ids]
-            row[ids] = torch.where(old < 0, old * penalty, old / penalty)
-    return logits
+    penalties = [_bounded(sampler.settings.repetition_penalty) for sampler in samplers]
+    repeated = [(row, id) for row, one in enumerate(samplers) if penalties[row] != 1 for id in one.content_ids]
+    if not repeated:
+        return logits
+    index = to_device(repeated, logits.device).unbind(1)
+    penalty, old = to_device(penalties, logits.device, logits.dtype)[index[0]], logits[index]
+    return logits.index_put(index, torch.where(old < 0, old * penalty, old / penalty))
 
 
 def probabilities(logits: Tensor, settings: Sequence[SamplingSettings]) -> Tensor:
     """logits [B, V] -> the probability of each id, [B, V]: 0 for what a step has left out."""
-    likeliest = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    are_greedy = [one.temperature == 0 for one in settings]
-    if all(are_greedy):
-        return likeliest
-    temperatures = torch.tensor([_bounded(one.temperature) for one in settings]).to(logits)
+    device, are_greedy = logits.device, [one.temperature == 0 for one in settings]
+    temperatures = to_device([_bounded(one.temperature) for one in settings], device, logits.dtype)
     scores = (logits - logits.amax(-1, keepdim=True)) / temperatures[:, None]
     rows = [row for row, one in enumerate(settings) if _truncates(one) and not are_greedy[row]]
     if rows:
-        left_out = ~_kept(scores[rows], [settings[row] for row in rows])
-        scores[rows] = scores[rows].masked_fill(left_out, -torch.inf)
-    return torch.where(torch.tensor(are_greedy, device=logits.device)[:, None], likeliest, scores.softmax(-1))
+        index = to_device(rows, device)
+        truncated = scores[index]
+        scores[index] = truncated.masked_fill(~_kept(truncated, [settings[row] for row in rows]), -torch.inf)
+    shaped = scores.softmax(-1)
+    if any(are_greedy):
+        likeliest = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+        shaped = torch.where(to_device(are_greedy, device)[:, None], likeliest, shaped)
+    return shaped
 
 
 def _truncates(settings: SamplingSettings) -> bool:
@@ -93,21 +97,17 @@ def _kept(scores: Tensor, settings: Sequence[SamplingSettings]) -> Tensor:
     Only the scores are sorted, not the ids with them: the kept ones are the beginning of a sorted row, so their number
     and the last score among them are enough.
     """
-    most = scores.shape[-1]
+    most, device = scores.shape[-1], scores.device
     ordered = _descending(scores)
-    last_kept = torch.tensor([min(s.top_k or most, most) - 1 for s in settings], device=scores.device)[:, None]
-    top_p, min_p = torch.tensor([_top_p_and_min_p(one) for one in settings]).to(scores).split(1, dim=-1)
+    last_kept = to_device([min(one.top_k or most, most) - 1 for one in settings], device)[:, None]
+    top_p, min_p = to_device(list(map(_top_p_and_min_p, settings)), device, scores.dtype).split(1, dim=-1)
     masses = ordered.masked_fill(ordered < ordered.gather(-1, last_kept), -torch.inf).softmax(-1)
     above = masses.cumsum(-1) - masses  # how probable the likelier ones are together
     is_kept = (masses > 0) & (above < top_p) & (masses >= min_p * masses[:, :1])
     num_kept = is_kept.sum(-1, keepdim=True)
     last = ordered.gather(-1, num_kept - 1)
-    kept = scores >= last
-    surplus = kept.sum(-1) - num_kept[:, 0]
-    for row in surplus.nonzero()[:, 0].tolist():
-        ties = (scores[row] == last[row]).nonzero()[:, 0]
-        kept[row, ties[len(ties) - int(surplus[row]) :]] = False
-    return kept
+    likelier, equal = scores > last, scores == last
+    return likelier | (equal & (equal.cumsum(-1) <= num_kept - likelier.sum(-1, keepdim=True)))
 
 
 def _descending(scores: Tensor) -> Tensor:
@@ -134,6 +134,6 @@ def sample_by_inverse_cdf(probabilities: Tensor, uniforms: Sequence[float]) -> T
     """
     sums = probabilities.cumsum(-1).masked_fill(probabilities == 0, 0.0)  # what has no probability passes nothing
     total = sums.amax(-1, keepdim=True)
-    uniform = torch.tensor(uniforms, dtype=sums.dtype, device=sums.device)[:, None]
+    uniform = to_device(uniforms, sums.device, sums.dtype)[:, None]
     quantile = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
     return (sums > quantile).int().argmax(-1)  # the first

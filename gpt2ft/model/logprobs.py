@@ -19,6 +19,7 @@ from gpt2ft.model.neftune import embedding_noise
 from gpt2ft.stream import TokenStream
 
 CHUNK = 1024
+ROWS_AT_ONCE = 64  # of the table, for few hidden states on a CPU: one product with all of it takes twice as long
 CHUNK_ON_CUDA = 4 * CHUNK  # too few rows leave much of a GPU idle
 
 
@@ -136,13 +137,24 @@ def write_trained_rows(weight: Tensor, rows: Tensor | None, row_ids: Tensor | No
     return weight
 
 
-def head_logits(hidden: Tensor, weight: Tensor, num_ids: int) -> Tensor:
-    """Return logits [C, V] in float32, minus infinity in the padding columns.
+def head_table(weight: Tensor) -> Tensor:
+    """Return the table for `head_logits`: in float32 where halves have no product in float32."""
+    return weight if weight.is_cuda else weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def head_logits(hidden: Tensor, table: Tensor) -> Tensor:
+    """Return logits [B, V] of a few hidden states, in float32.
 
     GPT-2's logits lie around -100, where bfloat16 resolves steps of 0.5: their sum must not be rounded to it.
     """
-    hidden, table = _factors(hidden, weight.to(hidden.dtype))
-    return _multiply(hidden, table, num_ids)
+    if hidden.is_cuda:
+        return _multiply(hidden, table.to(hidden.dtype), len(table))
+    with torch.autocast(hidden.device.type, enabled=False):
+        hidden = hidden.to(table.dtype)
+        if len(table) % ROWS_AT_ONCE:
+            return hidden @ table.t()
+        blocks = table.unflatten(0, (-1, ROWS_AT_ONCE))
+        return torch.bmm(blocks, hidden.t().expand(len(blocks), -1, -1)).permute(2, 0, 1).flatten(1)
 
 
 def _logits_of_chunks(hidden: Tensor, table: Tensor, num_ids: int) -> Iterator[Tensor]:

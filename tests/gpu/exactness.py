@@ -18,10 +18,12 @@ from gpt2ft.benchmark.work import MadeUp, make_work
 from gpt2ft.distributed.accelerator import start_accelerator
 from gpt2ft.inference.decoder import Decoder
 from gpt2ft.inference.generate import generate
+from gpt2ft.inference.sampling import GREEDY
 from gpt2ft.model.attention import dense_attention
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.settings.measuring import BenchmarkSettings
+from gpt2ft.settings.sections import SamplingSettings
 from gpt2ft.stream import TokenStream
 from gpt2ft.training.fit import fit
 
@@ -96,7 +98,7 @@ def nats_lost(reference: GPT2, prompt: list[int], reply: list[int], num_ids: int
 
 
 def host_waits(device: torch.device, sizes: Sizes, folder: Path) -> Iterator[dict[str, Any]]:
-    """The host waits once a step, for the norm of the gradient, without which no optimizer may step."""
+    """The host waits once a step: for the norm of the gradient, without which no optimizer may step, or for new ids."""
     found = {}
     for what in ("sft", "dpo"):
         training = training_of(sizes, what)
@@ -108,7 +110,28 @@ def host_waits(device: torch.device, sizes: Sizes, folder: Path) -> Iterator[dic
             waits.append(caught)
         found[what] = (len(waits[1]) - len(waits[0])) / 3
         yield {"what": what, "waits_per_step": found[what], "waits": sorted(set(waits[1]))}
-    assert found == {"sft": 1, "dpo": 1}, found
+    waits = waits_of_decoding(device, sizes)
+    found["generate"] = len(waits) / 6
+    yield {"what": "generate", "waits_per_step": found["generate"], "waits": sorted(set(waits))}
+    assert found == {"sft": 1, "dpo": 1, "generate": 1}, found
+
+
+def waits_of_decoding(device: torch.device, sizes: Sizes) -> list[str]:
+    """Return the waits of six steps: of three sequences, of two with a slot between them, and with a longer prompt."""
+    gpt2, suppressed = lively_gpt2(sizes, device).eval(), torch.arange(sizes.config.vocab_size) >= sizes.num_ids
+    decoder = Decoder(gpt2, [0, 1], suppressed, 4)
+    usual = {"temperature": 0.9, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2}
+    for settings in ({"temperature": 0}, usual, {"temperature": 1.1, "top_k": 20}):
+        decoder.join([5, 6, 7], SamplingSettings(**settings, seed=1), 100, stop_ids=[])
+    decoder.step()
+    with counted_waits(device, copies=True) as waits:
+        for number in range(6):
+            if number == 2:
+                decoder.leave(1)
+            if number == 4:
+                assert decoder.join([5, 6, 8, 9, 10], GREEDY, 100) == 1
+            assert len(decoder.step()) == (2 if number in (2, 3) else 3)
+    return waits
 
 
 def training_of(sizes: Sizes, what: str) -> Training:

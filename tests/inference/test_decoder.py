@@ -269,7 +269,7 @@ class TestCache:
             for start, end in ((0, 5), (5, 6), (6, 10)):
                 cache.make_room(end)
                 new = slice(start, end)
-                assert_close(cache.prefill(slot, start)(q[new], k[new], v[new], 0), expected[new])
+                assert_close(cache.prefill(slot, start, end)(q[new], k[new], v[new], 0), expected[new])
         pair = [x[[10, 10]] for x in (q, k, v)]
         cache.make_room(11)
         assert_close(cache.step([0, 2], [10, 10])(*pair, 0), expected[[10, 10]])

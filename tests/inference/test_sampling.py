@@ -80,6 +80,13 @@ class TestTransformers:
         assert (ours > 0).sum() > 5
         assert torch.equal(ours > 0, expected_probabilities(logits, sampling, CONTENT) > 0)
 
+    def test_of_equal_scores_top_p_keeps_the_lower_ids(self):
+        logits = torch.full((2, VOCABULARY), -torch.inf)
+        logits[:, 10:20], logits[1, 30] = 0.0, 1.0  # the same ten, and in one row a likelier one
+        kept = probabilities(logits, [SamplingSettings(**OFF | {"top_p": top_p}) for top_p in (0.35, 0.4)]) > 0
+        assert kept[0].nonzero()[:, 0].tolist() == [10, 11, 12, 13]
+        assert kept[1].nonzero()[:, 0].tolist() == [10, 11, 12, 30]
+
     def test_the_penalty_makes_content_less_likely_whatever_its_sign(self):
         logits = random_logits(2)
         assert (logits[0, CONTENT] > 0).any()

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2ft.model import logprobs
 from gpt2ft.model.attention import attention_for
-from gpt2ft.model.logprobs import TargetLogProbs
+from gpt2ft.model.logprobs import TargetLogProbs, head_logits, head_table
 
 VOCABULARY, ROWS = 90, 128
 
@@ -364,3 +364,16 @@ class TestBfloat16:
             for (name, _), one, other in zip(gpt2.named_parameters(), parameters, expected_parameters, strict=True):
                 assert one.dtype == torch.float32
                 assert (one - other).norm() < 0.05 * other.norm(), name
+
+
+class TestHeadOfFew:
+    @pytest.mark.parametrize("rows", [ROWS, ROWS - 7])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("number", [1, 3])
+    def test_logits_are_the_product_with_the_table(self, number, dtype, rows):
+        """By blocks of the table or all at once; of halves without rounding."""
+        draw = torch.Generator().manual_seed(0)
+        hidden, weight = (torch.randn(n, 32, dtype=torch.float64, generator=draw).to(dtype) for n in (number, rows))
+        found = head_logits(hidden, head_table(weight))
+        assert found.dtype == torch.promote_types(dtype, torch.float32)
+        assert_close(found.double(), hidden.double() @ weight.double().t(), rtol=0, atol=1e-4)
