@@ -1,7 +1,7 @@
 """Completions of many prompts at once, for callers that want them whole."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from gpt2ft.inference.decoder import Decoder, refuse_broken
@@ -22,12 +22,14 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: SamplingSettings | Sequence[SamplingSettings] = GREEDY,
+    advance: Callable[[], object] = lambda: None,
 ) -> list[Completion]:
     """Continue each prompt until a stop token, `max_new_tokens` or the end of the context.
 
     Args:
         decoder: all of whose slots are free; as many prompts as it has slots are continued together.
         sampling: of all, or of each.
+        advance: called after each that has ended.
 
     Raises:
         ValueError: before anything is computed, if a prompt cannot be continued; and if logits are not finite.
@@ -50,4 +52,5 @@ def generate(
             if finish_reason:
                 completions[numbers.pop(slot)] = Completion(completion.ids, finish_reason == "stop")
                 decoder.leave(slot)
+                advance()
     return completions

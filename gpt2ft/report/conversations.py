@@ -106,9 +106,12 @@ def fits(prompt: Prompt, gpt2: GPT2, tokenizer: ChatTokenizer, max_new_tokens: i
     return True
 
 
-def greedy(gpt2: GPT2, tokenizer: ChatTokenizer, max_new_tokens: int) -> Answer:
+def greedy(
+    gpt2: GPT2, tokenizer: ChatTokenizer, max_new_tokens: int, advance: Callable[[], object] = lambda: None
+) -> Answer:
     """Return the function that answers conversations, in the chat template if the model was trained with it.
 
+    It calls `advance` after each reply.
     It raises ValueError if the model's logits are not finite, and SettingsError if a prompt does not fit the context.
     """
     prompt_format = prompt_format_for(tokenizer)
@@ -123,7 +126,7 @@ def greedy(gpt2: GPT2, tokenizer: ChatTokenizer, max_new_tokens: int) -> Answer:
         decoder = Decoder(gpt2, prompt_format.stop_ids, suppressed, min(len(ids), MAX_SEQUENCES))
         said = [
             reply_text(tokenizer, prompt_format, each.ids, each.stopped)
-            for each in generate(decoder, ids, max_new_tokens)
+            for each in generate(decoder, ids, max_new_tokens, advance=advance)
         ]
         return [{"text": text, "stopped": stopped} for text, stopped in said]
 

@@ -147,6 +147,11 @@ def plain_text(model: TargetLogProbs, text: str, tokenizer: ChatTokenizer, accel
     return loss_of(device_sum(accelerator, total).cpu().numpy())
 
 
+def num_windows(text: str, tokenizer: ChatTokenizer, context: int) -> int:
+    """Return how many streams `plain_text` reads."""
+    return -(-len(tokenizer.encode(text)) // context)
+
+
 def _windows(ids: list[int], context: int) -> Iterator[TokenStream]:
     """Yield streams whose targets are the ids but the first, each of them once and `context` in each stream."""
     size = -(-context // 128) * 128  # the block of the attention mask

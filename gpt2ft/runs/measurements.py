@@ -3,9 +3,9 @@
 import hashlib
 import math
 import shlex
-import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,12 @@ from gpt2ft.files import read_text, user_path
 from gpt2ft.model.attention import Backend
 from gpt2ft.model.logprobs import TargetLogProbs
 from gpt2ft.report.conversations import Prompt, converse, fits, greedy, read_prompts
-from gpt2ft.report.losses import Tally, plain_text, tally
+from gpt2ft.report.losses import Tally, num_windows, plain_text, tally
 from gpt2ft.report.replies import Exchange
 from gpt2ft.report.schema import Loss, Reply
 from gpt2ft.runs.loaded_model import LoadedModel, find_model, finished_runs, home_of, newest_run, read_run_settings
 from gpt2ft.runs.preference_scores import score_preferences
+from gpt2ft.runs.progress import counting
 from gpt2ft.runs.run_setup import digest_of_sources
 from gpt2ft.runs.samples import Turns, held_out_paths
 from gpt2ft.settings.measuring import EvaluateSettings
@@ -191,35 +192,39 @@ class Bench:
         model = TargetLogProbs(loaded.gpt2, len(loaded.tokenizer), self.backend).to(self.accelerator.device)
         with autocast(self.accelerator):
             if held_out.plan and held_out.conversations:
-                self._tell(subject, "held-out loss")
                 rows = held_out.conversations.rows
-                measured.sums = tally(model, held_out.plan, rows, loaded.tokenizer, self.accelerator)
+                with self._counting_streams(subject, "held-out streams", len(held_out.plan.streams)):
+                    measured.sums = tally(model, held_out.plan, rows, loaded.tokenizer, self.accelerator)
                 if not np.isfinite(measured.sums).all():
                     measured.failed = "its loss on held-out data is not finite"
-            for name, text in self.texts.items():
-                measured.texts[name] = plain_text(model, text, loaded.tokenizer, self.accelerator)
+            context = loaded.gpt2.config.n_positions
+            windows = [num_windows(text, loaded.tokenizer, context) for text in self.texts.values()]
+            with self._counting_streams(subject, "plain-text streams", *windows):
+                for name, text in self.texts.items():
+                    measured.texts[name] = plain_text(model, text, loaded.tokenizer, self.accelerator)
         if held_out.pairs:
-            self._tell(subject, "preferences")
-            measured.preferences = score_preferences(
-                settings, loaded, subject.home, subject.trained, held_out.pairs, self.accelerator, self.backend
-            )
+            with self._counting_streams(subject, "preference streams", len(held_out.pairs.streams)):
+                measured.preferences = score_preferences(
+                    settings, loaded, subject.home, subject.trained, held_out.pairs, self.accelerator, self.backend
+                )
             if not math.isfinite(measured.preferences["likelier"] + measured.preferences.get("loss", 0.0)):
                 measured.failed = "its log-probs of preferences are not finite"
         if self.prompts and not measured.failed:
-            self._tell(subject, f"replies to {len(self.prompts)} prompts")
-            measured.replies, measured.failed = self._replies(loaded)
+            measured.replies, measured.failed = self._replies(subject, loaded)
         model.cpu()
         return measured
 
-    def _replies(self, loaded: LoadedModel) -> tuple[list[list[Reply]], str | None]:
+    def _replies(self, subject: Subject, loaded: LoadedModel) -> tuple[list[list[Reply]], str | None]:
         """Return the replies to every prompt, shared out among the processes, or why there are none."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        own = self.prompts[rank::processes]
         found: list[list[Reply]] = []
         problem: Exception | None = None
         try:
-            with autocast(self.accelerator):
-                answer = greedy(loaded.gpt2, loaded.tokenizer, self.settings.max_new_tokens)
-                found = converse(answer, self.prompts[rank::processes])
+            total = sum(len(prompt.turns) for prompt in own)
+            with autocast(self.accelerator), self._counting(subject, "replies", total) as advance:
+                answer = greedy(loaded.gpt2, loaded.tokenizer, self.settings.max_new_tokens, advance)
+                found = converse(answer, own)
         except (ValueError, SettingsError) as error:
             problem = error
         everywhere = [(found, problem)]
@@ -261,10 +266,21 @@ class Bench:
         corpus, _ = load_corpora(data, tokenizer, kind=rule.kind, digest=digest_of_sources(self.accelerator))
         return corpus, Plan(chunk(corpus.stores, corpus.rows, rule), rule.capacity, 1, seed=0)
 
-    def _tell(self, subject: Subject, work: str) -> None:
-        if self.accelerator.is_main_process:
-            number = f" ({self.subjects.index(subject) + 1} of {len(self.subjects)})" if len(self.subjects) > 1 else ""
-            print(f"{subject.name}{number}: {work}", file=sys.stderr, flush=True)
+    def _counting(self, subject: Subject, work: str, total: int) -> AbstractContextManager[Callable[[], None]]:
+        """Count the items of one part of the work on a model, shown by the main process, which has as many as any."""
+        number = f" ({self.subjects.index(subject) + 1} of {len(self.subjects)})" if len(self.subjects) > 1 else ""
+        return counting(f"{subject.name}{number}: {work}", total, self.accelerator.is_main_process)
+
+    @contextmanager
+    def _counting_streams(self, subject: Subject, work: str, *totals: int) -> Iterator[None]:
+        """Count the streams that a model reads within the block, each of `totals` shared out among the processes."""
+        rounds = sum(-(-total // self.accelerator.num_processes) for total in totals)
+        with self._counting(subject, work, rounds) as advance:
+            hook = subject.loaded.gpt2.register_forward_hook(lambda *_: advance())
+            try:
+                yield
+            finally:
+                hook.remove()
 
 
 def training_runs(subject: Subject) -> Iterator[RunSettings]:

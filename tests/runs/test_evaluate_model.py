@@ -2,6 +2,10 @@
 
 import json
 import math
+import re
+import sys
+from html import unescape
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from gpt2ft.data.reading import DataError
 from gpt2ft.errors import SettingsError
 from gpt2ft.model.pretrained import ModelError
 from gpt2ft.report.schema import Report
+from gpt2ft.report.table import BITS, BY_HEART, DISTINCT_2, ENDS, NATS, PERPLEXITY, WORDS, measured
 from gpt2ft.runs import evaluate_model
 from gpt2ft.runs.export import write_folder
 from gpt2ft.runs.loaded_model import find_model, load_model, read_run_settings
@@ -307,3 +312,77 @@ def test_models_on_the_command_line():
     assert parse_script(EvaluateSettings, "model", ["--data", "d"]).models == ()
     one = parse_script(EvaluateSettings, "model", ["a", "--data", "d"])
     assert (one.model, one.models) == ("a", ("a",))
+
+
+# --- all that a person gets ------------------------------------------------------------------------------------------
+
+
+class Rows(HTMLParser):
+    """Rows of all tables of a page, as lists of texts."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.rows, self.is_open = [], False
+        self.feed(page)
+
+    def handle_starttag(self, name, attributes):
+        if name == "tr":
+            self.rows.append([])
+        if name in ("td", "th"):
+            self.rows[-1].append("")
+        self.is_open |= name in ("td", "th")
+
+    def handle_endtag(self, name):
+        self.is_open &= name not in ("td", "th")
+
+    def handle_data(self, data):
+        if self.is_open:
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def written(run_folder, tiny_weights_folder, cache, tmp_path_factory):
+    """Base and run compared twice by the script: two folders, and what it has printed."""
+    folder = tmp_path_factory.mktemp("written")
+    given = ["--data", "quickstart:held_out", "--num_prompts", 4, "--max_new_tokens", 8, "--precision", "fp32"]
+    command = [sys.executable, ROOT / "launch" / "evaluate.py", tiny_weights_folder, run_folder, *given]
+    ended = [run([*command, "--cache", cache, "--output", folder / name], **ON_CPU) for name in ("one", "other")]
+    return folder / "one", folder / "other", ended[0]
+
+
+def test_page_markdown_and_json_agree_and_the_same_seed_gives_the_same_bytes(written):
+    folder, other, ended = written
+    names = {"report.html", "report.md", "report.json"}
+    assert {file.name for file in folder.iterdir()} == {file.name for file in other.iterdir()} == names
+    assert all((folder / name).read_bytes() == (other / name).read_bytes() for name in names)
+    assert f"written to {folder / 'report.html'}" in ended.stdout
+
+    page, markdown = ((folder / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
+    report = json.loads((folder / "report.json").read_text())
+    of_page = {row[0].strip(): row[1:] for row in Rows(page).rows if row}
+    of_markdown = {row[0].strip(): row[1:] for row in (line.split("|")[1:-1] for line in markdown.splitlines()) if row}
+    for figure in (NATS, PERPLEXITY, BITS, ENDS, WORDS, DISTINCT_2, BY_HEART):
+        for number, model in enumerate(report["models"]):
+            found = measured(model, figure.path)
+            value = figure.write(found["value"] if isinstance(found, dict) else found)
+            for rows in (of_page, of_markdown):
+                assert rows[figure.label][number].split()[0] == value, figure.label
+    replies = [reply["text"] for turn in report["conversations"][0]["turns"] for reply in turn["replies"]]
+    assert len(replies) == 2
+    assert all(reply.strip() in unescape(page) and reply.strip() in markdown for reply in replies)
+    assert not re.search(r"""(src|action|data|poster)=|\bhref=["']?[^#"']|url\(["']?[^#"')]|@import""", page)
+
+
+def test_lines_tell_how_far_each_model_is(written):
+    """Where there is no terminal: of each model and part a line when it begins, and one when it is done."""
+    _, _, ended = written
+    assert "\r" not in ended.stderr
+    told = re.findall(r"^(\S+) \((\d) of 2\): (.*) (\d+)/(\d+), (\S+) passed, (\S+) left$", ended.stderr, re.MULTILINE)
+    parts = ["held-out streams", "plain-text streams", "replies"]
+    by_part = {}
+    for _, number, part, *counted in told:  # more lines in between where a part takes long
+        by_part.setdefault((number, part), []).append(counted)
+    assert list(by_part) == [(number, part) for number in "12" for part in parts]
+    for (begun, total, *_), *_, (done, _, _, left) in by_part.values():
+        assert int(begun) == 0 < int(done) == int(total)
+        assert left == "00:00"
