@@ -4,7 +4,8 @@
 
 CASES is a JSON file: [{"kind": "sft", "settings": {...}, "stop_after": 3, "goes_on_from": FOLDER}, ...]. Importing
 takes longer than any of these runs, so a launch does many. The strategy is what the environment asks for, as of the
-launcher. A run that goes on from a folder does so in a copy.
+launcher. A run that goes on from a folder does so in a copy. Graphs of compiled blocks are computed by PyTorch's own
+kernels, which takes seconds: that Inductor's are right is tested in tests/model/test_compiled.py.
 """
 
 import json
@@ -13,6 +14,7 @@ import os
 import shutil
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -101,6 +103,7 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     if "ACCELERATE_USE_DEEPSPEED" in os.environ:
         leave_gradients_to_us()
+    torch.compile = partial(torch.compile, backend="aot_eager")
     accelerator.available_cores = lambda: 1  # threads only get in each other's way at this size
     accelerator._deepspeed_plugin = shard_everything(accelerator._deepspeed_plugin)
     destroy, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, lambda *group: None

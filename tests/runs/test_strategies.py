@@ -63,6 +63,7 @@ BF16, FP16 = (
     [f"{run}{how}" for run in kinds for how in ("", " stopped", " continued")]
     for kinds in (("bf16", "bf16 lora"), ("fp16",))
 )
+COMPILED = ["compiled", "bf16 compiled"]  # but on one process plain
 
 
 def cases(runs, topologies=(*SAMPLE, *LONG, *CAMPAIGN)):
@@ -108,7 +109,7 @@ class Runs:
         launches = [few, rest] if topology in (ALONE, *SAMPLE) else [few + rest]
         if topology in CAMPAIGN:
             launches = [few + rest + BF16 + ([] if topology.startswith("zero") else FP16)]
-        return next((runs for runs in launches if run in runs), [run])
+        return next((runs for runs in [*launches, COMPILED] if run in runs), [run])
 
     def left_by_others(self):
         """What one process can go on from by now."""
@@ -141,6 +142,9 @@ class Runs:
             case["stop_after"] = STOP_AFTER
         kind = "dpo" if run.startswith("dpo") else run if run in (*KINDS, "impatient") else "sft"
         settings = self.settings(run, kind) | {"output": str(output)}
+        if run in COMPILED:  # dropout's noise would be the graphs' own
+            settings["model"] |= {"dropout": 0.0, "neftune_alpha": 0.0, "attention": "dense"}
+            settings["training"] |= {"steps": 2, "compile": "true" if topology != ALONE else "false"}
         return case | {"kind": kind.removesuffix(" lora"), "settings": settings}
 
     def settings(self, run, kind):
@@ -264,6 +268,18 @@ def test_half_precision_is_that_of_one_process(run, topology, runs):
 @in_half_precision
 def test_going_on_in_half_precision_gives_the_same_bits(run, topology, runs):
     assert_equal_in_every_bit(runs.get(topology, f"{run} continued"), runs.get(topology, run))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("run", COMPILED)
+@pytest.mark.parametrize("topology", ["ddp 2", "fsdp2 2", "zero2 2"])
+def test_compiled_blocks_give_the_run_of_plain_ones(run, topology, runs):
+    found, plain = (runs.get(name, run) for name in (topology, ALONE))
+    for key in ("train/loss", "eval/loss"):
+        assert logged(found, key) == pytest.approx(logged(plain, key), rel=1e-3 if "bf16" in run else 1e-5), key
+    assert len(logged(found, "train/loss")) == 2
+    if "bf16" not in run:
+        assert_close(found, plain)
 
 
 @everywhere(["sft"])
