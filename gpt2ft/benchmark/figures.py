@@ -44,25 +44,29 @@ def lines(figures: dict[str, Any]) -> list[str]:
     """Return the figures for people, a line each."""
     ours, found = figures["ours"], []
     for name, value in ours.items():
-        if name.endswith("_per_second"):
-            found.append(_row(name.removesuffix("_per_second") + "/s", f"{value:,.0f}"))
-        elif name.endswith("_bytes"):
-            found.append(_row(name.removesuffix("_bytes"), f"{value / 2**30:.2f} GiB"))
-        elif name == "mfu" or name.startswith("share"):
-            found.append(_row(name, f"{value:.1%}"))
-        elif name.endswith("flops"):
-            found.append(_row(name, f"{value / 1e12:.3f} TFLOP/s"))
-        elif name == "seconds_by_phase":
+        if name == "seconds_by_phase":
             whole = sum(value.values())
             found += [_row(phase, f"{1000 * spent:,.0f} ms, {spent / whole:.0%}") for phase, spent in value.items()]
         elif name != "seconds":
-            found.append(_row(name, f"{value:,}"))
-    for side in ("usual", "ratio"):
-        for name, value in figures.get(side, {}).items():
-            if name in ours and name != "seconds":
-                shown = f"{value:.2f} times" if side == "ratio" else f"{value:,.0f}"
-                found.append(_row(f"{side}: {name}", shown))
-    return found
+            found.append(_row(*_shown(name, value)))
+    shared = [name for name in figures.get("usual", {}) if name in ours and name != "seconds"]
+    for name in shared:
+        shown, value = _shown(name, figures["usual"][name])
+        found.append(_row(f"usual: {shown}", value))
+    return found + [_row(f"ratio: {_shown(name, 0)[0]}", f"{figures['ratio'][name]:.2f} times") for name in shared]
+
+
+def _shown(name: str, value: float) -> tuple[str, str]:
+    """Return a figure's name and value for people."""
+    if name.endswith("_per_second"):
+        return name.removesuffix("_per_second") + "/s", f"{value:,.0f}" if value >= 10 else f"{value:.2f}"
+    if name.endswith("_bytes"):
+        return name.removesuffix("_bytes"), f"{value / 2**30:.2f} GiB"
+    if name == "mfu" or name.startswith("share"):
+        return name, f"{value:.1%}"
+    if "flops" in name:
+        return name, f"{value / 1e12:.3f} TFLOP/s"
+    return name, f"{value:,}"
 
 
 def _row(name: str, value: str) -> str:

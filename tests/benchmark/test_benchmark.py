@@ -8,6 +8,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from gpt2ft.benchmark import machine, made_up, training, work
+from gpt2ft.benchmark.figures import lines
 from gpt2ft.benchmark.training import Recompiled, Training
 from gpt2ft.benchmark.work import make_work
 from gpt2ft.distributed.accelerator import start_accelerator
@@ -177,3 +178,18 @@ def test_the_usual_way_has_one_process(monkeypatch):
 )
 def test_what_cannot_be_measured_is_refused(settings):
     assert len(list(BenchmarkSettings(**settings).problems())) == 1
+
+
+def test_small_rates_are_not_rounded_to_nothing_and_both_sides_have_the_same_units():
+    ours = {"pairs_per_second": 0.4669, "path_tokens_per_second": 1234.5, "peak_memory_bytes": 3 * 2**29}
+    usual = {"pairs_per_second": 0.0668, "peak_memory_bytes": 2**30, "seconds": 1.0}
+    told = lines({"ours": ours, "usual": usual, "ratio": {"pairs_per_second": 6.99, "peak_memory_bytes": 1.5}})
+    assert [" ".join(line.split()) for line in told] == [
+        "pairs/s 0.47",
+        "path tokens/s 1,234",
+        "peak memory 1.50 GiB",
+        "usual: pairs/s 0.07",
+        "usual: peak memory 1.00 GiB",
+        "ratio: pairs/s 6.99 times",
+        "ratio: peak memory 1.50 times",
+    ]
