@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from gpt2ft import checkpoint
 from gpt2ft.checkpoint import TrainState, difference, differences
@@ -36,6 +37,7 @@ from gpt2ft.runs.run_setup import cast_to_precision, load_start, set_up, target_
 from gpt2ft.runs.train_dpo import PreferenceTuning
 from gpt2ft.runs.train_sft import FineTuning
 from gpt2ft.settings.measuring import VerifySettings
+from gpt2ft.settings.refusals import explain
 from gpt2ft.settings.scripts import DPOSettings, SFTSettings
 from gpt2ft.training.tracking import line_digests, training_lines
 from gpt2ft.wording import counted
@@ -94,15 +96,17 @@ class Verification:
         self.saved = {int(path.name[5:]): path for path in checkpoint.folders(self.output.checkpoints)}  # by step
         self.manifest = self.output.read_manifest()
         keys = ("settings", "precision", "starts", "finished", "metrics", "identity")
+        if lacking := ", ".join(f"`{key}`" for key in keys if key not in self.manifest):
+            why = f"has no {lacking}" if self.manifest else "is missing or cannot be read"
+            raise SettingsError(f"{folder} must be a finished run of this version, but its manifest.json {why}")
+        given = self.manifest["settings"]
+        is_dpo = isinstance(given, dict) and "dpo" in given
+        kind, task = (DPOSettings, PreferenceTuning) if is_dpo else (SFTSettings, FineTuning)
         try:
-            if lacking := [f"`{key}`" for key in keys if key not in self.manifest]:
-                raise LookupError(f"its manifest has no {', '.join(lacking)}")
-            given, precision = self.manifest["settings"], self.manifest["precision"]
-            kind, task = (DPOSettings, PreferenceTuning) if "dpo" in given else (SFTSettings, FineTuning)
             self.settings = kind.model_validate(given)
-        except UNREADABLE as error:
-            raise SettingsError(f"{folder} must be a finished run of this version, but {error}") from error
-        self.task, training = task(self.settings), self.settings.training
+        except ValidationError as error:
+            raise SettingsError("\n".join(explain(kind, f"{folder / 'manifest.json'}", error))) from error
+        self.task, training, precision = task(self.settings), self.settings.training, self.manifest["precision"]
         self.accelerator = start_accelerator(precision, training.micro_batches_per_step, training.deterministic)
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
         self.random = np.random.default_rng(broadcast_object_list([seed])[0])

@@ -168,10 +168,23 @@ def test_elsewhere_the_tolerance_holds_and_is_named(run):
 def test_what_is_no_finished_run_is_refused(tmp_path, finished):
     assert verify.NotVerified.exit_code == 1
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(SettingsError, match="finished run of this version, but its manifest has no `settings`"):
-        check(tmp_path)
     with pytest.raises(SettingsError, match="runs of this version"):
         check(finished, tmp_path)
+    for manifest, why in (
+        (None, "manifest.json is missing or cannot be read"),
+        ("[]", "manifest.json is missing or cannot be read"),
+        ('{"settings": {}, "precision": "no"}', "manifest.json has no `starts`, `finished`, `metrics`, `identity`"),
+    ):
+        if manifest:
+            (tmp_path / "manifest.json").write_text(manifest)
+        with pytest.raises(SettingsError, match=f"finished run of this version, but its {why}"):
+            check(tmp_path)
+    (tmp_path / "manifest.json").write_bytes((finished / "manifest.json").read_bytes())
+    for settings in (3, {"model": {"path": "quickstart", "sizes": 1}}):  # of another version
+        change_json(tmp_path / "manifest.json", lambda manifest, new=settings: manifest.update(settings=new))
+        with pytest.raises(SettingsError, match=r"manifest\.json") as error:
+            check(tmp_path)
+        assert "pydantic" not in str(error.value)
 
 
 # --- which steps are computed again ---------------------------------------------------------------------------------
