@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -185,10 +185,10 @@ def _flex_kernel(device_type: str):
     return compiled(flex_attention) if device_type == "cuda" else flex_attention
 
 
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compile for fixed shapes, as one graph or not at all: past the limit of recompilations, attention would be
-    computed N x N without a word."""
+def compiled(function: Callable[..., Any], dynamic: bool = False) -> Callable[..., Any]:
+    """Compile for fixed shapes, or one graph for all, as one graph or not at all: past the limit of recompilations,
+    attention would be computed N x N without a word."""
     from torch._dynamo import config
 
     config.optimize_ddp = False  # which cuts the graph of a block where DDP's buckets end
-    return torch.compile(function, dynamic=False, fullgraph=True)
+    return torch.compile(function, dynamic=dynamic, fullgraph=True)

@@ -1,18 +1,20 @@
 """Log-probability of each supervised target: the only thing that training asks of the model.
 
-The vocabulary head runs on supervised positions alone, in chunks, and its logits live only as long as one
-chunk: [N, V] is never built. The backward pass computes a chunk's logits again.
+The vocabulary head runs on supervised positions alone, in chunks: [N, V] is never built. As many logits are kept for
+the backward pass as fit into 1 GiB, those of the last chunk computed in any case; it computes all others again.
 
 Shape letters: N tokens, S supervised targets, C one chunk of S, E embedding width, V rows of the vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gpt2ft.model.attention import Backend, attention_for
+from gpt2ft.model.attention import Backend, attention_for, compiled
 from gpt2ft.model.compiled import CompiledBlocks
 from gpt2ft.model.gpt2 import GPT2
 from gpt2ft.model.neftune import embedding_noise
@@ -21,11 +23,22 @@ from gpt2ft.stream import TokenStream
 CHUNK = 1024
 ROWS_AT_ONCE = 64  # of the table, for few hidden states on a CPU: one product with all of it takes twice as long
 CHUNK_ON_CUDA = 4 * CHUNK  # too few rows leave much of a GPU idle
+KEPT = 2**28  # logits, each 4 bytes
 
 
 def chunk_size(device_type: str) -> int:
-    """Return how many targets' logits are held at once."""
+    """Return how many targets' logits are computed at once."""
     return CHUNK_ON_CUDA if device_type == "cuda" else CHUNK
+
+
+def held_at_once(num_targets: int, num_rows: int, device_type: str, keeps: bool = True) -> int:
+    """Return of how many targets the logits are held: whole chunks, at least one.
+
+    Args:
+        keeps: for a backward pass.
+    """
+    chunk = chunk_size(device_type)
+    return min(num_targets, chunk * max(1, keeps * (KEPT // (chunk * num_rows))))
 
 
 class TargetLogProbs(nn.Module):
@@ -67,7 +80,9 @@ class TargetLogProbs(nn.Module):
         rest = hidden[scored:].float().sum(-1) * 0.0
         if not scored:
             return rest
-        log_probs = _LogProbs.apply(hidden[:scored], weight, *rows, stream.targets[:scored], self.num_ids)
+        log_probs = _LogProbs.apply(
+            hidden[:scored], weight, *rows, stream.targets[:scored], self.num_ids, self.compiled is not None
+        )
         return torch.cat([log_probs, rest])
 
 
@@ -89,32 +104,37 @@ class _LogProbs(torch.autograd.Function):
         row_ids: Tensor | None,
         targets: Tensor,
         num_ids: int,
+        compiles: bool = False,
     ) -> Tensor:
         table = write_trained_rows(weight, rows, row_ids).to(hidden.dtype)
-        chunks = targets.unsqueeze(1).split(chunk_size(hidden.device.type))
-        normalizers, log_probs = [], []
-        for logits, ids in zip(_logits_of_chunks(hidden, table, num_ids), chunks, strict=True):
-            normalizers.append(logits.logsumexp(-1, keepdim=True))  # [C, 1]
-            log_probs.append(logits.gather(-1, ids) - normalizers[-1])
-        ctx.save_for_backward(hidden, weight, rows, row_ids, targets, torch.cat(normalizers))
-        ctx.num_ids = num_ids
-        return torch.cat(log_probs).squeeze(1)
+        factor, ids = head_table(table), targets.unsqueeze(1)
+        places = _places(hidden, table, keeps=ctx.needs_input_grad[0])
+        results = []
+        for number, (states, targets) in reversed([*enumerate(_chunks(hidden, ids))]):
+            logits = _logits(states, factor, num_ids, _place(places, number, len(states)))
+            results.append(_softmax(compiles)[0](logits, targets))
+        log_probs, largest, sums = (torch.cat(parts[::-1]) for parts in zip(*results, strict=True))
+        ctx.save_for_backward(hidden, weight, rows, row_ids, ids, largest, sums)
+        ctx.num_ids, ctx.compiles = num_ids, compiles
+        ctx.exponentials = places  # of the first chunks, which were computed last
+        return log_probs.squeeze(1)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        hidden, weight, rows, row_ids, targets, normalizers = ctx.saved_tensors
+        hidden, weight, rows, row_ids, ids, largest, sums = ctx.saved_tensors
         needs_hidden, needs_weight, needs_rows, *_ = ctx.needs_input_grad
         table = write_trained_rows(weight, rows, row_ids).to(hidden.dtype)
+        kept, ctx.exponentials = ctx.exponentials, None  # written over below
+        places, factor = kept or _places(hidden, table, keeps=False), None
         d_hidden = torch.empty_like(hidden)
         d_weight = d_rows = None
-        per_target = (hidden, d_hidden, targets.unsqueeze(1), normalizers, gradient.unsqueeze(1))
-        chunks = zip(*(each.split(chunk_size(hidden.device.type)) for each in per_target), strict=True)
-        every_logits = _logits_of_chunks(hidden, table, ctx.num_ids)
-        for logits, (states, d_states, ids, normalizer, upstream) in zip(every_logits, chunks, strict=True):
-            d_logits = logits.sub_(normalizer).exp_()  # softmax [C, V]
-            d_logits.mul_(-upstream)
-            d_logits.scatter_add_(-1, ids, upstream)
-            d_logits = d_logits.to(hidden.dtype)
+        chunks = _chunks(hidden, d_hidden, ids, largest, sums, gradient.unsqueeze(1))
+        for number, (states, d_states, targets, largest_, sums_, upstream) in enumerate(chunks):
+            exponentials = _place(places, number, len(states))
+            if not kept or number >= len(kept):
+                factor = head_table(table) if factor is None else factor
+                exponentials = _logits(states, factor, ctx.num_ids, exponentials).sub_(largest_).exp_()
+            d_logits = _softmax(ctx.compiles)[1](exponentials, sums_, targets, upstream, dtype=hidden.dtype)
             if needs_hidden:
                 torch.mm(d_logits, table, out=d_states)
             if needs_weight:
@@ -123,7 +143,7 @@ class _LogProbs(torch.autograd.Function):
                 d_rows = _add_product(d_rows, d_logits.index_select(1, row_ids).t(), states)
         if needs_weight:
             d_weight = d_weight.to(weight.dtype)
-        return d_hidden if needs_hidden else None, d_weight, d_rows, None, None, None
+        return d_hidden if needs_hidden else None, d_weight, d_rows, None, None, None, None
 
 
 def write_trained_rows(weight: Tensor, rows: Tensor | None, row_ids: Tensor | None) -> Tensor:
@@ -138,7 +158,7 @@ def write_trained_rows(weight: Tensor, rows: Tensor | None, row_ids: Tensor | No
 
 
 def head_table(weight: Tensor) -> Tensor:
-    """Return the table for `head_logits`: in float32 where halves have no product in float32."""
+    """Return the table as logits are multiplied with: in float32 where halves have no product in float32."""
     return weight if weight.is_cuda else weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
@@ -157,24 +177,61 @@ def head_logits(hidden: Tensor, table: Tensor) -> Tensor:
         return torch.bmm(blocks, hidden.t().expand(len(blocks), -1, -1)).permute(2, 0, 1).flatten(1)
 
 
-def _logits_of_chunks(hidden: Tensor, table: Tensor, num_ids: int) -> Iterator[Tensor]:
-    """Yield the logits [C, V] of each chunk of hidden states [S, E], all in the same memory."""
-    products = _bfloat16_products if hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu" else nullcontext
-    sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
-    hidden, table = _factors(hidden, table)
-    chunks = hidden.split(chunk_size(hidden.device.type))
-    buffer = hidden.new_empty(len(chunks[0]), len(table), dtype=sum_dtype)
-    for chunk in chunks:
-        with products():
-            logits = _multiply(chunk, table, num_ids, buffer.narrow(0, 0, len(chunk)))
-        yield logits
+def _chunks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Return tensors [S, ...] of one device chunk by chunk."""
+    return [*zip(*(tensor.split(chunk_size(tensor.device.type)) for tensor in tensors), strict=True)]
 
 
-def _factors(hidden: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what logits are the product of: the same values, as float32 where halves have no product in float32."""
-    if hidden.dtype in (torch.float32, torch.float64) or hidden.is_cuda:
-        return hidden, table
-    return hidden.float(), table.float()
+def _places(hidden: Tensor, table: Tensor, keeps: bool) -> list[Tensor]:
+    """Return memory for the logits that are held at once: those of each of the first chunks."""
+    num_targets = held_at_once(len(hidden), len(table), hidden.device.type, keeps)
+    lengths = [len(states) for (states,) in _chunks(hidden.narrow(0, 0, num_targets))]
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    return [hidden.new_empty(length, len(table), dtype=dtype) for length in lengths]
+
+
+def _place(places: list[Tensor], number: int, length: int) -> Tensor:
+    """Return the place of a chunk, or, if it has none, as many rows of the first."""
+    return places[number] if number < len(places) else places[0].narrow(0, 0, length)
+
+
+def _logits(states: Tensor, factor: Tensor, num_ids: int, out: Tensor) -> Tensor:
+    """Return the logits [C, V] of a chunk of hidden states, in `out`: a product with what `head_table` returned."""
+    is_widened = factor.dtype != states.dtype == torch.bfloat16
+    with _bfloat16_products() if is_widened else nullcontext():
+        return _multiply(states.to(factor.dtype), factor, num_ids, out)
+
+
+@cache
+def _softmax(compiles: bool) -> tuple[Callable[..., Any], ...]:
+    """Return what is computed of logits in each pass."""
+    passes = (_exponentiate, _gradient)
+    return tuple(map(_compiled, passes)) if compiles else passes
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile one graph for chunks of all lengths, to which views would look different."""
+    graph = compiled(function, dynamic=True)
+
+    def call(logits: Tensor, *per_target: Tensor, **constants: Any) -> Any:
+        return graph(logits.data, *(tensor.clone() for tensor in per_target), **constants)
+
+    return call
+
+
+def _exponentiate(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    """Return log-probs of the targets, the largest logits and the sums of exp(logits - largest), each [C, 1]; these
+    exponentials take the place of the logits."""
+    largest, at_target = logits.amax(-1, keepdim=True), logits.gather(-1, targets)
+    sums = logits.sub_(largest).exp_().sum(-1, keepdim=True)
+    return at_target - (largest + sums.log()), largest, sums
+
+
+def _gradient(exponentials: Tensor, sums: Tensor, targets: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the gradient of the logits, [C, V]; the exponentials are lost."""
+    d_logits = exponentials.mul_(-upstream / sums)
+    at_target = d_logits.gather(-1, targets) + upstream
+    return d_logits.to(dtype).scatter_(-1, targets, at_target.to(dtype))
 
 
 def _multiply(hidden: Tensor, table: Tensor, num_ids: int, out: Tensor | None = None) -> Tensor:

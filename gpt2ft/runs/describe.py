@@ -17,7 +17,7 @@ from gpt2ft.data.reading import listed
 from gpt2ft.device import PrecisionName
 from gpt2ft.distributed.launch_checks import NAMES, StrategyName
 from gpt2ft.model.gpt2 import GPT2
-from gpt2ft.model.logprobs import chunk_size
+from gpt2ft.model.logprobs import chunk_size, held_at_once
 from gpt2ft.settings.training import TrainingSettings
 from gpt2ft.wording import counted
 
@@ -145,10 +145,11 @@ def memory_estimate(gpt2: GPT2, capacity: int, hardware: Hardware) -> float:
 
     Weights, gradients and two Adam moments in float32 of what is trained, the weights alone of what is frozen; per
     layer about 18 activations as wide as the embedding, 13 where its matrices are frozen (of one layer, and one of each
-    other, where they are computed again); two copies of one chunk of logits. Shards divide weights (FSDP2, ZeRO-3),
-    gradients and moments among the processes. Autograd keeps what matrices were multiplied with until the backward
-    pass: copies in bf16 or fp16, and under ZeRO-3 in float32 the weights that were gathered. ZeRO has a second copy of
-    what is trained, and DDP on several processes one of the gradients: the buckets in which it exchanges them.
+    other, where they are computed again); the logits that are held, and one chunk of them in bf16 or fp16. Shards
+    divide weights (FSDP2, ZeRO-3), gradients and moments among the processes. Autograd keeps what matrices were
+    multiplied with until the backward pass: copies in bf16 or fp16, and under ZeRO-3 in float32 the weights that were
+    gathered. ZeRO has a second copy of what is trained, and DDP on several processes one of the gradients: the buckets
+    in which it exchanges them.
     """
     config = gpt2.config
     trained, parameters = parameter_counts(gpt2)
@@ -165,8 +166,9 @@ def memory_estimate(gpt2: GPT2, capacity: int, hardware: Hardware) -> float:
     per_layer = 18 if trained == parameters else 13
     layers = per_layer + config.n_layer if hardware.activation_checkpointing else per_layer * config.n_layer
     activations = capacity * config.n_embd * width * (layers + 4)
-    logits = min(chunk_size(hardware.device), capacity) * config.vocab_size * 4
-    return state + activations + 2 * logits
+    logits = held_at_once(capacity, config.vocab_size, hardware.device)
+    cast = min(chunk_size(hardware.device), capacity) if is_mixed else 0  # of a chunk's gradients
+    return state + activations + (logits * 4 + cast * 2) * config.vocab_size
 
 
 def optimizer_bytes(gpt2: GPT2, hardware: Hardware) -> float:

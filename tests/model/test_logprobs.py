@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gpt2ft.device import cpp_compiler_problem
 from gpt2ft.model import logprobs
 from gpt2ft.model.attention import attention_for
 from gpt2ft.model.logprobs import TargetLogProbs, head_logits, head_table
@@ -79,9 +81,11 @@ def in_float64(model, stream, upstream):
     return expected.detach(), gradients[0], gradients[1:]
 
 
+@pytest.mark.parametrize("kept", [0, 200 * 1000, logprobs.KEPT])
 @pytest.mark.parametrize("chunk", [1, 64, 1024])
-def test_values_and_gradients_are_those_of_the_whole_softmax(chunk, gpt2, streams, monkeypatch):
+def test_values_and_gradients_are_those_of_the_whole_softmax(chunk, kept, gpt2, streams, monkeypatch):
     monkeypatch.setattr(logprobs, "CHUNK", chunk)
+    monkeypatch.setattr(logprobs, "KEPT", kept)
     for seed, stream in enumerate(streams):
         upstream = upstream_for(stream, seed)
         found, hidden, parameters = ours(gpt2, stream, upstream)
@@ -185,8 +189,43 @@ class TestChunks:
         for one, other in zip((*found, *of_rows), (*expected, expected[1][row_ids]), strict=True):
             assert (one.double() - other).norm() < tolerance * other.norm()
 
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+    def test_have_the_bits_of_those_that_are_computed_again(self, dtype, monkeypatch):
+        """In every pass after the first, too, for which nothing is kept."""
+        monkeypatch.setattr(logprobs, "CHUNK", 64)
+        hidden, weight, targets = self.head(dtype)
+        upstream = torch.randn(self.S, generator=torch.Generator().manual_seed(1), dtype=dtype).to(torch.float32)
+        results = []
+        for kept in (0, 150 * self.V, 1000 * self.V):
+            monkeypatch.setattr(logprobs, "KEPT", kept)
+            found = self.apply(hidden, weight, targets)
+            for retain_graph in (True, True, False):
+                gradients = torch.autograd.grad(found, (hidden, weight), upstream.to(found.dtype), retain_graph)
+                results.append((found.detach(), *gradients))
+        for result in results[1:]:
+            assert all(torch.equal(one, other) for one, other in zip(result, results[0], strict=True))
+
+    @pytest.mark.parametrize(
+        ("kept", "again"), [(0, 4), (2 * 64 * 1000, 3), (3 * 64 * 1000 - 1, 3), (300 * 1000, 1), (320 * 1000, 0)]
+    )
+    def test_are_computed_once_as_far_as_they_are_kept(self, kept, again, monkeypatch):
+        monkeypatch.setattr(logprobs, "CHUNK", 64)
+        monkeypatch.setattr(logprobs, "KEPT", kept)
+        hidden, weight, targets = self.head()
+        with Recorded() as forward:
+            found = self.apply(hidden, weight, targets)
+        with Recorded() as backward:
+            found.sum().backward()
+        for recorded, expected in ((forward, 5), (backward, again)):
+            products = [shape for name, shape, *_ in recorded.results if name == "mm" and shape[1] == self.V]
+            assert len(products) == expected
+        with torch.no_grad(), Recorded() as evaluated:
+            self.apply(hidden.detach(), weight, targets)
+        assert max(np.prod(shape) for _, shape, *_ in evaluated.results) == 64 * self.V
+
     def test_cast_the_table_once_a_pass(self, monkeypatch):
         monkeypatch.setattr(logprobs, "CHUNK", 64)
+        monkeypatch.setattr(logprobs, "KEPT", 0)
         hidden, weight, targets = self.head()
         with Recorded() as forward:
             found = self.apply(hidden, weight, targets)
@@ -197,10 +236,13 @@ class TestChunks:
                 dtype for name, shape, dtype, _ in recorded.results if (name, shape) == ("_to_copy", weight.shape)
             ]
             assert of_table.count(torch.bfloat16) == 1
-            assert sum(shape == (64, self.V) for name, shape, *_ in recorded.results if name == "mm") == 4
+            products = [name for name, shape, *_ in recorded.results if name == "mm" and shape[1] == self.V]
+            assert len(products) >= 4
 
     def test_hold_the_logits_of_one_alone(self, monkeypatch):
+        """Where more are not to be kept."""
         monkeypatch.setattr(logprobs, "CHUNK", 64)
+        monkeypatch.setattr(logprobs, "KEPT", 0)
         hidden, weight, targets = self.head()
         with Recorded() as recorded:
             self.apply(hidden, weight, targets).sum().backward()
@@ -209,7 +251,7 @@ class TestChunks:
         buffers = [
             name for name, shape, *_ in recorded.results if shape == (64, self.V) and name in ("empty", "new_empty")
         ]
-        assert len(buffers) == 2  # in either pass one
+        assert len(buffers) == 1  # in both passes
 
     def test_multiply_in_bfloat16_with_sums_in_float32_where_the_cpu_can(self):
         matmul = torch.backends.mkldnn.matmul
@@ -224,6 +266,27 @@ class TestChunks:
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             self.apply(hidden[:, 1:], weight, targets)
         assert matmul.fp32_precision == before != "bf16"
+
+    @pytest.mark.skipif(cpp_compiler_problem() is not None, reason="there is no C++ compiler")
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_of_all_lengths_have_one_graph_in_each_pass(self, dtype, monkeypatch):
+        """Where blocks are compiled, what is computed of logits is too."""
+        monkeypatch.setattr(logprobs, "CHUNK", 64)
+        torch.compiler.reset()
+        logprobs._softmax.cache_clear()
+        for number_of_targets, kept in ((64, logprobs.KEPT), (300, 0), (150, logprobs.KEPT), (40, 0)):
+            monkeypatch.setattr(TestChunks, "S", number_of_targets)
+            monkeypatch.setattr(logprobs, "KEPT", kept)
+            hidden, weight, targets = self.head(dtype)
+            upstream = torch.randn(self.S, generator=torch.Generator().manual_seed(1))
+            results = []
+            for compiles in (False, True):
+                graphs = counters["stats"]["unique_graphs"]
+                found = logprobs._LogProbs.apply(hidden, weight, None, None, targets, self.V - 8, compiles)
+                results.append((found, *torch.autograd.grad(found, (hidden, weight), upstream)))
+            assert counters["stats"]["unique_graphs"] - graphs == (2 if self.S == 64 else 0)
+            for plain, compiled in zip(*results, strict=True):
+                assert (compiled - plain).norm() < (1e-5 if dtype == torch.float32 else 4e-3) * plain.norm()
 
     def test_on_cuda_are_larger_and_give_float32_at_once(self, monkeypatch):
         """Shapes and dtypes alone, without a GPU."""
@@ -244,9 +307,9 @@ class TestChunks:
         assert (d_weight.shape, d_weight.dtype) == (weight.shape, torch.float32)
         logits = [((size, self.V), torch.float32) for size in (4096, 904)]
         products = [(shape, dtype) for name, shape, dtype, _ in forward.results if name == "mm"]
-        assert products == logits
+        assert products == logits[::-1]
         products = [(shape, dtype) for name, shape, dtype, _ in backward.results if name == "mm"]
-        assert [product for product in products if product[0][1] == self.V] == logits
+        assert [product for product in products if product[0][1] == self.V] == []
         assert products.count((weight.shape, torch.float32)) == 2
 
 
