@@ -3,6 +3,7 @@
 import ast
 import errno
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -162,3 +163,28 @@ def test_everything_is_imported_tokenised_and_answered_and_training_refused(tmp_
     assert "supervised" in output  # of the plan
     assert int(output.partition("imported ")[2].split()[0]) > 150
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+@pytest.mark.parametrize(
+    ("environment", "call", "keeps"),
+    [({}, "keep_freed_memory()", True), ({}, "", False), ({"MALLOC_MMAP_MAX_": "100"}, "keep_freed_memory()", False)],
+)
+def test_what_is_freed_is_kept_unless_the_environment_has_settings_for_it(environment, call, keeps):
+    """The system clears a page each time it hands it out."""
+    program = f"""
+import resource
+import numpy as np
+from gpt2ft.system import keep_freed_memory
+{call}
+faults = []
+for _ in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(2**23)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(max(faults[1:]))
+"""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    ended = subprocess.run([sys.executable, "-c", program], env=clean | environment, capture_output=True, text=True)
+    pages = int(ended.stdout)
+    assert pages < 10 if keeps else pages > 20, ended.stderr

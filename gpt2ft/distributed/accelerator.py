@@ -20,7 +20,7 @@ from gpt2ft.distributed import cpu, launch_checks, rendezvous, watchdog
 from gpt2ft.distributed.launch_checks import LaunchError, StrategyName
 from gpt2ft.distributed.launcher_arguments import is_launched
 from gpt2ft.errors import Gpt2ftError
-from gpt2ft.system import end_with_parent
+from gpt2ft.system import end_with_parent, keep_freed_memory
 
 Result = TypeVar("Result")
 AcceleratePrecision = Literal["no", "bf16", "fp16"]
@@ -52,6 +52,8 @@ def start_accelerator(precision: str, micro_batches_per_step: int | None = None,
     if world_size == 1 and is_launched():
         end_with_parent()  # accelerate launch does not pass SIGTERM on to a single process
     torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
