@@ -64,6 +64,9 @@ def find_folder(path: str) -> Path:
         raise ModelError(f"{folder} is a file, but a model is a folder with config.json, a run or a published name")
     if (folder / "checkpoints").is_dir():
         raise ModelError(f"{folder} is a run that has not finished: run the same command again to finish it")
+    if (folder / "state.json").is_file():
+        command = f"python launch/export.py {folder} --format hf --output NAME"
+        raise ModelError(f"{folder} is a checkpoint: `{command}` makes a model of it")
     raise ModelError(f"{folder} holds no config.json, so it is not a model folder")
 
 

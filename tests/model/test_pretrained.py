@@ -124,6 +124,11 @@ class TestFindFolder:
         with pytest.raises(ModelError, match="is a run that has not finished: run the same command again"):
             find_folder(str(tmp_path))
 
+    def test_a_checkpoint(self, tmp_path):
+        (tmp_path / "state.json").write_text("{}")
+        with pytest.raises(ModelError, match=r"is a checkpoint: `python launch/export.py .* --format hf"):
+            find_folder(str(tmp_path))
+
     def test_a_folder_of_something_else(self, tmp_path):
         with pytest.raises(ModelError, match=r"holds no config.json, so it is not a model folder"):
             find_folder(str(tmp_path))
