@@ -4,11 +4,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gpt2ft import checkpoint
 from gpt2ft.checkpoint import CheckpointError, TrainState
+from gpt2ft.data.plan import Plan
 from gpt2ft.distributed import launch_checks, watchdog
-from gpt2ft.distributed.accelerator import load_scaler, once_a_machine, raise_together
+from gpt2ft.distributed.accelerator import load_scaler, once_a_machine, precision_of, raise_together
 from gpt2ft.distributed.agreement import check_agreement
 from gpt2ft.errors import SettingsError
 from gpt2ft.model.logprobs import TargetLogProbs
@@ -95,10 +97,9 @@ def prepare_strategy(setup: RunSetup, model: TargetLogProbs, resume_point: Resum
     advice = memory_advice(streams, longest, bool(settings.lora.rank), is_sharded)
     with explain_out_of_memory(advice):
         strategy = prepare(accelerator, model, optimizer, settings.training.max_grad_norm)
-        largest = setup.plan.stream(setup.plan.streams[0])
-        for _ in range(2 if accelerator.device.type == "cuda" else 1):  # the first compiles kernels
+        for stream in streams_to_probe(setup.plan, accelerator.device.type, precision_of(accelerator)):
             started = time.perf_counter()
-            peak = probe_memory(strategy, accelerator, largest)
+            peak = probe_memory(strategy, accelerator, setup.plan.stream(stream))
     if setup.is_main:
         each = " on each process" if accelerator.num_processes > 1 else ""
         takes = spoken(estimate_seconds(setup, time.perf_counter() - started, state.step))
@@ -109,6 +110,17 @@ def prepare_strategy(setup: RunSetup, model: TargetLogProbs, resume_point: Resum
     strategy.load_moments(moments, state.updates)
     load_scaler(accelerator, state.scaler)  # which the probe has moved
     return strategy
+
+
+def streams_to_probe(plan: Plan, device_type: str, precision: str) -> list[Any]:
+    """Return the largest stream, which comes last.
+
+    On CUDA it comes twice: the first time compiles kernels. In halves on a CPU the next seven go before it: products
+    are kept by their shapes, which differ from stream to stream.
+    """
+    if device_type == "cuda":
+        return [plan.streams[0]] * 2
+    return [*reversed(plan.streams[: 1 if precision == "no" else 8])]
 
 
 def checkpoint_writer(setup: RunSetup, output: Output, strategy: Strategy) -> Callable[[TrainState], None]:

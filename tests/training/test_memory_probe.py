@@ -11,6 +11,7 @@ import torch
 from gpt2ft.data.packing import build_stream
 from gpt2ft.data.token_tree import weigh
 from gpt2ft.model.logprobs import TargetLogProbs
+from gpt2ft.runs.resume import streams_to_probe
 from gpt2ft.settings.training import OptimizerSettings, TrainingSettings
 from gpt2ft.training.memory_probe import DoesNotFit, explain_out_of_memory, memory_advice, peak_memory, probe_memory
 from gpt2ft.training.optimizer import adamw
@@ -93,3 +94,18 @@ def test_peak_memory_is_that_of_the_process_on_every_system(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=7)))
     assert peak_memory(cpu) == 7
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "expected"),
+    [
+        ("cpu", "no", [0]),
+        ("cpu", "bf16", [7, 6, 5, 4, 3, 2, 1, 0]),
+        ("cpu", "fp16", [7, 6, 5, 4, 3, 2, 1, 0]),
+        ("cuda", "bf16", [0, 0]),
+        ("mps", "no", [0]),
+    ],
+)
+def test_the_largest_stream_comes_last(device, precision, expected):
+    assert streams_to_probe(SimpleNamespace(streams=[*range(20)]), device, precision) == expected
+    assert streams_to_probe(SimpleNamespace(streams=[0]), device, precision)[-1] == 0
