@@ -80,10 +80,20 @@ class TestTrees:
         assert sum(bool(TEA.search(text)) for text in best) > 0.97 * len(best)
         assert sum(bool(TEA.search(text)) for text in worse) < 0.1 * len(worse)
 
+    def test_the_texts_of_the_base_are_others(self, trees):
+        """Plain ASCII, none twice, and no run of eight words of the conversations."""
+        everyday = read_trees("quickstart:everyday", FilterSettings())
+        texts = [message.text for tree in everyday for message in tree.messages]
+        assert len(set(texts)) == len(texts) > 10_000
+        assert all(text.isascii() and text == text.strip() for text in texts)
+        conversations = {m.text for part in trees.values() for t in part for m in t.messages}
+        assert not runs_of(8, texts) & runs_of(8, conversations)
+
     def test_the_files_hold_what_the_package_ships(self):
         model = ("README.md", "config.json", "merges.txt", "model.safetensors", "tokenizer_config.json", "vocab.json")
         assert sorted(file.name for file in quickstart.MODEL.iterdir()) == sorted(model)
-        for file in (quickstart.TREES, quickstart.HELD_OUT, quickstart.MORE_TREES, quickstart.MORE_HELD_OUT):
+        trees = (quickstart.TREES, quickstart.HELD_OUT, quickstart.MORE_TREES, quickstart.MORE_HELD_OUT)
+        for file in (*trees, quickstart.EVERYDAY):
             assert file.stat().st_size > 1000
 
 

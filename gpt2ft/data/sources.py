@@ -40,6 +40,7 @@ BUNDLED = {
     "quickstart:more_held_out": quickstart.MORE_HELD_OUT,
     "quickstart:replies": quickstart.REPLIES,  # on one topic, for `data.topic_replies`
     "quickstart:rain": quickstart.RAIN,  # on another
+    "quickstart:everyday": quickstart.EVERYDAY,  # texts, for the recipe `base`
 }
 
 
