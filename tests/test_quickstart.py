@@ -84,7 +84,7 @@ class TestTrees:
         """Plain ASCII, none twice, and no run of eight words of the conversations."""
         everyday = read_trees("quickstart:everyday", FilterSettings())
         texts = [message.text for tree in everyday for message in tree.messages]
-        assert len(set(texts)) == len(texts) > 10_000
+        assert len(set(texts)) == len(texts) > 20_000
         assert all(text.isascii() and text == text.strip() for text in texts)
         conversations = {m.text for part in trees.values() for t in part for m in t.messages}
         assert not runs_of(8, texts) & runs_of(8, conversations)
