@@ -1,7 +1,7 @@
 """Log-probability of each supervised target: the only thing that training asks of the model.
 
 The vocabulary head runs on supervised positions alone, in chunks: [N, V] is never built. As many logits are kept for
-the backward pass as fit into 1 GiB, those of the last chunk computed in any case; it computes all others again.
+the backward pass as fit into 1 GiB, and those of one chunk in any case; it computes all others again.
 
 Shape letters: N tokens, S supervised targets, C one chunk of S, E embedding width, V rows of the vocabulary.
 """
@@ -110,9 +110,9 @@ class _LogProbs(torch.autograd.Function):
         factor, ids = head_table(table), targets.unsqueeze(1)
         places = _places(hidden, table, keeps=ctx.needs_input_grad[0])
         results = []
-        for number, (states, targets) in reversed([*enumerate(_chunks(hidden, ids))]):
+        for number, (states, ids_of_chunk) in reversed([*enumerate(_chunks(hidden, ids))]):
             logits = _logits(states, factor, num_ids, _place(places, number, len(states)))
-            results.append(_softmax(compiles)[0](logits, targets))
+            results.append(_softmax(compiles)[0](logits, ids_of_chunk))
         log_probs, largest, sums = (torch.cat(parts[::-1]) for parts in zip(*results, strict=True))
         ctx.save_for_backward(hidden, weight, rows, row_ids, ids, largest, sums)
         ctx.num_ids, ctx.compiles = num_ids, compiles
@@ -121,20 +121,20 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        hidden, weight, rows, row_ids, ids, largest, sums = ctx.saved_tensors
+        hidden, weight, rows, row_ids, *per_target = ctx.saved_tensors
         needs_hidden, needs_weight, needs_rows, *_ = ctx.needs_input_grad
         table = write_trained_rows(weight, rows, row_ids).to(hidden.dtype)
-        kept, ctx.exponentials = ctx.exponentials, None  # written over below
+        kept, ctx.exponentials = ctx.exponentials, []  # written over below
         places, factor = kept or _places(hidden, table, keeps=False), None
         d_hidden = torch.empty_like(hidden)
         d_weight = d_rows = None
-        chunks = _chunks(hidden, d_hidden, ids, largest, sums, gradient.unsqueeze(1))
-        for number, (states, d_states, targets, largest_, sums_, upstream) in enumerate(chunks):
+        chunks = _chunks(hidden, d_hidden, *per_target, gradient.unsqueeze(1))
+        for number, (states, d_states, ids, largest, sums, upstream) in enumerate(chunks):
             exponentials = _place(places, number, len(states))
-            if not kept or number >= len(kept):
+            if number >= len(kept):
                 factor = head_table(table) if factor is None else factor
-                exponentials = _logits(states, factor, ctx.num_ids, exponentials).sub_(largest_).exp_()
-            d_logits = _softmax(ctx.compiles)[1](exponentials, sums_, targets, upstream, dtype=hidden.dtype)
+                exponentials = _logits(states, factor, ctx.num_ids, exponentials).sub_(largest).exp_()
+            d_logits = _softmax(ctx.compiles)[1](exponentials, sums, ids, upstream, dtype=hidden.dtype)
             if needs_hidden:
                 torch.mm(d_logits, table, out=d_states)
             if needs_weight:
@@ -206,10 +206,10 @@ def _logits(states: Tensor, factor: Tensor, num_ids: int, out: Tensor) -> Tensor
 def _softmax(compiles: bool) -> tuple[Callable[..., Any], ...]:
     """Return what is computed of logits in each pass."""
     passes = (_exponentiate, _gradient)
-    return tuple(map(_compiled, passes)) if compiles else passes
+    return tuple(map(_as_one_graph, passes)) if compiles else passes
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def _as_one_graph(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile one graph for chunks of all lengths, to which views would look different."""
     graph = compiled(function, dynamic=True)
 

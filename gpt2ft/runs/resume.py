@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gpt2ft import checkpoint
 from gpt2ft.checkpoint import CheckpointError, TrainState
@@ -112,8 +111,8 @@ def prepare_strategy(setup: RunSetup, model: TargetLogProbs, resume_point: Resum
     return strategy
 
 
-def streams_to_probe(plan: Plan, device_type: str, precision: str) -> list[Any]:
-    """Return the largest stream, which comes last.
+def streams_to_probe(plan: Plan, device_type: str, precision: str) -> list[list[int]]:
+    """Return the streams that the probe takes, as the plan has them; the largest comes last.
 
     On CUDA it comes twice: the first time compiles kernels. In halves on a CPU the next seven go before it: products
     are kept by their shapes, which differ from stream to stream.
