@@ -67,7 +67,10 @@ class TargetLogProbs(nn.Module):
         if self.training and self.neftune_alpha:
             width = self.gpt2.config.n_embd
             noise = embedding_noise(self.neftune_alpha, stream.positions, stream.horizons, width)
-        hidden = self.gpt2(stream.tokens, stream.positions, attend, noise, self.compiled)
+        return self.head(self.gpt2(stream.tokens, stream.positions, attend, noise, self.compiled), stream)
+
+    def head(self, hidden: Tensor, stream: TokenStream) -> Tensor:
+        """Return the log-probs [S] of a stream whose final hidden states are these, [N, E]."""
         hidden = hidden[stream.supervised]  # [S, E]
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))

@@ -116,7 +116,8 @@ def check_isolation(model: TargetLogProbs, stream: TokenStream, paths: int = 4) 
 
 
 def check_compiled(model: TargetLogProbs, stream: TokenStream, precision: torch.autocast) -> tuple[float, float]:
-    """Check that compiled blocks give the log-probs of plain ones, and a block the gradients, on this data.
+    """Check that compiled blocks and head give the log-probs of plain ones, and a block and the head the gradients, on
+    this data.
 
     Without dropout, whose noise a compiled block draws in its own way.
 
@@ -139,7 +140,7 @@ def check_compiled(model: TargetLogProbs, stream: TokenStream, precision: torch.
             log_probs = model(stream)[: stream.num_supervised]
         with precision:
             is_mixed = torch.is_autocast_enabled(device.type)
-            found.append((log_probs, _gradients_of_a_block(model, stream)))
+            found.append((log_probs, _gradients_of_block_and_head(model, stream)))
     model.train(was_training)
     (plain, plain_gradients), (log_probs, gradients) = found
     of_log_probs = float((log_probs - plain).abs().max()) if len(plain) else 0.0
@@ -149,23 +150,26 @@ def check_compiled(model: TargetLogProbs, stream: TokenStream, precision: torch.
     most = (1e-4 if device.type == "cpu" else 1e-3, 5e-2 if is_mixed else 1e-3)
     if not (of_log_probs <= most[0] and of_gradients <= most[1]):
         raise PreflightError(
-            f"compiled blocks differ from plain ones: log-probs by {of_log_probs:.2g} (at most {most[0]}), gradients "
-            f"by {of_gradients:.2g} of their norm (at most {most[1]}); use `--training.compile false`"
+            f"compiled blocks or head differ from plain ones: log-probs by {of_log_probs:.2g} (at most {most[0]}), "
+            f"gradients by {of_gradients:.2g} of their norm (at most {most[1]}); use `--training.compile false`"
         )
     return of_log_probs, of_gradients
 
 
-def _gradients_of_a_block(model: TargetLogProbs, stream: TokenStream) -> list[Tensor]:
-    """Return the gradients of the first block's input and trained parameters, of its squared output.
+def _gradients_of_block_and_head(model: TargetLogProbs, stream: TokenStream) -> list[Tensor]:
+    """Return the gradients of the first block's input and trained parameters, of its squared output, and of what the
+    head reads, of the sum of its log-probs.
 
-    The sum is divided so that neither its gradients nor their sums over tokens leave the range of fp16.
+    The former sum is divided so that neither its gradients nor their sums over tokens leave the range of fp16.
     """
     gpt2, block = model.gpt2, model.gpt2.h[0]
     attend = attention_for(stream.horizons, stream.num_tokens, model.backend)
     x = (gpt2.wte(stream.tokens) + gpt2.wpe(stream.positions)).detach().requires_grad_()
     trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
     loss = block(x, attend, model.compiled).square().sum() / len(x) ** 0.5
-    return torch.autograd.grad(loss, [x, *trained])
+    read = gpt2.ln_f(x).detach().requires_grad_()
+    of_head = torch.autograd.grad(model.head(read, stream).sum(), [read])
+    return [*torch.autograd.grad(loss, [x, *trained]), *of_head]
 
 
 def path_alone(stream: TokenStream, index: int, size: int = 0) -> tuple[TokenStream, Tensor]:

@@ -179,7 +179,23 @@ class TestCheck:
 
         monkeypatch.setattr(compiled, "_compute", lambda: wrong)
         model = TargetLogProbs(deep_gpt2(), VOCABULARY, "dense", compiles=True)
-        with pytest.raises(PreflightError, match=r"compiled blocks differ .*--training.compile false"):
+        with pytest.raises(PreflightError, match=r"compiled blocks or head differ .*--training.compile false"):
+            check_compiled(model, streams[0], IN_FLOAT32)
+
+    @pytest.mark.parametrize("what", ["log-probs", "gradient"])
+    def test_a_compiled_head_that_computes_something_else(self, what, graphs, streams, monkeypatch):
+        def off(logits, targets):
+            log_probs, largest, sums = logprobs._exponentiate(logits, targets)
+            return log_probs + 0.01, largest, sums
+
+        def steeper(*arguments, dtype):
+            return logprobs._gradient(*arguments, dtype=dtype) * 1.1
+
+        passes = logprobs._exponentiate, logprobs._gradient
+        wrong = (off, passes[1]) if what == "log-probs" else (passes[0], steeper)
+        monkeypatch.setattr(logprobs, "_softmax", lambda compiles: wrong if compiles else passes)
+        model = TargetLogProbs(deep_gpt2(), VOCABULARY, "dense", compiles=True)
+        with pytest.raises(PreflightError, match=r"compiled blocks or head differ .*--training.compile false"):
             check_compiled(model, streams[0], IN_FLOAT32)
 
 
